@@ -1,0 +1,1 @@
+"""Weights of other frameworks, read into nfzoo and written back. Imported as `nfzoo.conversion`."""

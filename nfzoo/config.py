@@ -1,0 +1,357 @@
+"""What a model is, as data: frozen configurations of the three families, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from .errors import ConfigError
+from .functional import GAMMA
+
+Attention = Literal["none", "se", "eca"]
+RulesName = Literal["deepmind", "timm"]
+Resize = Literal["deepmind", "shortest-edge"]
+
+T = TypeVar("T")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The arithmetic in which networks trained by different code differ. Weights only work under their own rules.
+
+    Attributes:
+        gamma_on_weight: gamma multiplies every standardised kernel instead of every activation.
+        variance_floor: `max(var * fan_in, 1e-4)` under the root, else `(var + 1e-5) * fan_in`.
+        same_padding: SAME padding as TensorFlow does it, else symmetric.
+        skip_gain: residual branches end in a learned scalar, initially 0; without it the gains of their last
+            convolutions start at 0.
+        pooled_shortcut: downsampling shortcuts average 2x2 pixels; else (NF-ResNet only) their 1x1 kernel strides.
+        divisor: channel counts are rounded to multiples of it (0: truncated).
+        se_ratio: NF-ResNet's squeeze-excite ratio.
+        rescale_drop: kept residual branches are divided by the keep probability.
+        last_block_rate: the stochastic depth rate rises to its full value at the last block (else at the one after).
+    """
+
+    gamma_on_weight: bool
+    variance_floor: bool
+    same_padding: bool
+    skip_gain: bool
+    pooled_shortcut: bool
+    divisor: int
+    se_ratio: float
+    rescale_drop: bool
+    last_block_rate: bool
+
+    def channels(self, value: float, floor_fraction: float = 0.9) -> int:
+        """Round a channel count: to the nearest multiple of `divisor`, but not below `floor_fraction` of `value`."""
+        if not self.divisor:
+            return max(1, int(value))
+        rounded = max(self.divisor, int(value + self.divisor / 2) // self.divisor * self.divisor)
+        return rounded + self.divisor if rounded < floor_fraction * value else rounded
+
+
+RULES: dict[str, Rules] = {
+    # The code released with arXiv 2102.06171.
+    "deepmind": Rules(
+        gamma_on_weight=False,
+        variance_floor=True,
+        same_padding=True,
+        skip_gain=True,
+        pooled_shortcut=False,
+        divisor=0,
+        se_ratio=0.25,
+        rescale_drop=False,
+        last_block_rate=False,
+    ),
+    # timm 1.0, models/nfnet.py, all but its dm_ models.
+    "timm": Rules(
+        gamma_on_weight=True,
+        variance_floor=False,
+        same_padding=False,
+        skip_gain=False,
+        pooled_shortcut=True,
+        divisor=8,
+        se_ratio=1 / 16,
+        rescale_drop=True,
+        last_block_rate=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What all families share.
+
+    Attributes:
+        depths: number of blocks of each of the four stages.
+        widths: output channels of each stage (NF-RegNet: before its width factor).
+        activation: a key of `nfzoo.functional.GAMMA`.
+        rules: a key of `RULES`.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the input image.
+        output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead.
+        alpha: scale of the residual branches.
+        drop_rate: dropout on the pooled features, in [0, 1).
+        stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.
+    """
+
+    family: ClassVar[str]
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    activation: str
+    rules: RulesName = "deepmind"
+    num_classes: int = 1000
+    in_channels: int = 3
+    output_stride: int = 32
+    alpha: float = 0.2
+    drop_rate: float = 0.0
+    stochastic_depth: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "widths"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise ConfigError(f"{name} must be four positive integers, not {value!r}")
+            value = tuple(value)
+            if len(value) != 4 or not all(_is_int(v) and v > 0 for v in value):
+                raise ConfigError(f"{name} must be four positive integers, not {value!r}")
+            object.__setattr__(self, name, value)
+        _one_of("activation", self.activation, GAMMA)
+        _one_of("rules", self.rules, RULES)
+        for name in ("num_classes", "in_channels"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.output_stride not in (8, 16, 32):
+            raise ConfigError(f"output_stride must be 8, 16 or 32, not {self.output_stride!r}")
+        for name in ("drop_rate", "stochastic_depth"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ConfigError(f"{name} must be in [0, 1), not {value!r}")
+        if not _is_number(self.alpha) or self.alpha <= 0:
+            raise ConfigError(f"alpha must be positive, not {self.alpha!r}")
+
+    @property
+    def rule(self) -> Rules:
+        """The rules that `rules` names."""
+        return RULES[self.rules]
+
+    def replace(self, **changes: Any) -> Self:
+        """This configuration with some fields changed; an unknown field is a `ConfigError`."""
+        _check_keys(type(self), changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, `family` first."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"family": self.family, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFNetConfig(ModelConfig):
+    """NFNet (arXiv 2102.06171, section 4 and appendix C).
+
+    Attributes:
+        bottleneck: width of the 3x3 convolutions as a fraction of the block's output.
+        group_width: channels of one group of the 3x3 convolutions.
+        attention: `"se"`, `"eca"` or `"none"`.
+        se_ratio: hidden width of squeeze-excite as a fraction of the block's output.
+        head_ratio: width of the final convolution as a multiple of the last stage.
+        stem_width: output channels of the four-convolution stem, a multiple of 8.
+    """
+
+    family: ClassVar[str] = "nfnet"
+
+    widths: tuple[int, ...] = (256, 512, 1536, 1536)
+    activation: str = "gelu_tanh"
+    bottleneck: float = 0.5
+    group_width: int = 128
+    attention: Attention = "se"
+    se_ratio: float = 0.5
+    head_ratio: float = 2.0
+    stem_width: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("attention", self.attention, ("none", "se", "eca"))
+        for name in ("bottleneck", "se_ratio", "head_ratio"):
+            _positive(self, name)
+        if not _is_int(self.stem_width) or self.stem_width < 8 or self.stem_width % 8:
+            raise ConfigError(f"stem_width must be a multiple of 8, not {self.stem_width!r}")
+        _check_groups(self.group_width, min(self.widths) * self.bottleneck)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFResNetConfig(ModelConfig):
+    """NF-ResNet (arXiv 2101.08692, section 4).
+
+    Attributes:
+        bottleneck: width of the 3x3 convolution as a fraction of the block's output.
+        attention: `"se"`, `"eca"` or `"none"`; the squeeze-excite ratio is one of the rules.
+        stem_width: output channels of the 7x7 stem.
+    """
+
+    family: ClassVar[str] = "nf_resnet"
+
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    activation: str = "relu"
+    bottleneck: float = 0.25
+    attention: Attention = "none"
+    stem_width: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("attention", self.attention, ("none", "se", "eca"))
+        _positive(self, "bottleneck")
+        if not _is_int(self.stem_width) or self.stem_width < 1:
+            raise ConfigError(f"stem_width must be a positive integer, not {self.stem_width!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFRegNetConfig(ModelConfig):
+    """NF-RegNet (arXiv 2101.08692, section 5 and appendix).
+
+    Attributes:
+        width_factor: multiplies `widths`.
+        bottleneck: width of the 3x3 convolution as a multiple of the block's INPUT (1 in the very first block).
+        group_width: channels of one group of the 3x3 convolution.
+        se_ratio: hidden width of squeeze-excite as a fraction of the 3x3 convolution's width.
+    """
+
+    family: ClassVar[str] = "nf_regnet"
+
+    activation: str = "silu"
+    width_factor: float = 0.75
+    bottleneck: float = 2.25
+    group_width: int = 8
+    se_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("width_factor", "bottleneck", "se_ratio"):
+            _positive(self, name)
+        _check_groups(self.group_width, min(self.widths) * self.width_factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the model's input.
+
+    Attributes:
+        train_size, test_size: side of the square input in pixels.
+        resize: `"deepmind"`: the whole image to `(size + margin)` squared, TensorFlow's bicubic, then a centre crop;
+            `"shortest-edge"`: the shorter edge to `size / crop`, Pillow's antialiased bicubic, then a centre crop.
+        margin: pixels that the centre crop removes (`"deepmind"`).
+        crop: fraction of the shorter edge that the crop keeps (`"shortest-edge"`).
+        mean, std: per channel, of pixel values in [0, 1].
+    """
+
+    train_size: int
+    test_size: int
+    resize: Resize = "deepmind"
+    margin: int = 32
+    crop: float = 1.0
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise ConfigError(f"{name} must be one number per channel, not {value!r}")
+            value = tuple(value)
+            if not value or not all(_is_number(v) for v in value):
+                raise ConfigError(f"{name} must be one number per channel, not {value!r}")
+            object.__setattr__(self, name, value)
+        if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
+            raise ConfigError(f"std must be positive and as long as mean, not {self.std!r}")
+        for name in ("train_size", "test_size"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ConfigError(f"{name} must be a positive number of pixels, not {value!r}")
+        _one_of("resize", self.resize, ("deepmind", "shortest-edge"))
+        if not _is_int(self.margin) or self.margin < 0:
+            raise ConfigError(f"margin must be a number of pixels, not {self.margin!r}")
+        if not _is_number(self.crop) or not 0 < self.crop <= 1:
+            raise ConfigError(f"crop must be in (0, 1], not {self.crop!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; unknown or missing fields are a `ConfigError`."""
+        return _build(cls, fields)
+
+
+FAMILIES: dict[str, type[ModelConfig]] = {c.family: c for c in (NFNetConfig, NFResNetConfig, NFRegNetConfig)}
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that `ModelConfig.to_dict` wrote; anything unknown or missing is a `ConfigError`."""
+    rest = dict(fields)
+    family = rest.pop("family", None)
+    if not isinstance(family, str):
+        raise ConfigError(f"a model configuration needs a 'family', one of {', '.join(FAMILIES)}; found {family!r}")
+    _one_of("family", family, FAMILIES)
+    return _build(FAMILIES[family], rest)
+
+
+def _check_keys(cls: type, fields: Mapping[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in known:
+            hint = nearest(str(name), known) or "; known: " + ", ".join(known)
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{hint}")
+
+
+def _build(cls: type[T], fields: Mapping[str, Any]) -> T:
+    _check_keys(cls, fields)
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in fields]  # type: ignore[arg-type]
+    if missing:
+        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
+    return cls(**fields)
+
+
+def _one_of(name: str, value: object, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        raise ConfigError(
+            f"{name} {value!r} is not known; choose one of {', '.join(known)}{nearest(str(value), known)}"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _positive(config: ModelConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not _is_number(value) or value <= 0:
+        raise ConfigError(f"{name} must be positive, not {value!r}")
+
+
+def _check_groups(group_width: object, narrowest: float) -> None:
+    if not _is_int(group_width) or not 1 <= group_width <= narrowest:  # type: ignore[operator]
+        raise ConfigError(
+            f"group_width must be between 1 and the narrowest bottleneck, {int(narrowest)}; not {group_width!r}"
+        )

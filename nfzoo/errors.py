@@ -1,0 +1,27 @@
+"""The errors that bad input raises. Messages name the value and the remedy; the command line then exits with 2."""
+
+from __future__ import annotations
+
+
+class NfzooError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigError(NfzooError, ValueError):
+    """A configuration that no model can be built from."""
+
+
+class UnknownModelError(NfzooError, LookupError):
+    """A name that is not in the zoo."""
+
+
+class CheckpointError(NfzooError, ValueError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+class ConversionError(NfzooError, ValueError):
+    """Foreign weights that do not fit a model."""
+
+
+class DataError(NfzooError, ValueError):
+    """A data set or an image that cannot be read, or does not fit the model."""

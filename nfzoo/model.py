@@ -1,0 +1,156 @@
+"""One plan, many readings: initial parameters, the forward pass, features, noise, and counts.
+
+A plan is a tuple of blocks. Everything here is a pure function of a configuration and its arguments; randomness comes
+from a generator or from a noise dictionary, never from hidden state.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig
+from .models import nf_regnet, nf_resnet, nfnet
+from .types import Block, Kind, Noise, Params, Plan
+
+
+def plan(cfg: ModelConfig) -> Plan:
+    """The blocks of a model, in order. A `TypeError` for a configuration of no known family."""
+    # Dynamo traces through a cache and warns that it does; without one it traces the same in silence.
+    return _plan(cfg) if torch.compiler.is_compiling() else _cached_plan(cfg)
+
+
+def _plan(cfg: ModelConfig) -> Plan:
+    if isinstance(cfg, NFNetConfig):
+        return nfnet.plan(cfg)
+    if isinstance(cfg, NFResNetConfig):
+        return nf_resnet.plan(cfg)
+    if isinstance(cfg, NFRegNetConfig):
+        return nf_regnet.plan(cfg)
+    raise TypeError(f"no family has configurations of type {type(cfg).__name__}; use one of nfzoo.config.FAMILIES")
+
+
+_cached_plan = functools.lru_cache(maxsize=256)(_plan)
+
+
+def specs(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], Kind]]:
+    """Shape and kind of every parameter under its full key."""
+    return {f"{b.name}.{k}": (s.shape, s.kind) for b in plan(cfg) for k, s in b.specs.items()}
+
+
+def init(
+    cfg: ModelConfig,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Params:
+    """Fresh parameters as the reference code draws them; `device="meta"` gives shapes without memory.
+
+    Args:
+        generator: source of randomness, on `device`; torch's global one by default.
+    """
+    return {
+        f"{b.name}.{k}": s.init(s.shape, generator=generator, device=device, dtype=dtype)
+        for b in plan(cfg)
+        for k, s in b.specs.items()
+    }
+
+
+def sample_noise(
+    cfg: ModelConfig,
+    batch: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Keep masks of one training step: block name -> `(batch, 1, 1, 1)`, `"head"` -> `(batch, features)`.
+
+    Stochastic depth drops block i of n with probability `rate * i / n` and does not rescale what it keeps; dropout
+    divides by its keep probability. Empty where both rates are 0. Source: the code released with arXiv 2102.06171.
+    """
+    noise = {}
+    for b in plan(cfg):
+        if b.drop is not None:
+            u = torch.rand((batch, *b.drop.shape), generator=generator, device=device)
+            keep = (u >= b.drop.rate).to(dtype or torch.get_default_dtype())
+            noise[b.name] = keep * b.drop.scale if b.drop.scale != 1.0 else keep
+    return noise
+
+
+def run_block(block: Block, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
+    """One block of a plan on its part of the full parameter dictionary."""
+    local = {k: params[f"{block.name}.{k}"] for k in block.specs}
+    return block.fn(local, x, block.beta, None if noise is None else noise.get(block.name))
+
+
+def apply(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
+    """Logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`; `noise=None` is evaluation."""
+    for block in plan(cfg):
+        x = run_block(block, params, x, noise)
+    return x
+
+
+def embed(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
+    """The pooled features `(N, F)` that the classifier sees, before dropout."""
+    for block in plan(cfg)[:-1]:
+        x = run_block(block, params, x, noise)
+    return x
+
+
+def features(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Feature maps at strides 2, 4, 8, 16 and 32 (or as far as `output_stride` goes): the stem's, then each stage's.
+
+    The maps are the residual stream before the next block's activation.
+    """
+    maps = []
+    for block in plan(cfg):
+        if block.name in ("final_conv", "pool"):
+            break
+        x = run_block(block, params, x)
+        if block.feature:
+            maps.append(x)
+    return maps
+
+
+def parameter_count(cfg: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(math.prod(shape) for shape, _ in specs(cfg).values())
+
+
+class BlockCost(NamedTuple):
+    """What one block costs on one image: output `(C, H, W)` or `(C,)`, parameters, multiply-accumulates."""
+
+    name: str
+    output: tuple[int, ...]
+    parameters: int
+    macs: int
+
+
+def costs(cfg: ModelConfig, height: int, width: int | None = None) -> list[BlockCost]:
+    """Cost of each block on one `height x width` image, found by running the plan on shapes alone.
+
+    Multiply-accumulates are those of convolutions, attention and classifier; weight standardisation, which does not
+    grow with the image, and element-wise work are not counted, as in the papers.
+    """
+    params = init(cfg, device="meta")
+    x = torch.empty((1, cfg.in_channels, height, width or height), device="meta")
+    table = []
+    for block in plan(cfg):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x = run_block(block, params, x)
+        count = sum(math.prod(s.shape) for s in block.specs.values())
+        table.append(BlockCost(block.name, tuple(x.shape[1:]), count, counter.get_total_flops() // 2))
+    return table
+
+
+def mac_count(cfg: ModelConfig, height: int, width: int | None = None) -> int:
+    """Multiply-accumulates of one `height x width` image, as the papers count "FLOPs"."""
+    return sum(cost.macs for cost in costs(cfg, height, width))

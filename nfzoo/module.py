@@ -1,0 +1,233 @@
+"""The `nn.Module` shell over a plan: parameters under the plan's keys, the forward pass of `nfzoo.model`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import model as functional_model
+from .checkpoint import Description, load_checkpoint, save_checkpoint
+from .config import ModelConfig, Preprocessing
+from .errors import ConfigError
+from .types import Block, Noise, Params
+from .variants import VARIANTS, variant
+
+logger = logging.getLogger("nfzoo")
+
+
+class BlockModule(nn.Module):
+    """One block of a plan as a module: its parameters, and its pure function as `forward`."""
+
+    def __init__(self, block: Block, params: Params) -> None:
+        super().__init__()
+        self.block = block
+        self._paths = {name: name.split(".") for name in params}
+        for name, value in params.items():
+            *path, leaf = self._paths[name]
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(leaf, nn.Parameter(value))
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        params = {}
+        for name, path in self._paths.items():
+            value: Any = self
+            for part in path:
+                value = getattr(value, part)
+            params[name] = value
+        return self.block.fn(params, x, self.block.beta, keep)
+
+    def extra_repr(self) -> str:
+        return type(self.block.fn).__name__
+
+
+class NFNet(nn.Module):
+    """A Normalizer-Free network of any family.
+
+    In training mode `forward` draws its own dropout and stochastic depth unless it is given `noise`.
+
+    Args:
+        config: the architecture.
+        preprocessing: what turns an image into the input; by default that of the zoo's variant of this configuration,
+            or of 224 pixels.
+        labels: class names.
+        name: a name to save with the weights.
+        generator, device, dtype: as for `nfzoo.model.init`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        preprocessing: Preprocessing | None = None,
+        labels: Sequence[str] | None = None,
+        name: str | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if labels is not None and len(labels) != config.num_classes:
+            raise ConfigError(f"{len(labels)} labels for {config.num_classes} classes")
+        self.config = config
+        self.name = name
+        self.labels = None if labels is None else tuple(labels)
+        if preprocessing is None:
+            known = VARIANTS.get(name or "")
+            preprocessing = known.preprocessing if known else Preprocessing(train_size=224, test_size=224)
+        self.preprocessing = preprocessing
+        self.provenance: dict[str, Any] | None = None
+        self._register(functional_model.init(config, generator=generator, device=device, dtype=dtype))
+
+    @classmethod
+    def from_params(cls, description: Description, params: Params) -> Self:
+        """A module around existing parameters, which it does not copy."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.config, self.preprocessing, self.name, self.labels, provenance = description
+        self.provenance = None if provenance is None else dict(provenance)
+        self._register(params)
+        return self
+
+    def _register(self, params: Params) -> None:
+        self.plan = functional_model.plan(self.config)
+        for block in self.plan:
+            module = BlockModule(block, {k: params[f"{block.name}.{k}"] for k in block.specs})
+            *path, leaf = block.name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.ModuleList() if part == "stages" or part.isdigit() else nn.Module())
+                owner = owner.get_submodule(part)
+            owner.add_module(leaf, module)
+
+    def _block_module(self, block: Block) -> nn.Module:
+        module: Any = self
+        for part in block.name.split("."):
+            module = getattr(module, part)
+        return module
+
+    @property
+    def description(self) -> Description:
+        """What is saved beside the weights."""
+        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance)
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Parameter name -> kind: `weight`, `gain`, `bias`, `skip_gain`, or `head` for the classifier's weight."""
+        return {name: kind for name, (_, kind) in functional_model.specs(self.config).items()}
+
+    def sample_noise(self, batch: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Dropout and stochastic depth masks for one step, on the parameters' device."""
+        p = next(self.parameters())
+        return functional_model.sample_noise(self.config, batch, generator=generator, device=p.device, dtype=p.dtype)
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """Logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`."""
+        self._check_input(x)
+        if self.training and noise is None:
+            noise = functional_model.sample_noise(self.config, x.shape[0], device=x.device, dtype=x.dtype)
+        return self._run(x, self.plan, noise)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Pooled features `(N, F)` of normalised images, without noise."""
+        self._check_input(x)
+        return self._run(x, self.plan[:-1], None)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the stem (stride 2) and of each stage, as `nfzoo.model.features`."""
+        self._check_input(x)
+        return functional_model.features(self.config, dict(self.named_parameters()), x)
+
+    def _run(self, x: Tensor, blocks: Sequence[Block], noise: Noise | None) -> Tensor:
+        for block in blocks:
+            x = self._block_module(block)(x, None if noise is None else noise.get(block.name))
+        return x
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"the input must be (N, {self.config.in_channels}, H, W), not {tuple(x.shape)}; "
+                "a single image needs x[None]"
+            )
+
+    def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
+        """A fresh classifier for another number of classes."""
+        if labels is not None and len(labels) != num_classes:
+            raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
+        p = next(self.parameters())
+        self.config = self.config.replace(num_classes=num_classes)
+        self.labels = None if labels is None else tuple(labels)
+        self.plan = functional_model.plan(self.config)
+        head = self.plan[-1]
+        params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
+        self.head = BlockModule(head, params)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `config.json` and `model.safetensors` into `folder`, atomically."""
+        return save_checkpoint(folder, self.description, self.state_dict())
+
+
+def create(
+    name: str,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    labels: Sequence[str] | None = None,
+    **changes: Any,
+) -> NFNet:
+    """A zoo model with random weights: `create("nfnet-f0", num_classes=10)`.
+
+    Args:
+        name: a name of `nfzoo.list_models()`; an unknown one is an `UnknownModelError` with the nearest names.
+        changes: configuration fields to change, such as `num_classes`, `in_channels`, `output_stride`, `drop_rate`.
+    """
+    row = variant(name)
+    config = row.config.replace(**changes) if changes else row.config
+    if labels is not None and "num_classes" not in changes:
+        config = config.replace(num_classes=len(labels))
+    preprocessing = row.preprocessing
+    if config.in_channels != len(preprocessing.mean):
+        preprocessing = Preprocessing.from_dict(
+            {**preprocessing.to_dict(), "mean": [0.5] * config.in_channels, "std": [0.5] * config.in_channels}
+        )
+    return NFNet(
+        config, preprocessing=preprocessing, labels=labels, name=name, generator=generator, device=device, dtype=dtype
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> NFNet:
+    """The model, in evaluation mode, of a checkpoint folder or weight file; another `num_classes` draws a new head.
+
+    Raises:
+        CheckpointError: see `nfzoo.checkpoint.load_checkpoint`.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise ConfigError(f"num_classes must be a positive integer, not {num_classes!r}")
+    description, params = load_checkpoint(path, device=device)
+    if dtype is not None:
+        params = {key: value.to(dtype) for key, value in params.items()}
+    model = NFNet.from_params(description, params)
+    if num_classes is not None and num_classes != description.config.num_classes:
+        logger.warning(
+            "%s has %d classes: its classifier is replaced by a fresh one of %d, which must be trained",
+            path,
+            description.config.num_classes,
+            num_classes,
+        )
+        model.reset_classifier(num_classes)
+    return model.eval()

@@ -1,0 +1,124 @@
+"""One training step as a pure function: loss, gradient, AGC, SGD, moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .agc import agc
+from .config import ModelConfig
+from .model import apply, specs
+from .optim import CLIPPED, DECAYED, SGDState, ema, sgd, sgd_init
+from .types import Noise, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a step does besides the learning rate. The defaults are those of arXiv 2102.06171 for batch 1024 to 4096.
+
+    Attributes:
+        clip: AGC threshold; `None` trains without.
+        agc_eps: floor of the parameter norm in AGC.
+        momentum, nesterov: of SGD.
+        weight_decay: added to the gradients of kernels and linears.
+        label_smoothing: of the cross-entropy.
+        ema_decay: of the moving average; `None` keeps none.
+    """
+
+    clip: float | None = 0.01
+    agc_eps: float = 1e-3
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 2e-5
+    label_smoothing: float = 0.1
+    ema_decay: float | None = 0.99999
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes. `step` is a 0-dimensional tensor that counts the steps taken."""
+
+    params: Params
+    sgd: SGDState
+    ema: Params | None
+    step: Tensor
+
+
+class Metrics(NamedTuple):
+    """Of the parameters before the step: mean loss, and the logits `(N, classes)`."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+def init_state(params: Params, config: StepConfig | None = None) -> TrainState:
+    """The state before the first step; the average starts as a clone."""
+    config = config or StepConfig()
+    average = None if config.ema_decay is None else {n: p.detach().clone() for n, p in params.items()}
+    device = next(iter(params.values())).device
+    return TrainState(params, sgd_init(params), average, torch.zeros((), dtype=torch.float32, device=device))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean softmax cross-entropy, in float32, of logits `(N, classes)` with labels `(N,)` or `(N, classes)`."""
+    return F.cross_entropy(
+        logits.float() if logits.dtype != torch.float64 else logits, labels, label_smoothing=label_smoothing
+    )
+
+
+def train_step(
+    cfg: ModelConfig,
+    state: TrainState,
+    batch: tuple[Tensor, Tensor],
+    noise: Noise | None,
+    lr: float | Tensor,
+    *,
+    config: StepConfig | None = None,
+) -> tuple[TrainState, Metrics]:
+    """The state after one step on `(images, labels)`.
+
+    Args:
+        cfg: the model.
+        state: see `init_state`.
+        batch: images `(N, C, H, W)` and labels `(N,)` or soft labels `(N, classes)`.
+        noise: from `sample_noise`; `None` trains without dropout and stochastic depth.
+        lr: learning rate, a tensor in compiled code.
+
+    Source: arXiv 2102.06171, section 5: AGC on the raw gradient, then weight decay, then Nesterov momentum.
+    """
+    config = config or StepConfig()
+    images, labels = batch
+    kinds = parameter_kinds(cfg)
+
+    def loss_fn(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = apply(cfg, params, images, noise)
+        return cross_entropy(logits, labels, config.label_smoothing), logits
+
+    grads, (loss, logits) = torch.func.grad_and_value(loss_fn, has_aux=True)(state.params)
+    if config.clip is not None:
+        grads = agc(
+            grads, state.params, clip=config.clip, eps=config.agc_eps, where=lambda name: kinds[name] in CLIPPED
+        )
+    params, momentum = sgd(
+        state.params,
+        grads,
+        state.sgd,
+        lr=lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        decay=lambda name: kinds[name] in DECAYED,
+    )
+    average = state.ema
+    if average is not None and config.ema_decay is not None:
+        average = ema(average, params, state.step, decay=config.ema_decay)
+    return TrainState(params, momentum, average, state.step + 1), Metrics(loss.detach(), logits.detach())
+
+
+def parameter_kinds(cfg: ModelConfig) -> dict[str, str]:
+    """Key -> kind, for every parameter."""
+    return {name: kind for name, (_, kind) in specs(cfg).items()}
