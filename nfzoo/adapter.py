@@ -41,10 +41,6 @@ class AGCSGD(torch.optim.Optimizer):
         clip: float | None = 0.01,
         eps: float = 1e-3,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, is {value!r}")
-        check_clip(1.0 if clip is None else clip, eps)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -55,6 +51,14 @@ class AGCSGD(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.clipped_fraction: Tensor | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        options = {**self.defaults, **param_group}
+        for name in ("lr", "momentum", "weight_decay"):
+            if not options[name] >= 0:
+                raise ValueError(f"{name} must not be negative, is {options[name]!r}")
+        check_clip(1.0 if options["clip"] is None else options["clip"], options["eps"])
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -16,6 +17,10 @@ RulesName = Literal["deepmind", "timm"]
 Resize = Literal["deepmind", "shortest-edge"]
 
 T = TypeVar("T")
+
+# Far beyond any network. They keep a damaged configuration from asking for endless plans and overflowing numbers.
+MOST_BLOCKS = 1024  # of one stage
+MOST = 1 << 20  # channels, classes, pixels, ratios
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -121,28 +126,25 @@ class ModelConfig:
     stochastic_depth: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("depths", "widths"):
+        for name, most in (("depths", MOST_BLOCKS), ("widths", MOST)):
             value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Iterable):
-                raise ConfigError(f"{name} must be four positive integers, not {value!r}")
-            value = tuple(value)
-            if len(value) != 4 or not all(_is_int(v) and v > 0 for v in value):
-                raise ConfigError(f"{name} must be four positive integers, not {value!r}")
+            value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+            if not isinstance(value, tuple) or len(value) != 4 or not all(_is_int(v) and 0 < v <= most for v in value):
+                raise ConfigError(f"{name} must be four positive integers up to {most}, not {value!r}")
             object.__setattr__(self, name, value)
         _one_of("activation", self.activation, GAMMA)
         _one_of("rules", self.rules, RULES)
         for name in ("num_classes", "in_channels"):
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
-        if self.output_stride not in (8, 16, 32):
+            if not _is_int(value) or not 1 <= value <= MOST:
+                raise ConfigError(f"{name} must be a positive integer up to {MOST}, not {value!r}")
+        if not _is_int(self.output_stride) or self.output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride must be 8, 16 or 32, not {self.output_stride!r}")
         for name in ("drop_rate", "stochastic_depth"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
                 raise ConfigError(f"{name} must be in [0, 1), not {value!r}")
-        if not _is_number(self.alpha) or self.alpha <= 0:
-            raise ConfigError(f"alpha must be positive, not {self.alpha!r}")
+        _positive(self, "alpha")
 
     @property
     def rule(self) -> Rules:
@@ -189,9 +191,10 @@ class NFNetConfig(ModelConfig):
         _one_of("attention", self.attention, ("none", "se", "eca"))
         for name in ("bottleneck", "se_ratio", "head_ratio"):
             _positive(self, name)
-        if not _is_int(self.stem_width) or self.stem_width < 8 or self.stem_width % 8:
+        if not _is_int(self.stem_width) or not 8 <= self.stem_width <= MOST or self.stem_width % 8:
             raise ConfigError(f"stem_width must be a multiple of 8, not {self.stem_width!r}")
-        _check_groups(self.group_width, min(self.widths) * self.bottleneck)
+        channels = self.rule.channels
+        _check_groups(self.group_width, min(channels(channels(w) * self.bottleneck) for w in self.widths))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +219,8 @@ class NFResNetConfig(ModelConfig):
         super().__post_init__()
         _one_of("attention", self.attention, ("none", "se", "eca"))
         _positive(self, "bottleneck")
-        if not _is_int(self.stem_width) or self.stem_width < 1:
-            raise ConfigError(f"stem_width must be a positive integer, not {self.stem_width!r}")
+        if not _is_int(self.stem_width) or not 1 <= self.stem_width <= MOST:
+            raise ConfigError(f"stem_width must be a positive integer up to {MOST}, not {self.stem_width!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +246,9 @@ class NFRegNetConfig(ModelConfig):
         super().__post_init__()
         for name in ("width_factor", "bottleneck", "se_ratio"):
             _positive(self, name)
-        _check_groups(self.group_width, min(self.widths) * self.width_factor)
+        channels = self.rule.channels
+        inputs = [channels(w * self.width_factor) for w in self.widths]
+        _check_groups(self.group_width, min(channels(inputs[0]), *(channels(w * self.bottleneck) for w in inputs)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,18 +278,18 @@ class Preprocessing:
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise ConfigError(f"{name} must be one number per channel, not {value!r}")
             value = tuple(value)
-            if not value or not all(_is_number(v) for v in value):
+            if not value or not all(_is_number(v) and abs(v) <= MOST for v in value):
                 raise ConfigError(f"{name} must be one number per channel, not {value!r}")
             object.__setattr__(self, name, value)
         if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
             raise ConfigError(f"std must be positive and as long as mean, not {self.std!r}")
         for name in ("train_size", "test_size"):
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                raise ConfigError(f"{name} must be a positive number of pixels, not {value!r}")
+            if not _is_int(value) or not 1 <= value <= MOST:
+                raise ConfigError(f"{name} must be a positive number of pixels up to {MOST}, not {value!r}")
         _one_of("resize", self.resize, ("deepmind", "shortest-edge"))
-        if not _is_int(self.margin) or self.margin < 0:
-            raise ConfigError(f"margin must be a number of pixels, not {self.margin!r}")
+        if not _is_int(self.margin) or not 0 <= self.margin <= MOST:
+            raise ConfigError(f"margin must be a number of pixels up to {MOST}, not {self.margin!r}")
         if not _is_number(self.crop) or not 0 < self.crop <= 1:
             raise ConfigError(f"crop must be in (0, 1], not {self.crop!r}")
 
@@ -341,17 +346,19 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -math.inf < value < math.inf  # and not NaN; an integer too large for a float compares all the same
 
 
 def _positive(config: ModelConfig, name: str) -> None:
     value = getattr(config, name)
-    if not _is_number(value) or value <= 0:
-        raise ConfigError(f"{name} must be positive, not {value!r}")
+    if not _is_number(value) or not 0 < value <= MOST:
+        raise ConfigError(f"{name} must be positive, and at most {MOST}, not {value!r}")
 
 
-def _check_groups(group_width: object, narrowest: float) -> None:
+def _check_groups(group_width: object, narrowest: int) -> None:
     if not _is_int(group_width) or not 1 <= group_width <= narrowest:  # type: ignore[operator]
         raise ConfigError(
-            f"group_width must be between 1 and the narrowest bottleneck, {int(narrowest)}; not {group_width!r}"
+            f"group_width must be between 1 and the narrowest bottleneck, {narrowest}; not {group_width!r}"
         )

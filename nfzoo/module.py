@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from . import model as functional_model
 from .checkpoint import Description, load_checkpoint, save_checkpoint
 from .config import ModelConfig, Preprocessing
 from .errors import ConfigError
+from .preprocess import evaluation_transform, open_image
 from .types import Block, Noise, Params
 from .variants import VARIANTS, variant
 
@@ -157,6 +160,11 @@ class NFNet(nn.Module):
                 f"the input must be (N, {self.config.in_channels}, H, W), not {tuple(x.shape)}; "
                 "a single image needs x[None]"
             )
+
+    def preprocess(self, image: str | Path | BinaryIO | Image.Image | np.ndarray, *, size: int | None = None) -> Tensor:
+        """The input `(in_channels, size, size)` for one image, as this model is evaluated: see `nfzoo.preprocess`."""
+        opened = open_image(image, channels=self.config.in_channels)
+        return evaluation_transform(opened, self.preprocessing, size=size)
 
     def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
         """A fresh classifier for another number of classes."""

@@ -79,6 +79,14 @@ def ema(
     return {name: a * d + params[name] * (1 - d) for name, a in average.items()}
 
 
+@torch.no_grad()
+def ema_(average: Mapping[str, Tensor], params: Mapping[str, Tensor], step: int, *, decay: float = 0.99999) -> None:
+    """`ema` in place: `average` takes the new values."""
+    d = ema_decay(step, decay)
+    for name, a in average.items():
+        a.lerp_(params[name], 1 - d)
+
+
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, minimum: float = 0.0) -> float:
     """Learning rate of a step: linear from 0 to `peak` over `warmup` steps, then half a cosine down to `minimum`.
 

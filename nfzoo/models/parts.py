@@ -224,7 +224,7 @@ class ResidualBlock(abc.ABC):
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         shortcut, residual = self.branches(p, x, beta)
         if keep is not None:
-            residual = residual * keep
+            residual = residual * keep.to(residual.dtype)
         if self.layers.rule.skip_gain:
             residual = residual * p["skip_gain"].reshape(())
         return residual * self.alpha + shortcut
@@ -273,7 +273,7 @@ class Pool:
 def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
     """`(N, C) -> (N, classes)`: dropout, then a linear layer."""
     if keep is not None:
-        x = x * keep
+        x = x * keep.to(x.dtype)
     return torch.nn.functional.linear(x, p["weight"], p["bias"])
 
 

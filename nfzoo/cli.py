@@ -1,0 +1,294 @@
+"""The `nfzoo` command: the zoo, what a model costs, predictions, training.
+
+Exit status: 0 done; 2 for bad input, with one line on standard error; 130 after Ctrl-C; 141 when the reader of the
+output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__, from_pretrained
+from .checkpoint import CONFIG_FILE, read_description
+from .config import ModelConfig, Preprocessing
+from .errors import CheckpointError, NfzooError
+from .model import BlockCost, costs, parameter_count
+from .plots import printable
+from .predict import Prediction, image_files, predict
+from .variants import VARIANTS, variant
+
+_EPILOG = """\
+examples:
+  nfzoo list                                 the models of the zoo
+  nfzoo info nfnet-f0                        what one of them costs, stage by stage
+  nfzoo train --model nfnet-test --data digits --output runs/digits
+  nfzoo predict runs/digits photos/          what a trained model sees in a folder of images
+
+`nfzoo COMMAND --help` says more about each.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and give its exit status; see the module."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end the program
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits; that must not fail as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (NfzooError, OSError) as error:
+        text = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"nfzoo: error: {text}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["train"]:
+        from .train import main as train
+
+        return train(arguments[1:])
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    options.run(options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nfzoo",
+        description="Normalizer-Free networks in PyTorch: NFNet, NF-ResNet and NF-RegNet.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nfzoo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    sub = add(
+        "list",
+        "the models of the zoo",
+        "List the models of the zoo: parameters, side of the square input in pixels when trained and when tested, the\n"
+        "ImageNet top-1 accuracy in percent that the source reports, and the source.",
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub.set_defaults(run=_list)
+
+    sub = add(
+        "info",
+        "what a model costs, stage by stage",
+        "Show what a model is and costs: parameters, multiply-accumulates of one image, and a table of its stages.\n\n"
+        "example: nfzoo info nfnet-f0",
+    )
+    sub.add_argument("model", metavar="MODEL", help="a name from `nfzoo list`, a checkpoint folder or its weight file")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+    sub.set_defaults(run=_info)
+
+    sub = add(
+        "predict",
+        "what a model sees in images",
+        "Print the most probable labels of images, and draw them with the images on a sheet.\n\n"
+        "example: nfzoo predict runs/digits cat.jpg photos/ --topk 3 --sheet cats.png",
+    )
+    sub.add_argument("model", metavar="MODEL", help="a checkpoint folder, its weight file, or a Hub repository")
+    sub.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder of images")
+    sub.add_argument("--topk", type=_positive, default=5, metavar="K", help="labels per image (default: 5)")
+    sub.add_argument(
+        "--sheet",
+        type=Path,
+        default=Path("predictions.png"),
+        metavar="PNG",
+        help="where to draw the images with their labels; replaces what is there (default: predictions.png)",
+    )
+    sub.add_argument("--no-sheet", action="store_const", const=None, dest="sheet", help="draw no sheet")
+    sub.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
+    sub.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: 32)")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+    sub.set_defaults(run=_predict)
+
+    add("train", "train or fine-tune a model", "")  # for the help alone: _run hands `train` on
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _list(options: argparse.Namespace) -> None:
+    rows = [
+        {
+            "name": v.name,
+            "family": v.config.family,
+            "parameters": parameter_count(v.config),
+            "train_size": v.preprocessing.train_size,
+            "test_size": v.preprocessing.test_size,
+            "top1": v.top1,
+            "source": v.source,
+        }
+        for v in VARIANTS.values()
+    ]
+    if options.json:
+        _print_json(rows)
+        return
+    header = ("name", "family", "parameters", "train", "test", "top-1", "source")
+    cells = [
+        (
+            row["name"],
+            row["family"],
+            _millions(row["parameters"]),
+            str(row["train_size"]),
+            str(row["test_size"]),
+            "" if row["top1"] is None else f"{row['top1']:.1f}",
+            row["source"],
+        )
+        for row in rows
+    ]
+    _print_table([header, *cells], "<<>>>><")
+
+
+def _info(options: argparse.Namespace) -> None:
+    config, preprocessing, facts = _lookup(options.model)
+    size = preprocessing.test_size
+    table = costs(config, size)
+    train_macs = sum(c.macs for c in costs(config, preprocessing.train_size))
+    stages = _stages(table)
+    macs = sum(c.macs for c in table)
+    parameters = sum(c.parameters for c in table)
+    if options.json:
+        _print_json(
+            {
+                **facts,
+                "parameters": parameters,
+                "macs": {"train": train_macs, "test": macs},
+                "architecture": config.to_dict(),
+                "preprocessing": preprocessing.to_dict(),
+                "stages": [
+                    {"name": n, "blocks": b, "output": list(c.output), "parameters": c.parameters, "macs": c.macs}
+                    for n, b, c in stages
+                ],
+            }
+        )
+        return
+    for key, value in facts.items():
+        if value is not None:
+            print(f"{key + ':':<22}{printable(str(value))}")
+    resize = f"{preprocessing.resize}, margin {preprocessing.margin} pixels"
+    if preprocessing.resize == "shortest-edge":
+        resize = f"{preprocessing.resize}, crop {preprocessing.crop:g}"
+    print(f"{'family:':<22}{config.family}, {config.activation}, {config.rules} rules")
+    print(f"{'classes:':<22}{config.num_classes}")
+    print(f"{'parameters:':<22}{parameters:,}")
+    for use, side, count in (
+        ("train", preprocessing.train_size, train_macs),
+        ("test", size, macs),
+    ):
+        print(f"{use + ' input:':<22}{side} x {side} pixels, {_giga(count)} multiply-accumulates")
+    print(f"{'evaluation resize:':<22}{resize}")
+    print()
+    total = ("total", str(sum(b for _, b, _ in stages)), "", f"{parameters:,}", _giga(macs))
+    cells = [(n, str(b), " x ".join(map(str, c.output)), f"{c.parameters:,}", _giga(c.macs)) for n, b, c in stages]
+    _print_table([("stage", "blocks", f"output at {size}", "parameters", "MACs"), *cells, total], "<>>>>")
+
+
+def _lookup(source: str) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
+    """A zoo name or a checkpoint; what exists on disk comes first, as in `from_pretrained`."""
+    path = Path(source)
+    if not path.exists():
+        row = variant(source)
+        top1 = None if row.top1 is None else f"{row.top1:.1f} % on ImageNet, as the source reports"
+        return row.config, row.preprocessing, {"name": row.name, "source": row.source, "top-1": top1}
+    if path.is_file() and path.suffix not in (".safetensors", ".json"):
+        raise CheckpointError(f"{path} is neither a checkpoint folder nor a .safetensors file")
+    found = read_description(path / CONFIG_FILE if path.is_dir() else path)
+    labels = None
+    if found.labels is not None:
+        more = ", …" if len(found.labels) > 8 else ""
+        labels = ", ".join(found.labels[:8]) + more
+    source_of = None if found.provenance is None else json.dumps(dict(found.provenance), ensure_ascii=False)
+    return found.config, found.preprocessing, {"name": found.name, "source": source_of, "labels": labels}
+
+
+def _stages(table: Sequence[BlockCost]) -> list[tuple[str, int, BlockCost]]:
+    """(name, number of blocks, costs) of the stem, each stage, the final convolution and the head with its pooling."""
+    groups: dict[str, list[BlockCost]] = {}
+    for cost in table:
+        parts = cost.name.split(".")
+        name = ".".join(parts[:2]) if parts[0] == "stages" else "head" if parts[0] == "pool" else parts[0]
+        groups.setdefault(name, []).append(cost)
+    return [
+        (name, len(g), BlockCost(name, g[-1].output, sum(c.parameters for c in g), sum(c.macs for c in g)))
+        for name, g in groups.items()
+    ]
+
+
+def _predict(options: argparse.Namespace) -> None:
+    files = image_files(options.images, without=options.sheet)
+    model = from_pretrained(options.model)
+    found = predict(
+        model,
+        files,
+        topk=options.topk,
+        sheet=options.sheet,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+    if options.json:
+        _print_json([_as_json(p) for p in found])
+    else:
+        width = max(len(printable(label)) for p in found for label, _ in p.top)
+        for prediction in found:
+            print(printable(str(prediction.path)))
+            for label, probability in prediction.top:
+                bar = "#" * round(30 * probability)
+                print(f"  {100 * probability:5.1f} %  {printable(label):<{min(width, 40)}}  {bar}".rstrip())
+    if options.sheet is not None:
+        print(f"wrote {printable(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)
+
+
+def _as_json(prediction: Prediction) -> dict[str, Any]:
+    top = [{"label": label, "probability": probability} for label, probability in prediction.top]
+    return {"path": str(prediction.path), "predictions": top}
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(rows: Sequence[Sequence[str]], alignment: str) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
+    for row in rows:
+        print("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)).rstrip())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.2f} M"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Images to tensors: decoding, the two evaluation rules, and the random crop of training.
+
+TensorFlow's bicubic resize is written out here, since no other library computes it: torch's has another kernel
+(a = -0.75), Pillow's is antialiased.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from .config import Preprocessing
+from .errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+"""Lower-case endings of the files that a folder of images is taken to hold."""
+
+# Formats that are pixels. Left out are those that Pillow hands to other programs, such as EPS to Ghostscript.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+# EXIF tag 0x0112. Source: CIPA DC-008, table of "Orientation".
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# An image longer than this many times its height is cut to that before the shorter edge is scaled up: a line of
+# 1 x 100000 pixels would else need gigabytes of which the centre crop keeps one square.
+_LONGEST = 32
+
+_TABLE = 1024  # TensorFlow, resize_bicubic_op.cc: kTableSize
+
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def open_image(source: str | Path | BinaryIO | Image.Image | np.ndarray, *, channels: int = 3) -> Image.Image:
+    """An upright 8-bit image, fully loaded, of mode `RGB` (three channels) or `L` (one).
+
+    Transparent pixels are laid over white, 16-bit values are scaled by 255 / 65535, the EXIF orientation is applied,
+    and of an animation the first frame is taken. The result carries no metadata.
+
+    Args:
+        source: a path, a binary file, a Pillow image, or a `uint8` array of `(H, W)` or `(H, W, 1 | 3 | 4)`.
+
+    Raises:
+        DataError: for what is absent, damaged, no image, or beyond Pillow's limit of 179 million pixels.
+    """
+    if channels not in _MODES:
+        raise DataError(
+            f"images are read with 1 or 3 channels, not {channels}; prepare the input of such a model yourself"
+        )
+    if isinstance(source, np.ndarray):
+        return _convert(_from_array(source), channels)
+    name = _name(source)
+    try:
+        with _silent():
+            if isinstance(source, Image.Image):
+                return _convert(source, channels)
+            Image.init()  # finds the formats that this Pillow was built with
+            with Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+                return _convert(image, channels)
+    except Exception as error:  # a damaged file makes the decoders raise almost anything
+        raise DataError(f"{name} {_reason(source, error)}") from error
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    image.load()
+    turn = _turn(image)
+    plain = image.copy() if turn is None else image.transpose(turn)
+    if plain.mode.startswith("I"):
+        plain = _from_16_bit(plain)
+    elif plain.mode == "F":
+        raise DataError("holds floating-point pixels; save it with 8 or 16 bits a channel")
+    elif plain.has_transparency_data:
+        plain = plain.convert("RGBA")
+        plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
+    plain = plain if plain.mode == _MODES[channels] else plain.convert(_MODES[channels])
+    plain.info = {}  # an orientation that stayed would be applied again
+    return plain
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata is no reason to refuse the pixels
+        return None
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Modes `I;16*`, and `I`, as which Pillow before 11 opens 16-bit PNG files."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError("holds 32-bit pixels; save it with 8 or 16 bits a channel")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    shape = tuple(array.shape)
+    if array.dtype != np.uint8:
+        raise DataError(
+            f"an image array must be uint8 with values from 0 to 255, not {array.dtype}; "
+            "if yours runs from 0 to 1, pass (255 * array).round().astype('uint8')"
+        )
+    if not (array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))) or 0 in shape:
+        hint = "; move the channels last: array.transpose(1, 2, 0)" if array.ndim == 3 and shape[0] in (1, 3, 4) else ""
+        raise DataError(f"an image array must be (H, W) or (H, W, 1 | 3 | 4), not {shape}{hint}")
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if shape[2:] == (1,) else array))
+
+
+def _name(source: object) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source)
+    if isinstance(source, Image.Image):
+        return os.fsdecode(getattr(source, "filename", "") or "the image")
+    if hasattr(source, "read"):
+        return str(getattr(source, "name", "the image"))
+    kind = type(source).__name__
+    raise DataError(f"an image is a path, a binary file, a Pillow image or a uint8 array, not a {kind}")
+
+
+def _reason(source: object, error: Exception) -> str:
+    match error:
+        case DataError():
+            return str(error)
+        case FileNotFoundError():
+            return "does not exist"
+        case IsADirectoryError():
+            return "is a folder, not an image"
+        case PermissionError():
+            return "may not be read: permission denied"
+        case UnidentifiedImageError():
+            empty = isinstance(source, str | os.PathLike) and not os.stat(source).st_size
+            return "is empty" if empty else "is no image of a known format, or its beginning is damaged"
+        case Image.DecompressionBombError():
+            return f"is too large ({error}); scale it down first"
+        case MemoryError():
+            return "does not fit into memory; scale it down first"
+    text = " ".join(str(error).split())
+    return f"cannot be decoded ({text or type(error).__name__}); it may be damaged or cut off"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Pillow's warnings (large images, broken metadata) held back; those of others pass."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        yield
+
+
+def tf_bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """TensorFlow's bicubic resize of `(H, W, C)` to float32 `(height, width, C)`, without antialiasing or clamping.
+
+    Output i lies at `x = (i + 1/2) * H / height - 1/2` and sums the four pixels around x with Keys' kernel, a = -0.5:
+
+        w(d) = 3/2 d³ - 5/2 d² + 1              for d <= 1
+        w(d) = -1/2 d³ + 5/2 d² - 4 d + 2       for 1 < d < 2
+
+    where `d = |x - pixel|` with `x - floor(x)` rounded to multiples of 1/1024. Pixels outside the image have weight 0,
+    the others are divided by their sum.
+
+    Source: `tf.image.resize(..., "bicubic")`, tensorflow/core/kernels/image/resize_bicubic_op.cc; R. G. Keys, 1981.
+    """
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        raise DataError(f"the pixels to resize must be (H, W, C), not {tuple(pixels.shape)}")
+    _check_size(height)
+    _check_size(width)
+    return _taps(_taps(pixels, height).swapaxes(0, 1), width).swapaxes(0, 1)
+
+
+def _taps(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resize the first axis, adding the four taps in TensorFlow's order."""
+    index, weight = _bicubic_weights(pixels.shape[0], size)
+    result = np.zeros((size, *pixels.shape[1:]), np.float32)
+    for k in range(4):
+        result += pixels[index[:, k]] * weight[:, k, None, None]
+    return result
+
+
+def _bicubic_weights(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source pixels and float32 weights, both `(size, 4)`, in float32 arithmetic throughout as in TensorFlow."""
+    scale = np.float32(length) / np.float32(size)
+    x = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    low = np.floor(x)
+    step = np.rint((x - low) * np.float32(_TABLE)).astype(np.int64)
+    near, far = _kernel()
+    weight = np.stack([far[step], near[step], near[_TABLE - step], far[_TABLE - step]], axis=1)
+    index = low.astype(np.int64)[:, None] + np.arange(-1, 3)
+    weight[(index < 0) | (index >= length)] = 0
+    weight *= np.float32(1) / weight.sum(axis=1, keepdims=True)
+    return index.clip(0, length - 1), weight
+
+
+def _kernel() -> tuple[np.ndarray, np.ndarray]:
+    """Keys' kernel at d = k / 1024 and at d = 1 + k / 1024."""
+    a = -0.5
+    d = np.arange(_TABLE + 1) / _TABLE
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    d = d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return near.astype(np.float32), far.astype(np.float32)
+
+
+def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, size: int | None = None) -> Tensor:
+    """The model's input, float32 `(C, size, size)`, of an image from `open_image`.
+
+    `"deepmind"`: the whole image, its aspect not kept, to `(size + margin)` squared by `tf_bicubic`, centre crop.
+    `"shortest-edge"`: the shorter edge to `floor(size / crop)` by Pillow's antialiased bicubic, centre crop.
+    Then `(pixel / 255 - mean) / std`.
+
+    Args:
+        size: side of the result in pixels; `preprocessing.test_size` by default.
+
+    Source: the code released with arXiv 2102.06171; timm 1.0 with torchvision's roundings.
+    """
+    size = _check_size(preprocessing.test_size if size is None else size)
+    _check_mode(image, preprocessing)
+    if preprocessing.resize == "deepmind":
+        side = size + preprocessing.margin
+        pixels = tf_bicubic(_array(image), side, side)
+    else:
+        pixels = _array(_shorter_edge(image, math.floor(size / preprocessing.crop)))
+    top, left = (round((n - size) / 2) for n in pixels.shape[:2])
+    return normalize(pixels[top : top + size, left : left + size], preprocessing)
+
+
+def training_transform(
+    image: Image.Image,
+    preprocessing: Preprocessing,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    size: int | None = None,
+) -> Tensor:
+    """A random part of an image from `open_image`, resized to float32 `(C, size, size)`, perhaps mirrored.
+
+    The part has a uniform share of the area and a log-uniform aspect; after ten draws that do not fit it is the largest
+    central one within `ratio`. It is resized by the bicubic of the rule, then normalised as in `evaluation_transform`.
+
+    Args:
+        rng: where all randomness comes from.
+        scale: least and greatest share of the image's area, in (0, 1].
+        ratio: least and greatest width / height.
+        flip: probability of a horizontal reflection.
+        size: side of the result in pixels; `preprocessing.train_size` by default.
+
+    Source: arXiv 1409.4842, section 6; fallback as torchvision's RandomResizedCrop.
+    """
+    size = _check_size(preprocessing.train_size if size is None else size)
+    _check_mode(image, preprocessing)
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise DataError(f"scale must be two increasing shares in (0, 1], not {scale!r}")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise DataError(f"ratio must be two increasing positive numbers, not {ratio!r}")
+    if not 0 <= flip <= 1:
+        raise DataError(f"flip must be a probability, not {flip!r}")
+    part = image.crop(random_box(image.width, image.height, rng, scale=scale, ratio=ratio))
+    if preprocessing.resize == "deepmind":
+        pixels = tf_bicubic(_array(part), size, size)
+    else:
+        pixels = _array(part.resize((size, size), Image.Resampling.BICUBIC))
+    return normalize(pixels[:, ::-1] if rng.random() < flip else pixels, preprocessing)
+
+
+def random_box(
+    width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part that `training_transform` keeps."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def normalize(pixels: np.ndarray, preprocessing: Preprocessing) -> Tensor:
+    """`(pixel / 255 - mean) / std` of grey levels `(H, W, C)`, as a float32 tensor `(C, H, W)`."""
+    mean = np.asarray(preprocessing.mean, np.float32)
+    std = np.asarray(preprocessing.std, np.float32)
+    values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def _shorter_edge(image: Image.Image, size: int) -> Image.Image:
+    """Resize so that the shorter edge is `size`; the other is truncated, as torchvision does it."""
+    width, height = image.size
+    limit = _LONGEST * min(width, height)
+    if max(width, height) > limit:
+        w, h = min(width, limit), min(height, limit)
+        left, top = (width - w) // 2, (height - h) // 2
+        image = image.crop((left, top, left + w, top + h))
+        width, height = w, h
+    long = int(size * max(width, height) / min(width, height))
+    return image.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _check_size(size: int) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DataError(f"the size must be a positive number of pixels, not {size!r}")
+    return size
+
+
+def _check_mode(image: Image.Image, preprocessing: Preprocessing) -> None:
+    channels = len(preprocessing.mean)
+    if image.mode != _MODES.get(channels):
+        raise DataError(
+            f"the model wants {channels} channels and the image has mode {image.mode!r}; "
+            f"open it with open_image(source, channels={channels})"
+        )

@@ -1,0 +1,484 @@
+"""Training and fine-tuning with Accelerate: `accelerate launch -m nfzoo.train --model … --data … --output …`.
+
+The batch size is global and every random choice depends on the seed, the epoch, the step and the image alone, so that
+one process and several train the same model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+from .adapter import AGCSGD, param_groups
+from .checkpoint import CONFIG_FILE, Description, save_checkpoint
+from .config import ModelConfig, Preprocessing
+from .data import DIGITS, GENTLE, Augment, Split, evaluation_batches, open_split, training_batches
+from .errors import ConfigError, DataError, NfzooError
+from .files import replaced
+from .model import apply, sample_noise
+from .module import NFNet, create
+from .optim import ema_, warmup_cosine
+from .plots import training_curves
+from .step import cross_entropy
+from .types import Params
+from .variants import VARIANTS
+
+logger = logging.getLogger("nfzoo")
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+RUN_FILE = "train.yaml"
+
+
+class TrainingError(NfzooError, RuntimeError):
+    """Training that cannot go on, such as a loss that is no longer a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer: AGC, weight decay, Nesterov momentum, a warm-up and a cosine, a moving average of the weights.
+
+    Attributes:
+        lr: peak learning rate; by default 0.1 for batches of 64 to 256, in proportion to the batch outside, and a tenth
+            of that from pretrained weights.
+        momentum: of SGD.
+        nesterov: whether momentum is Nesterov's.
+        weight_decay: added to the gradients of kernels and linears.
+        clip: AGC threshold; null trains without. The papers' 0.01 is for batches of 1024 and more.
+        warmup_epochs: epochs of linear warm-up.
+        min_lr: learning rate at the end of the cosine.
+        label_smoothing: of the cross-entropy.
+        ema_decay: of the moving average, which is what is saved; null keeps none and saves the live weights.
+    """
+
+    lr: float | None = None
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 2e-5
+    clip: float | None = 0.1
+    warmup_epochs: float = 1.0
+    min_lr: float = 0.0
+    label_smoothing: float = 0.1
+    ema_decay: float | None = 0.9999
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "warmup_epochs", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name} must not be negative, is {getattr(self, name)!r}")
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"optim.{name} must be in [0, 1), not {value!r}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"optim.{name} must be positive, not {value!r}; null is the default or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: a zoo name, a Hub repository, a checkpoint folder or a weight file.
+        data: "digits", the embedded handwritten digits; or a folder with one subfolder of images per class, or with
+            such folders in train/ and val/.
+        output: the folder to write: the model, metrics.jsonl, curves.png and train.yaml.
+        epochs: passes over the training images.
+        batch_size: images per step, over all processes.
+        seed: of everything random.
+        pretrained: start from the published weights of a zoo name; by default if there are any.
+        train_size: side of the training images in pixels; by default the model's.
+        test_size: side of the held-out images in pixels; by default the model's.
+        drop_rate: dropout rate; by default the model's.
+        stochastic_depth: stochastic depth rate; by default the model's.
+        validation_fraction: part of each class that is held out where the data have no such part.
+        augment: random crops and flips; by default gentle ones for the digits and the papers' for folders.
+        skip_broken: leave images out that cannot be read, and name them, instead of stopping. Reads all once before.
+        workers: loader processes per training process; by default as many as there are processors, up to 8.
+        mixed_precision: "no", "bf16" or "fp16"; by default as Accelerate is configured.
+        overwrite: write into an output folder that holds a model already.
+        optim: the optimizer.
+    """
+
+    model: str
+    data: str
+    output: str
+    epochs: int = 15
+    batch_size: int = 32
+    seed: int = 0
+    pretrained: bool | None = None
+    train_size: int | None = None
+    test_size: int | None = None
+    drop_rate: float | None = None
+    stochastic_depth: float | None = None
+    validation_fraction: float = 0.2
+    augment: Augment | None = None
+    skip_broken: bool = False
+    workers: int | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    overwrite: bool = False
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "train_size", "test_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, is {self.seed!r}")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"workers must not be negative, is {self.workers!r}")
+
+
+class Result(NamedTuple):
+    """What a run gave: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training."""
+
+    folder: Path
+    accuracy: float
+    ema_accuracy: float | None
+    training_seconds: float
+
+
+class Score(NamedTuple):
+    """Mean loss and top-1 accuracy over a data set."""
+
+    loss: float
+    accuracy: float
+
+
+def train(config: TrainConfig) -> Result:
+    """Run a training to its end and save the model after each epoch.
+
+    Nothing is written before the first epoch is through.
+
+    Raises:
+        NfzooError: for bad input; see `nfzoo.errors`.
+        TrainingError: if the loss stops being a number.
+    """
+    output = Path(config.output)
+    if (output / CONFIG_FILE).exists() and not config.overwrite:
+        raise ConfigError(f"{config.output!r} holds a model already; choose another output, or pass --overwrite true")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{config.output!r} is a file; the output must be a folder")
+    split = _open_data(config)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if config.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes; "
+            "make it a multiple"
+        )
+    if len(split.train) < config.batch_size:
+        raise DataError(
+            f"{len(split.train)} training images do not fill a batch of {config.batch_size}; pass a smaller one"
+        )
+    run = _Run(config, split, accelerator)
+    accelerator.wait_for_everyone()
+    return run.to_end()
+
+
+class _Run:
+    """One training run: what its epochs share."""
+
+    def __init__(self, config: TrainConfig, split: Split, accelerator: Accelerator) -> None:
+        self.config, self.split, self.accelerator = config, split, accelerator
+        optim = config.optim
+        model, pretrained = _open_model(config, split.train.classes)
+        self.cfg: ModelConfig = model.config
+        self.preprocessing = model.preprocessing
+        self.description = model.description
+        self.augment = config.augment or (GENTLE if config.data == DIGITS else Augment())
+        self.workers = _workers(config, accelerator.num_processes)
+        self.steps_per_epoch = len(split.train) // config.batch_size
+        self.peak_lr = optim.lr or default_lr(config.batch_size, pretrained)
+        groups = param_groups(model, weight_decay=optim.weight_decay, clip=optim.clip)
+        self.sgd = AGCSGD(
+            groups, self.peak_lr, momentum=optim.momentum, nesterov=optim.nesterov, weight_decay=0.0, clip=None
+        )
+        self.model, self.optimizer = accelerator.prepare(model, self.sgd)
+        self.live: Params = dict(accelerator.unwrap_model(self.model).named_parameters())
+        self.average: Params | None = None
+        if optim.ema_decay is not None:
+            self.average = {name: p.detach().clone() for name, p in self.live.items()}
+        self.step = 0
+        self.rows: list[dict[str, Any]] = []
+        self._say(
+            f"{config.model}: {sum(p.numel() for p in self.live.values()):,} parameters, "
+            f"{'pretrained' if pretrained else 'random'} weights; {len(split.train):,} images to train on, "
+            f"{len(split.validation):,} held out, {len(split.train.classes)} classes; "
+            f"{accelerator.num_processes} process(es) on {accelerator.device.type}, peak learning rate {self.peak_lr:g}"
+        )
+
+    def to_end(self) -> Result:
+        seconds = 0.0
+        row: dict[str, Any] = {}
+        for epoch in range(self.config.epochs):
+            start = time.perf_counter()
+            row = self._epoch(epoch)
+            row["images_per_second"] = self.steps_per_epoch * self.config.batch_size / (time.perf_counter() - start)
+            seconds += time.perf_counter() - start
+            row |= self._evaluate()
+            self.rows.append(row)
+            self._save(row)
+            ema = "" if self.average is None else f", {row['ema_accuracy']:.2%} averaged"
+            self._say(
+                f"epoch {epoch + 1:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
+                f"{row['accuracy']:.2%} live{ema}  clipped {row['clipped']:.1%}  "
+                f"{row['images_per_second']:.0f} images/s"
+            )
+        self._say(f"saved to {self.config.output}")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return Result(Path(self.config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        config, accelerator, optim = self.config, self.accelerator, self.config.optim
+        warmup = round(optim.warmup_epochs * self.steps_per_epoch)
+        total = config.epochs * self.steps_per_epoch
+        batches = training_batches(
+            self.split.train,
+            self.preprocessing,
+            epoch=epoch,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            augment=self.augment,
+            workers=self.workers,
+        )
+        self.model.train()
+        loss_sum = correct = clipped = torch.zeros((), device=accelerator.device)
+        seen, lr = 0, 0.0
+        start = time.perf_counter()
+        with self._bar(batches, f"epoch {epoch + 1}/{config.epochs}") as bar:
+            for images, labels in bar:
+                images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+                lr = warmup_cosine(self.step, peak=self.peak_lr, warmup=warmup, total=total, minimum=optim.min_lr)
+                for group in self.sgd.param_groups:
+                    group["lr"] = lr
+                logits = self.model(images, self._noise())
+                loss = cross_entropy(logits, labels, optim.label_smoothing)
+                accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.average is not None and optim.ema_decay is not None:
+                    ema_(self.average, self.live, self.step, decay=optim.ema_decay)
+                self.step += 1
+                seen += len(labels)
+                loss_sum = loss_sum + loss.detach() * len(labels)
+                correct = correct + (logits.detach().argmax(1) == labels).sum()
+                if self.sgd.clipped_fraction is not None:
+                    clipped = clipped + self.sgd.clipped_fraction
+                if self.step % 10 == 0 or self.step % self.steps_per_epoch == 0:
+                    mean_loss = float(loss_sum) / seen
+                    if not math.isfinite(mean_loss):
+                        saved = f"{config.output} holds the epoch before" if epoch else "nothing was saved"
+                        raise TrainingError(
+                            f"the loss is {mean_loss} at step {self.step} (epoch {epoch + 1}), learning rate {lr:g}; "
+                            f"{saved}; lower optim.lr or optim.clip"
+                        )
+                    rate = seen * accelerator.num_processes / (time.perf_counter() - start)
+                    bar.set_postfix_str(
+                        f"loss {mean_loss:.3f}, accuracy {float(correct) / seen:.1%}, "
+                        f"clipped {float(self.sgd.clipped_fraction or 0):.1%}, {rate:.0f} images/s"
+                    )
+        totals = torch.stack([loss_sum, correct, torch.tensor(float(seen), device=accelerator.device)])
+        loss_total, correct_total, seen_total = self._sum(totals)
+        return {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": lr,
+            "train_loss": loss_total / seen_total,
+            "train_accuracy": correct_total / seen_total,
+            "clipped": float(clipped) / self.steps_per_epoch,
+        }
+
+    def _noise(self) -> dict[str, Tensor] | None:
+        """This process's rows of the global batch's masks."""
+        seed = int(np.random.SeedSequence([self.config.seed, self.step]).generate_state(1, np.uint64)[0] >> 1)
+        noise = sample_noise(self.cfg, self.config.batch_size, generator=torch.Generator().manual_seed(seed))
+        part = self.config.batch_size // self.accelerator.num_processes
+        rows = slice(self.accelerator.process_index * part, (self.accelerator.process_index + 1) * part)
+        return {name: mask[rows].to(self.accelerator.device) for name, mask in noise.items()}
+
+    def _evaluate(self) -> dict[str, float]:
+        live = self._score(self.live)
+        row = {"loss": live.loss, "accuracy": live.accuracy}
+        if self.average is not None:
+            averaged = self._score(self.average)
+            row |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.accuracy}
+        return row
+
+    @torch.no_grad()
+    def _score(self, params: Mapping[str, Tensor]) -> Score:
+        batches = evaluation_batches(
+            self.split.validation,
+            self.preprocessing,
+            batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=self.workers,
+        )
+        totals = torch.zeros(3, device=self.accelerator.device)
+        for images, labels in batches:
+            images, labels = images.to(self.accelerator.device), labels.to(self.accelerator.device)
+            with self.accelerator.autocast():
+                logits = apply(self.cfg, params, images)
+            loss = cross_entropy(logits, labels) * len(labels)
+            totals += torch.stack([loss, (logits.argmax(1) == labels).sum().float(), loss.new_tensor(len(labels))])
+        loss_sum, correct, seen = self._sum(totals)
+        return Score(loss_sum / seen, correct / seen)
+
+    def _sum(self, values: Tensor) -> list[float]:
+        reduced = self.accelerator.reduce(values, reduction="sum")
+        return reduced.tolist()  # type: ignore[union-attr]
+
+    def _save(self, row: Mapping[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        config, output = self.config, Path(self.config.output)
+        provenance = {
+            "trained_from": config.model,
+            "data": config.data,
+            "epochs": row["epoch"],
+            "weights": "live" if self.average is None else "ema",
+            "accuracy": row["accuracy"] if self.average is None else row["ema_accuracy"],
+        }
+        description = self.description._replace(provenance=provenance)
+        save_checkpoint(output, description, self.live if self.average is None else self.average)
+        with replaced(output / METRICS_FILE) as scratch:
+            scratch.write_text("".join(json.dumps(r) + "\n" for r in self.rows), encoding="utf-8")
+        with replaced(output / RUN_FILE) as scratch:
+            scratch.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
+        try:
+            training_curves(output / METRICS_FILE, output / CURVES_FILE)
+        except ModuleNotFoundError:
+            logger.info("no %s: the plots need matplotlib (pip install 'nfzoo[plots]')", CURVES_FILE)
+
+    def _bar(self, batches: Iterator[tuple[Tensor, Tensor]], title: str) -> tqdm[tuple[Tensor, Tensor]]:
+        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        return tqdm(batches, desc=title, total=self.steps_per_epoch, unit="step", leave=False, disable=hidden)
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
+
+
+def default_lr(batch_size: int, pretrained: bool) -> float:
+    """The peak learning rate where none is given: see `OptimConfig`."""
+    lr = max(0.1 * min(batch_size / 64, 1.0), 0.1 * batch_size / 256)
+    return lr / 10 if pretrained else lr
+
+
+def _open_data(config: TrainConfig) -> Split:
+    split = open_split(config.data, validation_fraction=config.validation_fraction, seed=config.seed)
+    if not config.skip_broken or config.data == DIGITS:
+        return split
+    parts = []
+    for part in split:
+        kept, problems = part.without_broken()  # type: ignore[union-attr]
+        for problem in problems:
+            logger.warning("left out: %s", problem)
+        emptied = set(range(len(part.classes))) - set(kept.labels)
+        if emptied:
+            raise DataError(f"no readable image is left in class {part.classes[min(emptied)]!r}")
+        parts.append(kept)
+    return Split(*parts)
+
+
+def _open_model(config: TrainConfig, classes: tuple[str, ...]) -> tuple[NFNet, bool]:
+    from_disk = Path(config.model).exists()
+    if from_disk or config.model not in VARIANTS or config.pretrained:
+        if config.pretrained is False:
+            raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
+        from . import from_pretrained
+
+        model = from_pretrained(config.model, num_classes=len(classes))
+        pretrained = True
+    else:
+        generator = torch.Generator().manual_seed(config.seed)
+        model = create(config.model, num_classes=len(classes), generator=generator)
+        pretrained = False
+    changes = {n: getattr(config, n) for n in ("drop_rate", "stochastic_depth") if getattr(config, n) is not None}
+    sizes = {n: getattr(config, n) for n in ("train_size", "test_size") if getattr(config, n) is not None}
+    preprocessing = Preprocessing.from_dict({**model.preprocessing.to_dict(), **sizes})
+    description = Description(model.config.replace(**changes), preprocessing, model.name, classes)
+    return NFNet.from_params(description, {n: p.detach() for n, p in model.named_parameters()}), pretrained
+
+
+def _workers(config: TrainConfig, processes: int) -> int:
+    if config.workers is not None:
+        return config.workers
+    if config.data == DIGITS:
+        return 0
+    return min(8, max(1, (os.cpu_count() or 1) // processes))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="nfzoo train",
+        description="Train or fine-tune a model of the zoo.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", action="config", help="YAML file of options; options after it override it.")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> TrainConfig:
+    """A configuration from command-line arguments. A `ConfigError` for anything that does not fit."""
+    parser = _parser()
+    try:
+        namespace = parser.parse_args(argv)
+        fields = dict(parser.instantiate(namespace))
+    except NfzooError:
+        raise
+    except Exception as error:  # jsonargparse raises many kinds; all mean that the arguments do not fit
+        raise ConfigError(" ".join(str(error).split())) from error
+    fields.pop("recipe", None)
+    return TrainConfig(**fields)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when the model is trained, 2 for bad input, 1 when training broke down."""
+    try:
+        train(parse(argv))
+    except TrainingError as error:
+        return _fail(error, 1)
+    except NfzooError as error:
+        return _fail(error, 2)
+    return 0
+
+
+def _fail(error: NfzooError, status: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"nfzoo train: error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

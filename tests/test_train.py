@@ -1,0 +1,232 @@
+"""The main job: training from the command line, one process and two, and everything it must refuse."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import nfzoo
+from nfzoo import demo, train
+from nfzoo.data import open_split
+from tests.test_data import write_images
+
+QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "142"]
+# Ten float32 steps with sums in another order; a parameter is of order one.
+PROCESSES_TOLERANCE = 1e-5
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def run(output: Path, *options: str, data: str = "digits") -> int:
+    return train.main([*QUICK, "--data", data, "--output", str(output), *options])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "pets", {"cat": 10, "dog": 10, "fish": 10})
+
+
+def test_result_is_a_model_with_its_record(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "run"
+    assert run(output, "--epochs", "2") == 0
+    model = nfzoo.from_pretrained(output)
+    assert model.labels == tuple("0123456789")
+    assert model.provenance is not None
+    assert model.provenance["weights"] == "ema"
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[-1]["step"] == 20
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert 0 < rows[0]["clipped"] < 1
+    assert yaml.safe_load((output / "train.yaml").read_text())["epochs"] == 2
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not [p for p in (tmp_path / "deep").iterdir() if p != output]
+
+    # The recorded accuracy is that of the saved weights.
+    validation = open_split("digits").validation
+    with torch.no_grad():
+        logits = model(torch.stack([model.preprocess(validation[i][0]) for i in range(len(validation))]))
+    accuracy = (logits.argmax(1) == torch.tensor(validation.labels)).float().mean()
+    assert float(accuracy) == pytest.approx(rows[-1]["ema_accuracy"], abs=1e-6)
+
+
+def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:
+    options = ["--drop_rate", "0.2", "--stochastic_depth", "0.2"]
+    for name in ("a", "b"):
+        assert run(tmp_path / name, *options) == 0
+    assert run(tmp_path / "c", *options, "--seed", "1") == 0
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    # Ten steps of 142 images, with dropout and stochastic depth, at the full learning rate from the first step on.
+    options = ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.warmup_epochs", "0"]
+    options += ["--optim.lr", "0.4"]
+    assert run(tmp_path / "one", *options) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1", "-m", "nfzoo.train"]
+    done = subprocess.run(
+        [*launch, *QUICK, "--data", "digits", "--output", str(tmp_path / "two"), *options],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = nfzoo.create("nfnet-test", generator=torch.Generator().manual_seed(0)).state_dict()
+    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
+    assert moved > 1000 * PROCESSES_TOLERANCE
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < PROCESSES_TOLERANCE
+    rows = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two")]
+    for key in ("train_loss", "train_accuracy", "loss", "accuracy", "ema_accuracy"):
+        assert rows[0][key] == pytest.approx(rows[1][key], abs=1e-5)
+
+
+def test_fine_tunes_a_checkpoint_for_other_classes(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = nfzoo.create("nfnet-test")
+    source.save_pretrained(tmp_path / "source")
+    with caplog.at_level(logging.WARNING, logger="nfzoo"):
+        options = ["--model", str(tmp_path / "source"), "--batch_size", "8", "--optim.lr", "1e-6", "--workers", "1"]
+        assert run(tmp_path / "tuned", *options, "--optim.ema_decay", "null", data=str(folder)) == 0
+    assert "10 classes" in caplog.text
+    tuned = nfzoo.from_pretrained(tmp_path / "tuned")
+    assert tuned.labels == ("cat", "dog", "fish")
+    key = "stages.0.0.conv1.weight"
+    assert torch.allclose(tuned.state_dict()[key], source.state_dict()[key], atol=1e-4)
+    assert tuned.provenance is not None
+    assert tuned.provenance["weights"] == "live"
+
+
+def test_recipe_with_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: nfnet-test\ndata: digits\nepochs: 7\noptim:\n  clip: 0.05\n  lr: 0.2\n")
+    config = train.parse(["--recipe", str(recipe), "--output", "x", "--optim.lr", "0.3", "--augment.flip", "0.25"])
+    assert (config.epochs, config.optim.clip, config.optim.lr) == (7, 0.05, 0.3)
+    assert config.augment is not None
+    assert config.augment.flip == 0.25
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--recipe", str(recipe), "--output", "x", "--print_config"])
+    assert stop.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert train.parse(["--recipe", str(printed)]) == train.parse(["--recipe", str(recipe), "--output", "x"])
+
+
+def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", "--augment.scale", "[0.5,1.0]") == 0
+    again = train.parse(["--recipe", str(tmp_path / "run" / "train.yaml")])
+    assert again.augment is not None
+    assert again.augment.scale == (0.5, 1.0)
+    assert again.batch_size == 142
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nfnet-tset"], "did you mean 'nfnet-test'"),
+        (["--data", "/no/such/folder"], "does not exist"),
+        (["--optim.learning_rate", "1"], "optim.learning_rate"),
+        (["--epoch", "three"], "epoch"),
+        (["--epochs", "three"], "epochs"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--batch_size", "5000"], "do not fill a batch of 5000"),
+        (["--optim.clip", "-1"], "clip must be positive"),
+        (["--optim.momentum", "1.5"], "momentum must be in"),
+        (["--seed", "-1"], "seed must not be negative"),
+        (["--drop_rate", "1"], "drop_rate must be in"),
+        (["--augment.flip", "3"], "flip must be a probability"),
+        (["--mixed_precision", "bf61"], "mixed_precision"),
+        (["--recipe", "/no/such/recipe.yaml"], "recipe"),
+        (["--pretrained", "true"], "no weights are published"),
+        (["--validation_fraction", "1.5"], "validation_fraction must be between"),
+    ],
+)
+def test_bad_options_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run(tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nfzoo train: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--model", "nfnet-test"]) == 2
+    assert "data, output" in capsys.readouterr().err
+
+
+def test_an_earlier_model_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nfzoo.create("nfnet-test").save_pretrained(tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert run(tmp_path / "run") == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert run(tmp_path / "run", "--overwrite", "true") == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_corrupt_image_is_fatal_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
+    data = tmp_path / "data"
+    write_images(data / "train", {"cat": 8, "dog": 8})
+    write_images(data / "val", {"cat": 2, "dog": 2})
+    broken = data / part / "dog" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    options = ["--batch_size", "8", "--workers", "1"]
+    assert run(tmp_path / "out", *options, data=str(data)) == 2
+    error = capsys.readouterr().err
+    assert str(broken) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_corrupt_images_are_left_out_when_asked(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = folder / "dog" / "1.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with caplog.at_level(logging.WARNING, logger="nfzoo"):
+        assert run(tmp_path / "out", "--batch_size", "8", "--skip_broken", "true", data=str(folder)) == 0
+    assert str(broken) in caplog.text
+    for image in (folder / "dog").iterdir():
+        image.write_bytes(b"")
+    assert run(tmp_path / "out2", "--batch_size", "8", "--skip_broken", "true", data=str(folder)) == 2
+    assert not (tmp_path / "out2").exists()
+
+
+def test_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optim.lr", "1e12", "--optim.clip", "null", "--optim.warmup_epochs", "0"]
+    assert run(tmp_path / "out", *options) == 1
+    assert "nothing was saved" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_default_learning_rate() -> None:
+    rates = {batch: train.default_lr(batch, pretrained=False) for batch in (16, 64, 256, 4096)}
+    assert rates == {16: 0.025, 64: 0.1, 256: 0.1, 4096: 1.6}  # the papers' is 0.1 * batch / 256
+    assert train.default_lr(64, pretrained=True) == pytest.approx(0.01)
+
+
+def test_demo_reads_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main([str(tmp_path / "demo")]) == 0
+    last = json.loads((tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["ema_accuracy"] >= demo.TARGET
+    printed = capsys.readouterr().out
+    for name in ("predictions.png", "curves.png", "metrics.jsonl"):
+        assert str(tmp_path / "demo" / name) in printed
+        assert (tmp_path / "demo" / name).stat().st_size > 0
