@@ -82,6 +82,7 @@ def describe(fields: object, source: str | Path) -> Description:
     try:
         config = config_from_dict(fields["architecture"])
         preprocessing = Preprocessing.from_dict(fields["preprocessing"])
+        preprocessing.check_channels(config)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     labels = fields.get("labels")
@@ -91,7 +92,12 @@ def describe(fields: object, source: str | Path) -> Description:
         if len(labels) != config.num_classes:
             raise CheckpointError(f"{source}: {len(labels)} labels for {config.num_classes} classes")
         labels = tuple(labels)
-    return Description(config, preprocessing, fields.get("name"), labels, fields.get("provenance"))
+    name, provenance = fields.get("name"), fields.get("provenance")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{source}: 'name' must be a string, not {name!r}")
+    if provenance is not None and not isinstance(provenance, dict):
+        raise CheckpointError(f"{source}: 'provenance' must be a JSON object, not {provenance!r}")
+    return Description(config, preprocessing, name, labels, provenance)
 
 
 def read_description(path: Path) -> Description:
@@ -112,9 +118,15 @@ def read_description(path: Path) -> Description:
             raise CheckpointError(f"there is no {path.name} in {path.parent}") from error
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path} is not text: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return _parse(text, source)
+
+
+def _parse(text: str, source: str) -> Description:
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError, or a number of too many digits
         raise CheckpointError(f"{source} is not JSON: {error}") from error
     return describe(fields, source)
 
@@ -127,7 +139,7 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
 
     Raises:
         CheckpointError: if the parameters do not fit the configuration, or `folder` is a file.
-        OSError: if the disk does not take it; what was there before is then still there.
+        OSError: if the disk does not take it; what was there before then still loads, at least from the weight file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -138,12 +150,15 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        config, weights = scratch / CONFIG_FILE, scratch / WEIGHTS_FILE
+        stage = scratch / "checkpoint"
+        stage.mkdir()  # unlike the scratch folder, with the mode that the umask gives
+        config, weights = stage / CONFIG_FILE, stage / WEIGHTS_FILE
         with config.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        metadata = {"format": "pt", "nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
+        # One key only: safetensors orders several at random, and equal models should be equal files.
+        metadata = {"nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
         save_file(tensors, weights, metadata=metadata)
         os.chmod(weights, config.stat().st_mode & 0o777)  # safetensors writes 0600
         _sync(weights)
@@ -152,8 +167,7 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
             os.replace(config, folder / CONFIG_FILE)
             _sync(folder)
         else:
-            os.chmod(scratch, 0o777 & ~_umask_bits(config))
-            os.replace(scratch, folder)
+            os.replace(stage, folder)
             _sync(folder.parent)
     except SafetensorError as error:
         raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
@@ -185,7 +199,7 @@ def load_checkpoint(
     with _open_weights(weights, str(device or "cpu")) as file:
         text = (file.metadata() or {}).get("nfzoo")
         if path.is_dir() and text is not None:
-            own = describe(json.loads(text), f"the metadata of {weights}")
+            own = _parse(text, f"the metadata of {weights}")
             if own.config != description.config:
                 raise CheckpointError(
                     f"{CONFIG_FILE} and {WEIGHTS_FILE} in {path} describe different models, as after an interrupted "
@@ -236,10 +250,6 @@ def _open_weights(path: Path, device: str) -> Any:
 def _has_metadata(path: Path) -> bool:
     with _open_weights(path, "cpu") as file:
         return "nfzoo" in (file.metadata() or {})
-
-
-def _umask_bits(plain_file: Path) -> int:
-    return 0o666 & ~plain_file.stat().st_mode
 
 
 def _sync(path: Path) -> None:

@@ -298,6 +298,20 @@ class Preprocessing:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
+    def for_channels(self, channels: int) -> Self:
+        """This, with mean and deviation 0.5 where `channels` is not the number that they are given for."""
+        if channels == len(self.mean):
+            return self
+        return dataclasses.replace(self, mean=(0.5,) * channels, std=(0.5,) * channels)
+
+    def check_channels(self, config: ModelConfig) -> None:
+        """Raise a `ConfigError` unless there is one mean for each input channel of the model."""
+        if len(self.mean) != config.in_channels:
+            raise ConfigError(
+                f"the preprocessing has {len(self.mean)} channels and the model {config.in_channels}; "
+                f"use preprocessing.for_channels({config.in_channels})"
+            )
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; unknown or missing fields are a `ConfigError`."""

@@ -29,3 +29,31 @@ def replaced(path: str | Path) -> Iterator[Path]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(folder: str | Path) -> Iterator[Path]:
+    """A scratch folder beside `folder` whose files take their place when the block ends, and vanish if it fails.
+
+    A new folder appears by one rename. In a folder that exists the files are replaced one by one, in the order of their
+    names backwards (`model.safetensors` before `config.json`); other files stay.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, not a folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as outer:
+        scratch = Path(outer) / "files"
+        scratch.mkdir()  # unlike the one around it, with the mode that the umask gives
+        yield scratch
+        mode = scratch.stat().st_mode & 0o666
+        files = sorted(scratch.iterdir(), reverse=True)
+        for path in files:
+            path.chmod(mode)  # safetensors writes 0600
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            for path in files:
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(scratch, folder)

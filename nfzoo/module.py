@@ -86,6 +86,8 @@ class NFNet(nn.Module):
         if preprocessing is None:
             known = VARIANTS.get(name or "")
             preprocessing = known.preprocessing if known else Preprocessing(train_size=224, test_size=224)
+            preprocessing = preprocessing.for_channels(config.in_channels)
+        preprocessing.check_channels(config)
         self.preprocessing = preprocessing
         self.provenance: dict[str, Any] | None = None
         self._register(functional_model.init(config, generator=generator, device=device, dtype=dtype))
@@ -202,11 +204,7 @@ def create(
     config = row.config.replace(**changes) if changes else row.config
     if labels is not None and "num_classes" not in changes:
         config = config.replace(num_classes=len(labels))
-    preprocessing = row.preprocessing
-    if config.in_channels != len(preprocessing.mean):
-        preprocessing = Preprocessing.from_dict(
-            {**preprocessing.to_dict(), "mean": [0.5] * config.in_channels, "std": [0.5] * config.in_channels}
-        )
+    preprocessing = row.preprocessing.for_channels(config.in_channels)
     return NFNet(
         config, preprocessing=preprocessing, labels=labels, name=name, generator=generator, device=device, dtype=dtype
     )

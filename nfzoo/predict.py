@@ -82,7 +82,7 @@ def predict(
         if sheet.resolve() in {path.resolve() for path in files}:
             raise DataError(f"the sheet {str(sheet)!r} would overwrite one of the images; give it another name")
     if device is not None:
-        model = model.to(_usable(device))
+        model = model.to(usable_device(device))
     predictions: list[Prediction] = []
     entries: list[SheetEntry] = []
     for start in range(0, len(files), batch_size):
@@ -145,7 +145,8 @@ def _check_counts(**counts: int) -> None:
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, once something was computed on it; a `ConfigError` if that fails."""
     try:
         usable = torch.device(device)
         torch.zeros(1, device=usable).item()

@@ -29,8 +29,18 @@ from tqdm import tqdm
 from .adapter import AGCSGD, param_groups
 from .checkpoint import CONFIG_FILE, Description, save_checkpoint
 from .config import ModelConfig, Preprocessing
-from .data import DIGITS, GENTLE, Augment, Split, evaluation_batches, open_split, training_batches
+from .data import (
+    DIGITS,
+    GENTLE,
+    Augment,
+    BrokenImageError,
+    Split,
+    evaluation_batches,
+    open_split,
+    training_batches,
+)
 from .errors import ConfigError, DataError, NfzooError
+from .evaluate import Score, default_workers, score
 from .files import replaced
 from .model import apply, sample_noise
 from .module import NFNet, create
@@ -155,13 +165,6 @@ class Result(NamedTuple):
     accuracy: float
     ema_accuracy: float | None
     training_seconds: float
-
-
-class Score(NamedTuple):
-    """Mean loss and top-1 accuracy over a data set."""
-
-    loss: float
-    accuracy: float
 
 
 def train(config: TrainConfig) -> Result:
@@ -320,13 +323,12 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         live = self._score(self.live)
-        row = {"loss": live.loss, "accuracy": live.accuracy}
+        row = {"loss": live.loss, "accuracy": live.top1}
         if self.average is not None:
             averaged = self._score(self.average)
-            row |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.accuracy}
+            row |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.top1}
         return row
 
-    @torch.no_grad()
     def _score(self, params: Mapping[str, Tensor]) -> Score:
         batches = evaluation_batches(
             self.split.validation,
@@ -336,15 +338,12 @@ class _Run:
             world=self.accelerator.num_processes,
             workers=self.workers,
         )
-        totals = torch.zeros(3, device=self.accelerator.device)
-        for images, labels in batches:
-            images, labels = images.to(self.accelerator.device), labels.to(self.accelerator.device)
+
+        def logits(images: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                logits = apply(self.cfg, params, images)
-            loss = cross_entropy(logits, labels) * len(labels)
-            totals += torch.stack([loss, (logits.argmax(1) == labels).sum().float(), loss.new_tensor(len(labels))])
-        loss_sum, correct, seen = self._sum(totals)
-        return Score(loss_sum / seen, correct / seen)
+                return apply(self.cfg, params, images)
+
+        return score(logits, batches, device=self.accelerator.device)
 
     def _sum(self, values: Tensor) -> list[float]:
         reduced = self.accelerator.reduce(values, reduction="sum")
@@ -428,7 +427,7 @@ def _workers(config: TrainConfig, processes: int) -> int:
         return config.workers
     if config.data == DIGITS:
         return 0
-    return min(8, max(1, (os.cpu_count() or 1) // processes))
+    return default_workers(processes)
 
 
 def _plain(value: Any) -> Any:
@@ -464,18 +463,20 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when the model is trained, 2 for bad input, 1 when training broke down."""
+    """The command line: 0 when the model is trained, 2 for bad input, 1 when training or the disk gave out."""
     try:
         train(parse(argv))
     except TrainingError as error:
         return _fail(error, 1)
     except NfzooError as error:
         return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, 1)
     return 0
 
 
-def _fail(error: NfzooError, status: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
+def _fail(error: Exception, status: int) -> int:
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, BrokenImageError):
         print(f"nfzoo train: error: {error}", file=sys.stderr)
     return status
 
