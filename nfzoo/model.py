@@ -6,7 +6,6 @@ from a generator or from a noise dictionary, never from hidden state.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,8 +21,14 @@ from .types import Block, Kind, Noise, Params, Plan
 
 def plan(cfg: ModelConfig) -> Plan:
     """The blocks of a model, in order. A `TypeError` for a configuration of no known family."""
-    # Dynamo traces through a cache and warns that it does; without one it traces the same in silence.
-    return _plan(cfg) if torch.compiler.is_compiling() else _cached_plan(cfg)
+    # Kept on the configuration itself, where compiled code finds it finished: Dynamo would trace through a cache, and
+    # that of torch 2.9 cannot trace the making of frozen dataclasses.
+    made = getattr(cfg, "_plan", None)
+    if made is None:
+        made = _plan(cfg)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(cfg, "_plan", made)
+    return made
 
 
 def _plan(cfg: ModelConfig) -> Plan:
@@ -34,9 +39,6 @@ def _plan(cfg: ModelConfig) -> Plan:
     if isinstance(cfg, NFRegNetConfig):
         return nf_regnet.plan(cfg)
     raise TypeError(f"no family has configurations of type {type(cfg).__name__}; use one of nfzoo.config.FAMILIES")
-
-
-_cached_plan = functools.lru_cache(maxsize=256)(_plan)
 
 
 def specs(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], Kind]]:
