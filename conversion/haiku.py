@@ -12,11 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from nfzoo.config import ModelConfig
-from nfzoo.errors import ConversionError
+from nfzoo.conversion.arrays import Leaf
+from nfzoo.errors import ConfigError, ConversionError
 from nfzoo.model import specs
 from nfzoo.types import Params
+from nfzoo.variants import VARIANTS, Variant, variant
 
-Tree = Mapping[str, Mapping[str, NDArray]]
+Tree = Mapping[str, Mapping[str, NDArray | Leaf]]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Canonical name -> shape; see `canonical`."""
 
 _ROOT = {"nfnet": "NFNet", "nf_resnet": "NF_ResNet", "nf_regnet": "NF_RegNet"}
 _BLOCK = {"nfnet": "nf_block", "nf_resnet": "nf_res_block", "nf_regnet": "nf_block"}
@@ -50,36 +54,64 @@ def haiku_names(cfg: ModelConfig) -> dict[str, tuple[str, str]]:
     return names
 
 
+def haiku_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that Haiku gives the parameter `key` of this shape: kernels HWIO, linears (in, out), scalars ()."""
+    if key.endswith("skip_gain"):
+        return ()
+    return (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape[::-1]
+
+
 def from_haiku(cfg: ModelConfig, tree: Tree) -> Params:
-    """Parameters of `cfg` from a Haiku tree. A missing, unexpected or misshaped array is a `ConversionError`."""
+    """Parameters of `cfg` from a Haiku tree, of float32, or float64 if an array of the tree is.
+
+    bfloat16 and float16 become float32, which holds their values exactly. Each array is read or copied once, in turn.
+
+    Raises:
+        ConversionError: for a missing, unexpected or misshaped array, and for numbers that are not finite.
+    """
     names = haiku_names(cfg)
     wanted = set(names.values())
     unexpected = [f"{m}:{n}" for m, leaves in tree.items() for n in leaves if (m, n) not in wanted]
     if unexpected:
         raise ConversionError(f"the tree has {len(unexpected)} arrays that the model lacks, such as {unexpected[0]}")
-    params = {}
+    arrays: dict[str, NDArray | Leaf] = {}
     for key, (shape, _) in specs(cfg).items():
         module, name = names[key]
         if module not in tree or name not in tree[module]:
             raise ConversionError(f"the tree lacks {module}:{name}, the model's {key}")
-        array = np.asarray(tree[module][name])
-        value = torch.from_numpy(np.ascontiguousarray(_to_torch(array)))
-        if key.endswith("skip_gain"):
-            value = value.reshape(-1)
-        if tuple(value.shape) != shape:
+        value = tree[module][name]
+        array = arrays[key] = value if isinstance(value, Leaf) else np.asarray(value)
+        if array.dtype.newbyteorder("=") not in (np.float16, np.float32, np.float64):
+            raise ConversionError(f"{module}:{name} is of type {array.dtype}, not float16, float32 or float64")
+        if array.shape != haiku_shape(key, shape):
             raise ConversionError(f"{module}:{name} has shape {array.shape}, which does not fit {key} of shape {shape}")
-        params[key] = value.clone()
+    dtype = np.result_type(np.float32, *{a.dtype for a in arrays.values()})
+    params = {}
+    for key, (shape, _) in specs(cfg).items():
+        source = arrays.pop(key)
+        array = source.read() if isinstance(source, Leaf) else source
+        if not np.isfinite(array).all():
+            module, name = names[key]
+            raise ConversionError(f"{module}:{name} holds numbers that are not finite: its training had diverged")
+        array = np.array(_to_torch(array), dtype, order="C", copy=True).reshape(shape)
+        params[key] = torch.from_numpy(array)
     return params
 
 
 def to_haiku(cfg: ModelConfig, params: Mapping[str, torch.Tensor]) -> dict[str, dict[str, NDArray]]:
-    """The Haiku tree of a model's parameters: the inverse of `from_haiku`, bit for bit."""
+    """The Haiku tree of a model's parameters: the inverse of `from_haiku`, bit for bit; bfloat16 becomes float32."""
     tree: dict[str, dict[str, NDArray]] = {}
     for key, (module, name) in haiku_names(cfg).items():
-        array = params[key].detach().cpu().numpy()
-        array = array.reshape(()) if key.endswith("skip_gain") else _from_torch(array)
-        tree.setdefault(module, {})[name] = np.ascontiguousarray(array) if array.ndim else array.copy()
+        tree.setdefault(module, {})[name] = haiku_array(key, params[key])
     return tree
+
+
+def haiku_array(key: str, value: torch.Tensor) -> NDArray:
+    """One array of `to_haiku`."""
+    value = value.detach().cpu()
+    array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    array = array.reshape(()) if key.endswith("skip_gain") else _from_torch(array)
+    return array.copy(order="C")
 
 
 def _to_torch(array: NDArray) -> NDArray:
@@ -90,3 +122,88 @@ def _to_torch(array: NDArray) -> NDArray:
 def _from_torch(array: NDArray) -> NDArray:
     """OIHW -> HWIO, (out, in) -> (in, out), the rest as it is."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+# ---------------------------------------------------------------- which model a tree is of
+
+
+def canonical(*path: str) -> str:
+    """The one name of a parameter however its path is written: `NFNet.nf_block_1.conv0.w`.
+
+    `module, name`; `module/name`; `module:name`; and the dotted form of `flatten_haiku_tree` in the code released with
+    arXiv 2102.06171, which this is.
+    """
+    return ".".join(path).replace("/~/", ".").replace("/", ".").replace(":", ".")
+
+
+def unflattened(cfg: ModelConfig, leaves: Mapping[str, Leaf]) -> dict[str, dict[str, Leaf]]:
+    """The tree of leaves under canonical names; what `cfg` does not have stays under its own name."""
+    names = {canonical(*path): path for path in haiku_names(cfg).values()}
+    tree: dict[str, dict[str, Leaf]] = {}
+    for path, leaf in leaves.items():
+        module, name = names[path] if path in names else path.rpartition(".")[::2]
+        tree.setdefault(module, {})[name] = leaf
+    return tree
+
+
+def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelConfig]:
+    """The variant of the zoo whose Haiku tree has these names and shapes, and its configuration.
+
+    The numbers of classes and of input channels are read off. `model` names the variant instead, without a check.
+
+    Raises:
+        ConversionError: if no variant fits or several do, with the nearest.
+    """
+    roots = {path.partition(".")[0] for path in shapes}
+    families = {root: family for family, root in _ROOT.items()}
+    if model is not None:
+        row = variant(model)
+        return row, _sized(row.config, shapes)
+    if len(roots) != 1 or not roots <= families.keys():
+        found = ", ".join(sorted(roots)[:5]) or "nothing"
+        raise ConversionError(f"the tree is of {found}, not of one of DeepMind's modules {', '.join(families)}")
+    family = families[roots.pop()]
+    rows = [row for row in VARIANTS.values() if row.config.rules == "deepmind" and row.config.family == family]
+    differences = [(_differences(_sized(row.config, shapes), shapes), row) for row in rows]
+    fitting = [row for difference, row in differences if not difference]
+    if len(fitting) == 1:
+        return fitting[0], _sized(fitting[0].config, shapes)
+    if fitting:
+        names = ", ".join(row.name for row in fitting)
+        raise ConversionError(f"the tree fits {names} alike: say which with --model")
+    near = sorted(differences, key=lambda pair: len(pair[0]))[:3]
+    told = "; ".join(f"{row.name} differs in {len(d)} arrays, such as {d[0]}" for d, row in near)
+    raise ConversionError(f"the tree of {len(shapes)} arrays is of no model of the zoo. The nearest: {told}")
+
+
+def haiku_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape in Haiku, for every parameter."""
+    names = haiku_names(cfg)
+    return {canonical(*names[key]): haiku_shape(key, shape) for key, (shape, _) in specs(cfg).items()}
+
+
+def _sized(cfg: ModelConfig, shapes: Shapes) -> ModelConfig:
+    """`cfg` with the tree's numbers of classes and of input channels, as far as it tells them."""
+    root = _ROOT[cfg.family]
+    changes = {}
+    for field, layer, axis in (
+        ("num_classes", "linear", -1),
+        ("in_channels", "stem_conv0" if cfg.family == "nfnet" else "initial_conv", -2),
+    ):
+        shape = shapes.get(f"{root}.{layer}.w", ())
+        if len(shape) >= 2:
+            changes[field] = shape[axis]
+    try:
+        return cfg.replace(**changes)
+    except ConfigError:  # 0, or more than any model has
+        return cfg
+
+
+def _differences(cfg: ModelConfig, shapes: Shapes) -> list[str]:
+    """What distinguishes a model's tree from these names and shapes, in words."""
+    wanted = haiku_shapes(cfg)
+    return [
+        *(f"{path}, which is missing" for path in wanted if path not in shapes),
+        *(f"{path}, which it does not have" for path in shapes if path not in wanted),
+        *(f"{path}, there {shapes[path]} and here {w}" for path, w in wanted.items() if shapes.get(path, w) != w),
+    ]

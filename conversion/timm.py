@@ -1,19 +1,56 @@
-"""timm's state dicts of NF-networks, read and written.
+"""timm's NF-networks, read and written: its state dicts, and its folders of `config.json` and a weight file.
 
 Source: the parameter names of timm 1.0, models/nfnet.py; gains there are `(out, 1, 1, 1)`, squeeze-excite is made of
-1x1 convolutions and the skip gain is 0-dimensional.
+1x1 convolutions and the skip gain is 0-dimensional. The folder is the one that timm's `push_to_hf_hub` writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from nfzoo.config import ModelConfig
+from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Description
+from nfzoo.config import ModelConfig, nearest
+from nfzoo.conversion.timm_config import (
+    apply_arguments,
+    fit_channels,
+    pretrained_cfg,
+    read_config,
+    read_labels,
+    read_preprocessing,
+    timm_config,
+)
 from nfzoo.errors import ConversionError
+from nfzoo.files import replaced_folder
+from nfzoo.labels import imagenet
 from nfzoo.model import specs
 from nfzoo.types import Params
+from nfzoo.variants import VARIANTS
+
+PICKLED_FILE = "pytorch_model.bin"
+"""timm's older weight file."""
+
+IMAGENET_TAG = "in1k"
+"""timm's tags of weights whose 1,000 classes are ImageNet's, such as `ra2_in1k`, end in this."""
+
+ARCHITECTURES: dict[str, str] = {
+    **{f"dm_nfnet_f{n}": f"nfnet-f{n}" for n in range(7)},
+    **{f"nfnet_f{n}": f"timm-nfnet-f{n}" for n in range(8)},
+    "nfnet_l0": "nfnet-l0",
+    **{f"eca_nfnet_l{n}": f"eca-nfnet-l{n}" for n in range(4)},
+    **{f"nf_{kind}resnet{n}": f"timm-nf-{kind}resnet-{n}" for kind in ("", "se", "eca") for n in (26, 50, 101)},
+    **{f"nf_regnet_b{n}": f"timm-nf-regnet-b{n}" for n in range(6)},
+}
+"""timm's architecture -> the variant of the zoo. The `dm_` weights are DeepMind's own and run under their rules."""
 
 _LAYER = {
     "conv0": "conv1",
@@ -22,6 +59,8 @@ _LAYER = {
     "conv2": "conv3",
     "shortcut": "downsample.conv",
 }
+
+# ---------------------------------------------------------------- state dicts
 
 
 def timm_names(cfg: ModelConfig) -> dict[str, str]:
@@ -48,6 +87,12 @@ def timm_names(cfg: ModelConfig) -> dict[str, str]:
     return names
 
 
+def timm_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """timm key -> shape of every entry of a model's state dict."""
+    names = timm_names(cfg)
+    return {names[key]: _timm_shape(key, shape) for key, (shape, _) in specs(cfg).items()}
+
+
 def from_timm(cfg: ModelConfig, state: Mapping[str, Tensor]) -> Params:
     """Parameters of `cfg` from a timm state dict. Strict: anything missing, unexpected or misshaped is an error."""
     names = timm_names(cfg)
@@ -63,6 +108,8 @@ def from_timm(cfg: ModelConfig, state: Mapping[str, Tensor]) -> Params:
             raise ConversionError(
                 f"{names[key]} has shape {tuple(value.shape)}, which does not fit {key} of shape {shape}"
             )
+        if not value.is_floating_point():
+            raise ConversionError(f"{names[key]} is of type {value.dtype}, not floating point")
         params[key] = value.reshape(shape).clone()
     return params
 
@@ -83,3 +130,201 @@ def _timm_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if ".se." in key and len(shape) == 2:
         return (*shape, 1, 1)
     return shape
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None) -> tuple[Description, Params]:
+    """A model in timm's layout: a folder with its `config.json` and weight file, or a weight file alone.
+
+    A folder brings the number of classes, the preprocessing and the labels. A file alone brings its shapes; the
+    preprocessing is then that of the zoo. Pickled files are read by torch's weights-only reader.
+
+    Args:
+        path: a folder, or a `.safetensors`, `.bin`, `.pt` or `.pth` file.
+        model: timm's or the zoo's name; needed where neither `config.json` nor the shapes say it.
+        sha256: of the weight file, if it is known, so that it is not read a second time.
+
+    Raises:
+        ConversionError: for what is missing, damaged, of another architecture, or changed by `model_args` or
+            `pretrained_cfg` in a way that nfzoo does not compute.
+
+    Source: timm 1.0, models/_hub.py and data/config.py.
+    """
+    path = Path(path)
+    weights = _weight_file(path)
+    fields = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
+    with _open_state(weights) as state:
+        shapes = {key: tuple(shape) for key, shape in state.shapes.items()}
+        stated = None if fields is None else _architecture(fields["architecture"])
+        chosen = None if model is None else _architecture(model)
+        if stated and chosen and stated != chosen:
+            raise ConversionError(f"{path / CONFIG_FILE} says {stated!r}, not {chosen!r}")
+        arch = stated or chosen or recognize(shapes, weights)
+        row = VARIANTS[ARCHITECTURES[arch]]
+        config = row.config.replace(**_sizes(row.config, shapes, weights))
+        preprocessing, labels, tag = fit_channels(row.preprocessing, config.in_channels), None, None
+        if fields is not None:
+            cfg = pretrained_cfg(fields, path / CONFIG_FILE)
+            tag = cfg.get("tag") or None
+            config = apply_arguments(config, fields, path / CONFIG_FILE)
+            preprocessing = read_preprocessing(arch, row.preprocessing, cfg, config, path / CONFIG_FILE)
+            labels = read_labels(fields.get("label_names", cfg.get("label_names")), config, path / CONFIG_FILE)
+            if labels is None and config.num_classes == 1000 and str(tag).endswith(IMAGENET_TAG):
+                labels = imagenet()
+        try:
+            params = from_timm(config, state)
+        except ConversionError as error:
+            raise ConversionError(f"{weights} is no {arch}: {error}") from error
+    provenance = {"format": "timm", "architecture": arch, "tag": tag, "source": weights.name}
+    provenance["sha256"] = sha256 or _sha256(weights)
+    return Description(config, preprocessing, row.name, labels, provenance), params
+
+
+def recognize(shapes: Mapping[str, tuple[int, ...]], source: Path | str = "the file") -> str:
+    """timm's architecture, from the names and shapes of its state dict; classes and input channels are free."""
+    if not shapes or "head.fc.weight" not in shapes:
+        raise ConversionError(f"{source} holds no NF-network of timm's with a classifier: it lacks head.fc.weight")
+    found = []
+    for arch, name in ARCHITECTURES.items():
+        names = timm_shapes(VARIANTS[name].config)
+        if names.keys() == shapes.keys() and all(_agree(key, names[key], shapes[key]) for key in names):
+            found.append(arch)
+    if len(found) != 1:
+        what = f"fits {' and '.join(found)}" if found else "fits no NF-network of timm's"
+        raise ConversionError(f"{source} {what}; say which it is with --model, such as --model dm_nfnet_f0")
+    return found[0]
+
+
+def _agree(key: str, known: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    if key.startswith("head.fc."):
+        return known[1:] == found[1:]
+    if key in ("stem.conv.weight", "stem.conv1.weight"):
+        return len(found) == 4 and known[:1] + known[2:] == found[:1] + found[2:]
+    return known == found
+
+
+def _architecture(name: str) -> str:
+    """timm's name from timm's (with or without a tag) or the zoo's."""
+    by_zoo = {zoo: arch for arch, zoo in ARCHITECTURES.items()}
+    arch = by_zoo.get(name, name.partition(".")[0])
+    if arch not in ARCHITECTURES:
+        raise ConversionError(f"{name!r} is no NF-network of timm's that nfzoo has{nearest(name, ARCHITECTURES)}")
+    return arch
+
+
+def _weight_file(path: Path) -> Path:
+    if path.is_dir():
+        for name in (WEIGHTS_FILE, PICKLED_FILE):
+            if (path / name).is_file():
+                return path / name
+        raise ConversionError(f"there is no {WEIGHTS_FILE} or {PICKLED_FILE} in {path}")
+    if not path.is_file():
+        raise ConversionError(f"there is no file or folder {path}")
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        raise ConversionError(f"{path} is no folder and no .safetensors, .bin, .pt or .pth file")
+    return path
+
+
+def _sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, int]:
+    """Number of classes and of input channels."""
+    names = timm_names(config)
+    head, stem = names["head.weight"], next(iter(names.values()))
+    for key, rank in ((head, 2), (stem, 4)):
+        if key not in shapes:
+            hint = "; a model without its classifier cannot be read" if key == head else ""
+            raise ConversionError(f"{source} lacks {key}{hint}")
+        if len(shapes[key]) != rank or 0 in shapes[key]:
+            raise ConversionError(f"{key} in {source} has shape {shapes[key]}, not one of {rank} axes")
+    return {"num_classes": shapes[head][0], "in_channels": shapes[stem][1]}
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors of a safetensors file, each read when it is asked for: never two copies of a network in memory."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.file.get_tensor(key)
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
+        return key in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class _Loaded(dict[str, Tensor]):
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {key: value.shape for key, value in self.items()}
+
+
+@contextmanager
+def _open_state(path: Path) -> Iterator[_Lazy | _Loaded]:
+    if path.suffix == ".safetensors":
+        try:
+            opened: Any = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path} is damaged or not a safetensors file ({error})") from error
+        with opened as file:
+            yield _Lazy(file)
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle makes the reader raise almost anything
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        raise ConversionError(f"{path} cannot be read as weights alone: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ConversionError(f"{path} holds more than a state dict; save model.state_dict() alone")
+    yield _Loaded(state)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def timm_architecture(cfg: ModelConfig) -> str:
+    """timm's name of this network, whatever its classes, input channels and drop rates."""
+    for arch, name in ARCHITECTURES.items():
+        known = VARIANTS[name].config
+        free = {key: getattr(cfg, key) for key in ("num_classes", "in_channels", "drop_rate", "stochastic_depth")}
+        if type(known) is type(cfg) and known.replace(**free) == cfg:
+            return arch
+    raise ConversionError(
+        f"timm has no network of this configuration ({cfg.family}, depths {cfg.depths}, widths {cfg.widths}, "
+        f"{cfg.activation}, {cfg.rules!r} rules); it has {', '.join(ARCHITECTURES.values())}"
+    )
+
+
+def write_timm(folder: Path, description: Description, params: Mapping[str, Tensor]) -> Path:
+    """Write a model as timm's `push_to_hf_hub` does, whole or not at all: `config.json` and `model.safetensors`.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it strictly. Under DeepMind's rules timm's logits are
+    about 2 % away, since its arithmetic differs.
+
+    Raises:
+        ConversionError: where timm has no such network.
+        OSError: if the disk does not take it.
+    """
+    folder = Path(folder)
+    arch = timm_architecture(description.config)
+    state = {key: value.cpu().contiguous() for key, value in to_timm(description.config, params).items()}
+    with replaced_folder(folder) as scratch:
+        try:
+            save_file(state, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
+        text = json.dumps(timm_config(arch, description), indent=2, ensure_ascii=False) + "\n"
+        (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
+    return folder

@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING
 from .adapter import AGCSGD, param_groups
 from .agc import agc, agc_, unitwise_norm, with_agc
 from .config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
-from .errors import CheckpointError, ConfigError, ConversionError, DataError, NfzooError, UnknownModelError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    DataError,
+    HubError,
+    NfzooError,
+    UnknownModelError,
+)
 from .module import NFNet, create
-from .variants import list_models, variant
+from .variants import VARIANTS, variant
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +44,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "DataError",
+    "HubError",
     "ModelConfig",
     "NFNet",
     "NFNetConfig",
@@ -57,16 +66,38 @@ __all__ = [
 ]
 
 
+def list_models(*, pretrained: bool = False) -> list[str]:
+    """All names of the zoo in the order of its table, or those alone that have public weights."""
+    if not pretrained:
+        return list(VARIANTS)
+    from nfzoo.hub.table import PUBLIC
+
+    return [name for name in VARIANTS if name in PUBLIC]
+
+
 def from_pretrained(
     source: str | os.PathLike[str],
     *,
     num_classes: int | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
     """A pretrained model, in evaluation mode: see `nfzoo.hub.from_pretrained`."""
     from nfzoo.hub import from_pretrained as load
 
-    return load(source, num_classes=num_classes, revision=revision, cache_dir=cache_dir, device=device, dtype=dtype)
+    return load(
+        source,
+        num_classes=num_classes,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        device=device,
+        dtype=dtype,
+    )

@@ -1,4 +1,4 @@
-"""The `nfzoo` command: the zoo, what a model costs, predictions, training.
+"""The `nfzoo` command: the zoo, what a model costs, predictions, training, conversion of weights.
 
 Exit status: 0 done; 2 for bad input, with one line on standard error; 130 after Ctrl-C; 141 when the reader of the
 output went away.
@@ -18,7 +18,7 @@ from typing import Any
 from . import __version__, from_pretrained
 from .checkpoint import CONFIG_FILE, read_description
 from .config import ModelConfig, Preprocessing
-from .errors import CheckpointError, NfzooError
+from .errors import CheckpointError, ConfigError, NfzooError
 from .model import BlockCost, costs, parameter_count
 from .plots import printable
 from .predict import Prediction, image_files, predict
@@ -30,6 +30,9 @@ examples:
   nfzoo info nfnet-f0                        what one of them costs, stage by stage
   nfzoo train --model nfnet-test --data digits --output runs/digits
   nfzoo predict runs/digits photos/          what a trained model sees in a folder of images
+  nfzoo evaluate runs/pets --data pets/val   how often it is right
+  nfzoo convert dm:F1 models/f1              DeepMind's weights, fetched and converted
+  nfzoo push runs/pets me/pets               the model and its card onto the Hugging Face Hub
 
 `nfzoo COMMAND --help` says more about each.
 """
@@ -61,6 +64,10 @@ def _run(arguments: list[str]) -> int:
         from .train import main as train
 
         return train(arguments[1:])
+    if arguments[:1] == ["evaluate"]:
+        from .evaluate import main as evaluate
+
+        return evaluate(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -126,13 +133,88 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print JSON instead of text")
     sub.set_defaults(run=_predict)
 
-    add("train", "train or fine-tune a model", "")  # for the help alone: _run hands `train` on
+    sub = add(
+        "convert",
+        "weights of other frameworks to nfzoo's, and back",
+        "Convert weights between DeepMind's JAX code, timm and nfzoo. The model is recognised by names and shapes.\n"
+        "Nothing in a pickle is executed. What is written appears whole or not at all.\n\n"
+        "examples:\n"
+        "  nfzoo convert F1_haiku.npz models/f1           DeepMind's file, which is a pickle\n"
+        "  nfzoo convert dm:F1 models/f1                  the same, fetched from DeepMind's server (dm:F0 to dm:F6)\n"
+        "  nfzoo convert dm_nfnet_f1/ models/f1           a folder of timm's, or its weight file\n"
+        "  nfzoo convert --to haiku models/f1 F1.npz      a pickle for DeepMind's code\n"
+        "  nfzoo convert --to timm models/f1 timm_f1/     a folder for timm",
+    )
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a Haiku pickle or .npz archive; dm:F0 to dm:F6; a folder or weight file of timm's or nfzoo's; a Hub "
+        "repository",
+    )
+    sub.add_argument("target", type=Path, metavar="OUT", help="the folder to write, or with --to haiku the file")
+    sub.add_argument("--to", choices=("nfzoo", "haiku", "timm"), default="nfzoo", help="what to write (default: nfzoo)")
+    sub.add_argument("--model", metavar="NAME", help="the model that the weights are of, if they do not tell")
+    sub.add_argument("--overwrite", action="store_true", help="replace a model that is at OUT")
+    sub.set_defaults(run=_convert)
+
+    sub = add(
+        "push",
+        "a trained model onto the Hugging Face Hub",
+        "Publish a model with a model card as one commit of a Hub repository, which is made if need be. What training\n"
+        "and evaluation left in the folder goes with it: curves.png, metrics.jsonl, train.yaml, evaluation.json. A\n"
+        "README.md in the folder is taken as the card. Log in first, with `hf auth login` or HF_TOKEN.\n\n"
+        "examples:\n"
+        "  nfzoo push runs/pets me/pets --dry-run     what would be published\n"
+        "  nfzoo push runs/pets me/pets --private\n"
+        "  nfzoo push --all-deepmind me               DeepMind's F0 to F6, fetched and converted, as me/nfnet-f0 …",
+    )
+    sub.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, help="a checkpoint folder")
+    sub.add_argument("repository", metavar="ORG/NAME", nargs="?", help="the repository to publish to")
+    sub.add_argument("--private", action="store_const", const=True, help="make a new repository private")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="print the files, their sizes and the card; nothing is sent or fetched"
+    )
+    sub.add_argument("--revision", metavar="BRANCH", help="the branch to commit to (default: the main one)")
+    sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    sub.add_argument("--message", metavar="TEXT", help="the commit message")
+    sub.add_argument(
+        "--license", default="apache-2.0", metavar="ID", help="the licence of the weights (default: apache-2.0)"
+    )
+    sub.add_argument("--all-deepmind", metavar="ORG", help="publish DeepMind's F0 to F6 there instead of a folder")
+    sub.set_defaults(run=_push)
+
+    sub = add(
+        "space",
+        "a web page on which models label pictures",
+        "Serve a web page on this machine: a picture in, the five most probable labels out, of a model to choose.\n\n"
+        "example: nfzoo space --model runs/digits --model nfnet-f0",
+    )
+    sub.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a zoo name, a checkpoint folder, a folder of such, or a Hub repository; may be given again (default: "
+        "$NFZOO_SPACE_MODELS, with commas between, or the zoo's models with public weights)",
+    )
+    sub.add_argument("--port", type=_port, metavar="P", help="port (default: the first free one from 7860 on)")
+    sub.set_defaults(run=_space)
+
+    # For the help alone: _run hands these on.
+    add("evaluate", "top-1 and top-5 accuracy on a folder of images", "")
+    add("train", "train or fine-tune a model", "")
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is greater than 65535")
     return int(text)
 
 
@@ -265,6 +347,65 @@ def _predict(options: argparse.Namespace) -> None:
                 print(f"  {100 * probability:5.1f} %  {printable(label):<{min(width, 40)}}  {bar}".rstrip())
     if options.sheet is not None:
         print(f"wrote {printable(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from nfzoo.conversion.convert import convert
+
+    weights = convert(
+        options.source,
+        options.target,
+        to=options.to,
+        model=options.model,
+        overwrite=options.overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    found = weights.description
+    what = f"{found.name or found.config.family}, {found.config.num_classes} classes, "
+    what += f"{_millions(parameter_count(found.config))} parameters, read as {weights.form}"
+    print(f"wrote {printable(str(options.target))}: {printable(what)}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from nfzoo.hub.publish import bundle, deepmind_repositories, push, push_deepmind
+
+    given = [options.folder is not None, options.repository is not None, options.all_deepmind is not None]
+    if given not in ([True, True, False], [False, False, True]):
+        raise ConfigError("nfzoo push needs either FOLDER and ORG/NAME, or --all-deepmind ORG alone")
+    send = {
+        "private": options.private,
+        "revision": options.revision,
+        "create_pr": options.create_pr,
+        "commit_message": options.message,
+        "license": options.license,
+    }
+    if options.all_deepmind is not None:
+        if options.dry_run:
+            _print_table(
+                [
+                    ("source", "repository", "parameters"),
+                    *(
+                        (source, repo_id, f"{parameter_count(VARIANTS[name].config):,}")
+                        for source, name, repo_id in deepmind_repositories(options.all_deepmind)
+                    ),
+                ],
+                "<<>",
+            )
+            return
+        for url in push_deepmind(options.all_deepmind, **send):
+            print(f"published {printable(url)}", flush=True)
+    elif options.dry_run:
+        found = bundle(options.folder, options.repository, license=options.license)
+        _print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in found.sizes().items())], "<>")
+        print("\n" + "\n".join(map(printable, found.card.splitlines())))
+    else:
+        print(f"published {printable(push(options.folder, options.repository, **send))}")
+
+
+def _space(options: argparse.Namespace) -> None:
+    from nfzoo.hub.space.app import main as space
+
+    space(options.model, port=options.port)
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:

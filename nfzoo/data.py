@@ -155,15 +155,27 @@ def open_split(source: str, *, validation_fraction: float = 0.2, seed: int = 0) 
         whole: Digits | ImageFolder = Digits.embedded()
     else:
         root = Path(source)
-        if (root / "train").is_dir():
-            held_out = [root / name for name in _VALIDATION_NAMES if (root / name).is_dir()]
-            if not held_out:
-                raise DataError(f"{source!r} has train/ but none of {', '.join(n + '/' for n in _VALIDATION_NAMES)}")
+        held_out = held_out_folder(root)
+        if held_out is not None:
             train = ImageFolder.scan(root / "train")
-            return Split(train, ImageFolder.scan(held_out[0], train.classes))
+            return Split(train, ImageFolder.scan(held_out, train.classes))
         whole = ImageFolder.scan(root)
     held = _stratified(np.asarray(whole.labels), whole.classes, validation_fraction, seed)
     return Split(whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held)))
+
+
+def held_out_folder(root: Path) -> Path | None:
+    """The part beside `root/train/` that is not trained on; `None` if there is no `train/`.
+
+    Raises:
+        DataError: if there is `train/` and no such part.
+    """
+    if not (root / "train").is_dir():
+        return None
+    found = [root / name for name in _VALIDATION_NAMES if (root / name).is_dir()]
+    if not found:
+        raise DataError(f"{str(root)!r} has train/ but none of {', '.join(n + '/' for n in _VALIDATION_NAMES)}")
+    return found[0]
 
 
 def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, seed: int) -> np.ndarray:
@@ -214,6 +226,10 @@ class Broken(NamedTuple):
     message: str
 
 
+class BrokenImageError(DataError):
+    """An image that cannot be read, found in the middle of a pass; of several processes perhaps by one alone."""
+
+
 class _Samples(TorchDataset[tuple[Tensor, int] | Broken]):
     """Model inputs under keys `(epoch, index)`; `epoch` seeds the augmentation."""
 
@@ -244,13 +260,11 @@ class _Samples(TorchDataset[tuple[Tensor, int] | Broken]):
             return Broken(str(error))
 
 
-def _collate(samples: list[tuple[Tensor, int] | Broken]) -> tuple[Tensor, Tensor] | Broken:
-    good = []
-    for sample in samples:
-        if isinstance(sample, Broken):
-            return sample
-        good.append(sample)
-    return torch.stack([x for x, _ in good]), torch.tensor([y for _, y in good])
+def _collate(samples: list[tuple[Tensor, int] | Broken]) -> tuple[Tensor, Tensor, list[str]]:
+    good = [sample for sample in samples if not isinstance(sample, Broken)]
+    images = torch.stack([x for x, _ in good]) if good else torch.empty(0)
+    labels = torch.tensor([y for _, y in good], dtype=torch.int64)
+    return images, labels, [sample.message for sample in samples if isinstance(sample, Broken)]
 
 
 def epoch_order(length: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -276,7 +290,8 @@ def training_batches(
     A last batch that would not be full is left out. Rank r takes the r-th consecutive part of each global batch.
 
     Raises:
-        DataError: for an image that cannot be read, by name; or if the data do not fill one batch.
+        BrokenImageError: for an image that cannot be read, by name.
+        DataError: if the data do not fill one batch.
     """
     if batch_size % world:
         raise ConfigError(f"a batch of {batch_size} cannot be shared by {world} processes; make it a multiple")
@@ -299,15 +314,25 @@ def evaluation_batches(
     world: int = 1,
     size: int | None = None,
     workers: int = 0,
+    broken: list[str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One process's share of all images, each exactly once over all processes; the last batch may be smaller."""
+    """One process's share of all images, each exactly once over all processes; the last batch may be smaller.
+
+    Args:
+        broken: takes what is wrong with each image that cannot be read, which is then left out.
+
+    Raises:
+        BrokenImageError: for an image that cannot be read, by name, if there is no `broken`.
+    """
     own = range(rank, len(images), world)
     keys = [[(0, i) for i in own[s : s + batch_size]] for s in range(0, len(own), batch_size)]
     samples = _Samples(images, preprocessing, size or preprocessing.test_size, None, 0)
-    yield from _load(samples, keys, workers)
+    yield from _load(samples, keys, workers, broken)
 
 
-def _load(samples: _Samples, keys: list[list[tuple[int, int]]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _load(
+    samples: _Samples, keys: list[list[tuple[int, int]]], workers: int, broken: list[str] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     loader = DataLoader(
         samples,
         batch_sampler=keys,  # type: ignore[arg-type]
@@ -316,10 +341,13 @@ def _load(samples: _Samples, keys: list[list[tuple[int, int]]], workers: int) ->
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread,
     )
-    for batch in loader:
-        if isinstance(batch, Broken):
-            raise DataError(batch.message)
-        yield batch
+    for images, labels, problems in loader:
+        if problems and broken is None:
+            raise BrokenImageError(problems[0])
+        if broken is not None:
+            broken += problems
+        if len(labels):
+            yield images, labels
 
 
 def _one_thread(worker: int) -> None:

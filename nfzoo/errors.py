@@ -23,5 +23,9 @@ class ConversionError(NfzooError, ValueError):
     """Foreign weights that do not fit a model."""
 
 
+class HubError(NfzooError):
+    """A repository that cannot be written: the Hub refuses it, or cannot be reached."""
+
+
 class DataError(NfzooError, ValueError):
     """A data set or an image that cannot be read, or does not fit the model."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -184,6 +186,42 @@ class NFNet(nn.Module):
         """Write `config.json` and `model.safetensors` into `folder`, atomically."""
         return save_checkpoint(folder, self.description, self.state_dict())
 
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> NFNet:
+        """A pretrained model, in evaluation mode: see `nfzoo.hub.from_pretrained`, which has the same options."""
+        from nfzoo.hub import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        license: str = "apache-2.0",
+    ) -> str:
+        """Publish the model with its card as one commit of a Hub repository; the commit's URL.
+
+        See `nfzoo.hub.push`.
+        """
+        from nfzoo.hub import push
+
+        with tempfile.TemporaryDirectory() as scratch:
+            return push(
+                self.save_pretrained(Path(scratch) / "model"),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                license=license,
+            )
+
 
 def create(
     name: str,
@@ -222,16 +260,34 @@ def load(
     Raises:
         CheckpointError: see `nfzoo.checkpoint.load_checkpoint`.
     """
+    check_num_classes(num_classes)
+    description, params = load_checkpoint(path, device=device)
+    return assemble(description, params, num_classes=num_classes, dtype=dtype, source=path)
+
+
+def check_num_classes(num_classes: int | None) -> None:
+    """A `ConfigError` for a number of classes that no model has, before anything is read or fetched."""
     if num_classes is not None and num_classes < 1:
         raise ConfigError(f"num_classes must be a positive integer, not {num_classes!r}")
-    description, params = load_checkpoint(path, device=device)
+
+
+def assemble(
+    description: Description,
+    params: Params,
+    *,
+    num_classes: int | None = None,
+    dtype: torch.dtype | None = None,
+    source: str | Path,
+) -> NFNet:
+    """The model, in evaluation mode, of parameters that were read; `source` is named if its classifier is replaced."""
+    check_num_classes(num_classes)
     if dtype is not None:
         params = {key: value.to(dtype) for key, value in params.items()}
     model = NFNet.from_params(description, params)
     if num_classes is not None and num_classes != description.config.num_classes:
         logger.warning(
             "%s has %d classes: its classifier is replaced by a fresh one of %d, which must be trained",
-            path,
+            source,
             description.config.num_classes,
             num_classes,
         )

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .device import usable_device
 from .errors import CheckpointError, ConfigError, DataError
 from .model import apply
 from .module import NFNet
@@ -143,14 +144,3 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, once something was computed on it; a `ConfigError` if that fails."""
-    try:
-        usable = torch.device(device)
-        torch.zeros(1, device=usable).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"the device {str(device)!r} cannot be used here: {reason}") from error
-    return usable

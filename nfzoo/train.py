@@ -39,8 +39,9 @@ from .data import (
     open_split,
     training_batches,
 )
+from .device import check_processes, default_workers
 from .errors import ConfigError, DataError, NfzooError
-from .evaluate import Score, default_workers, score
+from .evaluate import Score, score
 from .files import replaced
 from .model import apply, sample_noise
 from .module import NFNet, create
@@ -114,7 +115,7 @@ class TrainConfig:
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
         seed: of everything random.
-        pretrained: start from the published weights of a zoo name; by default if there are any.
+        pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
         train_size: side of the training images in pixels; by default the model's.
         test_size: side of the held-out images in pixels; by default the model's.
         drop_rate: dropout rate; by default the model's.
@@ -183,6 +184,7 @@ def train(config: TrainConfig) -> Result:
         raise ConfigError(f"{config.output!r} is a file; the output must be a folder")
     split = _open_data(config)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    check_processes(accelerator.num_processes)
     if config.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes; "
@@ -354,8 +356,8 @@ class _Run:
             return
         config, output = self.config, Path(self.config.output)
         provenance = {
-            "trained_from": config.model,
-            "data": config.data,
+            "trained_from": _public(config.model),
+            "data": _public(config.data),
             "epochs": row["epoch"],
             "weights": "live" if self.average is None else "ema",
             "accuracy": row["accuracy"] if self.average is None else row["ema_accuracy"],
@@ -403,12 +405,12 @@ def _open_data(config: TrainConfig) -> Split:
 
 
 def _open_model(config: TrainConfig, classes: tuple[str, ...]) -> tuple[NFNet, bool]:
-    from_disk = Path(config.model).exists()
-    if from_disk or config.model not in VARIANTS or config.pretrained:
-        if config.pretrained is False:
-            raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
-        from . import from_pretrained
+    from . import from_pretrained, list_models
 
+    in_zoo = config.model in VARIANTS and not Path(config.model).exists()
+    if config.pretrained is False and not in_zoo:
+        raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
+    if not in_zoo or config.pretrained or (config.pretrained is None and config.model in list_models(pretrained=True)):
         model = from_pretrained(config.model, num_classes=len(classes))
         pretrained = True
     else:
@@ -428,6 +430,11 @@ def _workers(config: TrainConfig, processes: int) -> int:
     if config.data == DIGITS:
         return 0
     return default_workers(processes)
+
+
+def _public(source: str) -> str:
+    """A name as it is, and of a path the last part: a checkpoint that is shared should not tell where its maker works."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _plain(value: Any) -> Any:

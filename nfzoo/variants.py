@@ -164,11 +164,6 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def list_models() -> list[str]:
-    """All names, in the order of the table."""
-    return list(VARIANTS)
-
-
 def variant(name: str) -> Variant:
     """The row of `name`; an `UnknownModelError` with the nearest names if there is none."""
     if name not in VARIANTS:

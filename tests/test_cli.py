@@ -159,7 +159,7 @@ def test_a_second_run_does_not_look_at_the_first_ones_sheet(
         (["info", "nfnet-f00"], "did you mean .*'nfnet-f0'"),
         (["info", "photos"], "there is no config.json in photos"),
         (["info", "photos/a.png"], "neither a checkpoint folder nor"),
-        (["predict", "nfnet-f0", "photos"], "no weights are published for 'nfnet-f0'"),
+        (["predict", "nfnet-test", "photos"], "no weights are published for 'nfnet-test'"),
         (["predict", "nonsense", "photos"], "'nonsense' is no folder"),
         (["predict", "MODEL", "absent.png"], "absent.png does not exist"),
         (["predict", "MODEL", "text.png"], "text.png is no image"),

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 import nfzoo
 from nfzoo import CheckpointError, NFNet, NfzooError, UnknownModelError
-from nfzoo.hub import load as hub_load
+from nfzoo.checkpoint import Description, save_checkpoint
+from nfzoo.conversion.timm import ARCHITECTURES, IMAGENET_TAG, write_timm
+from nfzoo.hub import download
+from nfzoo.hub.download import HTTP_ERROR
+from nfzoo.hub.table import PUBLIC
 from nfzoo.variants import VARIANTS
-from tests.helpers import SMALL, images, random_params
+from tests.helpers import SMALL, assert_same, images, random_params
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch):
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def refuse(*args, **kwargs):
         raise AssertionError(f"a test without a network asked the Hub for {args}")
 
-    monkeypatch.setattr(hub_load, "hf_hub_download", refuse)
+    monkeypatch.setattr(download, "hf_hub_download", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 def saved(folder: Path) -> NFNet:
@@ -53,11 +60,21 @@ def test_what_is_on_disk_comes_before_a_name(tmp_path, monkeypatch):
         assert torch.equal(nfzoo.from_pretrained(name)(images(SMALL["nfnet"])), module(images(SMALL["nfnet"])))
 
 
-@pytest.mark.parametrize("name", ["nfnet-f0", "nfnet-test", "timm-nf-regnet-b0"])
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - PUBLIC.keys()))
 def test_a_name_without_weights_says_so(name):
-    assert name in VARIANTS
-    with pytest.raises(CheckpointError, match=rf"no weights are published for '{name}'.*nfzoo\.create"):
+    with pytest.raises(CheckpointError, match=rf"no weights are published for '{name}'.*nfzoo\.create.*nfzoo convert"):
         nfzoo.from_pretrained(name)
+
+
+def test_the_table():
+    """All public NF-weights of timm, each under the zoo's name of its architecture."""
+    assert {f"nfnet-f{n}" for n in range(7)} <= PUBLIC.keys()
+    assert len(PUBLIC) == 13
+    for name, repository in PUBLIC.items():
+        architecture, tag = repository.repo_id.removeprefix("timm/").split(".")
+        assert ARCHITECTURES[architecture] == name
+        assert tag.endswith(IMAGENET_TAG)
+        assert repository.layout == "timm"
 
 
 @pytest.mark.parametrize(("name", "near"), [("nfnet-f00", "nfnet-f0"), ("NFNET-F1", "nfnet-f1"), ("nfresnet-50", "50")])
@@ -97,6 +114,7 @@ FAILURES = {
     "offline": (errors.OfflineModeIsEnabled("offline"), "check the connection|could not be read"),
     "server error": (http(errors.HfHubHTTPError, 503), "could not be read"),
     "bad name": (errors.HFValidationError("Cannot have -- or .. in repo_id"), "could not be read"),
+    "timeout": (HTTP_ERROR("timed out"), "could not be read"),
     "bad metadata": (errors.FileMetadataError("no size"), "could not be read"),
     "disk full": (OSError(28, "No space left on device"), "could not be read"),
     "cut": (ConnectionResetError("cut"), "could not be read"),
@@ -106,7 +124,7 @@ FAILURES = {
 @pytest.mark.parametrize("case", FAILURES)
 def test_the_hubs_errors_become_ours(case, monkeypatch):
     error, match = FAILURES[case]
-    monkeypatch.setattr(hub_load, "hf_hub_download", Mock(side_effect=error))
+    monkeypatch.setattr(download, "hf_hub_download", Mock(side_effect=error))
     with pytest.raises(CheckpointError, match=match) as caught:
         nfzoo.from_pretrained("org/name", revision="v1")
     assert "'org/name' at revision 'v1'" in str(caught.value)
@@ -118,27 +136,21 @@ def test_names_that_the_hub_refuses(name, monkeypatch):
     """With the Hub's own validation, which comes before any connection."""
     from huggingface_hub import hf_hub_download
 
-    monkeypatch.setattr(hub_load, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(download, "hf_hub_download", hf_hub_download)
     with pytest.raises(NfzooError):
         nfzoo.from_pretrained(name)
 
 
-def test_a_download_is_loaded(tmp_path, monkeypatch):
-    """Both files are asked for, with the revision and the cache, and the folder of the snapshot is read."""
-    module = saved(tmp_path / "snapshot")
-    download = Mock(side_effect=lambda repository, file, **_: str(tmp_path / "snapshot" / file))
-    monkeypatch.setattr(hub_load, "hf_hub_download", download)
-    loaded = nfzoo.from_pretrained("org/name", revision="v1", cache_dir=tmp_path / "cache")
-    assert torch.equal(loaded(images(SMALL["nfnet"])), module(images(SMALL["nfnet"])))
-    assert [call.args for call in download.call_args_list] == [
-        ("org/name", n) for n in ("config.json", "model.safetensors")
-    ]
-    assert all(c.kwargs == {"revision": "v1", "cache_dir": str(tmp_path / "cache")} for c in download.call_args_list)
-
-
-def test_a_damaged_download_is_a_checkpoint_error(tmp_path, monkeypatch):
-    saved(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"cut")
-    monkeypatch.setattr(hub_load, "hf_hub_download", lambda repository, file, **_: str(tmp_path / file))
+@pytest.mark.parametrize("layout", ["nfzoo", "timm"])
+def test_folders_of_both_layouts(layout, tmp_path):
+    cfg = VARIANTS["timm-nf-regnet-b0"].config.replace(num_classes=3)
+    description = Description(cfg, VARIANTS["timm-nf-regnet-b0"].preprocessing, "timm-nf-regnet-b0", ("a", "b", "c"))
+    params = random_params(cfg)
+    write = save_checkpoint if layout == "nfzoo" else write_timm
+    write(tmp_path / "m", description, params)
+    loaded = nfzoo.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    assert_same(loaded.state_dict(), {key: value.double() for key, value in params.items()})
+    assert loaded.description._replace(provenance=None) == description
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="damaged"):
-        nfzoo.from_pretrained("org/name")
+        nfzoo.from_pretrained(tmp_path / "m")

@@ -22,6 +22,7 @@ LAYERS = (
         "nfzoo.functional",
         "nfzoo.config",
         "nfzoo.variants",
+        "nfzoo.labels",
         "nfzoo.device",
     ),
     ("nfzoo.models",),
@@ -32,24 +33,27 @@ LAYERS = (
     ("nfzoo.data", "nfzoo.plots"),
     ("nfzoo", "nfzoo.hub", "nfzoo.conversion"),
     ("nfzoo.train", "nfzoo.evaluate", "nfzoo.predict", "nfzoo.export"),
+    ("nfzoo.hub.space",),
     ("nfzoo.cli", "nfzoo.demo"),
     ("nfzoo.__main__",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-PACKAGES = ("nfzoo.models", "nfzoo.hub", "nfzoo.conversion")
+PACKAGES = ("nfzoo.models", "nfzoo.hub.space", "nfzoo.hub", "nfzoo.conversion")  # an inner one before its outer one
 
 # Narrower than the layer: the optimizer knows parameters as dicts, not models.
 ONLY = {"nfzoo.agc": {"nfzoo.types"}, "nfzoo.optim": {"nfzoo.types"}}
 
-# The outer packages are met inside a function, and only in the facade and the command line.
-OUTER = ("nfzoo.hub", "nfzoo.conversion")
-MAY_REACH_OUTER = ("nfzoo", "nfzoo.cli")
+# The outer packages are met inside a function, and only where users expect a door to them: the facade, the command line,
+# and the model class, whose from_pretrained and push_to_hub are those of every library of the Hub.
+OUTER = ("nfzoo.hub", "nfzoo.hub.space", "nfzoo.conversion")
+MAY_REACH_OUTER = ("nfzoo", "nfzoo.cli", "nfzoo.module")
 
-# External package -> the one module that may import it, inside a function. The first pins torch; the others are the
-# reference frameworks, which nobody needs to use the library. The scripts that make golden data run by hand beside
-# such a framework, and no test imports them.
+# External package -> the one module that may import it, inside a function. The first pins torch, the second brings a
+# web server; the others are the reference frameworks, which nobody needs to use the library. The scripts that make
+# golden data run by hand beside such a framework, and no test imports them.
 SEAMS = {
     "torch_xla": "nfzoo.device",
+    "gradio": "nfzoo.hub.space.app",
     "jax": "nfzoo.conversion.verify",
     "haiku": "nfzoo.conversion.verify",
     "timm": "nfzoo.conversion.verify",
@@ -180,10 +184,17 @@ def test_no_cycle_at_import_time() -> None:
         ("nfzoo.hub.table", "import nfzoo.cli", "points up"),
         ("nfzoo.agc", "from nfzoo.config import NFNet", "is not among"),
         ("nfzoo.agc", "import nfzoo.typo", "is not in LAYERS"),
-        ("nfzoo.train", "def f():\n    import nfzoo.hub.table", "is for nfzoo and nfzoo.cli alone"),
+        ("nfzoo.train", "def f():\n    import nfzoo.hub.table", "is for nfzoo and nfzoo.cli and nfzoo.module alone"),
         ("nfzoo", "from nfzoo.hub import table", "inside a function"),
         ("nfzoo.cli", "class A:\n    import nfzoo.conversion", "inside a function"),
         ("nfzoo.cli", "def f():\n    import hub", "second copy"),
+        ("nfzoo.hub.load", "def f():\n    from nfzoo.hub.space import app", "points up"),
+        (
+            "nfzoo.predict",
+            "def f():\n    import nfzoo.hub.space.app",
+            "is for nfzoo and nfzoo.cli and nfzoo.module alone",
+        ),
+        ("nfzoo.hub.space.app", "import gradio", "inside a function"),
         ("tests.test_hub", "from conversion.verify import x", "second copy"),
         ("nfzoo.compile", "def f():\n    import torch_xla.core", "nfzoo.device alone"),
         ("nfzoo.device", "import torch_xla", "inside a function"),
@@ -204,6 +215,8 @@ def test_forbidden_import_is_caught(name: str, source: str, why: str) -> None:
         ("nfzoo.train", "from nfzoo import model\nfrom nfzoo.evaluate import evaluate"),
         ("nfzoo", "def from_pretrained():\n    from nfzoo.hub import table"),
         ("nfzoo.cli", "def f():\n    import nfzoo.conversion.verify"),
+        ("nfzoo.module", "def f():\n    from nfzoo.hub import push"),
+        ("nfzoo.hub.space.app", "from nfzoo.predict import classify\nfrom nfzoo.hub.table import PUBLIC"),
         ("nfzoo.hub.table", "import nfzoo\nfrom nfzoo.module import Shell\nfrom nfzoo.conversion import timm"),
         ("nfzoo.device", "def f():\n    import torch_xla"),
         ("nfzoo.conversion.verify", "def f():\n    import jax, haiku, timm"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import nfzoo
-from nfzoo import ConfigError, UnknownModelError, model
-from nfzoo.variants import VARIANTS, list_models, variant
+from nfzoo import ConfigError, UnknownModelError, list_models, model
+from nfzoo.variants import VARIANTS, variant
 from tests.helpers import REFERENCE, TIMM, timm_golden
 
 COUNTS: dict[str, int] = json.loads((REFERENCE / "parameter_counts.json").read_text())

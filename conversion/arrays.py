@@ -1,0 +1,82 @@
+"""Arrays that stay in their file until they are wanted, and what a file may claim about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nfzoo.errors import ConversionError
+
+MOST_AXES = 8
+FLOATS = ("f2", "f4", "f8")
+BFLOAT16 = "bfloat16"
+
+
+class RefusedError(ConversionError):
+    """A reason to refuse a file, still without the file's name."""
+
+
+class Leaf(NamedTuple):
+    """One array of a file: what it is, and how to get it.
+
+    Attributes:
+        shape: as declared, and checked against the bytes that are there.
+        dtype: of what `read` returns: floating point, in this machine's byte order.
+        read: reads the array from the file, which must still be open; a new array each time.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], NDArray]
+
+
+class Element(NamedTuple):
+    """The type of an array's elements in a file: one of `FLOATS`, or `BFLOAT16`; `order` is `<` or `>`."""
+
+    name: str
+    order: str = "<"
+
+    @property
+    def size(self) -> int:
+        """Bytes of one element."""
+        return 2 if self.name == BFLOAT16 else int(self.name[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What it is read as: itself, or float32 for bfloat16, whose values float32 holds exactly."""
+        return np.dtype("f4" if self.name == BFLOAT16 else self.name)
+
+    def decode(self, raw: NDArray[np.uint8]) -> NDArray:
+        """The elements of these bytes, in this machine's byte order."""
+        if self.name == BFLOAT16:  # the upper half of a float32
+            return (raw.view(f"{self.order}u2").astype(np.uint32) << 16).view(np.float32)
+        return raw.view(self.order + self.name).astype(self.dtype, copy=False)
+
+
+def checked_shape(shape: object) -> tuple[int, ...]:
+    """`shape` if it is one; a `RefusedError` if not."""
+    if not isinstance(shape, tuple) or len(shape) > MOST_AXES:
+        raise RefusedError(f"an array's shape is {_shown(shape)}, not a tuple of up to {MOST_AXES} integers")
+    for n in shape:
+        if type(n) is not int or n < 0:
+            raise RefusedError(f"an array's shape holds {_shown(n)}, which is no length")
+    return shape
+
+
+def byte_count(shape: Sequence[int], element: Element) -> int:
+    """Bytes that an array of this shape takes, in exact integers."""
+    return math.prod(shape) * element.size
+
+
+def arranged(flat: NDArray, shape: tuple[int, ...], order: str) -> NDArray:
+    """The array of these elements, laid out row by row (`C`) or column by column (`F`)."""
+    return flat.reshape(shape) if order == "C" else flat.reshape(shape[::-1]).transpose()
+
+
+def _shown(value: object) -> str:
+    """A value for a message: never the whole of something large or nested."""
+    return str(value)[:40] if type(value) in (int, float, bool) else f"a {type(value).__name__}"

@@ -1,0 +1,185 @@
+"""timm's `config.json`: what of it nfzoo reads, what it refuses because it would change the arithmetic, what it writes.
+
+Source: timm 1.0, models/_hub.py (`save_config_for_hf`) and data/config.py (`resolve_data_config`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nfzoo.checkpoint import Description
+from nfzoo.config import ModelConfig, Preprocessing
+from nfzoo.errors import ConfigError, ConversionError
+from nfzoo.model import specs
+
+DEEPMIND_TAG = "dm_in1k"
+"""timm's tag of DeepMind's own weights."""
+
+# Arguments of timm's create_model, stored in config.json, that leave the arithmetic as it is or that are read here.
+_INERT_ARGUMENTS = {"num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate"}
+
+
+def is_timm(fields: object) -> bool:
+    """Whether the content of a `config.json` is of timm's form: its `architecture` is a name."""
+    return isinstance(fields, dict) and isinstance(fields.get("architecture"), str)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of timm's `config.json`."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if not is_timm(fields):
+        raise ConversionError(f"{path} is not timm's: it lacks an 'architecture' such as \"dm_nfnet_f0\"")
+    return fields
+
+
+def pretrained_cfg(fields: Mapping[str, Any], source: Path) -> Mapping[str, Any]:
+    """The part about the weights: their tag, the images they are for."""
+    cfg = fields.get("pretrained_cfg", fields)  # before timm 0.9 everything stood at the top
+    if not isinstance(cfg, dict):
+        raise ConversionError(f"{source}: 'pretrained_cfg' must be a JSON object, not {cfg!r}")
+    if cfg.get("label_offset"):
+        raise ConversionError(f"{source}: a label_offset of {cfg['label_offset']!r} is not supported")
+    return cfg
+
+
+def apply_arguments(config: ModelConfig, fields: Mapping[str, Any], source: Path) -> ModelConfig:
+    """`config`, the network of the weights, with the drop rates of `model_args`; another network is an error."""
+    arguments = fields.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise ConversionError(f"{source}: 'model_args' must be a JSON object, not {arguments!r}")
+    if fields.get("global_pool", "avg") not in ("avg", "", None) or arguments.get("global_pool", "avg") != "avg":
+        raise ConversionError(f"{source}: only average pooling (global_pool 'avg') is supported")
+    if arguments.get("output_stride", 32) != 32:
+        raise ConversionError(f"{source}: only output_stride 32 is supported; set nfzoo's own after loading")
+    foreign = sorted(set(arguments) - _INERT_ARGUMENTS - {"global_pool", "output_stride"})
+    if foreign:
+        raise ConversionError(
+            f"{source}: model_args change the network in a way that nfzoo lacks: {', '.join(foreign)}"
+        )
+    for where, key, value in (
+        (fields, "num_classes", config.num_classes),
+        (arguments, "num_classes", config.num_classes),
+        (arguments, "in_chans", config.in_channels),
+    ):
+        if where.get(key) not in (None, value):
+            raise ConversionError(f"{source} says {key} {where[key]!r}, the weights have {value}")
+    rates = {"drop_rate": arguments.get("drop_rate"), "stochastic_depth": arguments.get("drop_path_rate")}
+    try:
+        return config.replace(**{key: value for key, value in rates.items() if value is not None})
+    except ConfigError as error:
+        raise ConversionError(f"{source}: {error}") from error
+
+
+def read_preprocessing(
+    arch: str, known: Preprocessing, cfg: Mapping[str, Any], config: ModelConfig, source: Path
+) -> Preprocessing:
+    """What `pretrained_cfg` says, by timm's rule for evaluation at the test size.
+
+    DeepMind's own weights at their own sizes get DeepMind's preprocessing, which timm approximates by `squash`; weights
+    that were trained on from there have the margin that their `crop_pct` says.
+    """
+    deepmind = arch.startswith("dm_")
+    mode, interpolation = cfg.get("crop_mode") or "center", cfg.get("interpolation", "bicubic")
+    if interpolation != "bicubic":
+        raise ConversionError(f"{source}: interpolation {interpolation!r} is not supported, only 'bicubic'")
+    if mode not in (("center", "squash") if deepmind else ("center",)):
+        raise ConversionError(f"{source}: crop_mode {mode!r} is not supported for {arch}, only 'center'")
+    default = fit_channels(known, config.in_channels)
+    train = _side(cfg, "input_size", config.in_channels, source)
+    if train is None:
+        raise ConversionError(f"{source} lacks input_size in its 'pretrained_cfg'")
+    test = _side(cfg, "test_input_size", config.in_channels, source) or train
+    crop = cfg.get("test_crop_pct") or cfg.get("crop_pct") or 0.875  # timm's default
+    try:
+        if not isinstance(crop, int | float) or not 0 < crop <= 1:
+            raise ConfigError(f"crop_pct must be in (0, 1], not {crop!r}")
+        found = dataclasses.replace(
+            default,
+            train_size=train,
+            test_size=test,
+            resize="deepmind" if mode == "squash" else "shortest-edge",
+            margin=math.floor(test / crop) - test if mode == "squash" else known.margin,
+            crop=known.crop if mode == "squash" else float(crop),
+            mean=cfg.get("mean", default.mean),
+            std=cfg.get("std", default.std),
+        )
+        if len(found.mean) != config.in_channels:
+            raise ConfigError(f"mean has {len(found.mean)} numbers for images of {config.in_channels} channels")
+    except (ConfigError, TypeError) as error:
+        raise ConversionError(f"{source}: {error}") from error
+    same = dataclasses.replace(known, resize=found.resize, margin=found.margin, crop=found.crop) == found
+    return known if deepmind and same and cfg.get("tag") == DEEPMIND_TAG else found
+
+
+def _side(cfg: Mapping[str, Any], key: str, channels: int, source: Path) -> int | None:
+    size = cfg.get(key)
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 3 or size[0] != channels or size[1] != size[2]:
+        raise ConversionError(f"{source}: {key} must be [{channels}, side, side], not {size!r}")
+    return size[1]
+
+
+def fit_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
+    """Mean and standard deviation 0.5 where the image has other than three channels."""
+    if len(preprocessing.mean) == channels:
+        return preprocessing
+    return dataclasses.replace(preprocessing, mean=(0.5,) * channels, std=(0.5,) * channels)
+
+
+def read_labels(value: object, config: ModelConfig, source: Path) -> tuple[str, ...] | None:
+    """timm's `label_names`: a list, or an object from index to name."""
+    if not value:
+        return None
+    if isinstance(value, dict):
+        value = [value.get(str(index)) for index in range(max(len(value), config.num_classes))]
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    if not isinstance(value, list) or len(names) != len(value):
+        raise ConversionError(f"{source}: label_names must name every class from 0 on")
+    if len(names) != config.num_classes:
+        raise ConversionError(f"{source}: {len(names)} label_names for {config.num_classes} classes")
+    return tuple(names)
+
+
+def timm_config(arch: str, description: Description) -> dict[str, Any]:
+    """The content of `config.json` for timm."""
+    config, preprocessing = description.config, description.preprocessing
+    test = preprocessing.test_size
+    squash = preprocessing.resize == "deepmind"
+    # timm resizes to floor(size / crop_pct); rounded up, the crop would lose a pixel.
+    crop = math.floor(1e6 * test / (test + preprocessing.margin)) / 1e6 if squash else preprocessing.crop
+    tag = (description.provenance or {}).get("tag")
+    cfg: dict[str, Any] = {
+        **({"tag": tag} if tag else {}),
+        "custom_load": False,
+        "input_size": [config.in_channels, preprocessing.train_size, preprocessing.train_size],
+        "test_input_size": [config.in_channels, test, test],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": crop,
+        **({} if squash else {"test_crop_pct": crop}),
+        "crop_mode": "squash" if squash else "center",
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "num_classes": config.num_classes,
+        "pool_size": [-(-preprocessing.train_size // 32)] * 2,
+        "first_conv": "stem.conv1" if config.family == "nfnet" else "stem.conv",
+        "classifier": "head.fc",
+    }
+    return {
+        "architecture": arch,
+        "num_classes": config.num_classes,
+        "num_features": specs(config)["head.weight"][0][1],
+        "global_pool": "avg",
+        **({"label_names": list(description.labels)} if description.labels else {}),
+        **({"model_args": {"in_chans": config.in_channels}} if config.in_channels != 3 else {}),
+        "pretrained_cfg": cfg,
+    }

@@ -1,0 +1,256 @@
+"""A model repository of the Hub, in the local cache, whole and checked.
+
+The cache is the Hub's own and shared with its other libraries. What lies in it complete is used without a question to
+the network, whatever the revision; `force_download` asks, and fetches what has changed. The Hub's client accepts a
+body of the right length whose bytes are wrong, so each file is hashed once against the name that the cache gives it
+(the sha256 of large files, git's sha1 of small ones), and a note beside it remembers that it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from nfzoo.conversion.timm import PICKLED_FILE
+from nfzoo.conversion.timm_config import is_timm
+from nfzoo.errors import CheckpointError
+from nfzoo.files import replaced
+from nfzoo.hub.table import Repository
+
+logger = logging.getLogger("nfzoo")
+
+T = TypeVar("T")
+
+# What the Hub's client raises when a connection fails: the base class of its HTTP library (httpx, httpx2), which is no
+# OSError.
+HTTP_ERROR: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+
+_NOTES = ".nfzoo"  # folder of the notes, in the repository's part of the cache
+_RETRY_SECONDS = 1.0
+
+
+class DamagedError(Exception):
+    """A file whose bytes are not those that its name in the cache states."""
+
+
+class Source:
+    """One repository at one revision, as `from_pretrained` was asked for it."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> None:
+        self.repository = repository
+        self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+        self.token = token
+        self.local = local_files_only or constants.HF_HUB_OFFLINE
+        self.force = force_download
+
+    def __str__(self) -> str:
+        revision = self.repository.revision
+        at = "" if revision == "main" else f" at revision {revision!r}"
+        return f"the Hub repository {self.repository.repo_id!r}{at}"
+
+    def fetch(self) -> tuple[Path, str | None]:
+        """The snapshot folder, with `config.json` and a weight file, and the sha256 of the latter if it is known.
+
+        Raises:
+            CheckpointError: where the repository, the connection or the files are not as they should be.
+        """
+        try:
+            return self._fetch()
+        except GatedRepoError as error:
+            raise CheckpointError(
+                f"{self} asks for consent: accept its terms on its page, then log in with `hf auth login`"
+            ) from error
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise CheckpointError(
+                f"{self} does not exist, or is private: check its name, or log in with `hf auth login` (there is also "
+                "no such folder here)"
+            ) from error
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            why = "the Hub cannot be reached: check the connection, then call again"
+            if self.local:
+                why = "offline mode or local_files_only keeps it from being fetched"
+            raise CheckpointError(f"{self} is not whole in the cache, and {why}") from error
+        except EntryNotFoundError as error:
+            raise CheckpointError(
+                f"{self} lacks {CONFIG_FILE} or {WEIGHTS_FILE}: it holds no nfzoo model (if it was mended since, "
+                "force_download=True looks again)"
+            ) from error
+        except (HFValidationError, HTTP_ERROR, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"{self} could not be read: {reason}; call again to try again") from error
+
+    def _fetch(self) -> tuple[Path, str | None]:
+        config = self._file(CONFIG_FILE, self.repository.revision)
+        names = [WEIGHTS_FILE]
+        try:
+            fields = json.loads(config.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{CONFIG_FILE} in {self} is not JSON: {error}") from error
+        own = isinstance(fields, dict) and fields.get("library_name") == "nfzoo"
+        found = "nfzoo" if own else "timm" if is_timm(fields) else None
+        if found is None or self.repository.layout not in (None, found):
+            expected = "an nfzoo model or one" if self.repository.layout is None else "a model"
+            raise CheckpointError(f"{self} does not hold {expected} in timm's layout, says its {CONFIG_FILE}")
+        if found == "timm" and self.repository.sha256 is None:
+            names.append(PICKLED_FILE)  # as timm wrote it until 2023
+        commit = config.parent.name  # both files of one commit, wherever the branch goes meanwhile
+        for name in names:
+            try:
+                weights = self._file(name, commit)
+            except EntryNotFoundError as error:
+                unreachable = isinstance(error, LocalEntryNotFoundError) and not self.local
+                if unreachable or name == names[-1]:
+                    raise
+            else:
+                return config.parent, _stated_hash(weights)
+        raise AssertionError("the loop returns or raises")
+
+    def _file(self, name: str, revision: str) -> Path:
+        """One file, from the cache or the network; a damaged or cut body is asked for once more."""
+        if self.local or not self.force:
+            found = try_to_load_from_cache(self.repository.repo_id, name, cache_dir=self.cache_dir, revision=revision)
+            if isinstance(found, str) and (path := self._sound(Path(found))):
+                return path
+            if found is _CACHED_NO_EXIST and name != CONFIG_FILE:  # at a commit, where nothing changes any more
+                raise EntryNotFoundError(f"{name} is not there, says the cache")
+        if self.local:
+            raise LocalEntryNotFoundError(f"{name} is not in the cache")
+        return _twice(lambda: self._download(name, revision))
+
+    def _sound(self, path: Path) -> Path | None:
+        """A cached file if it is whole. A damaged one is removed, where it can be fetched again."""
+        try:
+            self._verify(path, _stated_hash(path))
+        except DamagedError as error:
+            if self.local:
+                raise CheckpointError(
+                    f"{error}; with a connection, and without offline mode or local_files_only, it is fetched again"
+                ) from error
+            logger.warning("%s; fetching it again", error)
+            _remove(path)
+            return None
+        return path
+
+    def _download(self, name: str, revision: str) -> Path:
+        repo = self.repository.repo_id
+        if self.force:
+            # Where the Hub does not answer, its client falls back to the cache without a word.
+            get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=self.token)
+        path = Path(hf_hub_download(repo, name, revision=revision, cache_dir=self.cache_dir, token=self.token))
+        stated = _stated_hash(path)
+        if stated is None:  # a cache without links, as on Windows: only the Hub knows
+            url = hf_hub_url(repo, name, revision=path.parent.name)
+            stated = _as_hash(get_hf_file_metadata(url, token=self.token).etag)
+        try:
+            self._verify(path, stated, again=self.force)
+        except DamagedError:
+            _remove(path)
+            raise
+        return path
+
+    def _verify(self, path: Path, stated: str | None, *, again: bool = False) -> None:
+        """Compare a file with the hash that is known for it, unless a note says that this was done."""
+        known = self.repository.sha256 if path.name == WEIGHTS_FILE else None
+        wanted = [h for h in dict.fromkeys((known, stated)) if h is not None]
+        note = path.parents[2] / _NOTES / path.parent.name / f"{path.name}.json"
+        facts = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns, "hashes": wanted}
+        if not again and _read_note(note) == facts:
+            return
+        for expected in wanted:
+            found = _hash(path, expected)
+            if found != expected:
+                raise DamagedError(f"{path.name} of {self} is damaged: its hash is {found}, not {expected}")
+        if wanted:
+            try:
+                with replaced(note) as scratch:
+                    scratch.write_text(json.dumps(facts), encoding="utf-8")
+            except OSError as error:  # a cache that may only be read
+                logger.debug("cannot note that %s was checked: %s", path, error)
+
+
+def _twice(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except DamagedError as error:
+        logger.warning("%s; fetching it again", error)
+    except HTTP_ERROR as error:
+        # The Hub's refusals stay; its troubles and those of the connection may pass. Newer clients than 1.0 have tried
+        # some of them again already.
+        if isinstance(error, HfHubHTTPError) and (error.response is None or error.response.status_code < 500):
+            raise
+        logger.warning("%s; trying again", " ".join(str(error).split()) or type(error).__name__)
+        time.sleep(_RETRY_SECONDS)
+    try:
+        return call()
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{error}. It arrived so twice and was deleted; a proxy or mirror on the way may be at fault"
+        ) from error
+
+
+def _as_hash(name: str | None) -> str | None:
+    """A sha256 (64 hexadecimal digits) or git's sha1 (40); any other entity tag says nothing about the content."""
+    return name if name is not None and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name) else None
+
+
+def _stated_hash(path: Path) -> str | None:
+    """The hash that the cache states for a file of a snapshot: the name of the blob that it links to."""
+    return _as_hash(Path(os.readlink(path)).name) if path.is_symlink() else None
+
+
+def _hash(path: Path, like: str) -> str:
+    """The sha256 of a file, or git's hash of it: the sha1 of a header and the content."""
+    with path.open("rb") as file:
+        if len(like) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    blob = path.parent / os.readlink(path) if path.is_symlink() else None
+    path.unlink(missing_ok=True)
+    if blob is not None:
+        blob.unlink(missing_ok=True)
+
+
+def _read_note(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,185 @@
+"""A checkpoint folder onto the Hub, as one commit of weights, configuration, card, and what training left there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from nfzoo.errors import CheckpointError, HubError, NfzooError
+from nfzoo.hub.card import CURVES_FILE, EVALUATION_FILE, model_card
+from nfzoo.hub.download import HTTP_ERROR
+
+CARD_FILE = "README.md"
+RUN_FILE = "train.yaml"
+
+# What training and evaluation write beside a model.
+_EXTRAS = (CURVES_FILE, EVALUATION_FILE, "metrics.jsonl", RUN_FILE)
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Bundle(NamedTuple):
+    """What a repository will hold: file name -> a file on disk or its content, and the card's text."""
+
+    files: dict[str, Path | bytes]
+    card: str
+
+    def sizes(self) -> dict[str, int]:
+        """File name -> bytes."""
+        return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in self.files.items()}
+
+
+def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = "apache-2.0") -> Bundle:
+    """What `push` would upload. A `README.md` in the folder is taken as the card, otherwise one is written.
+
+    Raises:
+        CheckpointError: for a folder that holds no sound model.
+        HubError: for a name that no repository can have.
+    """
+    folder = Path(folder)
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    description, _ = load_checkpoint(folder)
+    extras = [name for name in _EXTRAS if (folder / name).is_file()]
+    if (folder / CARD_FILE).is_file():
+        card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    else:
+        evaluation = None
+        if EVALUATION_FILE in extras:
+            try:
+                evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{folder / EVALUATION_FILE} is not JSON: {error}") from error
+            if not isinstance(evaluation, dict):
+                raise CheckpointError(f"{folder / EVALUATION_FILE} must hold a JSON object")
+        card = model_card(description, repo_id, license=license, evaluation=evaluation, files=extras)
+    _check_card(card, folder / CARD_FILE)
+    files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS_FILE, CONFIG_FILE, *extras)}
+    if RUN_FILE in files:
+        files[RUN_FILE] = _public_run(folder / RUN_FILE)
+    return Bundle({**files, CARD_FILE: card.encode()}, card)
+
+
+def _public_run(path: Path) -> bytes:
+    """A run's options without the output folder, and with the last part alone of paths: those are nobody's business."""
+    try:
+        run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not YAML: {error}") from error
+    if not isinstance(run, dict):
+        raise CheckpointError(f"{path} must hold the options of a run")
+    run.pop("output", None)
+    for key in ("model", "data"):
+        value = str(run.get(key, ""))
+        if value.startswith((".", "/", "~")) or value.count("/") > 1 or Path(value).exists():
+            run[key] = Path(value).name
+    return yaml.safe_dump(run, sort_keys=False).encode()
+
+
+def _check_card(card: str, source: Path) -> None:
+    try:
+        metadata = ModelCard(card).data.to_dict()
+    except Exception as error:  # the YAML reader and the card's checks raise many things
+        raise CheckpointError(f"the metadata of {source} cannot be read: {error}") from error
+    missing = [key for key in ("license", "library_name") if not metadata.get(key)]
+    if missing:
+        raise CheckpointError(
+            f"the metadata of {source} lacks {' and '.join(missing)}; without that file one is written"
+        )
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    license: str = "apache-2.0",
+) -> str:
+    """Publish a checkpoint folder as one commit of a Hub repository, which is made if need be; the commit's URL.
+
+    Args:
+        repo_id: `organisation/name`.
+        private: whether a new repository is private; its organisation's default if `None`.
+        token: as in `from_pretrained`; it must allow writing.
+        revision: a branch to commit to, made if need be; the main one by default.
+        create_pr: open a pull request instead of committing to the branch.
+        license: the Hub's identifier of the licence of the weights.
+
+    Raises:
+        CheckpointError: for a folder that holds no sound model; nothing is sent.
+        HubError: where the Hub refuses or cannot be reached.
+    """
+    content = bundle(folder, repo_id, license=license)
+    api = HfApi(token=token)
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
+        for name, file in content.files.items()
+    ]
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]} with nfzoo",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = "; log in with `hf auth login`, with a token that may write there" if status in (401, 403) else ""
+        raise HubError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())}{hint}") from error
+    except (HTTP_ERROR, HFValidationError, OSError, ValueError, RuntimeError) as error:
+        # The client wraps what goes wrong while a large file is sent in a RuntimeError.
+        reasons = [str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
+        raise HubError(f"{repo_id!r} could not be published: {' '.join(' '.join(reasons).split())}") from error
+    return str(commit.commit_url)
+
+
+def deepmind_repositories(organisation: str) -> list[tuple[str, str, str]]:
+    """What `push_deepmind` publishes: source for `nfzoo convert`, zoo name, repository."""
+    return [(f"dm:F{n}", f"nfnet-f{n}", f"{organisation}/nfnet-f{n}") for n in range(7)]
+
+
+def push_deepmind(organisation: str, **options: Any) -> Iterator[str]:
+    """Fetch, convert and publish DeepMind's F0 to F6 as `ORGANISATION/nfnet-f0` and so on; yields the commits' URLs.
+
+    One that fails does not keep the others from being published.
+
+    Args:
+        options: for `push`.
+
+    Raises:
+        HubError: after the last of them, if any failed; it says which and why.
+    """
+    from nfzoo.conversion.convert import convert
+
+    failed = []
+    for source, _, repo_id in deepmind_repositories(organisation):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            try:
+                convert(source, folder)
+                url = push(folder, repo_id, **options)
+            except NfzooError as error:
+                failed.append(f"{repo_id}: {error}")
+            else:
+                yield url
+    if failed:
+        raise HubError(f"{len(failed)} of DeepMind's models were not published: " + "; ".join(failed))

@@ -1,0 +1,178 @@
+"""A picture in, the five most probable labels out, of a model to choose: `nfzoo space`, or a Space that runs this file.
+
+What is shown is decided by `Gallery`, which knows nothing of Gradio; `build` lays it out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nfzoo import from_pretrained
+from nfzoo.checkpoint import CONFIG_FILE
+from nfzoo.config import nearest
+from nfzoo.errors import ConfigError, DataError, NfzooError, UnknownModelError
+from nfzoo.hub.table import PUBLIC
+from nfzoo.module import NFNet
+from nfzoo.predict import classify
+
+logger = logging.getLogger("nfzoo")
+
+MODELS_VARIABLE = "NFZOO_SPACE_MODELS"
+KEPT = 2  # models in memory; the largest takes 1.8 GB, a free Space has 16
+TOP = 5
+
+
+class SpaceError(NfzooError, RuntimeError):
+    """What the user of the Space is told."""
+
+
+class Gallery:
+    """Models to choose from, loaded when they are first used; the last `kept` stay in memory.
+
+    Args:
+        sources: what `from_pretrained` takes; a folder of checkpoint folders stands for all of them.
+        load: makes a model of a source.
+
+    Raises:
+        UnknownModelError: for a source that is neither on disk, nor a Hub repository, nor a zoo model with weights.
+    """
+
+    def __init__(
+        self, sources: Sequence[str], *, load: Callable[[str], NFNet] = from_pretrained, kept: int = KEPT
+    ) -> None:
+        self.sources = named(sources)
+        self._load, self._kept = load, kept
+        self._loaded: OrderedDict[str, NFNet] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def choices(self) -> list[str]:
+        return list(self.sources)
+
+    def model(self, choice: str) -> NFNet:
+        """The model of a choice, loaded at most once while it is kept. A `SpaceError` if it cannot be."""
+        if choice not in self.sources:
+            raise SpaceError(f"There is no model {choice!r} here. Choose one from the list.")
+        with self._lock:
+            if choice not in self._loaded:
+                try:
+                    self._loaded[choice] = self._load(self.sources[choice]).eval()
+                except (NfzooError, OSError) as error:
+                    logger.warning("%s cannot be loaded: %s", self.sources[choice], error)
+                    raise SpaceError(f"{choice} cannot be loaded: {error}") from error
+            self._loaded.move_to_end(choice)
+            while len(self._loaded) > self._kept:
+                self._loaded.popitem(last=False)
+            return self._loaded[choice]
+
+    def look(self, picture: str | Path | None, choice: str | None) -> dict[str, float] | None:
+        """The most probable labels of a picture with their probabilities, the first first; `None` without a picture.
+
+        Raises:
+            SpaceError: for a picture or a model that cannot be used, in words for the user.
+        """
+        if picture is None:
+            return None
+        if choice is None:
+            raise SpaceError("Choose a model first.")
+        model = self.model(choice)
+        try:
+            pixels = model.preprocess(picture)
+        except DataError as error:
+            reason = str(error).removeprefix(f"{picture} ")
+            raise SpaceError(f"The picture cannot be read: it {reason}.") from error
+        try:
+            (top,) = classify(model, [pixels], topk=TOP)
+        except NfzooError as error:
+            raise SpaceError(f"{choice} gives no answer: {error}.") from error
+        twice = {label for label, count in Counter(label for label, _ in top).items() if count > 1}
+        return {f"{label} ({i})" if label in twice else label: p for i, (label, p) in enumerate(top, start=1)}
+
+
+def named(sources: Sequence[str]) -> dict[str, str]:
+    """Name to choose -> source. The name is the source's last part, or all of it where two would be the same."""
+    found: list[str] = []
+    for source in sources:
+        folder = Path(source)
+        if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
+            inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+            if not inside:
+                raise ConfigError(f"{source!r} holds no model: neither {CONFIG_FILE} nor folders with one")
+            found += map(str, inside)
+        elif folder.exists() or source in PUBLIC or source.count("/") == 1:
+            found.append(source)
+        else:
+            raise UnknownModelError(
+                f"{source!r} is no folder, no file, no Hub repository (org/name) and no zoo model with public weights"
+                f"{nearest(source, PUBLIC)}"
+            )
+    found = list(dict.fromkeys(found))
+    short = {source: _last_part(source) for source in found}
+    count = Counter(short.values())
+    return {name if count[name] == 1 else source: source for source, name in short.items()}
+
+
+def _last_part(source: str) -> str:
+    path = Path(source)
+    return path.resolve().name if path.is_dir() else source if not path.exists() else f"{path.parent.name}/{path.name}"
+
+
+def offered(environment: str | None) -> list[str]:
+    """The sources of `NFZOO_SPACE_MODELS`, with commas between; without it the zoo's models with public weights."""
+    given = [part.strip() for part in (environment or "").split(",")]
+    return [part for part in given if part] or list(PUBLIC)
+
+
+def build(gallery: Gallery) -> Any:
+    """The page, a `gradio.Blocks`.
+
+    Raises:
+        ConfigError: without Gradio.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio as gr  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ConfigError("the Space needs Gradio: pip install 'nfzoo[space]'") from error
+
+    def look(picture: str | None, choice: str | None) -> dict[str, float] | None:
+        try:
+            return gallery.look(picture, choice)
+        except SpaceError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    with gr.Blocks(title="nfzoo", analytics_enabled=False) as page:
+        gr.Markdown("# Normalizer-Free networks\nGive a picture, choose a model, and see what it takes it for.")
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=360)
+                # The file itself, undecoded: orientation, transparency, depth and damage are dealt with as everywhere
+                # in nfzoo. Gradio calls this after it has made sure that the file is one that was uploaded.
+                picture.preprocess = lambda payload: None if payload is None else payload.path
+                choice = gr.Dropdown(gallery.choices, value=gallery.choices[0], label="Model")
+            with gr.Column():
+                answer = gr.Label(label="Most probable labels", num_top_classes=TOP)
+        for event in (picture.change, choice.change):
+            event(look, [picture, choice], answer, show_progress="minimal", api_visibility="private")
+    return page
+
+
+def main(models: Sequence[str] = (), *, port: int | None = None) -> None:
+    """Serve the page until it is interrupted, on 127.0.0.1 or where `GRADIO_SERVER_NAME` says.
+
+    Args:
+        models: sources to choose from; by default see `offered`.
+        port: by default the first free one from 7860 on.
+    """
+    gallery = Gallery(list(models) or offered(os.environ.get(MODELS_VARIABLE)))
+    build(gallery).launch(server_port=port, footer_links=[])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""Top-1 and top-5 accuracy on labelled images: `accelerate launch -m nfzoo.evaluate MODEL --data FOLDER`.
+
+Every image counts once, however many processes share them: counts are whole numbers, added up before the division.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env, reduce
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .config import Preprocessing
+from .data import (
+    DIGITS,
+    BrokenImageError,
+    Digits,
+    ImageFolder,
+    evaluation_batches,
+    held_out_folder,
+    open_split,
+)
+from .device import check_processes, default_workers, usable_device
+from .errors import CheckpointError, ConfigError, DataError, NfzooError
+from .files import replaced
+from .labels import match_classes
+from .model import apply
+from .module import NFNet
+from .plots import printable
+
+logger = logging.getLogger("nfzoo")
+
+EVALUATION_FILE = "evaluation.json"
+_PARTS = ("train", "val", "validation", "test")
+
+
+class Score(NamedTuple):
+    """Shares of `images` whose class has the greatest logit, and one of the five greatest; and the mean loss."""
+
+    images: int
+    top1: float
+    top5: float
+    loss: float
+
+
+@torch.no_grad()
+def score(
+    logits: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str
+) -> Score:
+    """The score of a function from images to logits `(N, classes)`, over the batches of all processes together.
+
+    An image is right among the k best if fewer than k classes come before its own, of equal logits the first in order;
+    never if a logit is no number. The loss is the cross-entropy, NaN where there are no images.
+    """
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    losses: list[Tensor] = []
+    for images, labels in batches:
+        images, labels = images.to(device), labels.to(device)
+        found = logits(images).float()
+        own = found.gather(1, labels[:, None])
+        index = torch.arange(found.shape[1], device=device)
+        behind = (found < own) | ((found == own) & (index >= labels[:, None]))
+        rank = (~behind).sum(1)
+        counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), rank.new_tensor(len(labels))])
+        losses.append(F.cross_entropy(found, labels, reduction="sum"))
+    # Thousands of batches are added up in float64, which Apple's GPUs do not have.
+    wide = torch.float32 if counts.device.type == "mps" else torch.float64
+    loss = torch.stack(losses).to(wide).sum() if losses else torch.zeros((), dtype=wide, device=device)
+    right, right5, seen = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
+    total = float(reduce(loss, reduction="sum"))  # type: ignore[arg-type]
+    if not seen:
+        return Score(0, float("nan"), float("nan"), float("nan"))
+    return Score(seen, right / seen, right5 / seen, total / seen)
+
+
+class Labelled(NamedTuple):
+    """Images whose labels are the model's outputs.
+
+    Attributes:
+        dataset, split: names for the record; a split only where the data have one.
+        matched_by: what the folders' names were taken for.
+    """
+
+    images: Digits | ImageFolder
+    dataset: str
+    split: str | None
+    matched_by: str
+
+
+def open_labelled(source: str, classes: int, labels: Sequence[str] | None) -> Labelled:
+    """The images of a folder with one subfolder per class, for a model of `classes` outputs named `labels`.
+
+    Of a folder with `train/` and `val/` (or `validation/`, `test/`) inside, the second is taken; `"digits"` is the
+    fifth of the embedded digits that training holds out by default.
+
+    Raises:
+        DataError: see `ImageFolder.scan` and `match_classes`.
+    """
+    if source == DIGITS:
+        digits = open_split(DIGITS).validation
+        index, matched_by = match_classes(digits.classes, classes, labels, source="the digits")
+        relabelled = np.asarray(index)[np.asarray(digits.labels)]
+        return Labelled(dataclasses.replace(digits, labels=relabelled), DIGITS, "held out", matched_by)  # type: ignore[arg-type]
+    root = Path(source)
+    folder = ImageFolder.scan(held_out_folder(root) or root)
+    where = (held_out_folder(root) or root).resolve()
+    index, matched_by = match_classes(folder.classes, classes, labels, source=repr(str(where)))
+    relabelled = tuple(index[label] for label in folder.labels)
+    named_part = where.name in _PARTS
+    return Labelled(
+        dataclasses.replace(folder, labels=relabelled),
+        where.parent.name if named_part else where.name,
+        where.name if named_part else None,
+        matched_by,
+    )
+
+
+class Evaluation(NamedTuple):
+    """What a model scored on what, ready for a model card.
+
+    Attributes:
+        model: name of the model, or of its folder.
+        dataset, split, matched_by: see `Labelled`.
+        classes: number of folders.
+        images: images that count.
+        skipped: images left out because they cannot be read.
+        top1, top5, loss: see `Score`; shares in [0, 1].
+        size: side of the input in pixels.
+        resize: the rule by which images come to that size.
+        nfzoo, torch: versions.
+        date: as given, since a result that repeats should look the same.
+    """
+
+    model: str
+    dataset: str
+    split: str | None
+    matched_by: str
+    classes: int
+    images: int
+    skipped: int
+    top1: float
+    top5: float
+    loss: float
+    size: int
+    resize: str
+    nfzoo: str
+    torch: str
+    date: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `evaluation.json`, without what is not known."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
+
+
+def evaluate(
+    model: NFNet,
+    data: str,
+    *,
+    name: str | None = None,
+    size: int | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: torch.device | str | None = None,
+    skip_broken: bool = False,
+    date: str | None = None,
+) -> Evaluation:
+    """Score a model on a folder of images. Several processes (of Accelerate) share the images and give one result.
+
+    Args:
+        data: see `open_labelled`.
+        name: what the record calls the model; by default its own name.
+        size: side of the input in pixels; by default the model's test size.
+        batch_size: images at a time, in each process.
+        workers: loader processes per process; by default as many as there are processors, up to 8.
+        device: where to compute, and where the model then stays; by default an accelerator if there is one.
+        skip_broken: leave images out that cannot be read, and name them, instead of stopping.
+
+    Raises:
+        DataError: for data that cannot be read or do not fit the model.
+        CheckpointError: if the outputs are not finite.
+        ConfigError: for a device that is not there.
+    """
+    from . import __version__
+
+    state = _processes(cpu=str(device) == "cpu")
+    place = _place(state, device)
+    labelled = open_labelled(data, model.config.num_classes, model.labels)
+    images = labelled.images
+    if workers is None:
+        workers = 0 if isinstance(images, Digits) else default_workers(state.num_processes)
+    model = model.to(place)
+    params = dict(model.named_parameters())
+    dtype = next(iter(params.values())).dtype
+    broken: list[str] = []
+    batches = evaluation_batches(
+        images,
+        model.preprocessing,
+        batch_size=batch_size,
+        rank=state.process_index,
+        world=state.num_processes,
+        size=size,
+        workers=workers,
+        broken=broken if skip_broken else None,
+    )
+    found = score(
+        lambda x: apply(model.config, params, x.to(dtype)),
+        _with_bar(batches, len(images), state),
+        device=place,
+    )
+    problems = sorted(gather_object(broken)) if state.num_processes > 1 else broken
+    if state.is_main_process:
+        for problem in problems:
+            logger.warning("left out: %s", problem)
+    if not found.images:
+        raise DataError(f"none of the {len(images)} images can be read, such as: {problems[0]}")
+    if not np.isfinite(found.loss):
+        raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
+    return Evaluation(
+        model=name or model.name or "model",
+        dataset=labelled.dataset,
+        split=labelled.split,
+        matched_by=labelled.matched_by,
+        classes=len(images.classes),
+        images=found.images,
+        skipped=len(problems),
+        top1=found.top1,
+        top5=found.top5,
+        loss=found.loss,
+        size=size or model.preprocessing.test_size,
+        resize=resize_rule(model.preprocessing),
+        nfzoo=__version__,
+        torch=str(torch.__version__),
+        date=date,
+    )
+
+
+def resize_rule(preprocessing: Preprocessing) -> str:
+    """The evaluation resize in words."""
+    if preprocessing.resize == "deepmind":
+        return f"deepmind, margin {preprocessing.margin} pixels"
+    return f"{preprocessing.resize}, crop {preprocessing.crop:g}"
+
+
+def _processes(*, cpu: bool) -> PartialState:
+    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerate's Accelerator reads it
+    check_processes(state.num_processes)
+    return state
+
+
+def _place(state: PartialState, device: torch.device | str | None) -> torch.device:
+    given = state.device
+    assert given is not None  # it is before the state is made, says Accelerate's annotation
+    if device is None:
+        return given
+    wanted = usable_device(device)
+    if state.num_processes > 1 and (wanted.type != given.type or wanted.index not in (None, given.index)):
+        raise ConfigError(
+            f"several processes compute on the devices that `accelerate launch` gives them, here {given}; "
+            "leave --device out"
+        )
+    return given if state.num_processes > 1 else wanted
+
+
+def _with_bar(
+    batches: Iterator[tuple[Tensor, Tensor]], total: int, state: PartialState
+) -> Iterator[tuple[Tensor, Tensor]]:
+    hidden = not (state.is_main_process and sys.stderr.isatty())
+    with tqdm(desc="evaluate", total=total, unit="image", leave=False, disable=hidden) as bar:
+        for images, labels in batches:
+            yield images, labels
+            bar.update(min(len(labels) * state.num_processes, total - bar.n))
+
+
+def table(found: Evaluation) -> str:
+    """An evaluation as lines of text."""
+    rows = [
+        ("model", found.model),
+        ("data", found.dataset if found.split is None else f"{found.dataset}, {found.split}"),
+        ("images", f"{found.images:,}" + (f" ({found.skipped:,} cannot be read)" if found.skipped else "")),
+        ("classes", f"{found.classes:,}, matched by {found.matched_by}"),
+        ("input", f"{found.size} x {found.size} pixels ({found.resize})"),
+        ("top-1", f"{found.top1:7.2%}"),
+        ("top-5", f"{found.top5:7.2%}"),
+        ("loss", f"{found.loss:7.4f}"),
+    ]
+    return "\n".join(f"{key + ':':<9} {printable(value)}" for key, value in rows)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="nfzoo evaluate",
+        description="Top-1 and top-5 accuracy of a model on a folder of images.\n\n"
+        "examples:\n"
+        "  nfzoo evaluate nfnet-f0 --data imagenet/val --json evaluation.json\n"
+        "  accelerate launch -m nfzoo.evaluate runs/pets --data pets/val",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FOLDER",
+        help="one subfolder of images per class, named as the model's labels (ImageNet's: or by WordNet id); or with "
+        "such folders in train/ and val/, of which val/ is taken; or 'digits', those that training holds out",
+    )
+    parser.add_argument(
+        "--size", type=_positive, metavar="N", help="side of the input in pixels (default: the model's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="images at a time per process (default: 32)"
+    )
+    parser.add_argument(
+        "--workers", type=_count, metavar="N", help="loader processes per process (default: the processors, up to 8)"
+    )
+    parser.add_argument(
+        "--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)"
+    )
+    parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them"
+    )
+    parser.add_argument(
+        "--date", type=_date, metavar="YYYY-MM-DD", help="the day to note in the result (default: none)"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError("0 is too small")
+    return int(text)
+
+
+def _date(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date such as 2026-01-31") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
+    try:
+        _main(_parser().parse_args(argv))
+    except NfzooError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, 1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _main(options: argparse.Namespace) -> None:
+    from . import from_pretrained
+
+    if options.json not in (None, "-"):
+        _check_writable(Path(options.json))
+    model = from_pretrained(options.model)
+    found = evaluate(
+        model,
+        options.data,
+        name=model.name or Path(options.model).resolve().name,
+        size=options.size,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        device=options.device,
+        skip_broken=options.skip_broken,
+        date=options.date,
+    )
+    if not PartialState().is_main_process:
+        return
+    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    if options.json == "-":
+        print(text, end="")
+        return
+    print(table(found))
+    if options.json is not None:
+        with replaced(options.json) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+        print(f"wrote {printable(options.json)}")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder; give a file, such as {str(path / EVALUATION_FILE)!r}")
+    above = next(folder for folder in path.resolve().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{str(path)!r} cannot be written: {str(above)!r} is no folder that takes files")
+
+
+def _fail(error: Exception, status: int) -> int:
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, BrokenImageError):
+        text = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"nfzoo evaluate: error: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
