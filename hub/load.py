@@ -16,6 +16,7 @@ from nfzoo.conversion.timm_config import is_timm
 from nfzoo.errors import CheckpointError, ConversionError, UnknownModelError
 from nfzoo.hub.download import Source
 from nfzoo.hub.table import PUBLIC, Repository
+from nfzoo.labels import imagenet
 from nfzoo.module import NFNet, assemble, check_num_classes, load
 from nfzoo.variants import VARIANTS
 
@@ -82,6 +83,8 @@ def from_pretrained(
     except ConversionError as error:
         raise CheckpointError(f"{name}: {error}") from error
     description = description._replace(provenance={**(description.provenance or {}), **origin})
+    if origin and name in PUBLIC and description.labels is None and description.config.num_classes == 1000:
+        description = description._replace(labels=imagenet())  # all of the table were trained on it
     params = {key: value.to(device=device) for key, value in params.items()} if device is not None else params
     return assemble(description, params, num_classes=num_classes, dtype=dtype, source=name)
 

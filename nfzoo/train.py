@@ -433,7 +433,7 @@ def _workers(config: TrainConfig, processes: int) -> int:
 
 
 def _public(source: str) -> str:
-    """A name as it is, and of a path the last part: a checkpoint that is shared should not tell where its maker works."""
+    """A name as it is, of a path the last part: a shared checkpoint should not tell where its maker works."""
     return Path(source).resolve().name if Path(source).exists() else source
 
 

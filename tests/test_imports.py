@@ -43,8 +43,8 @@ PACKAGES = ("nfzoo.models", "nfzoo.hub.space", "nfzoo.hub", "nfzoo.conversion") 
 # Narrower than the layer: the optimizer knows parameters as dicts, not models.
 ONLY = {"nfzoo.agc": {"nfzoo.types"}, "nfzoo.optim": {"nfzoo.types"}}
 
-# The outer packages are met inside a function, and only where users expect a door to them: the facade, the command line,
-# and the model class, whose from_pretrained and push_to_hub are those of every library of the Hub.
+# The outer packages are met inside a function, and only where users expect a door to them: the facade, the command
+# line, and the model class, whose from_pretrained and push_to_hub are those of every library of the Hub.
 OUTER = ("nfzoo.hub", "nfzoo.hub.space", "nfzoo.conversion")
 MAY_REACH_OUTER = ("nfzoo", "nfzoo.cli", "nfzoo.module")
 

@@ -1,0 +1,184 @@
+"""Any weights nfzoo knows, to any form it writes: what `nfzoo convert` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Description, load_checkpoint, read_description, save_checkpoint
+from nfzoo.conversion.arrays import Leaf
+from nfzoo.conversion.dump import write_haiku
+from nfzoo.conversion.fetch import fetch, published_url
+from nfzoo.conversion.haiku import from_haiku, recognize, unflattened
+from nfzoo.conversion.source import open_source
+from nfzoo.conversion.timm import read_timm, write_timm
+from nfzoo.conversion.timm_config import fit_channels
+from nfzoo.errors import CheckpointError, ConversionError
+from nfzoo.labels import imagenet
+from nfzoo.types import Params
+
+Form = Literal["nfzoo", "haiku", "timm"]
+FORMS: tuple[Form, ...] = ("nfzoo", "haiku", "timm")
+_TORCH = (".safetensors", ".bin", ".pt", ".pth")
+
+
+class Weights(NamedTuple):
+    """A model that was read, and the form it had: `nfzoo`, `timm`, or what `open_source` says."""
+
+    description: Description
+    params: Params
+    form: str
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Form = "nfzoo",
+    model: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Weights:
+    """Read weights, and write them in another form: whole, or not at all.
+
+    Args:
+        source: DeepMind's pickle or an archive of such a tree; `dm:F0` … `dm:F6`, DeepMind's own, to be fetched; a
+            folder or weight file of timm's or nfzoo's; a zoo name or Hub repository.
+        target: the folder, or for `haiku` the file, to write.
+        to: the form to write.
+        model: the zoo's name (or timm's) where names and shapes do not tell the model, or to insist on one.
+        overwrite: replace a model that is at `target`.
+        progress: show a bar on standard error.
+
+    Raises:
+        ConversionError: for weights that are refused, unknown or do not fit, and for a model in the way.
+        CheckpointError, UnknownModelError: as `from_pretrained`.
+    """
+    target = Path(target)
+    _check_target(target, to, overwrite)
+    weights = read(source, model=model, progress=progress)
+    description, params, form = weights
+    if form == to == "nfzoo":
+        raise ConversionError(f"{source} is a model of nfzoo's already; --to haiku and --to timm write others")
+    if to == "haiku":
+        write_haiku(target, description.config, params)
+    elif to == "timm":
+        write_timm(target, description, params)
+    else:
+        save_checkpoint(target, description, params)
+    return weights
+
+
+def read(source: str | Path, *, model: str | None = None, progress: bool = False) -> Weights:
+    """The model that `source` holds: see `convert`."""
+    name = str(source)
+    if name.startswith("dm:"):
+        return _read_haiku(fetch(name, progress=progress), model, progress, {"url": published_url(name)})
+    path = Path(source)
+    form = _form(path)
+    if form == "haiku":
+        return _read_haiku(path, model, progress, {})
+    if form == "timm":
+        return Weights(*read_timm(path, model=model), form)
+    if model is not None:
+        raise ConversionError(f"{name} says itself what model it is; leave out --model")
+    if form == "nfzoo":
+        return Weights(*load_checkpoint(path), form)
+    from nfzoo.hub import from_pretrained  # here, as the Hub's part publishes what this module converts
+
+    shell = from_pretrained(name)
+    origin = (shell.provenance or {}).get("format")
+    return Weights(shell.description, dict(shell.state_dict()), "timm" if origin == "timm" else "nfzoo")
+
+
+def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
+    """What lies at `path`; `name` if nothing does."""
+    if not path.exists():
+        looks_local = path.is_absolute() or path.suffix in (".npz", ".pkl", ".pickle", ".dill", *_TORCH)
+        return "haiku" if looks_local else "name"  # which says that there is no such file
+    folder = path if path.is_dir() else path.parent
+    is_torch = path.suffix in _TORCH
+    if path.is_file() and not is_torch:
+        return "haiku"
+    if path.suffix == ".safetensors" and _describes_itself(path):
+        return "nfzoo"
+    try:
+        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "timm" if is_torch else "haiku"
+    if isinstance(fields, dict) and isinstance(fields.get("architecture"), str):
+        return "timm"
+    return "nfzoo"
+
+
+def _describes_itself(path: Path) -> bool:
+    try:
+        read_description(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _read_haiku(path: Path, model: str | None, progress: bool, origin: Mapping[str, str]) -> Weights:
+    with open_source(path) as source:
+        row, config = recognize({name: leaf.shape for name, leaf in source.leaves.items()}, model)
+        tree = unflattened(config, source.leaves)
+        total = sum(leaf.dtype.itemsize * _size(leaf) for leaf in source.leaves.values())
+        with tqdm(desc=row.name, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+            params = from_haiku(config, {m: {n: _shown(leaf, bar) for n, leaf in t.items()} for m, t in tree.items()})
+    provenance: dict[str, Any] = {
+        "format": f"haiku ({source.form})",
+        "source": path.name,
+        "sha256": _sha256(path),
+        "bytes": path.stat().st_size,
+        **origin,
+    }
+    # DeepMind published its files under these names; whoever trains on other classes does not.
+    published = config.num_classes == 1000 and path.name == f"{row.name.removeprefix('nfnet-').upper()}_haiku.npz"
+    labels = imagenet() if published else None
+    preprocessing = fit_channels(row.preprocessing, config.in_channels)
+    return Weights(Description(config, preprocessing, row.name, labels, provenance), params, source.form)
+
+
+def _size(leaf: Leaf) -> int:
+    count = 1
+    for n in leaf.shape:
+        count *= n
+    return count
+
+
+def _shown(leaf: Leaf, bar: tqdm[Any]) -> Leaf:
+    """The leaf, whose reading moves the bar."""
+
+    def read() -> NDArray:
+        array = leaf.read()
+        bar.update(array.nbytes)
+        return array
+
+    return leaf._replace(read=read)
+
+
+def _check_target(target: Path, to: Form, overwrite: bool) -> None:
+    if to == "haiku":
+        if target.is_dir():
+            raise ConversionError(f"{target} is a folder; --to haiku writes a file, such as {target / 'F0_haiku.npz'}")
+        there = target if target.exists() else None
+    else:
+        if target.exists() and not target.is_dir():
+            raise ConversionError(f"{target} is a file; --to {to} writes a folder")
+        there = next(
+            (target / n for n in (WEIGHTS_FILE, CONFIG_FILE, "pytorch_model.bin") if (target / n).exists()), None
+        )
+    if there is not None and not overwrite:
+        raise ConversionError(f"{there} is there already; --overwrite replaces it")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,132 @@
+"""A reader of `.npz` archives of floating-point arrays, which neither unpickles nor unpacks more than is declared.
+
+Source: the `.npy` format of numpy, NEP 1; the archive is a plain zip file.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+import zlib
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nfzoo.conversion.arrays import (
+    BFLOAT16,
+    FLOATS,
+    Element,
+    Leaf,
+    RefusedError,
+    arranged,
+    byte_count,
+    checked_shape,
+)
+
+MOST_RATIO = 20  # unpacked bytes to one of the archive; trained weights hardly pack at all, 2.3 if they were bfloat16
+MOST_DIRECTORY = 16 << 20  # bytes of the list of files; 3,000 arrays take 400,000
+LONGEST_HEADER = 4096
+_END = b"PK\x05\x06"
+_END_64 = b"PK\x06\x07"
+
+# What numpy writes for a plain array, and nothing that would have to be evaluated.
+_HEADER = re.compile(
+    rb"\{'descr': '([^']{1,20})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,15}, ?)*(?:\d{1,15})?)\), ?\} *\n"
+)
+
+
+def read_npz(file: BinaryIO, size: int) -> dict[str, Leaf]:
+    """`{name: Leaf}` of an archive of `size` bytes, whose arrays are read later, from the same file.
+
+    Raises:
+        RefusedError: for anything that is not an archive of floating-point arrays, with the reason.
+    """
+    _check_directory(file, size)
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, EOFError) as error:
+        raise RefusedError(f"the archive is damaged: {error}") from None
+    members = archive.infolist()
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > MOST_RATIO * size:
+        raise RefusedError(f"the archive declares {unpacked} bytes, more than {MOST_RATIO} times the {size} it has")
+    leaves: dict[str, Leaf] = {}
+    for member in members:
+        name = member.filename.removesuffix(".npy")
+        if name == member.filename:
+            raise RefusedError(f"{name[:200]!r} in the archive is no .npy array")
+        if name in leaves:
+            raise RefusedError(f"the archive holds {name[:200]!r} twice")
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise RefusedError(f"{name[:200]!r} in the archive is encrypted, or packed as numpy packs nothing")
+        leaves[name] = _leaf(archive, member, name)
+    return leaves
+
+
+def _check_directory(file: BinaryIO, size: int) -> None:
+    """Raise unless the list of files, all of which `zipfile` keeps in memory, has a sensible length."""
+    start = max(0, size - (1 << 16) - 22)
+    file.seek(start)
+    tail = file.read(size - start)
+    at = len(tail) - 22  # zipfile, too, tries the plain end before it looks for one with a comment
+    if at < 0 or tail[at : at + 4] != _END or tail[-2:] != b"\0\0":
+        at = tail.rfind(_END)
+    if at < 0 or len(tail) - at < 22:
+        raise RefusedError("the archive is cut off: it lacks its end")
+    if tail[max(0, at - 20) : at].startswith(_END_64):
+        raise RefusedError("the archive is of the kind for more than 4 GiB or 65,535 files")
+    length = struct.unpack("<I", tail[at + 12 : at + 16])[0]
+    if length > MOST_DIRECTORY:
+        raise RefusedError(f"the archive's list of files takes {length} bytes, more than {MOST_DIRECTORY}")
+
+
+def _leaf(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Leaf:
+    shown = name[:200]
+    head = _unpacked(archive, member, LONGEST_HEADER)
+    if head[:8] not in (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"):
+        raise RefusedError(f"{shown!r} in the archive does not begin like a .npy array")
+    form = "<H" if head[6] == 1 else "<I"
+    begin = 8 + struct.calcsize(form)
+    if len(head) < begin:
+        raise RefusedError(f"{shown!r} in the archive is cut off")
+    begin, length = begin, struct.unpack(form, head[8:begin])[0]
+    match = _HEADER.fullmatch(head[begin : begin + length]) if length <= LONGEST_HEADER - 12 else None
+    if match is None:
+        raise RefusedError(f"{shown!r} in the archive has a header that numpy writes for no array of numbers")
+    kind = match[1].decode("latin1")
+    if "O" in kind:
+        raise RefusedError(f"{shown!r} in the archive is an array of dtype object, which can hold anything")
+    # numpy has no bfloat16: it saves one as two bytes of nothing.
+    element = Element(BFLOAT16) if kind in ("<V2", "|V2") else Element(kind[1:], kind[0])
+    if element.name not in (*FLOATS, BFLOAT16) or (element.order not in "<>"):
+        raise RefusedError(f"{shown!r} in the archive is of dtype {kind!r}, none of {', '.join(FLOATS)} and bfloat16")
+    shape = checked_shape(tuple(int(n) for n in match[3].decode().split(",") if n.strip()))
+    order = "F" if match[2] == b"True" else "C"
+    count, offset = byte_count(shape, element), begin + length
+    if member.file_size != offset + count:
+        there = member.file_size - offset
+        raise RefusedError(f"{shown!r} in the archive declares {count} bytes of numbers, and it comes with {there}")
+
+    def read() -> NDArray:
+        raw = _unpacked(archive, member, None)
+        return arranged(element.decode(np.frombuffer(raw, np.uint8)[offset:].copy()), shape, order)
+
+    return Leaf(shape, element.dtype, read)
+
+
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int | None) -> bytes:
+    """The first `most` bytes of a file of the archive, or all, whose checksum is then right."""
+    shown = member.filename[:200]
+    try:
+        with archive.open(member) as stream:
+            if most is not None:
+                return stream.read(most)
+            data = stream.read(member.file_size)
+            stream.read(1)  # the checksum is compared at the end
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        raise RefusedError(f"{shown!r} in the archive is damaged: {error}") from None
+    if len(data) != member.file_size:
+        raise RefusedError(f"{shown!r} in the archive is cut off")
+    return data
