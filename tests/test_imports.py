@@ -31,6 +31,7 @@ LAYERS = (
     ("nfzoo.step", "nfzoo.fold", "nfzoo.signal", "nfzoo.checkpoint"),
     ("nfzoo.module", "nfzoo.adapter", "nfzoo.compile"),
     ("nfzoo.data", "nfzoo.plots"),
+    ("nfzoo.recipe",),
     ("nfzoo", "nfzoo.hub", "nfzoo.conversion"),
     ("nfzoo.train", "nfzoo.evaluate", "nfzoo.predict", "nfzoo.export"),
     ("nfzoo.hub.space",),

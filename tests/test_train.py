@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import nfzoo
-from nfzoo import demo, train
+from nfzoo import demo, recipe, train
 from nfzoo.data import open_split
 from tests.test_data import write_images
 
@@ -110,26 +110,29 @@ def test_fine_tunes_a_checkpoint_for_other_classes(
     assert torch.allclose(tuned.state_dict()[key], source.state_dict()[key], atol=1e-4)
     assert tuned.provenance is not None
     assert tuned.provenance["weights"] == "live"
+    assert tuned.provenance["data"] == "pets"
+    assert run(tmp_path / "again", *options, "--optim.ema_decay", "null", data=str(folder)) == 0
+    assert torch.equal(weights(tmp_path / "again")["head.weight"], weights(tmp_path / "tuned")["head.weight"])
 
 
 def test_recipe_with_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: nfnet-test\ndata: digits\nepochs: 7\noptim:\n  clip: 0.05\n  lr: 0.2\n")
-    config = train.parse(["--recipe", str(recipe), "--output", "x", "--optim.lr", "0.3", "--augment.flip", "0.25"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: nfnet-test\ndata: digits\nepochs: 7\noptim:\n  clip: 0.05\n  lr: 0.2\n")
+    config = recipe.parse(["--recipe", str(path), "--output", "x", "--optim.lr", "0.3", "--augment.flip", "0.25"])
     assert (config.epochs, config.optim.clip, config.optim.lr) == (7, 0.05, 0.3)
     assert config.augment is not None
     assert config.augment.flip == 0.25
     with pytest.raises(SystemExit) as stop:
-        train.main(["--recipe", str(recipe), "--output", "x", "--print_config"])
+        train.main(["--recipe", str(path), "--output", "x", "--print_config"])
     assert stop.value.code == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    assert train.parse(["--recipe", str(printed)]) == train.parse(["--recipe", str(recipe), "--output", "x"])
+    assert recipe.parse(["--recipe", str(printed)]) == recipe.parse(["--recipe", str(path), "--output", "x"])
 
 
 def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
     assert run(tmp_path / "run", "--augment.scale", "[0.5,1.0]") == 0
-    again = train.parse(["--recipe", str(tmp_path / "run" / "train.yaml")])
+    again = recipe.parse(["--recipe", str(tmp_path / "run" / "train.yaml")])
     assert again.augment is not None
     assert again.augment.scale == (0.5, 1.0)
     assert again.batch_size == 142
@@ -217,9 +220,9 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_default_learning_rate() -> None:
-    rates = {batch: train.default_lr(batch, pretrained=False) for batch in (16, 64, 256, 4096)}
+    rates = {batch: recipe.default_lr(batch, pretrained=False) for batch in (16, 64, 256, 4096)}
     assert rates == {16: 0.025, 64: 0.1, 256: 0.1, 4096: 1.6}  # the papers' is 0.1 * batch / 256
-    assert train.default_lr(64, pretrained=True) == pytest.approx(0.01)
+    assert recipe.default_lr(64, pretrained=True) == pytest.approx(0.01)
 
 
 def test_demo_reads_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
