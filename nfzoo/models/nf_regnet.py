@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import functional as nf
 from ..config import NFRegNetConfig
 from ..types import Block, Plan, Specs
 from .parts import (
@@ -28,38 +27,23 @@ from .parts import (
 class RegNetBlock(ResidualBlock):
     """The inverted bottleneck: 1x1, grouped 3x3, attention, 1x1, an activation before each but the attention."""
 
-    se_hidden: int
-
     def specs(self) -> Specs:
-        shortcut = conv_specs("shortcut.", self.inputs, self.outputs, 1) if self.transition else {}
+        g = self.geometry
         return {
-            **shortcut,
-            **conv_specs("conv0.", self.inputs, self.middle, 1),
+            **self.shortcut_specs(),
+            **conv_specs("conv0.", g.inputs, self.middle, 1),
             **conv_specs("conv1.", self.middle, self.middle, 3, self.groups),
             **attention_specs(self.attention, self.middle, self.se_hidden, self.layers.rule),
-            **conv_specs("conv2.", self.middle, self.outputs, 1, gain=self.last_gain),
+            **conv_specs("conv2.", self.middle, g.outputs, 1, gain=self.last_gain),
             **self.skip_gain_specs(),
         }
 
     def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         act, conv = self.layers.act, self.layers.conv
         out = act(x) * beta
-        shortcut = x
-        if self.transition:
-            shortcut = out
-            if self.stride * self.skipped_stride > 1:
-                shortcut = nf.shortcut_pool(out, stride=self.stride, dilation=self.dilation)
-            shortcut = conv(p, "shortcut.", shortcut)
+        shortcut = self.shortcut(p, x, out)
         out = conv(p, "conv0.", out)
-        out = conv(
-            p,
-            "conv1.",
-            act(out),
-            stride=self.stride,
-            skipped_stride=self.skipped_stride,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+        out = self.strided_conv(p, act(out))
         out = attend(self.attention, p, out)
         return shortcut, conv(p, "conv2.", act(out))
 
@@ -73,22 +57,16 @@ def plan(cfg: NFRegNetConfig) -> Plan:
     blocks = [Block("stem.conv", Conv(layers, activated=False, stride=2), stem, feature=True)]
     for site in tower(cfg, inputs=stem_width, stem_stride=2, widths=widths):
         ratio = 1.0 if site.position == 0 else cfg.bottleneck
-        groups = rule.channels(site.inputs * ratio) // cfg.group_width
+        groups = rule.channels(site.geometry.inputs * ratio) // cfg.group_width
         middle = groups * cfg.group_width
         block = RegNetBlock(
-            layers=layers,
-            inputs=site.inputs,
-            outputs=site.outputs,
+            layers,
+            site.geometry,
             middle=middle,
             groups=groups,
-            stride=site.stride,
-            skipped_stride=site.skipped_stride,
-            dilation=site.dilation,
-            out_dilation=site.out_dilation,
-            transition=site.transition,
             attention="se",
-            alpha=cfg.alpha,
             se_hidden=rule.channels(middle * cfg.se_ratio, floor_fraction=0.0),
+            alpha=cfg.alpha,
         )
         blocks.append(block.block(site))
     if rule.divisor:

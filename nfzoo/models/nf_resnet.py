@@ -18,34 +18,31 @@ from .parts import Conv, Layers, ResidualBlock, attend, attention_specs, conv_sp
 class BottleneckBlock(ResidualBlock):
     """The pre-activation bottleneck of a ResNet: 1x1, 3x3, 1x1, each after an activation; then attention."""
 
-    se_hidden: int
-
     def specs(self) -> Specs:
-        shortcut = conv_specs("shortcut.", self.inputs, self.outputs, 1) if self.transition else {}
+        g = self.geometry
         return {
-            **shortcut,
-            **conv_specs("conv0.", self.inputs, self.middle, 1),
+            **self.shortcut_specs(),
+            **conv_specs("conv0.", g.inputs, self.middle, 1),
             **conv_specs("conv1.", self.middle, self.middle, 3),
-            **conv_specs("conv2.", self.middle, self.outputs, 1, gain=self.last_gain),
-            **attention_specs(self.attention, self.outputs, self.se_hidden, self.layers.rule),
+            **conv_specs("conv2.", self.middle, g.outputs, 1, gain=self.last_gain),
+            **attention_specs(self.attention, g.outputs, self.se_hidden, self.layers.rule),
             **self.skip_gain_specs(),
         }
 
     def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         act, conv = self.layers.act, self.layers.conv
         out = act(x) * beta
-        shortcut = x
-        if self.transition and self.layers.rule.pooled_shortcut:
-            pooled = self.stride * self.skipped_stride > 1
-            shortcut = nf.shortcut_pool(out, stride=self.stride, dilation=self.dilation) if pooled else out
-            shortcut = conv(p, "shortcut.", shortcut)
-        elif self.transition:
-            shortcut = conv(p, "shortcut.", out, stride=self.stride)
+        shortcut = self.shortcut(p, x, out)
         out = conv(p, "conv0.", out)
-        strided = {"stride": self.stride, "skipped_stride": self.skipped_stride, "dilation": self.dilation}
-        out = conv(p, "conv1.", act(out), **strided)
+        out = self.strided_conv(p, act(out))
         out = conv(p, "conv2.", act(out))
         return shortcut, attend(self.attention, p, out)
+
+    def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
+        """As everywhere, or under DeepMind's rules a 1x1 kernel that strides over the activated input."""
+        if self.layers.rule.pooled_shortcut or not self.geometry.transition:
+            return super().shortcut(p, x, out)
+        return self.layers.conv(p, "shortcut.", out, stride=self.geometry.stride)
 
 
 @dataclass(frozen=True)
@@ -71,20 +68,15 @@ def plan(cfg: NFResNetConfig) -> Plan:
     ]
     widths = tuple(rule.channels(w) for w in cfg.widths)
     for site in tower(cfg, inputs=cfg.stem_width, stem_stride=4, widths=widths):
+        outputs = site.geometry.outputs
         block = BottleneckBlock(
-            layers=layers,
-            inputs=site.inputs,
-            outputs=site.outputs,
-            middle=rule.channels(site.outputs * cfg.bottleneck),
+            layers,
+            site.geometry,
+            middle=rule.channels(outputs * cfg.bottleneck),
             groups=1,
-            stride=site.stride,
-            skipped_stride=site.skipped_stride,
-            dilation=site.dilation,
-            out_dilation=site.out_dilation,
-            transition=site.transition,
             attention=cfg.attention,
+            se_hidden=rule.channels(outputs * rule.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
-            se_hidden=rule.channels(site.outputs * rule.se_ratio, floor_fraction=0.0),
         )
         blocks.append(block.block(site))
     return (*blocks, *head_blocks(cfg, widths[-1]))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import functional as nf
 from ..config import NFNetConfig
 from ..types import Block, Plan, Specs
 from .parts import Conv, Layers, ResidualBlock, attend, attention_specs, conv_specs, head_blocks, tower
@@ -17,40 +16,25 @@ from .parts import Conv, Layers, ResidualBlock, attend, attention_specs, conv_sp
 class FBlock(ResidualBlock):
     """The NFNet block: 1x1, two grouped 3x3, 1x1, each after an activation; then attention."""
 
-    se_hidden: int
-
     def specs(self) -> Specs:
-        shortcut = conv_specs("shortcut.", self.inputs, self.outputs, 1) if self.transition else {}
+        g = self.geometry
         return {
-            **shortcut,
-            **conv_specs("conv0.", self.inputs, self.middle, 1),
+            **self.shortcut_specs(),
+            **conv_specs("conv0.", g.inputs, self.middle, 1),
             **conv_specs("conv1.", self.middle, self.middle, 3, self.groups),
             **conv_specs("conv1b.", self.middle, self.middle, 3, self.groups),
-            **conv_specs("conv2.", self.middle, self.outputs, 1, gain=self.last_gain),
-            **attention_specs(self.attention, self.outputs, self.se_hidden, self.layers.rule),
+            **conv_specs("conv2.", self.middle, g.outputs, 1, gain=self.last_gain),
+            **attention_specs(self.attention, g.outputs, self.se_hidden, self.layers.rule),
             **self.skip_gain_specs(),
         }
 
     def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         act, conv = self.layers.act, self.layers.conv
         out = act(x) * beta
-        shortcut = x
-        if self.transition:
-            shortcut = out
-            if self.stride * self.skipped_stride > 1:
-                shortcut = nf.shortcut_pool(out, stride=self.stride, dilation=self.dilation)
-            shortcut = conv(p, "shortcut.", shortcut)
+        shortcut = self.shortcut(p, x, out)
         out = conv(p, "conv0.", out)
-        out = conv(
-            p,
-            "conv1.",
-            act(out),
-            stride=self.stride,
-            skipped_stride=self.skipped_stride,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-        out = conv(p, "conv1b.", act(out), dilation=self.out_dilation, groups=self.groups)
+        out = self.strided_conv(p, act(out))
+        out = conv(p, "conv1b.", act(out), dilation=self.geometry.out_dilation, groups=self.groups)
         out = conv(p, "conv2.", act(out))
         return shortcut, attend(self.attention, p, out)
 
@@ -67,21 +51,16 @@ def plan(cfg: NFNetConfig) -> Plan:
         inputs = outputs
     widths = tuple(rule.channels(w) for w in cfg.widths)
     for site in tower(cfg, inputs=inputs, stem_stride=4, widths=widths):
-        groups = rule.channels(site.outputs * cfg.bottleneck) // cfg.group_width
+        outputs = site.geometry.outputs
+        groups = rule.channels(outputs * cfg.bottleneck) // cfg.group_width
         block = FBlock(
-            layers=layers,
-            inputs=site.inputs,
-            outputs=site.outputs,
+            layers,
+            site.geometry,
             middle=groups * cfg.group_width,
             groups=groups,
-            stride=site.stride,
-            skipped_stride=site.skipped_stride,
-            dilation=site.dilation,
-            out_dilation=site.out_dilation,
-            transition=site.transition,
             attention=cfg.attention,
+            se_hidden=rule.channels(outputs * cfg.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
-            se_hidden=rule.channels(site.outputs * cfg.se_ratio, floor_fraction=0.0),
         )
         blocks.append(block.block(site))
     features = rule.channels(cfg.widths[-1] * cfg.head_ratio)

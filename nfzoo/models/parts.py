@@ -136,29 +136,40 @@ def attend(kind: Attention, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the residual tower
 
 
-class Site(NamedTuple):
-    """Where in the tower a residual block stands.
+class Geometry(NamedTuple):
+    """Channels and pixels of a residual block.
 
     `dilation` is that of the grid the block receives, `out_dilation` of the one it hands on; they differ, by
     `skipped_stride`, only where the output stride is kept below the network's own.
     """
 
-    name: str
-    position: int
     inputs: int
     outputs: int
     stride: int
     skipped_stride: int
     dilation: int
     out_dilation: int
-    beta: float
-    drop: Drop | None
-    feature: bool
+
+    @property
+    def downsamples(self) -> bool:
+        """Whether the block halves the resolution, or would if its stride were not left out."""
+        return self.stride * self.skipped_stride > 1
 
     @property
     def transition(self) -> bool:
         """Whether the block changes resolution or width, so that its shortcut is a convolution."""
-        return self.stride * self.skipped_stride > 1 or self.inputs != self.outputs
+        return self.downsamples or self.inputs != self.outputs
+
+
+class Site(NamedTuple):
+    """Where in the tower a residual block stands."""
+
+    name: str
+    position: int
+    geometry: Geometry
+    beta: float
+    drop: Drop | None
+    feature: bool
 
 
 def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int, ...]) -> Iterator[Site]:
@@ -180,12 +191,7 @@ def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int,
             yield Site(
                 name=f"stages.{stage}.{b}",
                 position=index,
-                inputs=inputs,
-                outputs=outputs,
-                stride=stride,
-                skipped_stride=skipped,
-                dilation=dilation,
-                out_dilation=dilation * skipped,
+                geometry=Geometry(inputs, outputs, stride, skipped, dilation, dilation * skipped),
                 beta=variance**-0.5,
                 drop=Drop(rate, (1, 1, 1), scale) if cfg.stochastic_depth else None,
                 feature=b == depth - 1,
@@ -201,16 +207,11 @@ class ResidualBlock(abc.ABC):
     """`x -> shortcut + alpha * skip_gain * keep * residual`; a family says what the two branches are."""
 
     layers: Layers
-    inputs: int
-    outputs: int
+    geometry: Geometry
     middle: int
     groups: int
-    stride: int
-    skipped_stride: int
-    dilation: int
-    out_dilation: int
-    transition: bool
     attention: Attention
+    se_hidden: int
     alpha: float
 
     @abc.abstractmethod
@@ -228,6 +229,27 @@ class ResidualBlock(abc.ABC):
         if self.layers.rule.skip_gain:
             residual = residual * p["skip_gain"].reshape(())
         return residual * self.alpha + shortcut
+
+    def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
+        """`x`; on a transition a 1x1 kernel on the activated input `out`, average-pooled if the block downsamples."""
+        g = self.geometry
+        if not g.transition:
+            return x
+        if g.downsamples:
+            out = nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation)
+        return self.layers.conv(p, "shortcut.", out)
+
+    def strided_conv(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`conv1`, the 3x3 convolution that has the block's stride."""
+        g = self.geometry
+        return self.layers.conv(
+            p, "conv1.", x, stride=g.stride, skipped_stride=g.skipped_stride, dilation=g.dilation, groups=self.groups
+        )
+
+    def shortcut_specs(self) -> Specs:
+        """The shortcut's convolution, on a transition."""
+        g = self.geometry
+        return conv_specs("shortcut.", g.inputs, g.outputs, 1) if g.transition else {}
 
     def skip_gain_specs(self) -> Specs:
         """The skip gain, if the rules have one."""
