@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Description, load_checkpoint, read_description, save_checkpoint
 from nfzoo.conversion.arrays import Leaf
 from nfzoo.conversion.dump import write_haiku
-from nfzoo.conversion.fetch import fetch, published_url
+from nfzoo.conversion.fetch import PUBLISHED, fetch, published_url
 from nfzoo.conversion.haiku import from_haiku, recognize, unflattened
 from nfzoo.conversion.source import open_source
 from nfzoo.conversion.timm import read_timm, write_timm
@@ -79,7 +79,7 @@ def read(source: str | Path, *, model: str | None = None, progress: bool = False
     """The model that `source` holds: see `convert`."""
     name = str(source)
     if name.startswith("dm:"):
-        return _read_haiku(fetch(name, progress=progress), model, progress, {"url": published_url(name)})
+        return _read_haiku(fetch(name, progress=progress), model, progress, {"url": published_url(name, PUBLISHED)})
     path = Path(source)
     form = _form(path)
     if form == "haiku":

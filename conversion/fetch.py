@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -48,12 +49,16 @@ class _RetryError(Exception):
     """Worth another attempt."""
 
 
-def published_url(name: str) -> str:
-    """The address of `dm:F1`, `dm:f1`, …; a `ConversionError` if DeepMind published no such file."""
+def published_url(name: str, base: str | None = None) -> str:
+    """The address of `dm:F1`, `dm:f1`, … below `base`, by default the mirror's or else DeepMind's.
+
+    Raises:
+        ConversionError: if DeepMind published no such file.
+    """
     match = re.fullmatch(r"dm:([Ff][0-6])", name)
     if match is None:
         raise ConversionError(f"{name!r} names no published file; there are {', '.join('dm:' + m for m in MODELS)}")
-    base = os.environ.get("NFZOO_DM_URL") or PUBLISHED
+    base = base or os.environ.get("NFZOO_DM_URL") or PUBLISHED
     return f"{base.rstrip('/')}/{match[1].upper()}_haiku.npz"
 
 
@@ -113,9 +118,10 @@ def _download(url: str, partial: io.BufferedRandom, *, progress: bool) -> None:
             return
         except _RetryError as error:
             if attempt == ATTEMPTS:
+                kept = "; what has come is kept" if os.fstat(partial.fileno()).st_size else ""
                 raise ConversionError(
-                    f"{url} could not be fetched in {ATTEMPTS} attempts: {error}. Check the connection and try again; "
-                    "what has come is kept"
+                    f"{_shown(url)} could not be fetched in {ATTEMPTS} attempts: {error}. Check the connection and try "
+                    f"again{kept}"
                 ) from error
             time.sleep(pause)
             pause *= 2
@@ -167,11 +173,25 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         error.close()
         if error.code in (408, 416, 429) or error.code >= 500:
             raise _RetryError(f"the server answered {error.code} {error.reason}") from error
-        raise ConversionError(f"{url} cannot be fetched: the server answered {error.code} {error.reason}") from error
+        raise ConversionError(
+            f"{_shown(url)} cannot be fetched: the server answered {error.code} {error.reason}"
+        ) from error
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, socket.gaierror | ConnectionRefusedError):  # no use in asking again at once
+            raise ConversionError(
+                f"{_shown(url)} cannot be reached: {error.reason}; check the connection, or name a mirror in "
+                "NFZOO_DM_URL"
+            ) from error
+        raise _RetryError(str(error)) from error
     except (OSError, http.client.HTTPException) as error:
         raise _RetryError(str(error) or type(error).__name__) from error
     except ValueError as error:
-        raise ConversionError(f"{url} cannot be fetched: {error}; look at NFZOO_DM_URL") from error
+        raise ConversionError(f"{_shown(url)} cannot be fetched: {error}; look at NFZOO_DM_URL") from error
+
+
+def _shown(url: str) -> str:
+    """An address without the name and password that may stand in it."""
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def _version(url: str, response: http.client.HTTPResponse) -> _Version:

@@ -92,8 +92,9 @@ def model_card(
     if CURVES_FILE in files:
         parts += ["## Training", f"![training curves]({CURVES_FILE})"]
     if description.provenance:
-        rows = [(key, f"`{json.dumps(value, ensure_ascii=False)}`") for key, value in description.provenance.items()]
-        parts += ["## Where the weights come from", _table(("", ""), [row for row in rows if row[1] != "`null`"])]
+        known = {key: value for key, value in description.provenance.items() if value is not None}
+        rows = [(_cell(key), _cell(json.dumps(value, ensure_ascii=False))) for key, value in known.items()]
+        parts += ["## Where the weights come from", _table(("", ""), rows)]
     parts += ["## Citation", f"```bibtex\n{_CITATION}\n```"]
     return f"---\n{metadata.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
 

@@ -215,6 +215,10 @@ def _twice(call: Callable[[], T]) -> T:
             raise
         logger.warning("%s; trying again", " ".join(str(error).split()) or type(error).__name__)
         time.sleep(_RETRY_SECONDS)
+    except OSError as error:
+        if "Consistency check failed" not in str(error):  # the client's words for a body of the wrong length
+            raise
+        logger.warning("%s; fetching it again", " ".join(str(error).split()))
     try:
         return call()
     except DamagedError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 from nfzoo.errors import CheckpointError, HubError, NfzooError
@@ -24,7 +24,6 @@ RUN_FILE = "train.yaml"
 
 # What training and evaluation write beside a model.
 _EXTRAS = (CURVES_FILE, EVALUATION_FILE, "metrics.jsonl", RUN_FILE)
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Bundle(NamedTuple):
@@ -46,14 +45,22 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = "apac
         HubError: for a name that no repository can have.
     """
     folder = Path(folder)
-    if not _REPOSITORY.fullmatch(repo_id):
+    try:
+        validate_repo_id(repo_id)
+        organised = "/" in repo_id
+    except HFValidationError:
+        organised = False
+    if not organised:
         raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     description, _ = load_checkpoint(folder)
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
     if (folder / CARD_FILE).is_file():
-        card = (folder / CARD_FILE).read_text(encoding="utf-8")
+        try:
+            card = (folder / CARD_FILE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{folder / CARD_FILE} is not text: {error}") from error
     else:
         evaluation = None
         if EVALUATION_FILE in extras:
@@ -147,8 +154,11 @@ def push(
         raise HubError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())}{hint}") from error
     except (HTTP_ERROR, HFValidationError, OSError, ValueError, RuntimeError) as error:
         # The client wraps what goes wrong while a large file is sent in a RuntimeError.
-        reasons = [str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
-        raise HubError(f"{repo_id!r} could not be published: {' '.join(' '.join(reasons).split())}") from error
+        reasons = dict.fromkeys(str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None)
+        raise HubError(
+            f"{repo_id!r} could not be published: {' '.join(' '.join(reasons).split())}; "
+            "check the connection and try again"
+        ) from error
     return str(commit.commit_url)
 
 

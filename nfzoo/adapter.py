@@ -27,7 +27,8 @@ class AGCSGD(torch.optim.Optimizer):
         clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first.
 
     Raises:
-        ValueError: for a negative learning rate, momentum or decay, or a clip or eps that is not positive.
+        ValueError: for a learning rate, momentum or decay that is negative or no number, or a clip or eps that is not
+            positive.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class AGCSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         options = {**self.defaults, **param_group}
         for name in ("lr", "momentum", "weight_decay"):
-            if not options[name] >= 0:
-                raise ValueError(f"{name} must not be negative, is {options[name]!r}")
+            if not 0 <= options[name] < float("inf"):
+                raise ValueError(f"{name} must be a number that is not negative, not {options[name]!r}")
         check_clip(1.0 if options["clip"] is None else options["clip"], options["eps"])
         super().add_param_group(param_group)
 

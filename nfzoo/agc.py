@@ -125,7 +125,8 @@ def with_agc(
     """Put AGC in front of any torch optimizer: `optimizer = with_agc(AdamW(model.parameters()), clip=0.01)`.
 
     Every `step` clips the gradients first; gradients that a `GradScaler` left scaled are unscaled before. A parameter
-    group's own `"clip"` replaces `clip`, and `None` there leaves the group alone.
+    group's own `"clip"` replaces `clip`, and `None` there leaves the group alone. The clipping is a hook, which torch
+    does not copy or pickle: call this again on a copied optimizer (`load_state_dict` needs nothing).
 
     Args:
         exclude: parameters not to clip; the papers leave out the classifier's weight alone.

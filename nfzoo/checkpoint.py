@@ -200,10 +200,10 @@ def load_checkpoint(
         text = (file.metadata() or {}).get("nfzoo")
         if path.is_dir() and text is not None:
             own = _parse(text, f"the metadata of {weights}")
-            if own.config != description.config:
+            if own[:2] != description[:2] or own.labels != description.labels:
                 raise CheckpointError(
                     f"{CONFIG_FILE} and {WEIGHTS_FILE} in {path} describe different models, as after an interrupted "
-                    f"save; load {weights} alone, or restore the pair"
+                    f"save or an edit by hand; load {weights} alone and save it anew, or restore the pair"
                 )
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         check_params(description.config, shapes, str(weights))

@@ -297,19 +297,29 @@ def _info(options: argparse.Namespace) -> None:
 def _lookup(source: str) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
     """A zoo name or a checkpoint; what exists on disk comes first, as in `from_pretrained`."""
     path = Path(source)
-    if not path.exists():
+    if not path.exists() and "/" not in source:
         row = variant(source)
         top1 = None if row.top1 is None else f"{row.top1:.1f} % on ImageNet, as the source reports"
         return row.config, row.preprocessing, {"name": row.name, "source": row.source, "top-1": top1}
     if path.is_file() and path.suffix not in (".safetensors", ".json"):
         raise CheckpointError(f"{path} is neither a checkpoint folder nor a .safetensors file")
-    found = read_description(path / CONFIG_FILE if path.is_dir() else path)
+    if path.exists() and not (path.is_dir() and _is_foreign(path)):
+        found = read_description(path / CONFIG_FILE if path.is_dir() else path)
+    else:
+        found = from_pretrained(source).description  # a Hub repository, or a folder in timm's layout
     labels = None
     if found.labels is not None:
         more = ", …" if len(found.labels) > 8 else ""
         labels = ", ".join(found.labels[:8]) + more
     source_of = None if found.provenance is None else json.dumps(dict(found.provenance), ensure_ascii=False)
     return found.config, found.preprocessing, {"name": found.name, "source": source_of, "labels": labels}
+
+
+def _is_foreign(folder: Path) -> bool:
+    try:
+        return "library_name" not in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False  # `read_description` says what is wrong
 
 
 def _stages(table: Sequence[BlockCost]) -> list[tuple[str, int, BlockCost]]:

@@ -25,6 +25,9 @@ from .errors import ConfigError, DataError
 from .preprocess import IMAGE_SUFFIXES, evaluation_transform, open_image, training_transform
 
 DIGITS = "digits"
+HELD_OUT = 0.2
+"""Part of each class that is held out by default."""
+
 _DIGITS_SIZE = 32
 _VALIDATION_NAMES = ("val", "validation", "test")
 
@@ -90,6 +93,9 @@ class ImageFolder:
         found = tuple(sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".")))
         if not found:
             raise DataError(f"{str(folder)!r} has no subfolders; put the images of each class into a folder of its own")
+        for name in found:
+            if any("\ud800" <= c <= "\udfff" for c in name):  # bytes that are no UTF-8, which no file of ours can hold
+                raise DataError(f"the class folder {str(folder / name)!r} has a name that is no text; rename it")
         if classes is not None and found != classes:
             odd = sorted(set(found) ^ set(classes))
             raise DataError(
@@ -99,12 +105,7 @@ class ImageFolder:
         paths: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(found):
-            images = sorted(
-                Path(root) / file
-                for root, _, names in os.walk(folder / name, followlinks=True)
-                for file in names
-                if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith(".")
-            )
+            images = sorted(_image_files(folder / name))
             if not images:
                 raise DataError(f"the class folder {str(folder / name)!r} holds no images; remove it or fill it")
             paths += images
@@ -132,6 +133,20 @@ class ImageFolder:
         return self.subset(keep), problems
 
 
+def _image_files(folder: Path) -> Iterator[Path]:
+    """All images below a folder. Links to folders are followed, but no folder is entered twice."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield Path(root) / name
+
+
 class Split(NamedTuple):
     """Training and held-out images with the same classes."""
 
@@ -139,7 +154,7 @@ class Split(NamedTuple):
     validation: Digits | ImageFolder
 
 
-def open_split(source: str, *, validation_fraction: float = 0.2, seed: int = 0) -> Split:
+def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int = 0) -> Split:
     """The two parts of a data set.
 
     Args:

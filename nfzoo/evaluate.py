@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .config import Preprocessing
 from .data import (
     DIGITS,
+    HELD_OUT,
     BrokenImageError,
     Digits,
     ImageFolder,
@@ -102,17 +103,17 @@ class Labelled(NamedTuple):
     matched_by: str
 
 
-def open_labelled(source: str, classes: int, labels: Sequence[str] | None) -> Labelled:
+def open_labelled(source: str, classes: int, labels: Sequence[str] | None, *, held_out: float = HELD_OUT) -> Labelled:
     """The images of a folder with one subfolder per class, for a model of `classes` outputs named `labels`.
 
     Of a folder with `train/` and `val/` (or `validation/`, `test/`) inside, the second is taken; `"digits"` is the
-    fifth of the embedded digits that training holds out by default.
+    part of the embedded digits, `held_out` of them, that training does not see.
 
     Raises:
         DataError: see `ImageFolder.scan` and `match_classes`.
     """
     if source == DIGITS:
-        digits = open_split(DIGITS).validation
+        digits = open_split(DIGITS, validation_fraction=held_out).validation
         index, matched_by = match_classes(digits.classes, classes, labels, source="the digits")
         relabelled = np.asarray(index)[np.asarray(digits.labels)]
         return Labelled(dataclasses.replace(digits, labels=relabelled), DIGITS, "held out", matched_by)  # type: ignore[arg-type]
@@ -199,7 +200,11 @@ def evaluate(
 
     state = _processes(cpu=str(device) == "cpu")
     place = _place(state, device)
-    labelled = open_labelled(data, model.config.num_classes, model.labels)
+    trained = model.provenance or {}
+    held_out = trained.get("validation_fraction") if trained.get("data") == Path(data).name else None
+    labelled = open_labelled(data, model.config.num_classes, model.labels, held_out=held_out or HELD_OUT)
+    if held_out and data != DIGITS and labelled.split is None and state.is_main_process:
+        logger.warning("%s was trained on most of these images: this is no held-out accuracy", name or model.name)
     images = labelled.images
     if workers is None:
         workers = 0 if isinstance(images, Digits) else default_workers(state.num_processes)
@@ -373,6 +378,10 @@ def main(argv: list[str] | None = None) -> int:
         _main(_parser().parse_args(argv))
     except NfzooError as error:
         return _fail(error, 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        raise  # the reader went away: `nfzoo` makes nothing of it
     except OSError as error:
         return _fail(error, 1)
     finally:

@@ -267,7 +267,9 @@ def load(
 
 def check_num_classes(num_classes: int | None) -> None:
     """A `ConfigError` for a number of classes that no model has, before anything is read or fetched."""
-    if num_classes is not None and num_classes < 1:
+    if num_classes is not None and (
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
+    ):
         raise ConfigError(f"num_classes must be a positive integer, not {num_classes!r}")
 
 

@@ -159,7 +159,7 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
     rows = _read_metrics(metrics_jsonl)
     figure = _figure(10.5, 4.4)
     loss, accuracy = figure.subplots(1, 2)
-    lines = (("train_", "training", QUIET, ":"), ("", "held out, live weights", ORANGE, "-"))
+    lines = (("train_", "training, as optimised", QUIET, ":"), ("", "held out, live weights", ORANGE, "-"))
     for axes, quantity, factor in ((loss, "loss", 1.0), (accuracy, "accuracy", 100.0)):
         for prefix, label, colour, style in (*lines, ("ema_", "held out, averaged (EMA)", BLUE, "-")):
             points = [(r["epoch"], factor * r[prefix + quantity]) for r in rows if r.get(prefix + quantity) is not None]

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from .data import Augment
+from .data import HELD_OUT, Augment
 from .errors import ConfigError, NfzooError
+
+MOST_SEED = 1 << 63
+MOST_WORKERS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class TrainConfig:
     test_size: int | None = None
     drop_rate: float | None = None
     stochastic_depth: float | None = None
-    validation_fraction: float = 0.2
+    validation_fraction: float = HELD_OUT
     augment: Augment | None = None
     skip_broken: bool = False
     workers: int | None = None
@@ -104,10 +107,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value!r}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, is {self.seed!r}")
-        if self.workers is not None and self.workers < 0:
-            raise ConfigError(f"workers must not be negative, is {self.workers!r}")
+        for name in ("model", "data", "output"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"{name} must not be empty")
+        if not 0 <= self.seed < MOST_SEED:
+            raise ConfigError(f"seed must not be negative, and below 2**63; is {self.seed!r}")
+        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"workers must not be negative, and at most {MOST_WORKERS}; is {self.workers!r}")
+        if not isinstance(self.optim, OptimConfig):
+            raise ConfigError(f"optim must be a mapping of options such as lr, not {self.optim!r}")
 
     def to_yaml(self) -> str:
         """The run as a recipe that `parse` reads."""
@@ -137,6 +145,8 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     parser = _parser()
     try:
         namespace = parser.parse_args(argv)
+        if not isinstance(namespace.get("optim"), Namespace):
+            raise ConfigError(f"optim must be a mapping of options such as lr, not {namespace.get('optim')!r}")
         fields = dict(parser.instantiate(namespace))
     except NfzooError:
         raise

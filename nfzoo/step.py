@@ -60,7 +60,7 @@ def init_state(params: Params, config: StepConfig | None = None) -> TrainState:
     config = config or StepConfig()
     average = None if config.ema_decay is None else {n: p.detach().clone() for n, p in params.items()}
     device = next(iter(params.values())).device
-    return TrainState(params, sgd_init(params), average, torch.zeros((), dtype=torch.float32, device=device))
+    return TrainState(params, sgd_init(params), average, torch.zeros((), dtype=torch.int64, device=device))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from .data import (
     BrokenImageError,
     Split,
     evaluation_batches,
+    held_out_folder,
     open_split,
     training_batches,
 )
@@ -80,8 +82,7 @@ def train(config: TrainConfig) -> Result:
     output = Path(config.output)
     if (output / CONFIG_FILE).exists() and not config.overwrite:
         raise ConfigError(f"{config.output!r} holds a model already; choose another output, or pass --overwrite true")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{config.output!r} is a file; the output must be a folder")
+    _check_writable(output)
     torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
     split = _open_data(config)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
@@ -100,6 +101,22 @@ def train(config: TrainConfig) -> Result:
     return run.to_end()
 
 
+def _check_writable(output: Path) -> None:
+    """Raise a `ConfigError` now where saving would fail after the first epoch."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{str(output)!r} is a file; the output must be a folder")
+    existing = output.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{str(existing)!r} is a file")
+        with tempfile.TemporaryDirectory(prefix=".nfzoo-", dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"the output {str(output)!r} cannot be written: {error}") from error
+
+
 class _Run:
     """One training run: what its epochs share."""
 
@@ -107,6 +124,7 @@ class _Run:
         self.config, self.split, self.accelerator = config, split, accelerator
         optim = config.optim
         model, pretrained = _open_model(config, split.train.classes)
+        self.pretrained = pretrained
         self.cfg: ModelConfig = model.config
         self.preprocessing = model.preprocessing
         self.description = model.description
@@ -257,12 +275,14 @@ class _Run:
             return
         config, output = self.config, Path(self.config.output)
         provenance = {
-            "trained_from": _public(config.model),
+            "trained_from": _public(config.model) if self.pretrained else "random weights",
             "data": _public(config.data),
             "epochs": row["epoch"],
             "weights": "live" if self.average is None else "ema",
             "accuracy": row["accuracy"] if self.average is None else row["ema_accuracy"],
         }
+        if held_out_folder(Path(config.data)) is None:
+            provenance["validation_fraction"] = config.validation_fraction
         description = self.description._replace(provenance=provenance)
         save_checkpoint(output, description, self.live if self.average is None else self.average)
         with replaced(output / METRICS_FILE) as scratch:
@@ -284,7 +304,10 @@ class _Run:
 
 
 def _open_data(config: TrainConfig) -> Split:
-    split = open_split(config.data, validation_fraction=config.validation_fraction, seed=config.seed)
+    # The same images are held out whatever the seed of the run, so that runs compare and `evaluate` finds them again.
+    split = open_split(config.data, validation_fraction=config.validation_fraction)
+    if len(split.train.classes) < 2:
+        raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
     if not config.skip_broken or config.data == DIGITS:
         return split
     parts = []
@@ -342,6 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 2)
     except OSError as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

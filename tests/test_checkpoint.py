@@ -526,6 +526,17 @@ def test_to_a_device(folder):
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
 
 
+@pytest.mark.parametrize("key", ["labels", "preprocessing"])
+def test_an_edited_description_is_noticed(tmp_path: Path, key: str) -> None:
+    folder = nfzoo.create("nfnet-test", labels=list("abc")).save_pretrained(tmp_path / "m")
+    fields = json.loads((folder / "config.json").read_text())
+    fields[key] = ["c", "b", "a"] if key == "labels" else {**fields[key], "test_size": 64}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="describe different models"):
+        load_checkpoint(folder)
+    assert load_checkpoint(folder / "model.safetensors")[0].labels == ("a", "b", "c")
+
+
 def test_equal_models_are_equal_files(tmp_path: Path) -> None:
     model = nfzoo.create("nfnet-test")
     files = [model.save_pretrained(tmp_path / name) / "model.safetensors" for name in "abcd"]

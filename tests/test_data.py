@@ -91,6 +91,12 @@ def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
     assert len(ImageFolder.scan(folder)) == 17
 
 
+def test_no_folder_is_entered_twice(folder: Path) -> None:
+    (folder / "cat" / "loop").symlink_to(folder / "cat", target_is_directory=True)
+    (folder / "cat" / "other").symlink_to(folder / "cat" / "loop", target_is_directory=True)
+    assert len(ImageFolder.scan(folder)) == 16
+
+
 def damage(folder: Path, case: str) -> str:
     """Make `folder` unusable; returns the path to open."""
     match case:
@@ -103,6 +109,9 @@ def damage(folder: Path, case: str) -> str:
             return str(folder / "empty")
         case "empty class":
             (folder / "bird").mkdir()
+            return str(folder)
+        case "no text":
+            write_images(folder, {"\udcff\udcfe": 3})
             return str(folder)
         case "one image":
             write_images(folder, {"fish": 1})
@@ -120,6 +129,7 @@ def damage(folder: Path, case: str) -> str:
         ("file", "is not a folder"),
         ("no classes", "no subfolders"),
         ("empty class", "bird"),
+        ("no text", "no text"),
         ("one image", "too few to hold any out"),
         ("no validation", "none of val/"),
     ],

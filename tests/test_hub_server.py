@@ -28,6 +28,7 @@ from nfzoo.cli import main
 from nfzoo.conversion.timm import write_timm
 from nfzoo.hub import push
 from nfzoo.hub.card import model_card
+from nfzoo.hub.publish import bundle
 from nfzoo.hub.table import PUBLIC
 from nfzoo.labels import imagenet
 from nfzoo.variants import VARIANTS
@@ -467,6 +468,15 @@ def test_the_usage_runs(hub, model, tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split("%")[1].strip() for line in lines) == list("abcde")
+
+
+def test_a_card_that_is_no_text_and_names_that_cannot_be(run):
+    for name in ("me/..", "me", "me/x/y", "a--b/c"):
+        with pytest.raises(HubError, match="no name of a repository"):
+            bundle(run, name)
+    (run / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="is not text"):
+        bundle(run, REPO)
 
 
 def test_a_card_of_ones_own(hub, run):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import nfzoo
 from nfzoo import demo, recipe, train
 from nfzoo.data import open_split
+from nfzoo.evaluate import evaluate
 from tests.test_data import write_images
 
 QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "142"]
@@ -157,6 +158,11 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
         (["--recipe", "/no/such/recipe.yaml"], "recipe"),
         (["--pretrained", "true"], "no weights are published"),
         (["--validation_fraction", "1.5"], "validation_fraction must be between"),
+        (["--seed", "99999999999999999999"], "seed must not be negative"),
+        (["--workers", "100000"], "at most 256"),
+        (["--data", ""], "data must not be empty"),
+        (["--output", ""], "output must not be empty"),
+        (["--output", "/proc/nowhere/run"], "cannot be written"),
     ],
 )
 def test_bad_options_end_in_one_line(
@@ -168,6 +174,52 @@ def test_bad_options_end_in_one_line(
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("optim", ["3", "null", "[1, 2]"])
+def test_a_recipe_whose_optimizer_is_no_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str], optim: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"optim: {optim}\n")
+    assert run(tmp_path / "out", "--recipe", str(tmp_path / "recipe.yaml")) == 2
+    error = capsys.readouterr().err
+    assert "optim" in error
+    assert "functools" not in error
+    assert error.count("\n") == 1
+
+
+def test_output_below_a_file_is_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file" / "run") == 2
+    output = capsys.readouterr()
+    assert "cannot be written" in output.err
+    assert "epoch" not in output.out
+
+
+def test_one_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out", "--batch_size", "2", data=str(write_images(tmp_path / "one", {"cat": 8}))) == 2
+    assert "one class alone" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "training_batches", interrupt)
+    assert run(tmp_path / "out") == 130
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--seed", "1"], ["--seed", "2", "--validation_fraction", "0.3"]])
+def test_evaluation_finds_the_images_that_training_held_out(tmp_path: Path, options: list[str]) -> None:
+    assert run(tmp_path / "out", *options) == 0
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    found = evaluate(nfzoo.from_pretrained(tmp_path / "out"), "digits", device="cpu")
+    assert found.top1 == pytest.approx(row["ema_accuracy"], abs=1e-9)
+    assert found.loss == pytest.approx(row["ema_loss"], abs=1e-6)
+    fraction = 0.2 if len(options) == 2 else 0.3
+    assert found.images == len(open_split("digits", validation_fraction=fraction).validation)
 
 
 def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
