@@ -38,7 +38,7 @@ from .data import (
     training_batches,
 )
 from .device import check_processes, default_workers
-from .errors import ConfigError, DataError, NfzooError
+from .errors import CheckpointError, ConfigError, DataError, NfzooError
 from .evaluate import Score, score
 from .files import replaced
 from .model import apply, sample_noise
@@ -329,7 +329,11 @@ def _open_model(config: TrainConfig, classes: tuple[str, ...]) -> tuple[NFNet, b
     if config.pretrained is False and not in_zoo:
         raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
     if not in_zoo or config.pretrained or (config.pretrained is None and config.model in list_models(pretrained=True)):
-        model = from_pretrained(config.model, num_classes=len(classes))
+        try:
+            model = from_pretrained(config.model, num_classes=len(classes))
+        except CheckpointError as error:
+            hint = "; to start from random weights, pass --pretrained false" if in_zoo else ""
+            raise CheckpointError(f"{error}{hint}") from error
         pretrained = True
     else:
         generator = torch.Generator().manual_seed(config.seed)

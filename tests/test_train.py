@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -220,6 +221,15 @@ def test_evaluation_finds_the_images_that_training_held_out(tmp_path: Path, opti
     assert found.loss == pytest.approx(row["ema_loss"], abs=1e-6)
     fraction = 0.2 if len(options) == 2 else 0.3
     assert found.images == len(open_split("digits", validation_fraction=fraction).validation)
+
+
+def test_without_a_network_the_way_out_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run(tmp_path / "out", "--model", "nfnet-f0") == 2
+    assert "--pretrained false" in capsys.readouterr().err
 
 
 def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
