@@ -82,7 +82,7 @@ def model_card(
     ]
     parts = [
         f"# {title}",
-        f"A Normalizer-Free network for [nfzoo](https://pypi.org/project/nfzoo/){_zoo(description)}.",
+        f"A Normalizer-Free network for nfzoo{_zoo(description)}.",
         _table(("", ""), facts),
         "## Use",
         _usage(repo_id, config.num_classes),
