@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
+from .config import Preprocessing
 from .errors import DataError, NfzooError
 from .files import replaced
 from .signal import SignalMetrics
@@ -24,6 +27,9 @@ BLUE, LIGHT_BLUE, ORANGE = "#2563c9", "#a8c2ec", "#d9730d"  # told apart by the 
 
 SHEET_LIMIT = 120
 """Images that a sheet shows; of more, the first."""
+
+AUGMENTED_LIMIT = 30
+"""Images of a batch that `augmentation_sheet` shows; of more, the first. Five full rows, with partners side by side."""
 
 _THUMB, _PAD, _GAP, _HEAD = 256, 14, 18, 58  # pixels
 _ROW, _FIRST_ROW, _BAR = 36, 40, 8
@@ -117,6 +123,58 @@ def _card(sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int]
         y += _FIRST_ROW if first else _ROW
 
 
+def augmentation_sheet(
+    images: Tensor,
+    output: Path,
+    *,
+    preprocessing: Preprocessing,
+    targets: Tensor | None = None,
+    classes: Sequence[str] | None = None,
+    title: str = "Training images as the model gets them",
+) -> None:
+    """Write a PNG of a batch of model inputs, turned back into pictures, each with the labels it is trained on.
+
+    Args:
+        images: `(n, C, H, W)`, normalised by `preprocessing`.
+        targets: labels `(n,)`, or shares of mixed labels `(n, classes)`, of which the two largest are shown.
+        classes: names of the labels; by default their numbers.
+
+    Raises:
+        DataError: for no images, other shapes than these, or an `output` that is not a `.png`.
+    """
+    n, channels = len(images), len(preprocessing.mean)
+    if images.ndim != 4 or images.shape[1] != channels or channels not in (1, 3):
+        raise DataError(
+            f"the sheet shows a batch (n, C, H, W) of the preprocessing's {channels} channels, which must be 1 or 3; "
+            f"not {tuple(images.shape)}"
+        )
+    if targets is not None and (len(targets) != n or targets.ndim > 2):
+        raise DataError(f"the targets {tuple(targets.shape)} are not of these {n} images")
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    shown = images[:AUGMENTED_LIMIT].detach().float().cpu()
+    levels = ((shown * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    entries = [
+        SheetEntry(
+            Image.fromarray(picture[..., 0] if channels == 1 else picture),
+            f"image {row + 1}",
+            [] if targets is None else _shares(targets[row].cpu(), classes),
+        )
+        for row, picture in enumerate(levels)
+    ]
+    more = f" (the first {len(entries)} of {n})" if len(entries) < n else ""
+    prediction_sheet(entries, output, title=title + more)
+
+
+def _shares(target: Tensor, classes: Sequence[str] | None) -> list[tuple[str, float]]:
+    """The labels of one image with their shares, the largest first; without those that would be shown as 0.0 %."""
+    if target.ndim == 0:
+        pairs = [(1.0, int(target))]
+    else:
+        values, labels = target.float().topk(min(2, len(target)))
+        pairs = [pair for pair in zip(values.tolist(), labels.tolist(), strict=True) if pair[0] >= 0.0005]
+    return [(f"class {label}" if classes is None else classes[label], share) for share, label in pairs]
+
+
 def _text(draw: ImageDraw.ImageDraw, left: tuple[int, int], text: str, *, size: int, fill: str, room: float) -> None:
     """One line, its left end and vertical middle at `left`; too long a text loses its middle."""
     font, text = _font(size), printable(text)
@@ -202,8 +260,13 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def signal_propagation(metrics: Sequence[SignalMetrics], output: Path) -> None:
+def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title: str = "") -> None:
     """The papers' signal-propagation plot as a PNG: three statistics of the activations by depth.
+
+    A dashed line is the variance for which the network's beta is made, which falls back at the start of each stage.
+
+    Args:
+        title: a line above the panels, such as the model's name and its input.
 
     Source: arXiv 2101.08692, section 3.
 
@@ -214,20 +277,26 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path) -> None:
     check_png(output)
     if not metrics:
         raise DataError("there are no signal metrics to plot")
-    figure = _figure(13, 4.2)
-    depth = range(len(metrics))
+    figure = _figure(13, 4.6 if title else 4.2)
+    if title:
+        figure.suptitle(printable(title), x=0.012, ha="left", fontsize=12.5, color=INK)
     stages = [m.name.rpartition(".")[0] for m in metrics]
-    starts = [i for i in depth if i and stages[i] != stages[i - 1]]
+    starts = [i for i in range(1, len(metrics)) if stages[i] != stages[i - 1]]
     panels = (
-        ("avg_sq_mean", "Average squared channel mean", BLUE),
-        ("avg_var", "Average channel variance", BLUE),
-        ("res_avg_var", "Average channel variance\non the end of the residual branch", ORANGE),
+        ("avg_sq_mean", "Squared channel mean", BLUE, None),
+        ("avg_var", "Channel variance", BLUE, "expected_var"),
+        ("res_avg_var", "Channel variance of the residual branch", ORANGE, None),
     )
-    for axes, (field, title, colour) in zip(figure.subplots(1, 3), panels, strict=True):
-        points = [(i, float(v)) for i, m in zip(depth, metrics, strict=True) if (v := getattr(m, field)) is not None]
-        x, y = [i for i, _ in points], [value for _, value in points]
-        axes.plot(x, y, color=colour, marker="o" if len(metrics) <= 60 else "", markersize=4, linewidth=1.8)
-        _dress(axes, title, "residual blocks passed")
+    for axes, (field, name, colour, expectation) in zip(figure.subplots(1, 3), panels, strict=True):
+        marker = "o" if len(metrics) <= 60 else ""
+        x, y = _by_depth(metrics, field)
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.8, label="measured")
+        _dress(axes, name, "residual blocks passed")
+        axes.set_ylabel("average over channels", color=QUIET)
+        if expectation is not None and (expected := _by_depth(metrics, expectation))[0]:
+            axes.plot(*expected, color=QUIET, linestyle=(0, (4, 2)), linewidth=1.3, label="assumed by beta")
+            axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
+            y = y + expected[1]
         if y and min(y) > 0 and max(y) > 100 * min(y):
             axes.set_yscale("log")
             axes.set_ylim(min(y) / 1.5, max(y) * (max(y) / min(y)) ** 0.15)  # room for the stages' names
@@ -247,6 +316,11 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path) -> None:
                     color=QUIET,
                 )
     _save(figure, output)
+
+
+def _by_depth(metrics: Sequence[SignalMetrics], field: str) -> tuple[list[int], list[float]]:
+    points = [(i, float(v)) for i, m in enumerate(metrics) if (v := getattr(m, field)) is not None]
+    return [i for i, _ in points], [value for _, value in points]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -63,6 +63,9 @@ _UPRIGHT = {
 # 1 x 100000 pixels would else need gigabytes of which the centre crop keeps one square.
 _LONGEST = 32
 
+_ATTEMPTS = 10  # to draw a random part that fits
+_LEAST_COVERED = 0.1  # min_object_covered, the "object" being the whole image
+
 _TABLE = 1024  # TensorFlow, resize_bicubic_op.cc: kTableSize
 
 
@@ -200,15 +203,22 @@ def tf_bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         raise DataError(f"the pixels to resize must be (H, W, C), not {tuple(pixels.shape)}")
     _check_size(height)
     _check_size(width)
-    return _taps(_taps(pixels, height).swapaxes(0, 1), width).swapaxes(0, 1)
+    length, breadth, channels = pixels.shape
+    # Whole rows of numbers that lie in one piece are what NumPy is fast with: so columns become rows in between.
+    rows = _taps(np.ascontiguousarray(pixels).reshape(length, -1), height).reshape(height, breadth, channels)
+    columns = _taps(np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(breadth, -1), width)
+    return columns.reshape(width, height, channels).swapaxes(0, 1)
 
 
-def _taps(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize the first axis, adding the four taps in TensorFlow's order."""
-    index, weight = _bicubic_weights(pixels.shape[0], size)
-    result = np.zeros((size, *pixels.shape[1:]), np.float32)
+def _taps(rows: np.ndarray, size: int) -> np.ndarray:
+    """Resize the first axis of two, adding the four taps in TensorFlow's order."""
+    index, weight = _bicubic_weights(len(rows), size)
+    shape = (size, rows.shape[1])
+    result, scaled, taken = np.zeros(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, rows.dtype)
     for k in range(4):
-        result += pixels[index[:, k]] * weight[:, k, None, None]
+        np.take(rows, index[:, k], axis=0, out=taken, mode="clip")  # "clip" needs no second buffer; none is outside
+        np.multiply(taken, weight[:, k, None], out=scaled)
+        result += scaled
     return result
 
 
@@ -259,6 +269,50 @@ def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, si
     return normalize(pixels[top : top + size, left : left + size], preprocessing)
 
 
+def training_crop(
+    image: Image.Image,
+    preprocessing: Preprocessing,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    size: int | None = None,
+) -> Tensor:
+    """A random part of an image from `open_image`, resized to grey levels `(C, size, size)`, perhaps mirrored.
+
+    `"deepmind"`: the part of `distorted_box` by `tf_bicubic`, float32 and not clamped: some levels are below 0 or above
+    255. `"shortest-edge"`: the part of `random_box` by Pillow's antialiased bicubic, uint8.
+
+    Args:
+        rng: where all randomness comes from.
+        scale: least and greatest share of the image's area, in (0, 1].
+        ratio: least and greatest width / height.
+        flip: probability of a horizontal reflection.
+        size: side of the result in pixels; `preprocessing.train_size` by default.
+
+    Source: the code released with arXiv 2102.06171, which mirrors before the resize: the same but for the rounding of
+    the kernel's table; timm 1.0.
+    """
+    size = _check_size(preprocessing.train_size if size is None else size)
+    _check_mode(image, preprocessing)
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise DataError(f"scale must be two increasing shares in (0, 1], not {scale!r}")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise DataError(f"ratio must be two increasing positive numbers, not {ratio!r}")
+    if not 0 <= flip <= 1:
+        raise DataError(f"flip must be a probability, not {flip!r}")
+    if preprocessing.resize == "deepmind":
+        kept = size / (size + preprocessing.margin)
+        box = distorted_box(image.width, image.height, rng, scale=scale, ratio=ratio, kept=kept)
+        pixels = tf_bicubic(_array(image.crop(box)), size, size)
+    else:
+        box = random_box(image.width, image.height, rng, scale=scale, ratio=ratio)
+        pixels = _array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+    pixels = pixels[:, ::-1] if rng.random() < flip else pixels
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
 def training_transform(
     image: Image.Image,
     preprocessing: Preprocessing,
@@ -269,41 +323,71 @@ def training_transform(
     flip: float = 0.5,
     size: int | None = None,
 ) -> Tensor:
-    """A random part of an image from `open_image`, resized to float32 `(C, size, size)`, perhaps mirrored.
+    """The model's input of a `training_crop`: its grey levels normalised, float32 `(C, size, size)`."""
+    pixels = training_crop(image, preprocessing, rng, scale=scale, ratio=ratio, flip=flip, size=size)
+    return normalize_batch(pixels[None], preprocessing)[0]
 
-    The part has a uniform share of the area and a log-uniform aspect; after ten draws that do not fit it is the largest
-    central one within `ratio`. It is resized by the bicubic of the rule, then normalised as in `evaluation_transform`.
+
+def distorted_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    kept: float,
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part, as TensorFlow's `sample_distorted_bounding_box` draws it.
+
+    The aspect a = width / height is uniform in `ratio`; the height is a uniform whole number between `sqrt(A s / a)` of
+    the least and the greatest share s of the area A, as far as the part fits; the place is uniform. A part below the
+    least share, or below a tenth of the image, is drawn again, up to ten times. If nothing fits, or if the part is the
+    whole image, it becomes the central square of `kept` times the shorter edge.
+
+    It differs from TensorFlow in its random numbers, which are NumPy's, in computing with float64, and in that the last
+    row and column are as likely to be in the part as the first, where TensorFlow never takes the last place.
 
     Args:
-        rng: where all randomness comes from.
-        scale: least and greatest share of the image's area, in (0, 1].
-        ratio: least and greatest width / height.
-        flip: probability of a horizontal reflection.
-        size: side of the result in pixels; `preprocessing.train_size` by default.
+        kept: share of the shorter edge that the evaluation keeps, `size / (size + margin)`.
 
-    Source: arXiv 1409.4842, section 6; fallback as torchvision's RandomResizedCrop.
+    Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc, called with `area_range` (0.08, 1),
+    `aspect_ratio_range` (3/4, 4/3), `min_object_covered` 0.1 and `max_attempts` 10 by the code released with
+    arXiv 2102.06171 (dataset.py), whose fallback this is too.
     """
-    size = _check_size(preprocessing.train_size if size is None else size)
-    _check_mode(image, preprocessing)
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise DataError(f"scale must be two increasing shares in (0, 1], not {scale!r}")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise DataError(f"ratio must be two increasing positive numbers, not {ratio!r}")
-    if not 0 <= flip <= 1:
-        raise DataError(f"flip must be a probability, not {flip!r}")
-    part = image.crop(random_box(image.width, image.height, rng, scale=scale, ratio=ratio))
-    if preprocessing.resize == "deepmind":
-        pixels = tf_bicubic(_array(part), size, size)
-    else:
-        pixels = _array(part.resize((size, size), Image.Resampling.BICUBIC))
-    return normalize(pixels[:, ::-1] if rng.random() < flip else pixels, preprocessing)
+    least, most = (share * width * height for share in scale)
+    for _ in range(_ATTEMPTS):
+        aspect = rng.uniform(*ratio)
+        low, high = round(math.sqrt(least / aspect)), round(math.sqrt(most / aspect))
+        if round(high * aspect) > width:
+            high = math.ceil((width + 0.5) / aspect) - 1  # the last whose width still rounds to `width` or less
+        high = min(high, height)
+        h = high if low >= high else int(rng.integers(low, high + 1))
+        if h * round(h * aspect) < least:  # by the rounding of the height
+            h += 1
+        if h * round(h * aspect) > most:
+            h -= 1
+        w = round(h * aspect)
+        fits = 0 < w <= width and 0 < h <= height and least <= w * h <= most
+        if fits and w * h >= _LEAST_COVERED * width * height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            if (w, h) == (width, height):
+                break
+            return left, top, left + w, top + h
+    side = max(1, int(kept * min(width, height)))
+    left, top = (width - side + 1) // 2, (height - side + 1) // 2
+    return left, top, left + side, top + side
 
 
 def random_box(
     width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the part that `training_transform` keeps."""
-    for _ in range(10):
+    """Left, top, right and bottom of a random part with a uniform share of the area and a log-uniform aspect.
+
+    After ten draws that do not fit it is the largest central part within `ratio`.
+
+    Source: arXiv 1409.4842, section 6; fallback as torchvision's RandomResizedCrop, which timm follows.
+    """
+    for _ in range(_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -322,6 +406,16 @@ def normalize(pixels: np.ndarray, preprocessing: Preprocessing) -> Tensor:
     std = np.asarray(preprocessing.std, np.float32)
     values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def normalize_batch(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """`(pixel / 255 - mean) / std` of grey levels `(N, C, H, W)`, float32: that of `normalize` to the last bit."""
+    # All three are tensors on the device: a GPU multiplies by the rounded reciprocal of a plain number instead.
+    levels, mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
+        for values in ([255.0], preprocessing.mean, preprocessing.std)
+    )
+    return (pixels.float() / levels - mean) / std
 
 
 def _shorter_edge(image: Image.Image, size: int) -> Image.Image:

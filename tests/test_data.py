@@ -1,35 +1,31 @@
-"""Data sets, splits, and loaders that give the same run with any number of workers and processes."""
+"""Batches that are the same with any number of workers and processes, and after an interruption."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from nfzoo.config import Preprocessing
+from nfzoo.config import Preprocessing, Resize
 from nfzoo.data import (
     GENTLE,
     Augment,
-    Digits,
+    BrokenImageError,
     ImageFolder,
+    Images,
+    TrainingBatch,
     epoch_order,
     evaluation_batches,
-    open_split,
     training_batches,
 )
 from nfzoo.errors import ConfigError, DataError
+from nfzoo.preprocess import evaluation_transform, open_image, training_crop
+from nfzoo.shards import TarShards
+from tests.pictures import write_images, write_shard
 
 PREPROCESSING = Preprocessing(train_size=16, test_size=16, margin=0)
-
-
-def write_images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / name / f"{i}.png")
-    return folder
 
 
 @pytest.fixture
@@ -37,152 +33,205 @@ def folder(tmp_path: Path) -> Path:
     return write_images(tmp_path / "pets", {"cat": 10, "dog": 6})
 
 
-def test_digits_are_those_of_scikit_learn() -> None:
-    from sklearn.datasets import load_digits
-
-    digits = Digits.embedded()
-    pixels, labels = load_digits(return_X_y=True)
-    assert np.array_equal(digits.images.reshape(1797, 64), pixels)
-    assert np.array_equal(digits.labels, labels)
-    image, label = digits[3]
-    assert (image.size, image.mode, label) == ((32, 32), "L", 3)
-    assert np.asarray(image).max() > 200
+def epoch_of(images: Images, **options: Any) -> list[TrainingBatch]:
+    return list(training_batches(images, PREPROCESSING, **{"epoch": 0, "seed": 0, "batch_size": 4, **options}))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_split_holds_out_a_part_of_each_class(seed: int) -> None:
-    train, validation = open_split("digits", validation_fraction=0.25, seed=seed)
-    assert len(train) + len(validation) == 1797
-    for digit in range(10):
-        held = np.sum(np.asarray(validation.labels) == digit)
-        assert held == round(0.25 * np.sum(Digits.embedded().labels == digit))
-    again = open_split("digits", validation_fraction=0.25, seed=seed)
-    assert np.array_equal(np.asarray(validation.labels), np.asarray(again.validation.labels))
-    other = open_split("digits", validation_fraction=0.25, seed=seed + 7)
-    assert isinstance(validation, Digits)
-    assert isinstance(other.validation, Digits)
-    assert not np.array_equal(validation.images, other.validation.images)
+def together(batches: list[TrainingBatch]) -> TrainingBatch:
+    """Batches one after the other."""
+    return TrainingBatch(
+        torch.cat([batch.pixels for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat([batch.indices for batch in batches]),
+        batches[0].offset,
+        tuple(message for batch in batches for message in batch.broken),
+    )
 
 
-def test_folder_is_split_without_overlap(folder: Path) -> None:
-    train, validation = open_split(str(folder), validation_fraction=0.3)
-    assert isinstance(train, ImageFolder)
-    assert isinstance(validation, ImageFolder)
-    assert train.classes == validation.classes == ("cat", "dog")
-    assert not set(train.paths) & set(validation.paths)
-    assert {*train.paths, *validation.paths} == set(folder.rglob("*.png"))
-    assert sorted(validation.labels) == [0, 0, 0, 1, 1]
-
-
-@pytest.mark.parametrize("name", ["val", "validation", "test"])
-def test_folder_with_its_own_split(tmp_path: Path, name: str) -> None:
-    write_images(tmp_path / "train", {"a": 3, "b": 1})
-    write_images(tmp_path / name, {"a": 1, "b": 2})
-    train, validation = open_split(str(tmp_path))
-    assert (len(train), len(validation)) == (4, 3)
-
-
-def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
-    (folder / ".cache").mkdir()
-    (folder / "cat" / "notes.txt").write_text("not an image")
-    (folder / "cat" / ".hidden.png").write_bytes(b"")
-    (folder / "cat" / "deeper").mkdir()
-    Image.new("RGB", (4, 4)).save(folder / "cat" / "deeper" / "more.JPG", "jpeg")
-    assert len(ImageFolder.scan(folder)) == 17
-
-
-def test_no_folder_is_entered_twice(folder: Path) -> None:
-    (folder / "cat" / "loop").symlink_to(folder / "cat", target_is_directory=True)
-    (folder / "cat" / "other").symlink_to(folder / "cat" / "loop", target_is_directory=True)
-    assert len(ImageFolder.scan(folder)) == 16
-
-
-def damage(folder: Path, case: str) -> str:
-    """Make `folder` unusable; returns the path to open."""
-    match case:
-        case "missing":
-            return str(folder / "nowhere")
-        case "file":
-            return str(folder / "cat" / "0.png")
-        case "no classes":
-            (folder / "empty").mkdir()
-            return str(folder / "empty")
-        case "empty class":
-            (folder / "bird").mkdir()
-            return str(folder)
-        case "no text":
-            write_images(folder, {"\udcff\udcfe": 3})
-            return str(folder)
-        case "one image":
-            write_images(folder, {"fish": 1})
-            return str(folder)
-        case "no validation":
-            (folder / "cat").rename(folder / "train")
-            return str(folder)
-    raise AssertionError(case)
-
-
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("missing", "does not exist"),
-        ("file", "is not a folder"),
-        ("no classes", "no subfolders"),
-        ("empty class", "bird"),
-        ("no text", "no text"),
-        ("one image", "too few to hold any out"),
-        ("no validation", "none of val/"),
-    ],
-)
-def test_unusable_folders_are_named(folder: Path, case: str, message: str) -> None:
-    source = damage(folder, case)
-    with pytest.raises(DataError, match=message):
-        open_split(source)
-
-
-def test_validation_with_other_classes_is_refused(tmp_path: Path) -> None:
-    write_images(tmp_path / "train", {"a": 2, "b": 2})
-    write_images(tmp_path / "val", {"a": 1, "c": 1})
-    with pytest.raises(DataError, match="'b', 'c'"):
-        open_split(str(tmp_path))
-
-
-def load(data: ImageFolder, **options: int) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(training_batches(data, PREPROCESSING, batch_size=4, augment=Augment(), **options))  # type: ignore[arg-type]
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+def assert_same(first: TrainingBatch, second: TrainingBatch) -> None:
+    assert torch.equal(first.indices, second.indices)
+    assert torch.equal(first.labels, second.labels)
+    assert torch.equal(first.pixels, second.pixels)
+    assert first.broken == second.broken
 
 
 def test_workers_do_not_change_an_epoch(folder: Path) -> None:
     data = ImageFolder.scan(folder)
-    alone, labels = load(data, epoch=3, seed=1)
-    helped, same = load(data, epoch=3, seed=1, workers=2)
-    assert torch.equal(alone, helped)
-    assert torch.equal(labels, same)
+    alone, helped = (together(epoch_of(data, epoch=3, seed=1, workers=workers)) for workers in (0, 2))
+    assert_same(alone, helped)
 
 
 def test_epochs_and_seeds_differ(folder: Path) -> None:
     data = ImageFolder.scan(folder)
-    first = load(data, epoch=0, seed=0)[0]
-    assert torch.equal(first, load(data, epoch=0, seed=0)[0])
-    assert not torch.equal(first, load(data, epoch=1, seed=0)[0])
-    assert not torch.equal(first, load(data, epoch=0, seed=1)[0])
-
-
-def test_ranks_share_each_global_batch(folder: Path) -> None:
-    data = ImageFolder.scan(folder)
-    whole = list(training_batches(data, PREPROCESSING, epoch=0, seed=0, batch_size=4))
-    parts = [
-        list(training_batches(data, PREPROCESSING, epoch=0, seed=0, batch_size=4, rank=rank, world=2))
-        for rank in (0, 1)
-    ]
-    assert len(whole) == 4
-    for (x, y), (x0, y0), (x1, y1) in zip(whole, *parts, strict=True):
-        assert torch.equal(x, torch.cat([x0, x1]))
-        assert torch.equal(y, torch.cat([y0, y1]))
+    first = together(epoch_of(data))
+    assert_same(first, together(epoch_of(data)))
+    assert not torch.equal(first.pixels, together(epoch_of(data, epoch=1)).pixels)
+    assert not torch.equal(first.pixels, together(epoch_of(data, seed=1)).pixels)
 
 
 def test_order_is_a_permutation() -> None:
     assert sorted(epoch_order(100, seed=0, epoch=0)) == list(range(100))
+
+
+@pytest.mark.parametrize(("resize", "dtype"), [("deepmind", torch.float32), ("shortest-edge", torch.uint8)])
+def test_batches_are_crops_in_grey_levels(folder: Path, resize: Resize, dtype: torch.dtype) -> None:
+    data, rule = ImageFolder.scan(folder), dataclasses.replace(PREPROCESSING, resize=resize)
+    augment = Augment(scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.7)
+    batches = list(training_batches(data, rule, epoch=2, seed=3, batch_size=5, size=12, augment=augment))
+    assert len(batches) == 3
+    for number, batch in enumerate(batches):
+        assert batch.indices.tolist() == epoch_order(16, seed=3, epoch=2)[number * 5 : number * 5 + 5].tolist()
+        assert batch.labels.tolist() == data.labels[batch.indices].tolist()
+        assert (batch.offset, batch.broken) == (0, ())
+        for pixels, index in zip(batch.pixels, batch.indices.tolist(), strict=True):
+            expected = training_crop(
+                open_image(data.paths[index]),
+                rule,
+                np.random.default_rng([3, 2, index]),
+                scale=augment.scale,
+                ratio=augment.ratio,
+                flip=augment.flip,
+                size=12,
+            )
+            assert pixels.dtype == dtype
+            assert torch.equal(pixels, expected)
+    assert batches[0].pixels.max() > 100
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 3)])
+def test_processes_and_steps_share_each_global_batch(folder: Path, world: int, accumulation: int) -> None:
+    data = ImageFolder.scan(folder)
+    whole = epoch_of(data, batch_size=12) if accumulation == 3 else epoch_of(data, batch_size=4)
+    size = len(whole[0].labels)
+    ranks = [epoch_of(data, batch_size=size, rank=r, world=world, accumulation=accumulation) for r in range(world)]
+    assert [len(batches) for batches in ranks] == [len(whole) * accumulation] * world
+    for k, batch in enumerate(whole):
+        parts = [part for rank in ranks for part in rank[k * accumulation : (k + 1) * accumulation]]
+        assert [part.offset for part in parts] == list(range(0, size, size // len(parts)))
+        assert_same(batch, together(parts))
+
+
+# -- resuming
+
+
+def sources(folder: Path, tmp_path: Path) -> dict[str, Images]:
+    rng = np.random.default_rng(1)
+    for k in range(3):
+        write_shard(tmp_path / f"{k}.tar", {f"{k}{i}": int(rng.integers(3)) for i in range(11 - k)}, seed=k)
+    return {"folder": ImageFolder.scan(folder), "tar": TarShards.index(sorted(tmp_path.glob("*.tar")))}
+
+
+def run(images: Images, processes: int, epochs: dict[int, tuple[int, int]], **options: Any) -> list[TrainingBatch]:
+    """The global batches that several processes see together, of the epochs from a first sample to a last."""
+    seen = []
+    for epoch, (start, stop) in epochs.items():
+        ranks = [
+            epoch_of(images, epoch=epoch, start=start, rank=rank, world=processes, **options)
+            for rank in range(processes)
+        ]
+        steps = options.get("accumulation", 1)
+        for k in range((stop - start) // 4):
+            seen.append(together([part for rank in ranks for part in rank[k * steps : (k + 1) * steps]]))
+    return seen
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+def test_two_interrupted_epochs_are_uninterrupted_ones(
+    folder: Path, tmp_path: Path, source: str, before: int, after: int
+) -> None:
+    images = sources(folder, tmp_path)[source]
+    full = len(images) // 4 * 4
+    expected = run(images, before, {0: (0, full), 1: (0, full)}, workers=2)
+    assert len(expected) == 2 * (full // 4)
+    assert not torch.equal(expected[0].indices, expected[full // 4].indices)
+    # Stopped after two batches of the first epoch and, taken up again, after one of the second.
+    found = run(images, before, {0: (0, 8)}, workers=1)
+    found += run(images, after, {0: (8, full), 1: (0, 4)}, workers=2)
+    found += run(images, before, {1: (4, full)}, workers=1)
+    assert len(found) == len(expected)
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
+
+
+def test_a_run_is_resumed_with_another_accumulation_and_batch(folder: Path) -> None:
+    images = ImageFolder.scan(folder)
+    whole = together(epoch_of(images))
+    rest = together(run(images, 2, {0: (4, 16)}, accumulation=2))
+    assert torch.equal(rest.indices, whole.indices[4:])
+    assert torch.equal(rest.pixels, whole.pixels[4:])
+    larger = together(epoch_of(images, start=4, batch_size=6))
+    assert torch.equal(larger.indices, whole.indices[4:])
+
+
+def test_the_end_of_an_epoch_is_no_start(folder: Path) -> None:
+    images = ImageFolder.scan(folder)
+    assert epoch_of(images, start=13) == epoch_of(images, start=16) == []
+    for start in (-1, 17):
+        with pytest.raises(ConfigError, match=f"sample {start} .* epoch of 16"):
+            epoch_of(images, start=start)
+
+
+# -- images that cannot be read
+
+
+def damage(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_replaced_by_the_next(folder: Path, workers: int) -> None:
+    good = together(epoch_of(ImageFolder.scan(folder)))
+    damage(folder, "cat/8.png", "cat/9.png", "dog/5.png")  # images 8, 9 and 15
+    data = ImageFolder.scan(folder)
+    found = together(epoch_of(data, workers=workers))
+    stand_in: dict[int, int] = {8: 10, 9: 10, 15: 0}
+    turns: list[int] = good.indices.tolist()
+    expected = [stand_in.get(i, i) for i in turns]
+    assert found.indices.tolist() == expected
+    assert found.labels.tolist() == data.labels[expected].tolist()
+    same = torch.tensor([i not in stand_in for i in turns])
+    assert torch.equal(found.pixels[same], good.pixels[same])
+    turn = turns.index(8)
+    crop = training_crop(open_image(data.paths[10]), PREPROCESSING, np.random.default_rng([0, 0, 8]))
+    assert torch.equal(found.pixels[turn], crop)
+    assert len(found.broken) == 3  # each is told of once
+    assert {Path(message.split(" ")[0]).relative_to(folder).as_posix() for message in found.broken} == {
+        "cat/8.png",
+        "cat/9.png",
+        "dog/5.png",
+    }
+
+
+def test_replacements_do_not_depend_on_the_processes(folder: Path) -> None:
+    damage(folder, "cat/0.png", "cat/3.png", "dog/1.png")
+    data = ImageFolder.scan(folder)
+    for one, other in zip(run(data, 1, {0: (0, 16)}), run(data, 2, {0: (0, 16)}, accumulation=2), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_images_ends_the_pass(folder: Path, workers: int) -> None:
+    damage(folder, *(path.relative_to(folder).as_posix() for path in folder.rglob("*.png")))
+    with pytest.raises(BrokenImageError, match=r"none of the images can be read, such as: .*\.png"):
+        epoch_of(ImageFolder.scan(folder), workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_names_a_broken_image(folder: Path, workers: int) -> None:
+    damage(folder, "dog/3.png")
+    data = ImageFolder.scan(folder)
+    with pytest.raises(BrokenImageError, match=r"3\.png"):
+        list(evaluation_batches(data, PREPROCESSING, batch_size=3, workers=workers))
+    broken: list[str] = []
+    seen = [y for _, y in evaluation_batches(data, PREPROCESSING, batch_size=3, workers=workers, broken=broken)]
+    assert sorted(torch.cat(seen).tolist()) == [0] * 10 + [1] * 5
+    assert len(broken) == 1
+    assert "3.png" in broken[0]
+
+
+# -- evaluation
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -196,26 +245,24 @@ def test_evaluation_sees_every_image_once(folder: Path, world: int) -> None:
     assert sorted(torch.cat(seen).tolist()) == list(data.labels)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_broken_image_is_named(folder: Path, workers: int) -> None:
-    broken = folder / "dog" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"3\.png"):
-        load(ImageFolder.scan(folder), epoch=0, seed=0, workers=workers)
-    kept, problems = ImageFolder.scan(folder).without_broken()
-    assert len(kept) == 15
-    assert broken not in kept.paths
-    assert len(problems) == 1
-    assert str(broken) in problems[0]
-    load(kept, epoch=0, seed=0)
+def test_evaluation_inputs_are_those_of_the_transform(folder: Path) -> None:
+    data = ImageFolder.scan(folder)
+    inputs = torch.cat([x for x, _ in evaluation_batches(data, PREPROCESSING, batch_size=3)])
+    for x, path in zip(inputs, data.paths, strict=True):
+        assert torch.equal(x, evaluation_transform(open_image(path), PREPROCESSING))
+
+
+# -- bad input
 
 
 def test_unfillable_batches_are_refused(folder: Path) -> None:
     data = ImageFolder.scan(folder)
     with pytest.raises(DataError, match="do not fill a batch of 17"):
-        next(training_batches(data, PREPROCESSING, epoch=0, seed=0, batch_size=17))
-    with pytest.raises(ConfigError, match="cannot be shared by 3"):
-        next(training_batches(data, PREPROCESSING, epoch=0, seed=0, batch_size=4, world=3))
+        epoch_of(data, batch_size=17)
+    with pytest.raises(ConfigError, match="4 cannot be shared by 3 processes; make it a multiple of 3"):
+        epoch_of(data, world=3)
+    with pytest.raises(ConfigError, match=r"4 cannot be shared by 2 processes and 3 accumulated steps.*multiple of 6"):
+        epoch_of(data, world=2, accumulation=3)
 
 
 @pytest.mark.parametrize("change", [{"scale": (0.5, 2.0)}, {"scale": (0.9, 0.1)}, {"ratio": (0, 1)}, {"flip": 2}])

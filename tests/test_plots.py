@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 import nfzoo.plots
-from nfzoo.config import NFNetConfig
+from nfzoo.config import NFNetConfig, Preprocessing
 from nfzoo.errors import DataError
 from nfzoo.model import init
 from nfzoo.plots import (
     MissingPlotsError,
     SheetEntry,
+    augmentation_sheet,
     prediction_sheet,
     printable,
     signal_propagation,
@@ -128,6 +129,61 @@ def test_a_failed_sheet_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
         prediction_sheet([SheetEntry(RED, "a", [("red", 0.5)])], tmp_path / "s.png")
     assert [p.name for p in tmp_path.iterdir()] == ["s.png"]
     assert (tmp_path / "s.png").read_text() == "old"
+
+
+# -- augmented batches
+
+PLAIN = Preprocessing(train_size=8, test_size=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+
+
+def normalized(colour: tuple[int, int, int], n: int = 1) -> torch.Tensor:
+    x = (torch.tensor(colour) / 255 - torch.tensor(PLAIN.mean)) / torch.tensor(PLAIN.std)
+    return x.view(1, 3, 1, 1).expand(n, 3, 8, 8)
+
+
+@pytest.mark.parametrize("n", [1, 6, 30, 33])
+def test_a_batch_is_shown_in_its_true_colours(tmp_path: Path, n: int) -> None:
+    augmentation_sheet(normalized((200, 10, 77), n), tmp_path / "s.png", preprocessing=PLAIN)
+    assert count(tmp_path / "s.png", (200, 10, 77)) == min(n, nfzoo.plots.AUGMENTED_LIMIT) * 256 * 256
+
+
+def test_shares_of_mixed_labels_are_shown_as_bars(tmp_path: Path) -> None:
+    def sheet(targets: torch.Tensor, **options: object) -> bytes:
+        x = normalized((200, 10, 77))
+        augmentation_sheet(x, tmp_path / "s.png", preprocessing=PLAIN, targets=targets, **options)  # type: ignore[arg-type]
+        with Image.open(tmp_path / "s.png") as image:
+            return image.tobytes()
+
+    sheet(torch.tensor([[0.0, 0.25, 0.75]]))
+    first, second = count(tmp_path / "s.png", BLUE_BAR), count(tmp_path / "s.png", (0xA8, 0xC2, 0xEC))
+    np.testing.assert_allclose(second / first, 1 / 3, atol=0.02)  # round ends
+    assert sheet(torch.tensor([2])) == sheet(torch.tensor([[0.0, 0.0, 1.0]])) != sheet(torch.tensor([1]))
+    assert sheet(torch.tensor([2]), classes=("a", "b", "class 2")) == sheet(torch.tensor([2]))
+
+
+def test_greyscale_and_overshooting_images(tmp_path: Path) -> None:
+    grey = Preprocessing(train_size=8, test_size=8, mean=(0.5,), std=(0.5,))
+    x = torch.stack([torch.full((1, 8, 8), v) for v in (-1.5, 1.5)])
+    augmentation_sheet(x, tmp_path / "s.png", preprocessing=grey)
+    assert count(tmp_path / "s.png", (0, 0, 0)) == 256 * 256
+
+
+@pytest.mark.parametrize(
+    ("x", "targets", "name", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), None, "s.png", r"of the preprocessing's 3 channels.*\(2, 1, 8, 8\)"),
+        (torch.zeros(3, 8, 8), None, "s.png", r"a batch \(n, C, H, W\)"),
+        (torch.zeros(0, 3, 8, 8), None, "s.png", "at least one image"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(3), "s.png", r"targets \(3,\) are not of these 2 images"),
+        (torch.zeros(2, 3, 8, 8), None, "s.jpg", r"must end in \.png"),
+    ],
+)
+def test_batches_that_cannot_be_shown(
+    tmp_path: Path, x: torch.Tensor, targets: torch.Tensor | None, name: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        augmentation_sheet(x, tmp_path / name, preprocessing=PLAIN, targets=targets)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- training curves

@@ -16,7 +16,17 @@ from sklearn.datasets import load_sample_image
 from nfzoo.config import Preprocessing
 from nfzoo.errors import DataError
 from nfzoo.module import create
-from nfzoo.preprocess import evaluation_transform, normalize, open_image, random_box, tf_bicubic, training_transform
+from nfzoo.preprocess import (
+    distorted_box,
+    evaluation_transform,
+    normalize,
+    normalize_batch,
+    open_image,
+    random_box,
+    tf_bicubic,
+    training_crop,
+    training_transform,
+)
 
 REFERENCE = Path(__file__).parent / "reference"
 GREY_LEVELS = 1e-3  # the reference is float32 in 0..255, whose steps are up to 1.5e-5
@@ -179,7 +189,10 @@ def test_flip(rule: Preprocessing) -> None:
         for flip in (0.0, 1.0)
     )
     assert torch.equal(plain.flip(2), mirrored)
-    centre = normalize(np.asarray(image)[:, 10:70], rule)  # the whole height, the largest square
+    if rule is SHORTEST:  # the whole height, the largest square
+        centre = normalize(np.asarray(image)[:, 10:70], rule)
+    else:  # what evaluation keeps of it: 60 of 60 + 32 pixels
+        centre = normalize(tf_bicubic(np.asarray(image)[11:50, 21:60], 60, 60), rule)
     assert torch.equal(plain, centre)
     rng = np.random.default_rng(0)
     flips = [
@@ -187,6 +200,99 @@ def test_flip(rule: Preprocessing) -> None:
         for _ in range(200)
     ]
     assert 70 < sum(flips) < 130  # four standard deviations around 100
+
+
+@pytest.mark.parametrize("rule", [PLAIN, SHORTEST])
+def test_the_crop_is_the_box_resized(rule: Preprocessing) -> None:
+    image = Image.fromarray(noise(60, 80))
+    crop = training_crop(image, rule, np.random.default_rng(4), flip=0, size=20)
+    rng = np.random.default_rng(4)
+    ranges: Any = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+    if rule is PLAIN:
+        part = image.crop(distorted_box(80, 60, rng, kept=20 / 52, **ranges))
+        expected = tf_bicubic(np.asarray(part), 20, 20)
+        assert crop.dtype == torch.float32
+        assert crop.min() < 0  # not clamped
+        assert crop.max() > 255
+    else:
+        part = image.crop(random_box(80, 60, rng, **ranges))
+        expected = np.asarray(part.resize((20, 20), Image.Resampling.BICUBIC))
+        assert crop.dtype == torch.uint8
+    assert crop.is_contiguous()
+    np.testing.assert_array_equal(crop.permute(1, 2, 0), expected)
+    transformed = training_transform(image, rule, np.random.default_rng(4), flip=0, size=20)
+    assert torch.equal(transformed, normalize(expected, rule))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_batch_is_normalised_as_each_image_is(dtype: type) -> None:
+    levels = np.random.default_rng(0).uniform(-60, 320, (5, 9, 7, 3)) if dtype is np.float32 else noise(45, 7)
+    images = levels.reshape(5, 9, 7, 3).astype(dtype)
+    if dtype is np.uint8:
+        images.reshape(-1)[:256] = np.arange(256)
+    rule = Preprocessing(train_size=8, test_size=8)
+    batch = normalize_batch(torch.from_numpy(images).permute(0, 3, 1, 2), rule)
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, torch.stack([normalize(image, rule) for image in images]))
+
+
+def test_distorted_boxes_have_tensorflows_distribution() -> None:
+    """Of a square image and squares alone: heights uniform from a tenth of the area on, the whole image replaced."""
+    rng, draws = np.random.default_rng(0), 20_000
+    boxes = np.array(
+        [distorted_box(100, 100, rng, scale=(0.08, 1.0), ratio=(1.0, 1.0), kept=0.875) for _ in range(draws)]
+    )
+    height = boxes[:, 3] - boxes[:, 1]
+    assert (boxes[:, 2] - boxes[:, 0] == height).all()
+    counts = np.bincount(height, minlength=101)
+    assert set(np.flatnonzero(counts)) == set(range(32, 100))  # 28 to 31 are drawn again; of 100 87 is left
+    expected = np.full(68, draws / 69)
+    expected[87 - 32] *= 2
+    chi_square = ((counts[32:100] - expected) ** 2 / expected).sum()
+    assert chi_square < 120  # 67 degrees of freedom: 67 on average, above 120 once in ten thousand
+    small = boxes[height == 40]
+    for place in (small[:, 0], small[:, 1]):
+        assert (place.min(), place.max()) == (0, 60)
+        assert 26 < place.mean() < 34  # four standard deviations around 30 for 290 boxes
+
+
+def test_distorted_boxes_have_a_uniform_aspect() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array(
+        [distorted_box(900, 900, rng, scale=(0.12, 0.3), ratio=(3 / 4, 4 / 3), kept=0.875) for _ in range(4000)]
+    )
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    aspect = width / height
+    assert abs(aspect.mean() - 25 / 24) < 0.011  # four standard deviations; a log-uniform one would have 1.014
+    share = width * height / 900**2
+    assert share.min() > 0.1199
+    assert share.max() < 0.3001
+    # The height is uniform between sqrt(0.12) and sqrt(0.3) of its greatest value, so the area is not.
+    middle = (0.12 + 0.3 + math.sqrt(0.12 * 0.3)) / 3
+    assert abs(share.mean() - middle) < 0.004
+
+
+@pytest.mark.parametrize(
+    ("size", "kept", "expected"),
+    [
+        ((80, 60), 0.75, (18, 8, 63, 53)),  # a whole square does not fit: the centre that evaluation keeps
+        ((60, 60), 0.75, (8, 8, 53, 53)),  # the whole image is replaced too
+        ((60, 60), 1.0, (0, 0, 60, 60)),
+        ((1, 1), 0.5, (0, 0, 1, 1)),
+        ((1, 1000), 0.5, (0, 500, 1, 501)),
+    ],
+)
+def test_distorted_boxes_fall_back_to_the_centre(size: tuple[int, int], kept: float, expected: tuple[int, ...]) -> None:
+    assert distorted_box(*size, np.random.default_rng(0), scale=(1, 1), ratio=(1, 1), kept=kept) == expected
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 200), (33, 32), (500, 375)])
+def test_distorted_boxes_lie_inside(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        left, top, right, bottom = distorted_box(*size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), kept=0.875)
+        assert 0 <= left < right <= size[0]
+        assert 0 <= top < bottom <= size[1]
 
 
 def test_random_boxes_have_the_area_and_aspect_asked_for() -> None:
