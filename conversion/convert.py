@@ -66,6 +66,8 @@ def convert(
     description, params, form = weights
     if form == to == "nfzoo":
         raise ConversionError(f"{source} is a model of nfzoo's already; --to haiku and --to timm write others")
+    if description.config.folded:
+        raise ConversionError(f"{source} is folded for inference, and only nfzoo reads that; convert the trained model")
     if to == "haiku":
         write_haiku(target, description.config, params)
     elif to == "timm":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .agc import check_clip, clip_unitwise
+from .agc import check_clip, clip_all, clip_unitwise, is_sharded, whole
+from .compile import compile_alone
 from .module import NFNet
-from .optim import CLIPPED, DECAYED, SGDState, sgd
+from .optim import CLIPPED, DECAYED, SGDState, ema_, ema_decay, sgd, sgd_
+from .types import Params
 
 
 class AGCSGD(torch.optim.Optimizer):
@@ -22,14 +25,21 @@ class AGCSGD(torch.optim.Optimizer):
         momentum, nesterov, weight_decay: of SGD.
         clip: AGC threshold, `None` for no clipping; a group option.
         eps: floor of the parameter norm in AGC.
+        ema_decay: keep a moving average of the parameters, as `nfzoo.optim.ema` defines it: see `averages`.
+        compiled: compile the update, one graph for each shape of kernel, and not one for each kernel.
 
     Attributes:
         clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first.
+        gate: a 0-dimensional boolean tensor on the parameters' device, or `None`. Set it before `step`: where it is
+            false nothing changes, and the host does not wait. `~nonfinite(gradients).any()` skips broken steps.
 
     Raises:
         ValueError: for a learning rate, momentum or decay that is negative or no number, or a clip or eps that is not
             positive.
     """
+
+    gate: Tensor | None = None
+    clipped_fraction: Tensor | None = None
 
     def __init__(
         self,
@@ -41,6 +51,8 @@ class AGCSGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         clip: float | None = 0.01,
         eps: float = 1e-3,
+        ema_decay: float | None = None,
+        compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -49,15 +61,25 @@ class AGCSGD(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "clip": clip,
             "eps": eps,
+            "ema_decay": ema_decay,
+            "compiled": compiled,
+            "steps": 0,
         }
         super().__init__(params, defaults)
-        self.clipped_fraction: Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in (("ema_decay", None), ("compiled", False), ("steps", 0)):
+                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         options = {**self.defaults, **param_group}
         for name in ("lr", "momentum", "weight_decay"):
             if not 0 <= options[name] < float("inf"):
                 raise ValueError(f"{name} must be a number that is not negative, not {options[name]!r}")
+        if options["ema_decay"] is not None and not 0 <= options["ema_decay"] < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), not {options['ema_decay']!r}; None keeps no average")
         check_clip(1.0 if options["clip"] is None else options["clip"], options["eps"])
         super().add_param_group(param_group)
 
@@ -68,33 +90,160 @@ class AGCSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        clipped: list[Tensor] = []
+        counts: list[Tensor] = []
         units = 0
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                grad = p.grad
-                if group["clip"] is not None:
-                    grad, mask = clip_unitwise(grad, p, clip=group["clip"], eps=group["eps"])
-                    clipped.append(mask.sum())
-                    units += mask.numel()
+            group["steps"] += 1
+            for bundle in self._bundles(group):
+                count, of = self._update(group, bundle)
+                if count is not None:
+                    counts.append(count)
+                    units += of
+        self.clipped_fraction = torch.stack(counts).sum() / units if counts else None
+        return loss
+
+    def averages(self, named: Mapping[str, Tensor]) -> Params:
+        """The moving averages of named parameters, such as `dict(model.named_parameters())`; not copied.
+
+        A parameter that was never updated is its own average.
+
+        Raises:
+            ValueError: if the optimizer keeps no averages.
+        """
+        if all(group["ema_decay"] is None for group in self.param_groups):
+            raise ValueError("this optimizer keeps no moving average; pass ema_decay")
+        return {name: self.state.get(p, {}).get("ema", p.detach()) for name, p in named.items()}
+
+    def _bundles(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
+        """The group's parameters that have gradients, in lists of one device and dtype, sharded ones apart.
+
+        A CPU gains nothing from long lists: there each kernel goes alone, while it is in the cache.
+        """
+        bundles: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                alone = p if p.device.type == "cpu" and p.ndim > 1 and not group["compiled"] else None
+                bundles.setdefault((p.device, p.dtype, p.grad.dtype, is_sharded(p), alone), []).append(p)
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                new, momentum = sgd(
-                    {"p": p},
-                    {"p": grad},
-                    SGDState({"p": state["momentum_buffer"]}),
-                    lr=group["lr"],
-                    momentum=group["momentum"],
-                    nesterov=group["nesterov"],
-                    weight_decay=group["weight_decay"],
+                if group["ema_decay"] is not None and "ema" not in state:
+                    state["ema"] = p.detach().clone()
+        return bundles.values()
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+        """One step on one bundle; how many units were clipped, and of how many."""
+        if not group["compiled"] or is_sharded(params[0]):
+            return self._update_eager(group, params)
+        wide = [p for p in params if p.ndim > 1 and _dense(p, p.grad, *self.state[p].values())]
+        chosen = set(wide)
+        rest = [p for p in params if p not in chosen]
+        masks = self._update_compiled(group, wide)
+        count, units = self._update_eager(group, rest) if rest else (None, 0)
+        if group["clip"] is None:
+            return None, 0
+        counts = [torch.cat(masks).sum()] if masks else []
+        return torch.stack([*counts, *([] if count is None else [count])]).sum(), units + sum(len(p) for p in wide)
+
+    def _update_eager(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        count, units = None, 0
+        if group["clip"] is not None:
+            if is_sharded(params[0]):  # the norm of a vector is over all of its shards
+                pairs = [
+                    clip_unitwise(g, p, clip=group["clip"], eps=group["eps"])
+                    for g, p in zip(grads, params, strict=True)
+                ]
+                grads = [grad for grad, _ in pairs]
+                count, units = (
+                    torch.stack([whole(mask.sum()) for _, mask in pairs]).sum(),
+                    sum(mask.numel() for _, mask in pairs),
                 )
-                p.copy_(new["p"])
-                state["momentum_buffer"].copy_(momentum.momentum["p"])
-        self.clipped_fraction = torch.stack(clipped).sum() / units if clipped else None
-        return loss
+            else:
+                grads, count, units = clip_all(grads, params, clip=group["clip"], eps=group["eps"])
+        sgd_(
+            params,
+            grads,
+            [self.state[p]["momentum_buffer"] for p in params],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            gate=self.gate,
+            overwrite=group["clip"] is not None,
+        )
+        if group["ema_decay"] is not None:
+            average = {str(i): self.state[p]["ema"] for i, p in enumerate(params)}
+            live = {str(i): p for i, p in enumerate(params)}
+            ema_(average, live, group["steps"] - 1, decay=group["ema_decay"], gate=self.gate)
+        return count, units
+
+    def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """One step on kernels and linears; the masks of their clipped units."""
+        if not params:
+            return []
+        constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
+        device, decay = params[0].device, group["ema_decay"]
+        lr = _number(group["lr"], device)
+        weight = None if decay is None else _number(1 - ema_decay(group["steps"] - 1, decay), device)
+        masks = []
+        for p in params:
+            state = self.state[p]
+            tensors = (p, p.grad, state["momentum_buffer"], state.get("ema"))
+            # As rows, so that shapes of equal rows share a graph.
+            rows = [None if t is None else t.view(len(t), -1) for t in tensors]
+            update = _compiled_update((len(p), p.numel() // len(p)), constants)
+            masks.append(update(*rows, lr, weight, self.gate))
+        return [mask.flatten() for mask in masks if mask is not None]
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled_update(shape: tuple[int, ...], constants: tuple[Any, ...]) -> Callable[..., Tensor | None]:
+    """The whole update of one kernel `(out, fan_in)` as one graph, which all kernels of a shape share."""
+    clip, eps, momentum, nesterov, weight_decay = constants
+
+    def update(
+        p: Tensor,
+        grad: Tensor,
+        m: Tensor,
+        average: Tensor | None,
+        lr: Tensor,
+        weight: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor | None:
+        mask = None
+        if clip is not None:
+            grad, mask = clip_unitwise(grad, p, clip=clip, eps=eps)
+        new, state = sgd(
+            {"p": p},
+            {"p": grad},
+            SGDState({"p": m}),
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+        )
+        new_p, new_m = new["p"], state.momentum["p"]
+        if gate is not None:
+            new_p, new_m = torch.where(gate, new_p, p), torch.where(gate, new_m, m)
+            weight = None if weight is None else torch.where(gate, weight, 0.0)
+        p.copy_(new_p)
+        m.copy_(new_m)
+        if average is not None and weight is not None:
+            average.copy_(average + weight * (new_p - average))
+        return mask  # to be counted outside: inductor fails on the sum beside in-place updates
+
+    return compile_alone(update)
+
+
+def _dense(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.is_contiguous() for t in tensors)
+
+
+def _number(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), value, device=device, dtype=torch.float32)
 
 
 def param_groups(model: NFNet, *, weight_decay: float = 2e-5, clip: float | None = 0.01) -> list[dict[str, Any]]:

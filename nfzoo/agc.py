@@ -5,12 +5,16 @@ Source: arXiv 2102.06171, section 4.1 and equation 3; `agc` of the code released
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .types import Params
+
+foreach: Any = torch  # `_foreach_*`, many tensors in one kernel, are not among the names that torch lists
 
 GRADIENT_FLOOR = 1e-6  # keeps the division finite, as in the released code
 
@@ -31,6 +35,52 @@ def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = 1e-3
     norm = unitwise_norm(grad)
     clipped = norm > limit
     return torch.where(clipped, grad * (limit / norm.clamp(min=GRADIENT_FLOOR)), grad), clipped
+
+
+class Clipped(NamedTuple):
+    """What `clip_all` gives: the gradients, how many units were clipped (0-dimensional), and of how many."""
+
+    grads: list[Tensor]
+    clipped: Tensor
+    units: int
+
+
+def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = 1e-3) -> Clipped:
+    """`clip_unitwise` of many gradients, at least one, of one device and dtype, in few kernels: see `agc`.
+
+    A kernel or linear costs two norms and a product; all vectors together cost as much as one, and so do the limits of
+    all units. The inputs stay as they are.
+    """
+    wide = [i for i, p in enumerate(params) if p.ndim > 1]
+    flat = [i for i, p in enumerate(params) if p.ndim <= 1]
+
+    def norms(tensors: Sequence[Tensor]) -> Tensor:
+        rows = [torch.linalg.vector_norm(tensors[i].flatten(1), dim=1) for i in wide]
+        whole = foreach._foreach_norm([tensors[i] for i in flat]) if flat else ()
+        return torch.cat([*rows, torch.stack(list(whole))] if flat else rows)
+
+    limit = clip * norms(params).clamp_(min=eps)
+    norm = norms(grads)
+    clipped = norm > limit
+    factor = torch.where(clipped, limit / norm.clamp(min=GRADIENT_FLOOR), 1.0)
+    out: list[Tensor] = [*grads]
+    sizes = [params[i].shape[0] for i in wide]
+    parts = factor.split([*sizes, len(flat)])
+    for i, part in zip(wide, parts, strict=False):
+        out[i] = grads[i] * part.reshape(-1, *[1] * (grads[i].ndim - 1))
+    if flat:
+        counts = [params[i].numel() for i in flat]
+        joined = torch.cat([grads[i].reshape(-1) for i in flat])
+        joined = joined * parts[-1][_unit_of_element(tuple(counts), joined.device)]
+        for i, piece in zip(flat, joined.split(counts), strict=True):
+            out[i] = piece.reshape(grads[i].shape)
+    return Clipped(out, clipped.sum(), len(factor))
+
+
+@functools.lru_cache(maxsize=64)
+def _unit_of_element(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """`[0] * counts[0] + [1] * counts[1] + ...`, kept on the device: a copy each step would hold it up."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
 
 
 def agc(
@@ -113,6 +163,33 @@ def agc_(
     for p in parameters:
         if p.grad is not None and id(p) not in excluded:
             p.grad.copy_(clip_unitwise(p.grad, p, clip=clip, eps=eps)[0])
+
+
+@torch.no_grad()
+def nonfinite(grads: Iterable[Tensor]) -> Tensor:
+    """Whether each gradient holds an infinity or a NaN (or sums to more than its dtype can): a bool vector.
+
+    The host does not wait: `nonfinite(grads).any()` is a tensor too. In few kernels, by the sum of absolute values.
+    """
+    tensors = list(grads)
+    if not tensors:
+        return torch.zeros(0, dtype=torch.bool)
+    if any(is_sharded(t) for t in tensors):
+        sums = [whole(torch.linalg.vector_norm(t, 1)) for t in tensors]
+    else:
+        sums = foreach._foreach_norm(tensors, 1)
+    device = tensors[0].device
+    return ~torch.stack([s.to(device, torch.float32) for s in sums]).isfinite()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, of which this process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor itself, of a `DTensor` all of it."""
+    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def with_agc(

@@ -110,6 +110,7 @@ class ModelConfig:
         alpha: scale of the residual branches.
         drop_rate: dropout on the pooled features, in [0, 1).
         stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.
+        folded: the inference form, whose weights `nfzoo.fold.fold` makes; it cannot be trained.
     """
 
     family: ClassVar[str]
@@ -124,6 +125,7 @@ class ModelConfig:
     alpha: float = 0.2
     drop_rate: float = 0.0
     stochastic_depth: float = 0.0
+    folded: bool = False
 
     def __post_init__(self) -> None:
         for name, most in (("depths", MOST_BLOCKS), ("widths", MOST)):
@@ -144,6 +146,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
                 raise ConfigError(f"{name} must be in [0, 1), not {value!r}")
+        if not isinstance(self.folded, bool):
+            raise ConfigError(f"folded must be true or false, not {self.folded!r}")
         _positive(self, "alpha")
 
     @property
@@ -157,8 +161,10 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, `family` first."""
+        """JSON-ready fields, `family` first; `folded` only where it is set."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not self.folded:
+            del fields["folded"]
         return {"family": self.family, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
 

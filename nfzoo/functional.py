@@ -8,10 +8,12 @@ them. Images are NCHW.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # gamma = 1 / std(act(z)), z ~ N(0, 1), as in the released code: the activation then keeps unit variance.
 GAMMA: dict[str, float] = {
@@ -29,6 +31,7 @@ _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 VARIANCE_FLOOR = 1e-4  # of var(W) * fan_in, in DeepMind's WSConv2D
+_NO_VARIANCE = 1e-30  # what batch normalisation, which wants a positive offset, is told instead of 0
 VARIANCE_OFFSET = 1e-5  # added to var(W), in timm's ScaledStdConv2d as its NF-models use it
 
 
@@ -59,7 +62,10 @@ def standardize_weight(weight: Tensor, gain: Tensor, *, floor: bool = True, scal
     w = weight.flatten(1)
     if w.dtype not in (torch.float32, torch.float64):
         w = w.float()
-    # Two passes over rows: on a CPU `var_mean` is several times slower, and E[W^2] - E[W]^2 would cancel.
+    if floor and _runs_eagerly_on_cpu(weight, gain):
+        rows: Tensor = _FlooredRows.apply(w, gain.to(w.dtype) * scale)  # type: ignore[assignment]
+        return rows.reshape(weight.shape).to(weight.dtype)
+    # Two passes over rows: E[W^2] - E[W]^2 would cancel.
     centred = w - w.mean(dim=1, keepdim=True)
     total = centred.square().sum(dim=1, keepdim=True)  # var(W) * fan_in
     root = total.clamp(min=VARIANCE_FLOOR) if floor else total + VARIANCE_OFFSET * w.shape[1]
@@ -69,12 +75,66 @@ def standardize_weight(weight: Tensor, gain: Tensor, *, floor: bool = True, scal
     return (centred * s).reshape(weight.shape).to(weight.dtype)
 
 
+def _runs_eagerly_on_cpu(*tensors: Tensor) -> bool:
+    """Whether no compiler and no transform looks at what is done to these tensors."""
+    return (
+        all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+class _FlooredRows(torch.autograd.Function):
+    """`standardize_weight` of rows with floored variances, through the kernels of batch normalisation.
+
+    On a CPU they do in one pass what takes several, forward and backward: measured in `benchmarks/results/`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, gain: Tensor) -> Tensor:
+        fan_in = w.shape[1]
+        unit = gain * fan_in**-0.5
+        out, mean, invstd = torch.native_batch_norm(w[None], unit, None, None, None, True, 0.0, _NO_VARIANCE)
+        # Of rows below the floor, of which trained networks have few, the norm is less than 1 and not the unit.
+        shrink = (fan_in**0.5 / invstd / VARIANCE_FLOOR**0.5).clamp_(max=1.0)
+        out = out[0]
+        if (shrink < 1.0).any():
+            out = out * shrink[:, None]
+        ctx.save_for_backward(w, gain, mean, invstd, shrink)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        w, gain, mean, invstd, shrink = ctx.saved_tensors
+        (g,) = grads
+        fan_in = w.shape[1]
+        if torch.is_grad_enabled():  # somebody will differentiate this as well
+            centred = w - w.mean(dim=1, keepdim=True)
+            total = centred.square().sum(dim=1, keepdim=True)
+            s = torch.rsqrt(total.clamp(min=VARIANCE_FLOOR))
+            along = (g * centred).sum(dim=1, keepdim=True) * s
+            bent = torch.where(total >= VARIANCE_FLOOR, centred * (along * s), 0.0)
+            return gain[:, None] * s * (g - g.mean(dim=1, keepdim=True) - bent), along[:, 0]
+        g = g.contiguous()
+        unit = gain * fan_in**-0.5
+        dw, dunit, _ = torch.ops.aten.native_batch_norm_backward(
+            g[None], w[None], unit, None, None, mean, invstd, True, _NO_VARIANCE, [True, True, False]
+        )
+        dw = dw[0]
+        low = shrink < 1.0
+        if low.any():
+            dw[low] = (gain[low] / VARIANCE_FLOOR**0.5)[:, None] * (g[low] - g[low].mean(dim=1, keepdim=True))
+        return dw, dunit * fan_in**-0.5 * shrink
+
+
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
     """Padding before and after one axis of `size` pixels that TensorFlow calls SAME: output `ceil(size / stride)`.
 
     Of an odd total the extra pixel goes behind, so that it is not symmetric under stride 2.
     """
-    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    # In this form the padding of a symbolic size, such as 32 * n in an export, is a plain number.
+    total = max((kernel - 1) * dilation + 1 - stride + -size % stride, 0)
     return total // 2, total - total // 2
 
 
@@ -159,4 +219,5 @@ def global_mean(x: Tensor) -> Tensor:
     """Mean over the pixels of `(N, C, H, W)`, accumulated in float32 at least; `(N, C)`, of the dtype of `x`."""
     if x.dtype in (torch.float32, torch.float64):
         return x.mean(dim=(2, 3))
-    return x.mean(dim=(2, 3), dtype=torch.float32).to(x.dtype)
+    # Not `mean(..., dtype=torch.float32)`: XLA would sum in the dtype of `x` and convert the result.
+    return x.float().mean(dim=(2, 3)).to(x.dtype)

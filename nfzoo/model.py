@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig
 from .models import nf_regnet, nf_resnet, nfnet
+from .models.folded import folded_plan
 from .types import Block, Kind, Noise, Params, Plan
 
 
@@ -32,6 +33,8 @@ def plan(cfg: ModelConfig) -> Plan:
 
 
 def _plan(cfg: ModelConfig) -> Plan:
+    if cfg.folded:
+        return folded_plan(_plan(cfg.replace(folded=False)))
     if isinstance(cfg, NFNetConfig):
         return nfnet.plan(cfg)
     if isinstance(cfg, NFResNetConfig):
@@ -113,13 +116,17 @@ def features(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor) -> list[
     The maps are the residual stream before the next block's activation.
     """
     maps = []
-    for block in plan(cfg):
-        if block.name in ("final_conv", "pool"):
-            break
+    for block in feature_blocks(cfg):
         x = run_block(block, params, x)
         if block.feature:
             maps.append(x)
     return maps
+
+
+def feature_blocks(cfg: ModelConfig) -> Plan:
+    """The blocks of `features`: stem and tower."""
+    blocks = plan(cfg)
+    return blocks[: max(i for i, block in enumerate(blocks) if block.feature) + 1]
 
 
 def parameter_count(cfg: ModelConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -16,21 +16,30 @@ from torch import Tensor, nn
 
 from . import model as functional_model
 from .checkpoint import Description, load_checkpoint, save_checkpoint
+from .compile import CompiledBlock, checkpointed, compile_blocks, compile_options
 from .config import ModelConfig, Preprocessing
 from .errors import ConfigError
+from .fold import fold
 from .preprocess import evaluation_transform, open_image
-from .types import Block, Noise, Params
+from .types import Block, BlockFn, Noise, Params
 from .variants import VARIANTS, variant
 
 logger = logging.getLogger("nfzoo")
 
 
 class BlockModule(nn.Module):
-    """One block of a plan as a module: its parameters, and its pure function as `forward`."""
+    """One block of a plan as a module: its parameters, and its pure function as `forward`.
+
+    Attributes:
+        fn: the block's function, or its compiled form.
+        checkpointed: whether the backward pass computes the block's intermediate values again.
+    """
 
     def __init__(self, block: Block, params: Params) -> None:
         super().__init__()
         self.block = block
+        self.fn: BlockFn = block.fn
+        self.checkpointed = False
         self._paths = {name: name.split(".") for name in params}
         for name, value in params.items():
             *path, leaf = self._paths[name]
@@ -42,13 +51,18 @@ class BlockModule(nn.Module):
             owner.register_parameter(leaf, nn.Parameter(value))
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpointed(self._compute, x, keep)
+        return self._compute(x, keep)
+
+    def _compute(self, x: Tensor, keep: Tensor | None) -> Tensor:
         params = {}
         for name, path in self._paths.items():
             value: Any = self
             for part in path:
                 value = getattr(value, part)
             params[name] = value
-        return self.block.fn(params, x, self.block.beta, keep)
+        return self.fn(params, x, self.block.beta, keep)
 
     def extra_repr(self) -> str:
         return type(self.block.fn).__name__
@@ -57,7 +71,8 @@ class BlockModule(nn.Module):
 class NFNet(nn.Module):
     """A Normalizer-Free network of any family.
 
-    In training mode `forward` draws its own dropout and stochastic depth unless it is given `noise`.
+    In training mode `forward` draws its own dropout and stochastic depth unless it is given `noise`. A model whose
+    configuration is folded (see `for_inference`) stays in evaluation mode and wants no gradients.
 
     Args:
         config: the architecture.
@@ -115,6 +130,8 @@ class NFNet(nn.Module):
                     owner.add_module(part, nn.ModuleList() if part == "stages" or part.isdigit() else nn.Module())
                 owner = owner.get_submodule(part)
             owner.add_module(leaf, module)
+        if self.config.folded:
+            self.eval().requires_grad_(False)
 
     def _block_module(self, block: Block) -> nn.Module:
         module: Any = self
@@ -129,16 +146,20 @@ class NFNet(nn.Module):
 
     def parameter_kinds(self) -> dict[str, str]:
         """Parameter name -> kind: `weight`, `gain`, `bias`, `skip_gain`, or `head` for the classifier's weight."""
+        self._check_trainable()
         return {name: kind for name, (_, kind) in functional_model.specs(self.config).items()}
 
     def sample_noise(self, batch: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Dropout and stochastic depth masks for one step, on the parameters' device."""
+        self._check_trainable()
         p = next(self.parameters())
         return functional_model.sample_noise(self.config, batch, generator=generator, device=p.device, dtype=p.dtype)
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """Logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`."""
         self._check_input(x)
+        if noise is not None:
+            self._check_trainable()
         if self.training and noise is None:
             noise = functional_model.sample_noise(self.config, x.shape[0], device=x.device, dtype=x.dtype)
         return self._run(x, self.plan, noise)
@@ -151,7 +172,65 @@ class NFNet(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """Feature maps of the stem (stride 2) and of each stage, as `nfzoo.model.features`."""
         self._check_input(x)
-        return functional_model.features(self.config, dict(self.named_parameters()), x)
+        maps = []
+        for block in functional_model.feature_blocks(self.config):
+            x = self._block_module(block)(x)
+            if block.feature:
+                maps.append(x)
+        return maps
+
+    def for_inference(self) -> NFNet:
+        """A model of the same function in plain convolutions, with parameters of its own: see `nfzoo.fold.fold`.
+
+        It is saved, loaded, compiled and exported as any other, and cannot be trained: `train()`, noise, another
+        classifier and a second folding are a `ConfigError`.
+        """
+        config, params = fold(self.config, {name: p.detach() for name, p in self.named_parameters()})
+        return NFNet.from_params(self.description._replace(config=config), params)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or evaluation mode, which a folded model never leaves."""
+        if mode:
+            self._check_trainable()
+        return super().train(mode)
+
+    def _check_trainable(self) -> None:
+        if self.config.folded:
+            raise ConfigError(
+                "the model is folded for inference: it takes no training, no noise and no other classifier; "
+                "use the trained model that it was made from"
+            )
+
+    def compile_blocks(
+        self,
+        *,
+        enabled: bool = True,
+        backend: str | Callable[..., Any] = "inductor",
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        dynamic: bool | None = False,
+    ) -> Self:
+        """Compile the model block by block, one graph for each distinct block, and return it.
+
+        The time to compile does not grow with depth. Nothing falls back to eager: a block that cannot be compiled whole
+        raises. The keys of `state_dict` stay as they are.
+
+        Args:
+            enabled: `False` goes back to eager.
+            backend, mode, options, dynamic: as for `torch.compile`. By default every shape of input has its own graphs.
+        """
+        compile_blocks(self, compile_options(backend, mode, options, dynamic) if enabled else None)
+        return self
+
+    def checkpoint_blocks(self, *, enabled: bool = True) -> Self:
+        """Keep only what passes between blocks for the backward pass and compute the rest again; returns the model.
+
+        This costs one more forward pass and saves most of the memory of activations.
+        """
+        for module in self.modules():
+            if isinstance(module, BlockModule):
+                module.checkpointed = enabled
+        return self
 
     def _run(self, x: Tensor, blocks: Sequence[Block], noise: Noise | None) -> Tensor:
         for block in blocks:
@@ -172,6 +251,7 @@ class NFNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
         """A fresh classifier for another number of classes."""
+        self._check_trainable()
         if labels is not None and len(labels) != num_classes:
             raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
         p = next(self.parameters())
@@ -180,7 +260,12 @@ class NFNet(nn.Module):
         self.plan = functional_model.plan(self.config)
         head = self.plan[-1]
         params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
+        old = self.head
         self.head = BlockModule(head, params)
+        if isinstance(old, BlockModule):
+            self.head.checkpointed = old.checkpointed
+            if isinstance(old.fn, CompiledBlock):
+                compile_blocks(self.head, old.fn.options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` into `folder`, atomically."""
@@ -287,6 +372,7 @@ def assemble(
         params = {key: value.to(dtype) for key, value in params.items()}
     model = NFNet.from_params(description, params)
     if num_classes is not None and num_classes != description.config.num_classes:
+        model._check_trainable()
         logger.warning(
             "%s has %d classes: its classifier is replaced by a fresh one of %d, which must be trained",
             source,

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._C._distributed_c10d import FileStore
+from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfzoo import AGCSGD, NFNet, param_groups
-from tests.helpers import SMALL, generator, images, random_params
+from nfzoo.agc import agc, nonfinite, whole
+from nfzoo.optim import ema, sgd, sgd_init
+from tests.helpers import SMALL, assert_same, generator, images, random_params, relative
 
 FLOAT32 = 1e-6  # the same sums in another order
 SHAPES = [(6, 4, 3, 3), (5, 7), (8,), (1,)]
@@ -25,6 +33,10 @@ def give_gradients(parameters, step: int, scale: float = 1.0) -> None:
     g = generator(100 + step)
     for p in parameters:
         p.grad = scale * torch.randn(p.shape, generator=g)
+
+
+def gradients(parameters) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def shell() -> NFNet:
@@ -241,6 +253,7 @@ def test_no_gradient_no_step():
         ({"clip": -1.0}, "clip"),
         ({"clip": math.nan}, "clip"),
         ({"eps": 0.0}, "eps"),
+        ({"ema_decay": 1.0}, "ema_decay"),
     ],
 )
 def test_bad_options_are_refused(bad, match):
@@ -252,3 +265,189 @@ def test_bad_options_are_refused(bad, match):
     with pytest.raises(ValueError, match=match):
         optimizer.add_param_group({"params": leaves(), **bad})
     assert len(optimizer.param_groups) == 1
+
+
+# ---------------------------------------------------------------- the one update in its several forms
+
+
+def pure_trajectory(parameters, *, steps: int, lr: float, weight_decay: float, ema_decay: float) -> Any:
+    """Parameters and averages after some steps of the pure functions."""
+    params = {str(i): p.detach().clone() for i, p in enumerate(parameters)}
+    state, average = sgd_init(params), {k: p.clone() for k, p in params.items()}
+    for step in range(steps):
+        give_gradients(parameters, step)
+        grads = agc({str(i): grad for i, grad in enumerate(gradients(parameters))}, params)
+        params, state = sgd(params, grads, state, lr=lr, weight_decay=weight_decay)
+        average = ema(average, params, step, decay=ema_decay)
+    return params, average
+
+
+# A compiled graph for each of the two kernels' shapes.
+FORMS = pytest.mark.parametrize("compiled", [False, True], ids=["foreach", "compiled"])
+
+
+@FORMS
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_the_trajectory_of_the_pure_functions(compiled, tensor_lr):
+    options: Any = {"weight_decay": 0.01, "ema_decay": 0.9}
+    parameters = leaves()
+    params, average = pure_trajectory(leaves(), steps=4, lr=0.3, **options)
+    lr = torch.tensor(0.3) if tensor_lr else 0.3
+    optimizer = AGCSGD(parameters, lr=lr, compiled=compiled, **options)
+    for step in range(4):
+        give_gradients(parameters, step)
+        optimizer.step()
+    found = optimizer.averages({str(i): p for i, p in enumerate(parameters)})
+    for i, p in enumerate(parameters):
+        torch.testing.assert_close(p.detach(), params[str(i)], rtol=FLOAT32, atol=FLOAT32)
+        torch.testing.assert_close(found[str(i)], average[str(i)], rtol=FLOAT32, atol=FLOAT32)
+
+
+@FORMS
+def test_a_shut_gate_changes_nothing_whatever_the_gradients(compiled):
+    parameters = leaves()
+    optimizer = AGCSGD(parameters, lr=0.3, weight_decay=0.01, ema_decay=0.9, compiled=compiled)
+    for step in range(2):
+        give_gradients(parameters, step)
+        optimizer.gate = ~nonfinite(gradients(parameters)).any()
+        optimizer.step()
+    before = copy.deepcopy(parameters)
+    states = [copy.deepcopy(dict(optimizer.state[p])) for p in parameters]
+    give_gradients(parameters, 2)
+    for p, value in zip(parameters, (math.nan, math.inf, -math.inf, math.nan), strict=True):
+        assert p.grad is not None
+        p.grad.view(-1)[0] = value
+    optimizer.gate = ~nonfinite(gradients(parameters)).any()
+    assert not optimizer.gate
+    optimizer.step()
+    for p, q, state in zip(parameters, before, states, strict=True):
+        assert torch.equal(p, q)
+        assert same(optimizer.state[p].values(), state.values())
+    give_gradients(parameters, 3)
+    optimizer.gate = torch.tensor(True)
+    optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(parameters, before, strict=False))
+
+
+@FORMS
+def test_an_open_gate_is_no_gate(compiled):
+    a, b = leaves(), leaves()
+    for parameters, gate in ((a, None), (b, torch.tensor(True))):
+        optimizer = AGCSGD(parameters, lr=0.3, weight_decay=0.01, ema_decay=0.9, compiled=compiled)
+        optimizer.gate = gate
+        for step in range(3):
+            give_gradients(parameters, step)
+            optimizer.step()
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_the_update_has_few_kernels():
+    """Of a deep model's parameters most are vectors; all of them together cost what one kernel costs."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                Count.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for vectors in (10, 1000):
+        parameters = [nn.Parameter(torch.randn(3)) for _ in range(vectors)]
+        for p in parameters:
+            p.grad = torch.randn(3)
+        optimizer = AGCSGD(parameters, lr=0.1, weight_decay=0.1, ema_decay=0.9)
+        optimizer.step()
+        Count.calls = 0
+        with Count():
+            optimizer.step()
+        counts.append(Count.calls)
+    assert counts[0] == counts[1] < 40
+
+
+def test_compiled_updates_share_graphs_and_do_not_recompile():
+    torch.compiler.reset()
+    counters.clear()
+    g = generator()
+    parameters = [nn.Parameter(torch.randn(4, 3, generator=g)) for _ in range(20)]
+    optimizer = AGCSGD(parameters, lr=0.1, compiled=True, ema_decay=0.9)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        give_gradients(parameters, step)
+        optimizer.step()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_averages_want_a_decay():
+    with pytest.raises(ValueError, match="ema_decay"):
+        AGCSGD(leaves(), lr=0.1).averages({})
+
+
+def test_averages_are_saved_and_go_on():
+    a, b = leaves(), leaves()
+    first = AGCSGD(a, lr=0.1, ema_decay=0.9)
+    for step in range(2):
+        give_gradients(a, step)
+        first.step()
+    second = AGCSGD(b, lr=1.0, ema_decay=0.5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with torch.no_grad():
+        for p, q in zip(a, b, strict=True):
+            q.copy_(p)
+    for parameters, optimizer in ((a, first), (b, second)):
+        give_gradients(parameters, 2)
+        optimizer.step()
+    names = [str(i) for i in range(len(a))]
+    assert_same(first.averages(dict(zip(names, a, strict=True))), second.averages(dict(zip(names, b, strict=True))))
+
+
+def _sharded_rank(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    model = shell()
+    for module in model.modules():
+        if hasattr(module, "block"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = AGCSGD(param_groups(model), lr=0.1, ema_decay=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        whole_batch = images(model.config, batch=4, seed=step)
+        model(whole_batch[2 * rank : 2 * rank + 2]).square().mean().backward()
+        optimizer.step()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    named = dict(model.named_parameters())
+    found = {k: whole(p).detach() for k, p in named.items()}
+    averages = {k: whole(p).detach() for k, p in optimizer.averages(named).items()}
+    assert not nonfinite(gradients(named.values())).any()
+    if rank == 1:
+        broken: Any = named["head.bias"].grad
+        broken.to_local()[0] = math.nan
+    assert nonfinite(gradients(named.values())).tolist() == [k == "head.bias" for k in named]
+    assert optimizer.clipped_fraction is not None
+    if rank == 0:
+        torch.save((found, averages, optimizer.clipped_fraction), f"{folder}/result.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_parameters(tmp_path):
+    spawn(_sharded_rank, (str(tmp_path),), nprocs=2)
+    found, averages, fraction = torch.load(tmp_path / "result.pt")
+    model = shell()
+    optimizer = AGCSGD(param_groups(model), lr=0.1, ema_decay=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(images(model.config, batch=4, seed=step)).square().mean().backward()
+        optimizer.step()
+    named = dict(model.named_parameters())
+    assert optimizer.clipped_fraction == fraction
+    for key, average in optimizer.averages(named).items():
+        assert relative(found[key], named[key]) < FLOAT32, key
+        assert relative(averages[key], average) < FLOAT32, key

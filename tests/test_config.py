@@ -38,6 +38,7 @@ FIELDS = {
     "activation": BAD_NAMES,
     "rules": BAD_NAMES,
     "attention": BAD_NAMES,
+    "folded": [0, 1, None, "true", "False", [True], math.nan],
     "output_stride": [4, 64, 0, -32, 32.0, "32", None, True, [32], math.nan],
 }
 CASES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from .. import functional as nf
@@ -52,10 +52,12 @@ class MaxPool:
     same: bool
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        # The operator behind `F.max_pool2d`, whose own form for XLA `torch.func` cannot differentiate.
+        pool = torch.ops.aten.max_pool2d_with_indices
         if not self.same:
-            return F.max_pool2d(x, 3, 2, 1)
+            return pool(x, [3, 3], [2, 2], [1, 1])[0]
         height, width = (nf.same_padding(n, 3, 2) for n in x.shape[-2:])
-        return F.max_pool2d(nf.pad2d(x, height, width, value=float("-inf")), 3, 2)
+        return pool(nf.pad2d(x, height, width, value=float("-inf")), [3, 3], [2, 2])[0]
 
 
 def plan(cfg: NFResNetConfig) -> Plan:
