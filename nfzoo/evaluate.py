@@ -6,7 +6,6 @@ Every image counts once, however many processes share them: counts are whole num
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 import logging
@@ -15,12 +14,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env, reduce
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -31,23 +28,28 @@ from .data import (
     HELD_OUT,
     BrokenImageError,
     Digits,
+    HeldOut,
     ImageFolder,
+    Images,
     evaluation_batches,
-    held_out_folder,
+    open_held_out,
     open_split,
 )
-from .device import check_processes, default_workers, usable_device
+from .device import check_processes, choose_xla, default_workers, usable_device
 from .errors import CheckpointError, ConfigError, DataError, NfzooError
 from .files import replaced
 from .labels import match_classes
 from .model import apply
 from .module import NFNet
+from .parallel import gather
 from .plots import printable
+
+if TYPE_CHECKING:
+    from accelerate import PartialState  # at run time, only once `choose_xla` has spoken
 
 logger = logging.getLogger("nfzoo")
 
 EVALUATION_FILE = "evaluation.json"
-_PARTS = ("train", "val", "validation", "test")
 
 
 class Score(NamedTuple):
@@ -82,6 +84,8 @@ def score(
     # Thousands of batches are added up in float64, which Apple's GPUs do not have.
     wide = torch.float32 if counts.device.type == "mps" else torch.float64
     loss = torch.stack(losses).to(wide).sum() if losses else torch.zeros((), dtype=wide, device=device)
+    from accelerate.utils import reduce
+
     right, right5, seen = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
     total = float(reduce(loss, reduction="sum"))  # type: ignore[arg-type]
     if not seen:
@@ -97,38 +101,33 @@ class Labelled(NamedTuple):
         matched_by: what the folders' names were taken for.
     """
 
-    images: Digits | ImageFolder
+    images: Images
     dataset: str
     split: str | None
     matched_by: str
 
 
 def open_labelled(source: str, classes: int, labels: Sequence[str] | None, *, held_out: float = HELD_OUT) -> Labelled:
-    """The images of a folder with one subfolder per class, for a model of `classes` outputs named `labels`.
+    """The images of a source, see `splits.open_split`, for a model of `classes` outputs named `labels`.
 
-    Of a folder with `train/` and `val/` (or `validation/`, `test/`) inside, the second is taken; `"digits"` is the
-    part of the embedded digits, `held_out` of them, that training does not see.
+    Of a source with its own held-out part, such as a folder with `train/` and `val/` inside, that part is taken; of
+    others all images; `"digits"` is the part of the embedded digits, `held_out` of them, that training does not see.
 
     Raises:
-        DataError: see `ImageFolder.scan` and `match_classes`.
+        DataError: see `open_split` and `match_classes`.
     """
     if source == DIGITS:
         digits = open_split(DIGITS, validation_fraction=held_out).validation
-        index, matched_by = match_classes(digits.classes, classes, labels, source="the digits")
-        relabelled = np.asarray(index)[np.asarray(digits.labels)]
-        return Labelled(dataclasses.replace(digits, labels=relabelled), DIGITS, "held out", matched_by)  # type: ignore[arg-type]
-    root = Path(source)
-    folder = ImageFolder.scan(held_out_folder(root) or root)
-    where = (held_out_folder(root) or root).resolve()
-    index, matched_by = match_classes(folder.classes, classes, labels, source=repr(str(where)))
-    relabelled = tuple(index[label] for label in folder.labels)
-    named_part = where.name in _PARTS
-    return Labelled(
-        dataclasses.replace(folder, labels=relabelled),
-        where.parent.name if named_part else where.name,
-        where.name if named_part else None,
-        matched_by,
-    )
+        data = HeldOut(digits, DIGITS, "held out", "the digits")
+    else:
+        data = open_held_out(source)
+    names = data.images.classes
+    numbered = not isinstance(data.images, ImageFolder) and names == tuple(map(str, range(len(names))))
+    if numbered and len(names) <= classes and not {*names} & {*(labels or ())}:
+        index, matched_by = tuple(range(len(names))), "numbers"  # labels without names are numbers of outputs
+    else:
+        index, matched_by = match_classes(names, classes, labels, source=data.where)
+    return Labelled(data.images.relabelled(index), data.dataset, data.split, matched_by)
 
 
 class Evaluation(NamedTuple):
@@ -227,7 +226,7 @@ def evaluate(
         _with_bar(batches, len(images), state),
         device=place,
     )
-    problems = sorted(gather_object(broken)) if state.num_processes > 1 else broken
+    problems = sorted(gather(broken))
     if state.is_main_process:
         for problem in problems:
             logger.warning("left out: %s", problem)
@@ -262,6 +261,10 @@ def resize_rule(preprocessing: Preprocessing) -> str:
 
 
 def _processes(*, cpu: bool) -> PartialState:
+    choose_xla()
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerate's Accelerator reads it
     check_processes(state.num_processes)
     return state
@@ -329,7 +332,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="FOLDER",
         help="one subfolder of images per class, named as the model's labels (ImageNet's: or by WordNet id); or with "
-        "such folders in train/ and val/, of which val/ is taken; or 'digits', those that training holds out",
+        "such folders in train/ and val/, of which val/ is taken; or tar shards, parquet files, hub:ORG/NAME; or "
+        "'digits', those that training holds out",
     )
     parser.add_argument(
         "--size", type=_positive, metavar="N", help="side of the input in pixels (default: the model's)"
@@ -407,7 +411,7 @@ def _main(options: argparse.Namespace) -> None:
         skip_broken=options.skip_broken,
         date=options.date,
     )
-    if not PartialState().is_main_process:
+    if not _processes(cpu=options.device == "cpu").is_main_process:
         return
     text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
     if options.json == "-":

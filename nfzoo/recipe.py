@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from .data import HELD_OUT, Augment
+from .augment import Augment
+from .config import nearest
+from .data import HELD_OUT
 from .errors import ConfigError, NfzooError
 
 MOST_SEED = 1 << 63
@@ -18,26 +23,36 @@ MOST_WORKERS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer: AGC, weight decay, Nesterov momentum, a warm-up and a cosine, a moving average of the weights.
+    """The optimizer: clipping, weight decay, momentum, a warm-up and a cosine, a moving average of the weights.
 
     Attributes:
-        lr: peak learning rate; by default 0.1 for batches of 64 to 256, in proportion to the batch outside, and a tenth
-            of that from pretrained weights.
+        name: "sgd", the papers'; "adamw"; or the import path of another, such as torch.optim.NAdam.
+        options: further arguments of an optimizer other than "sgd", such as {betas: [0.9, 0.95]}.
+        lr: peak learning rate; by default of SGD 0.1 for batches of 64 to 256, in proportion to the batch outside, of
+            others 0.001; and a tenth of that from pretrained weights.
         momentum: of SGD.
         nesterov: whether momentum is Nesterov's.
-        weight_decay: added to the gradients of kernels and linears.
+        weight_decay: of kernels and linears; SGD adds it to their gradients.
         clip: AGC threshold; null trains without. The papers' 0.01 is for batches of 1024 and more.
+        clip_norm: largest norm of the whole gradient, the classic alternative to AGC; null clips none.
+        sam_rho: radius of sharpness-aware minimisation; null trains without. The papers' F6 has 0.05.
+        sam_fraction: part of each process's batch that finds SAM's ascent.
         warmup_epochs: epochs of linear warm-up.
         min_lr: learning rate at the end of the cosine.
         label_smoothing: of the cross-entropy.
         ema_decay: of the moving average, which is what is saved; null keeps none and saves the live weights.
     """
 
+    name: str = "sgd"
+    options: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 2e-5
     clip: float | None = 0.1
+    clip_norm: float | None = None
+    sam_rho: float | None = None
+    sam_fraction: float = 0.2
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
     label_smoothing: float = 0.1
@@ -51,10 +66,16 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"optim.{name} must be in [0, 1), not {value!r}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "clip_norm", "sam_rho"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"optim.{name} must be positive, not {value!r}; null is the default or none")
+        if not 0 < self.sam_fraction <= 1:
+            raise ConfigError(f"optim.sam_fraction must be in (0, 1], not {self.sam_fraction!r}")
+        if self.options and self.name == "sgd":
+            raise ConfigError(f"optim.options {self.options!r} are for other optimizers; sgd has options of its own")
+        if not isinstance(self.options, dict) or set(self.options) & {"params", "lr", "weight_decay"}:
+            raise ConfigError(f"optim.options must be a mapping without lr and weight_decay, not {self.options!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +84,34 @@ class TrainConfig:
 
     Attributes:
         model: a zoo name, a Hub repository, a checkpoint folder or a weight file.
-        data: "digits", the embedded handwritten digits; or a folder with one subfolder of images per class, or with
-            such folders in train/ and val/.
-        output: the folder to write: the model, metrics.jsonl, curves.png and train.yaml.
+        data: "digits", the embedded handwritten digits; a folder with one subfolder of images per class, or of tar
+            shards, or of parquet files, or with such folders in train/ and val/; or hub:ORG/NAME, a Hub data set.
+        output: the folder to write: the model, metrics.jsonl, curves.png, train.yaml, and checkpoints/ to resume from.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
+        accumulation: parts in which each process works its share of a batch off, to save memory.
         seed: of everything random.
         pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
+        tune: "all" weights, or the classifier's ("head") alone.
         train_size: side of the training images in pixels; by default the model's.
         test_size: side of the held-out images in pixels; by default the model's.
         drop_rate: dropout rate; by default the model's.
         stochastic_depth: stochastic depth rate; by default the model's.
         validation_fraction: part of each class that is held out where the data have no such part.
-        augment: random crops and flips; by default gentle ones for the digits and the papers' for folders.
-        skip_broken: leave images out that cannot be read, and name them, instead of stopping. Reads all once before.
+        augment: random crops and flips, RandAugment, MixUp and CutMix; by default gentle crops for the digits, and
+            crops and flips for others.
+        augmented_sheet: a PNG file to draw the first augmented batch into.
+        max_broken: images that may turn out unreadable. Each is named; in training the next one takes its place.
         workers: loader processes per training process; by default as many as there are processors, up to 8.
         mixed_precision: "no", "bf16" or "fp16"; by default as Accelerate is configured.
+        compile: compile the model block by block, which takes a minute once and makes steps faster.
+        activation_checkpointing: forget each block's activations and compute them again in the backward pass.
+        sharding: "none" gives every process all parameters; "fsdp2" shards them over the processes.
+        nonfinite: what to do when a gradient is not finite: "stop", or "skip" the step and count it.
+        resume: go on from the newest checkpoint in the output folder; from the start if there is none.
+        save_steps: steps between checkpoints; by default one at the end of each epoch alone.
+        keep_checkpoints: checkpoints to keep, the newest ones.
+        tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
         overwrite: write into an output folder that holds a model already.
         optim: the optimizer.
     """
@@ -88,25 +121,40 @@ class TrainConfig:
     output: str
     epochs: int = 15
     batch_size: int = 32
+    accumulation: int = 1
     seed: int = 0
     pretrained: bool | None = None
+    tune: Literal["all", "head"] = "all"
     train_size: int | None = None
     test_size: int | None = None
     drop_rate: float | None = None
     stochastic_depth: float | None = None
     validation_fraction: float = HELD_OUT
     augment: Augment | None = None
-    skip_broken: bool = False
+    augmented_sheet: str | None = None
+    max_broken: int = 0
     workers: int | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    compile: bool = False
+    activation_checkpointing: bool = False
+    sharding: Literal["none", "fsdp2"] = "none"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    resume: bool = False
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    tracker: str | None = None
     overwrite: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "train_size", "test_size"):
+        for name in ("epochs", "batch_size", "accumulation", "train_size", "test_size", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"keep_checkpoints must be at least 1, not {self.keep_checkpoints!r}")
+        if self.max_broken < 0:
+            raise ConfigError(f"max_broken must not be negative, is {self.max_broken!r}")
         for name in ("model", "data", "output"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} must not be empty")
@@ -116,15 +164,25 @@ class TrainConfig:
             raise ConfigError(f"workers must not be negative, and at most {MOST_WORKERS}; is {self.workers!r}")
         if not isinstance(self.optim, OptimConfig):
             raise ConfigError(f"optim must be a mapping of options such as lr, not {self.optim!r}")
+        if self.sharding != "none" and self.optim.sam_rho is not None:
+            raise ConfigError(f"SAM ascends in each process by itself, which sharding {self.sharding!r} does not allow")
+        if self.mixed_precision == "fp16" and self.optim.sam_rho is not None:
+            raise ConfigError("SAM does not go with mixed_precision 'fp16'; take 'bf16'")
+        if self.sharding != "none" and self.mixed_precision == "fp16":
+            raise ConfigError(f"sharding {self.sharding!r} does not go with mixed_precision 'fp16'; take 'bf16'")
 
     def to_yaml(self) -> str:
         """The run as a recipe that `parse` reads."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, ready for JSON and YAML."""
+        return _plain(dataclasses.asdict(self))
 
 
-def default_lr(batch_size: int, pretrained: bool) -> float:
+def default_lr(batch_size: int, pretrained: bool, name: str = "sgd") -> float:
     """The peak learning rate where none is given: see `OptimConfig`."""
-    lr = max(0.1 * min(batch_size / 64, 1.0), 0.1 * batch_size / 256)
+    lr = max(0.1 * min(batch_size / 64, 1.0), 0.1 * batch_size / 256) if name == "sgd" else 1e-3
     return lr / 10 if pretrained else lr
 
 
@@ -135,7 +193,11 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", action="config", help="YAML file of options; options after it override it.")
+    parser.add_argument(
+        "--recipe",
+        action="config",
+        help="YAML file of options, or the name of one of nfzoo's; options after it override it.",
+    )
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -144,7 +206,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     """A configuration from command-line arguments. A `ConfigError` for anything that does not fit."""
     parser = _parser()
     try:
-        namespace = parser.parse_args(argv)
+        namespace = parser.parse_args(_with_files(sys.argv[1:] if argv is None else argv))
         if not isinstance(namespace.get("optim"), Namespace):
             raise ConfigError(f"optim must be a mapping of options such as lr, not {namespace.get('optim')!r}")
         fields = dict(parser.instantiate(namespace))
@@ -159,4 +221,31 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with nfzoo: name -> YAML file."""
+    folder = resources.files("nfzoo.recipes")
+    return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if f.name.endswith(".yaml")}
+
+
+def _with_files(argv: list[str]) -> list[str]:
+    """The arguments with the names of shipped recipes replaced by their files. A file of that name here comes first."""
+    found = list(argv)
+    for i, argument in enumerate(found):
+        flag, equals, value = argument.partition("=")
+        if flag != "--recipe" or (not equals and i + 1 == len(found)):
+            continue
+        name = value if equals else found[i + 1]
+        if Path(name).is_file():
+            continue
+        known = shipped()
+        if name not in known:
+            near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
+            raise ConfigError(f"there is no recipe {name!r}, neither a file nor one of nfzoo's{near}")
+        if equals:
+            found[i] = f"--recipe={known[name]}"
+        else:
+            found[i + 1] = str(known[name])
+    return found

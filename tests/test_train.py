@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import nfzoo
-from nfzoo import demo, recipe, train
+from nfzoo import demo, loop, recipe, train
 from nfzoo.data import open_split
 from nfzoo.evaluate import evaluate
 from tests.test_data import write_images
@@ -164,6 +164,18 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
         (["--data", ""], "data must not be empty"),
         (["--output", ""], "output must not be empty"),
         (["--output", "/proc/nowhere/run"], "cannot be written"),
+        (["--accumulation", "4"], "does not divide among 1 processes with accumulation 4; make it a multiple of 4"),
+        (["--batch_size", "71", "--augment.mixup", "0.2"], "mixed in pairs"),
+        (["--sharding", "fsdp2"], "needs processes to shard over"),
+        (["--sharding", "fsdp2", "--optim.sam_rho", "0.05"], "SAM ascends in each process"),
+        (["--optim.name", "torch.optim.Sgd"], "the optimizer 'torch.optim.Sgd'"),
+        (["--optim.name", "adamw", "--optim.options", "{beta: 1}"], "unexpected keyword argument 'beta'"),
+        (["--optim.options", "{betas: [0.9, 0.99]}"], "are for other optimizers"),
+        (["--optim.sam_fraction", "0"], "sam_fraction must be in (0, 1]"),
+        (["--max_broken", "-1"], "max_broken must not be negative"),
+        (["--keep_checkpoints", "0"], "keep_checkpoints must be at least 1"),
+        (["--tracker", "no_such_tracker"], "the tracker 'no_such_tracker' is not installed"),
+        (["--recipe", "nfnet-f1-finetun"], "there is no recipe 'nfnet-f1-finetun'"),
     ],
 )
 def test_bad_options_end_in_one_line(
@@ -206,7 +218,7 @@ def test_ctrl_c_ends_quietly(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "training_batches", interrupt)
+    monkeypatch.setattr(loop, "training_batches", interrupt)
     assert run(tmp_path / "out") == 130
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "out").exists()
@@ -253,24 +265,37 @@ def test_corrupt_image_is_fatal_and_named(tmp_path: Path, capsys: pytest.Capture
     write_images(data / "train", {"cat": 8, "dog": 8})
     write_images(data / "val", {"cat": 2, "dog": 2})
     broken = data / part / "dog" / "1.png"
-    broken.write_bytes(broken.read_bytes()[:200])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200])
     options = ["--batch_size", "8", "--workers", "1"]
     assert run(tmp_path / "out", *options, data=str(data)) == 2
     error = capsys.readouterr().err
     assert str(broken) in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    left = sorted(path.name for path in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    assert left == ([] if part == "train" else ["checkpoints"])  # once the image is mended, the run can go on
+    broken.write_bytes(whole)
+    assert run(tmp_path / "out", *options, "--resume", "true", data=str(data)) == 0
 
 
-def test_corrupt_images_are_left_out_when_asked(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_corrupt_images_are_left_out_when_asked(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = folder / "dog" / "1.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    options = ["--batch_size", "8", "--workers", "0", "--epochs", "2"]
     with caplog.at_level(logging.WARNING, logger="nfzoo"):
-        assert run(tmp_path / "out", "--batch_size", "8", "--skip_broken", "true", data=str(folder)) == 0
-    assert str(broken) in caplog.text
+        assert run(tmp_path / "out", *options, "--max_broken", "1", data=str(folder)) == 0
+    assert caplog.text.count(str(broken)) == 1
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["broken"] == 1
+    (folder / "cat" / "1.png").write_bytes(b"")
+    (folder / "cat" / "2.png").write_bytes(b"")
+    assert run(tmp_path / "out3", *options, "--max_broken", "1", data=str(folder)) == 2
+    error = capsys.readouterr().err
+    assert "images cannot be read, and max_broken is 1" in error
     for image in (folder / "dog").iterdir():
         image.write_bytes(b"")
-    assert run(tmp_path / "out2", "--batch_size", "8", "--skip_broken", "true", data=str(folder)) == 2
+    assert run(tmp_path / "out2", *options, "--max_broken", "4", data=str(folder)) == 2
     assert not (tmp_path / "out2").exists()
 
 
@@ -279,6 +304,63 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.Cap
     assert run(tmp_path / "out", *options) == 1
     assert "nothing was saved" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_head_alone_is_tuned(tmp_path: Path) -> None:
+    source = nfzoo.create("nfnet-test")
+    source.save_pretrained(tmp_path / "source")
+    options = ["--model", str(tmp_path / "source"), "--tune", "head", "--optim.ema_decay", "null"]
+    assert run(tmp_path / "out", *options, "--optim.warmup_epochs", "0") == 0
+    before, after = source.state_dict(), weights(tmp_path / "out")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optim.name", "adamw", "--optim.options", "{betas: [0.9, 0.95]}"],
+        ["--optim.name", "torch.optim.NAdam"],
+        ["--mixed_precision", "bf16"],
+        ["--activation_checkpointing", "true", "--stochastic_depth", "0.3"],
+    ],
+)
+def test_other_ways_to_train_learn_too(tmp_path: Path, options: list[str]) -> None:
+    assert run(tmp_path / "out", *options, "--epochs", "2", "--optim.warmup_epochs", "0") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    for name, options in (("a", []), ("b", ["--activation_checkpointing", "true"])):
+        assert run(tmp_path / name, *options, "--drop_rate", "0.2", "--stochastic_depth", "0.3") == 0
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_training_is_the_same(tmp_path: Path) -> None:
+    options = ["--drop_rate", "0.2", "--stochastic_depth", "0.3", "--optim.warmup_epochs", "0"]
+    for name, more in (("a", []), ("b", ["--compile", "true"])):
+        assert run(tmp_path / name, *options, *more) == 0
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    # Ten float32 steps whose kernels add up in another order.
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
+
+
+def test_tracker_and_sheet(tmp_path: Path) -> None:
+    sheet = tmp_path / "first.png"
+    options = ["--tracker", "tensorboard", "--augmented_sheet", str(sheet), "--augment.mixup", "0.2"]
+    assert run(tmp_path / "out", *options) == 0
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "nfzoo"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "train/gradient_norm", "train/clipped", "epoch/accuracy"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("epoch/accuracy")] == [10]
 
 
 def test_default_learning_rate() -> None:

@@ -1,0 +1,43 @@
+"""The optimizer that a recipe names."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from .adapter import AGCSGD, param_groups
+from .errors import ConfigError
+from .module import NFNet
+from .optim import DECAYED
+from .recipe import OptimConfig
+
+
+def make_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.Optimizer:
+    """The papers' for "sgd", which clips by itself; else any of torch's kind, without decay of gains and biases.
+
+    Frozen parameters are left out.
+
+    Raises:
+        ConfigError: for a name that is no optimizer's, or options that it does not take.
+    """
+    if optim.name == "sgd":
+        groups = param_groups(model, weight_decay=optim.weight_decay, clip=optim.clip)
+        return AGCSGD(groups, lr, momentum=optim.momentum, nesterov=optim.nesterov, weight_decay=0.0, clip=None)
+    kinds = model.parameter_kinds()
+    trainable = [(kinds[name], p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for kind, p in trainable if kind in DECAYED], "weight_decay": optim.weight_decay},
+        {"params": [p for kind, p in trainable if kind not in DECAYED], "weight_decay": 0.0},
+    ]
+    package, _, name = ("torch.optim.AdamW" if optim.name == "adamw" else optim.name).rpartition(".")
+    try:
+        made = getattr(importlib.import_module(package), name)
+        if not issubclass(made, torch.optim.Optimizer):
+            raise TypeError("it is no torch.optim.Optimizer")
+        return made([group for group in groups if group["params"]], **{**optim.options, "lr": lr})
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f'the optimizer {optim.name!r} with options {optim.options!r} cannot be made: {error}; name "sgd", '
+            '"adamw", or the import path of an optimizer'
+        ) from error

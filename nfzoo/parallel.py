@@ -1,0 +1,140 @@
+"""Several processes as one: sharded parameters, whole tensors out of them, and agreement on when to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .agc import is_sharded, whole
+from .module import BlockModule, NFNet
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def shard(model: NFNet, device: torch.device) -> NFNet:
+    """FSDP2: every residual block's parameters, and the rest's, sharded along dimension 0 over all processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for name, module in model.named_modules():
+        if name.startswith("stages.") and isinstance(module, BlockModule):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole_params(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached whole tensors under the same keys."""
+    return {name: whole(p.detach()) for name, p in params.items()}
+
+
+@torch.no_grad()
+def take(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        device = target.to_local().device  # type: ignore[attr-defined]
+        value = distribute_tensor(
+            value.to(device, target.dtype),
+            target.device_mesh,  # type: ignore[attr-defined]
+            target.placements,  # type: ignore[attr-defined]
+        )
+    target.copy_(value)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The state of every named parameter under `"parameter::entry"`, whole."""
+    found = {}
+    for p, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                found[f"{names[p]}::{key}"] = whole(value.detach())
+    return found
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; entries of a parameter's shape are sharded as the parameter is."""
+    params = {name: p for p, name in names.items()}
+    for full_key, value in tensors.items():
+        name, _, key = full_key.partition("::")
+        p = params[name]
+        if value.shape == p.shape and value.ndim:
+            entry = torch.zeros_like(p)
+            take(entry, value)
+        else:
+            entry = value.clone()  # such as Adam's step, which stays on the CPU
+        optimizer.state[p][key] = entry
+
+
+T = TypeVar("T")
+
+
+def gather(items: list[T]) -> list[T]:
+    """The items of all processes one after the other, which all of them have to ask for."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return items
+    found: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, items)
+    return [item for part in found for item in part]
+
+
+class Agreement:
+    """All processes' answer to "has anyone been asked to stop?", and the signals that ask it.
+
+    The first SIGTERM or Ctrl-C asks; the second ends the process as it would have without this.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # Flags travel on the CPU, where reading them does not wait for the accelerator.
+        self._group = dist.new_group(backend="gloo") if several else None
+
+    def __enter__(self) -> Agreement:
+        try:
+            for number in STOPPING:
+                self._before[number] = signal.signal(number, self._ask)
+        except ValueError:  # not the main thread, which alone may
+            self._before.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._give_back()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def reached(self, count: int = 0) -> tuple[int | None, int]:
+        """The signal that any process was asked to stop with, and the sum of all processes' `count`.
+
+        All processes call this together.
+        """
+        if self._group is None:
+            return self.asked, count
+        flags = torch.tensor([*(int(self.asked == number) for number in STOPPING), count])
+        dist.all_reduce(flags, group=self._group)
+        *asked, total = flags.tolist()
+        return next((int(number) for number, times in zip(STOPPING, asked, strict=True) if times), None), total
+
+
+def gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients there are."""
+    return [p.grad for p in params if p.grad is not None]
