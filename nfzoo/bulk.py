@@ -1,0 +1,379 @@
+"""Top labels or embeddings of many images, on one process or many: `nfzoo predict MODEL --data SOURCE --output DIR`.
+
+Results are written in parts of consecutive images. Processes share the parts that are not there yet, so that a run can
+be killed at any moment and taken up by any number of processes. What is in a part depends neither on them nor on the
+loader's workers, since a batch never reaches into the next part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from torch import Tensor
+from tqdm import tqdm
+
+from . import partfiles
+from .data import BrokenImageError
+from .device import check_processes, default_workers, precision, usable_device
+from .errors import ConfigError, DataError, NfzooError
+from .module import NFNet
+from .outputs import Wanted, columns, compute, load_batches, weights_hash
+from .partfiles import Parts
+from .plots import printable
+from .sources import DIGITS
+from .unlabelled import fingerprint, open_all
+
+DTYPES = ("float32", "float16")
+SHARD_SIZE = 4096
+
+_Result = TypeVar("_Result")
+_PATIENCE = datetime.timedelta(days=7)  # the first process to be done waits for the last
+
+
+class Done(NamedTuple):
+    """What a run did.
+
+    Attributes:
+        images: images that this run looked at, on all processes together, in `seconds`.
+        written: parts that this run wrote, of `parts` that there are.
+        broken: images that cannot be read, in all parts.
+    """
+
+    images: int
+    seconds: float
+    written: int
+    parts: int
+    broken: int
+
+
+def predict_all(
+    model: NFNet,
+    data: str,
+    output: str | Path,
+    *,
+    part: str | None = None,
+    embeddings: bool = False,
+    topk: int = 5,
+    dtype: str = "float32",
+    format: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    size: int | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: torch.device | str | None = None,
+    mixed_precision: str | None = None,
+    compile: bool = False,
+    skip_broken: bool = False,
+    overwrite: bool = False,
+    working: Callable[[], None] = lambda: None,
+) -> Done:
+    """Write what `model` sees in all images of `data` into a folder, or go on with what is there of it.
+
+    Several processes (of Accelerate) share the work. The model is computed in its folded form.
+
+    Args:
+        data, part: see `unlabelled.open_all`.
+        output: the folder: see `nfzoo.partfiles`.
+        embeddings: write the pooled features `(N, F)` instead of the `topk` most probable labels.
+        dtype: of the embeddings, `float32` or `float16`.
+        format: `jsonl` or `parquet` for labels, `npz` or `parquet` for embeddings; the first is the default.
+        shard_size: images in a file.
+        size: side of the input in pixels; by default the model's test size.
+        batch_size: images at a time, in each process.
+        workers: loader processes per process; by default as many as there are processors, up to 8.
+        device: where to compute; by default an accelerator if there is one.
+        mixed_precision: see `device.precision`.
+        compile: compile the blocks; every batch is then filled up to one size.
+        skip_broken: leave images out that cannot be read, and name them in the manifest, instead of stopping.
+        overwrite: replace what an earlier run wrote.
+        working: called when this process goes on alone with its own parts.
+
+    Raises:
+        ConfigError: for a folder with the results of another run, and for options that do not go together.
+        DataError: for data that cannot be read; the parts before stay.
+        CheckpointError: if the outputs are not finite.
+    """
+    counts = {"topk": topk, "shard_size": shard_size, "batch_size": batch_size}
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"embeddings have the dtype {' or '.join(DTYPES)}, not {dtype!r}")
+    if not embeddings and dtype != "float32":
+        raise ConfigError(f"the dtype {dtype} is one of embeddings; ask for those, or leave it out")
+    kind = "embeddings" if embeddings else "top-k"
+    format = format or partfiles.FORMATS[kind][0]
+    partfiles.check_format(kind, format)
+    low = precision(mixed_precision)
+    folder = Path(output)
+    if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise ConfigError(f"the results would lie in {str(folder)!r}, among the data; give a folder elsewhere")
+
+    state = _processes(cpu=str(device) == "cpu")
+    place = _place(state, device)
+    pictures = open_all(data, part=part)
+    parts = Parts(folder, len(pictures), shard_size, format)
+    topk = min(topk, model.config.num_classes)
+    labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
+    wanted = Wanted(embeddings, topk, dtype, labels)
+    seen = fingerprint(pictures)
+    side = size or model.preprocessing.test_size
+
+    def begin() -> tuple[str, list[int]]:
+        identity = {
+            "weights": weights_hash(model),
+            "data": seen,
+            "images": len(pictures),
+            "results": f"embeddings, {dtype}" if embeddings else f"top-{topk}",
+            "shard_size": shard_size,
+            "format": format,
+            "size": side,
+            "mixed_precision": low,
+        }
+        facts = {"model": model.name, "source": data, **({"part_of_source": part} if part else {})}
+        todo = partfiles.start(parts, identity, facts, _run(state, place, batch_size, compile), overwrite=overwrite)
+        return seen, todo
+
+    first, todo = _agreed(state, begin)
+    working()
+    if first != seen:
+        raise DataError(f"{data!r} holds other images for process {state.process_index} than for the first")
+    own = todo[state.process_index :: state.num_processes]
+    if own:
+        model = (model if model.config.folded else model.for_inference()).to(place)
+    if own and compile:
+        model.compile_blocks()
+    if workers is None:
+        workers = 0 if data == DIGITS else default_workers(state.num_processes)
+    batches = [rows for k in own for rows in _batches(parts.rows(k), batch_size)]
+    fed = load_batches(pictures, model.preprocessing, side, batches, workers)
+    begun = time.perf_counter()
+    total = sum(len(parts.rows(k)) for k in todo)
+    with _bar(total, state) as bar:
+        for k in own:
+            rows = parts.rows(k)
+            outputs: list[Tensor] = []
+            broken: dict[str, str] = {}
+            for batch in _batches(rows, batch_size):
+                pixels, problems = next(fed)
+                if problems and not skip_broken:
+                    raise BrokenImageError(f"{problems[0][1]}; leave such images out with --skip-broken")
+                broken |= {pictures.name(batch[i]): problem for i, problem in problems}
+                fill = batch_size - len(pixels) if compile else 0
+                if fill:  # one shape, one graph
+                    pixels = torch.cat([pixels, pixels.new_zeros((fill, *pixels.shape[1:]))])
+                outputs.append(compute(model, pixels, place, low, embeddings=embeddings)[: len(batch)])
+                bar.update(min(len(batch) * state.num_processes, total - bar.n))
+            names = [pictures.name(i) for i in rows]
+            good = [i for i, name in enumerate(names) if name not in broken]
+            names = [names[i] for i in good]
+            found = columns(torch.cat(outputs)[good], names, wanted)
+            partfiles.write_part(parts, k, names, found, broken)
+    _together(state)
+    seconds = time.perf_counter() - begun
+    damaged = _agreed(state, lambda: partfiles.finish(parts))
+    return Done(total, seconds, len(todo), len(parts), len(damaged))
+
+
+def _batches(rows: range, batch_size: int) -> Iterator[range]:
+    for first in range(0, len(rows), batch_size):
+        yield rows[first : first + batch_size]
+
+
+def _run(state: PartialState, place: torch.device, batch_size: int, compile: bool) -> dict[str, Any]:
+    from . import __version__
+
+    versions = {"nfzoo": __version__, "torch": str(torch.__version__)}
+    return {**versions, "device": place.type, "processes": state.num_processes, "batch_size": batch_size} | (
+        {"compile": True} if compile else {}
+    )
+
+
+# -- several processes
+
+
+def _processes(*, cpu: bool) -> PartialState:
+    # Accelerate's Accelerator reads the flag likewise.
+    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+    check_processes(state.num_processes)
+    return state
+
+
+def _place(state: PartialState, device: torch.device | str | None) -> torch.device:
+    given = state.device
+    assert given is not None  # it is before the state is made, says Accelerate's annotation
+    if device is None:
+        return given
+    wanted = usable_device(device)
+    if state.num_processes > 1 and (wanted.type != given.type or wanted.index not in (None, given.index)):
+        raise ConfigError(
+            f"several processes compute on the devices that `accelerate launch` gives them, here {given}; "
+            "leave --device out"
+        )
+    return given if state.num_processes > 1 else wanted
+
+
+class _ElsewhereError(NfzooError):
+    """What went wrong in the first process, which tells of it."""
+
+
+def _agreed(state: PartialState, make: Callable[[], _Result]) -> _Result:
+    """What the first process makes, or its error, in every process."""
+    box: list[Any] = [None, None]
+    problem: Exception | None = None
+    if state.is_main_process:
+        try:
+            box[0] = make()
+        except (NfzooError, OSError) as error:
+            problem, box[1] = error, str(error)
+    _call(state, lambda: broadcast_object_list(box))
+    if problem is not None:
+        raise problem
+    if box[1] is not None:
+        raise _ElsewhereError(box[1])
+    return box[0]
+
+
+def _together(state: PartialState) -> None:
+    """Wait until every process is done."""
+    _call(state, lambda: gather_object([True]))
+
+
+def _call(state: PartialState, exchange: Callable[[], object]) -> None:
+    """What several processes have to do together."""
+    if state.num_processes == 1:
+        return
+    try:
+        exchange()
+    except RuntimeError as error:  # the connection ends with the process
+        raise DataError("another process has ended early; run the same again to go on") from error
+
+
+def _bar(total: int, state: PartialState) -> tqdm:
+    hidden = not (state.is_main_process and sys.stderr.isatty())
+    return tqdm(desc="predict", total=total, unit="image", leave=False, disable=hidden)
+
+
+# -- the command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="nfzoo predict",
+        description="Write the most probable labels of many images, or their embeddings, in parts of consecutive\n"
+        "images. Run again to go on where a run was interrupted.\n\n"
+        "examples:\n"
+        "  nfzoo predict nfnet-f0 --data photos --output labels\n"
+        "  accelerate launch -m nfzoo.bulk nfnet-f0 --data 'laion/{000..146}.tar' --embeddings --output vectors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file")
+    add(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="a folder of images, at any depth; tar or parquet files, by folder or name such as 'x/{000..146}.tar'; "
+        "hub:ORG/NAME; or 'digits'",
+    )
+    add("--output", required=True, metavar="DIR", help="folder to write part-00000-of-….… and manifest.json to")
+    add("--part", metavar="NAME", help="of a data set of the Hub that part alone (default: all parts)")
+    add("--embeddings", action="store_true", help="the pooled features in front of the classifier, not labels")
+    add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: float32)")
+    add("--topk", type=_positive, default=5, metavar="K", help="labels for each image (default: 5)")
+    add("--format", choices=("jsonl", "npz", "parquet"), help="default: jsonl for labels, npz for embeddings")
+    add("--shard-size", type=_positive, default=SHARD_SIZE, metavar="N", help=f"images a file (default: {SHARD_SIZE})")
+    add("--size", type=_positive, metavar="N", help="side of the input in pixels (default: the model's)")
+    add("--batch-size", type=_positive, default=32, metavar="N", help="images at a time per process (default: 32)")
+    add("--workers", type=_count, metavar="N", help="loader processes per process (default: the processors, up to 8)")
+    add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add("--mixed-precision", choices=("no", "bf16"), help="bf16 computes faster on newer devices (default: no)")
+    add("--compile", action="store_true", help="compile the model; pays from some thousands of images on")
+    add(
+        "--skip-broken", action="store_true", help="leave images out that cannot be read, and name them in the manifest"
+    )
+    add("--overwrite", action="store_true", help="replace the results that DIR holds")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError("0 is too small")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
+    alone: list[bool] = []  # filled once this process works on its own parts, and tells of its own errors
+    try:
+        _main(_parser().parse_args(argv), lambda: alone.append(True))
+    except _ElsewhereError:
+        return 2
+    except NfzooError as error:
+        return _fail(error, 2, alone=bool(alone))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        raise  # the reader went away: `nfzoo` makes nothing of it
+    except OSError as error:
+        return _fail(error, 1, alone=bool(alone))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
+    from . import from_pretrained
+
+    given = dict(vars(options))
+    model = from_pretrained(given.pop("model"))
+    done = predict_all(model, given.pop("data"), given.pop("output"), working=working, **given)
+    if not PartialState().is_main_process:
+        return
+    output = printable(options.output)
+    if done.written:
+        rate = done.images / max(done.seconds, 1e-9)
+        earlier = f", {done.parts - done.written:,} were there" if done.written < done.parts else ""
+        print(
+            f"wrote {done.written:,} of {done.parts:,} parts to {output}{earlier}: "
+            f"{done.images:,} images in {done.seconds:.1f} s, {rate:,.1f} images/s"
+        )
+    else:
+        print(f"all {done.parts:,} parts are in {output} already")
+    if done.broken:
+        print(f"{done.broken:,} images cannot be read; {partfiles.MANIFEST} names them")
+
+
+def _fail(error: Exception, status: int, *, alone: bool) -> int:
+    if alone or os.environ.get("RANK", "0") == "0":
+        text = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"nfzoo predict: error: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
