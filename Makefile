@@ -9,16 +9,22 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test test-slow lint format clean
+# Two more environments, for what pins another torch or brings a compiler of its own.
+XLA := .venv-xla
+TPU := .venv-tpu
+
+.PHONY: help demo test test-slow test-xla test-tpu lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       show what the library does, in a minute, on the CPU"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that 'make test' leaves out"
+	@echo "make test-xla   run the tests under torch-xla, in $(XLA); ARGS='-m slow' for the training runs"
+	@echo "make test-tpu   compile for TPUs that are not here, in $(TPU)"
 	@echo "make lint       check format, lint rules and types"
 	@echo "make format     rewrite the sources in the house format"
-	@echo "make clean      remove the environment, build products and caches"
+	@echo "make clean      remove the environments, build products and caches"
 
 demo: $(STAMP)
 	$(BIN)/python -m nfzoo.demo
@@ -28,6 +34,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-xla: $(XLA)/.installed
+	$(XLA)/bin/python -m pytest tests/xla $(ARGS)
+
+test-tpu: $(TPU)/.installed
+	$(TPU)/bin/python -m pytest tests/tpu $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -39,7 +51,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA) $(TPU) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made anew, so that a dependency which was dropped does not linger; the stamp goes with the old one
@@ -56,8 +68,28 @@ $(STAMP): pyproject.toml constraints.txt
 		rm -rf $(VENV) && "$(PYTHON)" -m venv --without-pip $(VENV) && \
 		"$(PYTHON)" -m pip --python $(BIN)/python install pip; }
 	@echo "installing nfzoo and its dependencies into $(VENV); this takes minutes, once"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	mkdir -p $(VENV)/typing/nfzoo
 	ln -sfn ../../../hub $(VENV)/typing/nfzoo/hub
 	ln -sfn ../../../conversion $(VENV)/typing/nfzoo/conversion
+	touch $@
+
+# torch-xla needs torch 2.9, which PyPI has with CUDA alone: gigabytes that nothing here calls. So torch comes without its
+# dependencies, and a script makes stand-ins for the libraries that it wants to find.
+$(XLA)/.installed: pyproject.toml constraints.txt tests/xla/requirements.txt tests/xla/cuda_stubs.py
+	rm -rf $(XLA)
+	"$(PYTHON)" -m venv $(XLA)
+	@echo "installing torch-xla into $(XLA); this takes minutes, once"
+	$(XLA)/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/xla/requirements.txt
+	$(XLA)/bin/python -m pip install --quiet --no-deps torch==2.9.0 torch-xla==2.9.0 nvidia-cuda-runtime-cu12==12.8.90
+	$(XLA)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt accelerate
+	$(XLA)/bin/python -m pip install --quiet --no-deps --editable .
+	$(XLA)/bin/python tests/xla/cuda_stubs.py
+	touch $@
+
+$(TPU)/.installed: pyproject.toml constraints.txt
+	rm -rf $(TPU)
+	"$(PYTHON)" -m venv $(TPU)
+	@echo "installing the TPU compiler into $(TPU); this takes minutes, once"
+	$(TPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu-aot]' pytest pytest-timeout
 	touch $@

@@ -7,6 +7,7 @@ output went away.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -33,9 +34,21 @@ examples:
   nfzoo evaluate runs/pets --data pets/val   how often it is right
   nfzoo convert dm:F1 models/f1              DeepMind's weights, fetched and converted
   nfzoo push runs/pets me/pets               the model and its card onto the Hugging Face Hub
+  nfzoo export runs/pets --format onnx --output pets-onnx
 
 `nfzoo COMMAND --help` says more about each.
 """
+
+
+# Commands that are programs of their own, with their own options. They are imported when called.
+_PROGRAMS = {
+    "train": "nfzoo.train",
+    "evaluate": "nfzoo.evaluate",
+    "export": "nfzoo.export",
+    "plot": "nfzoo.plot",
+    "predict --data": "nfzoo.bulk",
+    "tpu-check": "nfzoo.tpu_check",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,14 +73,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["train"]:
-        from .train import main as train
-
-        return train(arguments[1:])
-    if arguments[:1] == ["evaluate"]:
-        from .evaluate import main as evaluate
-
-        return evaluate(arguments[1:])
+    command = arguments[0] if arguments else ""
+    if command == "predict" and any(a == "--data" or a.startswith("--data=") for a in arguments):
+        command = "predict --data"
+    if command in _PROGRAMS:
+        return importlib.import_module(_PROGRAMS[command]).main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -203,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     # For the help alone: _run hands these on.
     add("evaluate", "top-1 and top-5 accuracy on a folder of images", "")
     add("train", "train or fine-tune a model", "")
+    add("export", "a model for other runtimes: ONNX, AOTInductor, torch.export, StableHLO", "")
+    add("plot", "the signal-propagation plot of a model, the curves of a run", "")
+    add("tpu-check", "whether a model compiles for a TPU and fits it, without one", "")
     return parser
 
 

@@ -1,0 +1,170 @@
+"""What it costs that a compiled graph ends with each block, against three ways not to let it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import contenders, timing
+from benchmarks.pages import Table, number
+from nfzoo import functional as nf
+from nfzoo.compile import compile_alone, compile_options, compiled
+from nfzoo.model import plan
+from nfzoo.models.nfnet import FBlock
+from nfzoo.models.parts import attend
+from nfzoo.types import Block
+
+if TYPE_CHECKING:
+    from benchmarks.suites import Options, Page
+
+Net = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def beginning_after_the_sum(
+    fn: FBlock, p: Mapping[str, Tensor], x: Tensor, activated: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An NFNet block that receives and hands on the stream together with its activation."""
+    act, conv = fn.layers.act, fn.layers.conv
+    out = activated * beta
+    shortcut = fn.shortcut(p, x, out)
+    out = conv(p, "conv0.", out)
+    out = fn.strided_conv(p, act(out))
+    out = conv(p, "conv1b.", act(out), dilation=fn.geometry.out_dilation, groups=fn.groups)
+    out = attend(fn.attention, p, conv(p, "conv2.", act(out)))
+    total = out * p["skip_gain"].reshape(()) * fn.alpha + shortcut
+    return total, act(total)
+
+
+def _local(block: Block, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: params[f"{block.name}.{k}"] for k in block.specs}
+
+
+def networks(cfg: Any, device: torch.device) -> dict[str, Net]:
+    """The same network, compiled in four ways."""
+    blocks = plan(cfg)
+    betas = {b.name: torch.full((), b.beta, device=device) for b in blocks}
+    options = compile_options()
+
+    per_block = [compiled(b, options) for b in blocks]
+
+    def blockwise(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        for b, fn in zip(blocks, per_block, strict=True):
+            x = fn(_local(b, params), x, betas[b.name], None)
+        return x
+
+    shared: dict[Any, Callable[..., Any]] = {}
+
+    def region(fn: FBlock) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(p: Mapping[str, Tensor], x: Tensor, activated: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+            return beginning_after_the_sum(fn, p, x, activated, beta)
+
+        return compile_alone(run)
+
+    regions: list[Callable[..., Any]] = []
+    for b, fn in zip(blocks, per_block, strict=True):
+        if isinstance(b.fn, FBlock) and b.fn not in shared:
+            shared[b.fn] = region(b.fn)
+        regions.append(shared[b.fn] if isinstance(b.fn, FBlock) else fn)
+
+    def activated_input(x: Tensor) -> Tensor:
+        return nf.scaled_activation(x, cfg.activation)
+
+    activation = compile_alone(activated_input)
+
+    def shifted(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        activated = None
+        for b, fn in zip(blocks, regions, strict=True):
+            if isinstance(b.fn, FBlock):
+                x, activated = fn(
+                    _local(b, params), x, activation(x) if activated is None else activated, betas[b.name]
+                )
+            else:
+                x = fn(_local(b, params), x, betas[b.name], None)
+        return x
+
+    nested_fns: dict[Any, Any] = {b.fn: torch.compiler.nested_compile_region(_plain(b.fn)) for b in blocks}
+
+    def nested(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        for b in blocks:
+            x = nested_fns[b.fn](_local(b, params), x, betas[b.name])
+        return x
+
+    def whole(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        for b in blocks:
+            x = b.fn(_local(b, params), x, b.beta, None)
+        return x
+
+    return {
+        "a graph a block": blockwise,
+        "sum and activation together": shifted,
+        "nested_compile_region": compile_alone(nested),
+        "whole model": compile_alone(whole),
+    }
+
+
+def _plain(fn: Any) -> Callable[..., Tensor]:
+    def run(p: dict[str, Tensor], x: Tensor, beta: Tensor) -> Tensor:
+        return fn(p, x, beta, None)
+
+    return run
+
+
+def page(options: Options) -> Page:
+    work, rows, notes = options.work, [], []
+    for variant in options.models or ["nfnet-f0"]:
+        net = contenders.network(variant, work, training=True)
+        params = dict(net.named_parameters())
+        for task in ("inference", "training"):
+            train, test = contenders.sizes(variant)
+            size = options.size or (64 if options.quick or not options.gpu else train if task == "training" else test)
+            batch = (options.batches or [32 if options.gpu else 8])[0]
+            x = work.images(batch, size)
+            calls: dict[str, Callable[[], Any]] = {}
+            first = {}
+            torch.compiler.reset()
+            for name, made in networks(net.config, work.device).items():
+                call = _training(made, params, x, work) if task == "training" else _inference(made, params, x, work)
+                try:
+                    first[name] = timing.seconds(call, work.device)
+                except Exception as error:
+                    notes.append(f"{variant}, {task}: {name} does not compile: {str(error).splitlines()[0]}")
+                    continue
+                calls[name] = call
+            times = timing.interleave(calls, work.device, rounds=options.rounds)
+            base = times["a graph a block"]
+            for name, values in times.items():
+                rows.append(
+                    [
+                        variant,
+                        task,
+                        f"{batch} x {size}",
+                        name,
+                        number(1e3 * timing.median(values)),
+                        number(timing.ratio(base, values)),
+                        number(first[name]),
+                    ]
+                )
+    header = ["model", "task", "input", "regions", "ms", "a graph a block / it", "s first call"]
+    note = "Training is forward, loss and backward. Compilation in one process, with warm caches of earlier contenders."
+    return "Where graphs end", [Table("Where graphs end", header, rows, note)], notes
+
+
+def _inference(made: Net, params: Mapping[str, Tensor], x: Tensor, work: contenders.Work) -> Callable[[], Any]:
+    @torch.no_grad()
+    def call() -> Tensor:
+        with work.autocast():
+            return made(params, x)
+
+    return call
+
+
+def _training(made: Net, params: Mapping[str, Tensor], x: Tensor, work: contenders.Work) -> Callable[[], Any]:
+    def call() -> None:
+        with work.autocast():
+            loss = made(params, x).float().square().mean()
+        torch.autograd.grad(loss, list(params.values()))
+
+    return call

@@ -1,0 +1,151 @@
+"""What is timed: inference and training steps of nfzoo's and timm's networks, for the same input."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import peer, timing
+from nfzoo.adapter import AGCSGD, param_groups
+from nfzoo.model import mac_count
+from nfzoo.module import NFNet, create
+from nfzoo.variants import VARIANTS
+
+# The paper's table 3 for the NFNets, arXiv 1905.11946 for the EfficientNets: ImageNet top-1, size of test images.
+ACCURACY = {f"nfnet-f{n}": top1 for n, top1 in enumerate((83.6, 84.7, 85.1, 85.7, 85.9, 86.0, 86.5))}
+EFFICIENTNETS = {
+    "tf_efficientnet_b0": (77.3, 224),
+    "tf_efficientnet_b1": (79.2, 240),
+    "tf_efficientnet_b2": (80.3, 260),
+    "tf_efficientnet_b3": (81.7, 300),
+    "tf_efficientnet_b4": (83.0, 380),
+    "tf_efficientnet_b5": (83.7, 456),
+    "tf_efficientnet_b6": (84.2, 528),
+    "tf_efficientnet_b7": (84.4, 600),
+}
+
+
+class Work(NamedTuple):
+    """Where, in what precision and in which memory format both sides compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool = False
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Training in low precision keeps float32 parameters."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def images(self, batch: int, size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(batch, 3, size, size).to(self.device, dtype).to(memory_format=self.layout)
+
+
+def sizes(variant: str) -> tuple[int, int]:
+    """Training and test size of the paper."""
+    preprocessing = VARIANTS[variant].preprocessing
+    return preprocessing.train_size, preprocessing.test_size
+
+
+def macs(variant: str, size: int) -> int:
+    return mac_count(VARIANTS[variant].config, size)
+
+
+def network(variant: str, work: Work, *, training: bool) -> NFNet:
+    """An nfzoo model with random weights; neither side draws dropout or stochastic depth."""
+    net: Any = create(variant, drop_rate=0.0, stochastic_depth=0.0).to(work.device)
+    return net.to(memory_format=work.layout).train(training)
+
+
+def inference(
+    variant: str, work: Work, *, batch: int, size: int, compiled: bool = True
+) -> dict[str, Callable[[], Any]]:
+    """Contenders of inference in `work.dtype`, weights included; on CUDA also as CUDA graphs."""
+    x = work.images(batch, size, dtype=work.dtype)
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, net: Callable[[Tensor], Tensor]) -> None:
+        @torch.no_grad()
+        def call() -> Tensor:
+            return net(x)
+
+        calls[name] = call
+
+    ours = network(variant, work, training=False).to(work.dtype)
+    add("nfzoo eager", ours)
+    add("nfzoo folded", ours.for_inference())
+    if compiled:
+        add("nfzoo folded, compiled", ours.for_inference().compile_blocks())
+    if peer.timm() is not None:
+        theirs: Any = peer.model(peer.name_of(variant), work.device, training=False).to(work.dtype)
+        theirs = theirs.to(memory_format=work.layout)
+        add("timm eager", theirs)
+        if compiled:
+            add("timm compiled", torch.compile(theirs, dynamic=False))
+    if work.device.type == "cuda" and compiled:
+        for name in [n for n in calls if n.endswith("compiled")]:
+            with torch.no_grad():
+                calls[f"{name}, CUDA graph"] = timing.captured(calls[name])
+    return calls
+
+
+class Training(NamedTuple):
+    """One side's training: the whole step, its forward pass with loss, and what holds its weights."""
+
+    step: Callable[[], Tensor]
+    forward: Callable[[], Tensor]
+    net: torch.nn.Module
+
+
+def train_nfzoo(
+    variant: str, work: Work, *, batch: int, size: int, compiled: bool, checkpointed: bool = False
+) -> Training:
+    net = network(variant, work, training=True).checkpoint_blocks(enabled=checkpointed)
+    if compiled:
+        net.compile_blocks()
+    # A call for each kernel would keep a GPU waiting: there the update is the foreach one; `optimizer` times both.
+    fused = compiled and work.device.type == "cpu"
+    optimizer = AGCSGD(param_groups(net), lr=1e-4, ema_decay=0.99999, compiled=fused)
+    return _training(net, functools.partial(net, noise={}), optimizer.step, work, batch, size)
+
+
+def train_timm(
+    name: str, work: Work, *, batch: int, size: int, compiled: bool, agc: bool = True, checkpointed: bool = False
+) -> Training:
+    net: Any = peer.model(name, work.device, training=True)
+    net = net.to(memory_format=work.layout)
+    if checkpointed:
+        net.set_grad_checkpointing(True)
+    update = peer.update_of(net, clip=0.01 if agc else None)
+    return _training(net, torch.compile(net, dynamic=False) if compiled else net, update, work, batch, size)
+
+
+def _training(
+    net: torch.nn.Module, call: Callable[[Tensor], Tensor], update: Callable[[], Any], work: Work, batch: int, size: int
+) -> Training:
+    x, labels = work.images(batch, size), torch.arange(batch, device=work.device) % 1000
+
+    def forward() -> Tensor:
+        with work.autocast():
+            logits = call(x)
+        return torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+
+    def step() -> Tensor:
+        for p in net.parameters():
+            p.grad = None
+        loss = forward()
+        loss.backward()
+        update()
+        return loss.detach()
+
+    return Training(step, forward, net)
