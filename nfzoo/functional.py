@@ -88,7 +88,7 @@ def _runs_eagerly_on_cpu(*tensors: Tensor) -> bool:
 class _FlooredRows(torch.autograd.Function):
     """`standardize_weight` of rows with floored variances, through the kernels of batch normalisation.
 
-    On a CPU they do in one pass what takes several, forward and backward: measured in `benchmarks/results/`.
+    On a CPU they do in one pass over memory what takes several, forward and backward.
     """
 
     @staticmethod
