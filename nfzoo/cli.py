@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "predict",
         "what a model sees in images",
-        "Print the most probable labels of images, and draw them with the images on a sheet.\n\n"
+        "Print the most probable labels of images, and draw them with the images on a sheet.\n"
+        "For very many images, with files as the result: nfzoo predict MODEL --data SOURCE --output FOLDER;\n"
+        "`nfzoo predict MODEL --data x --help` shows the options of that.\n\n"
         "example: nfzoo predict runs/digits cat.jpg photos/ --topk 3 --sheet cats.png",
     )
     sub.add_argument("model", metavar="MODEL", help="a checkpoint folder, its weight file, or a Hub repository")

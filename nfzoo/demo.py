@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import from_pretrained
 from .data import DIGITS, Digits, open_split
-from .loop import CURVES_FILE, METRICS_FILE
+from .loop import CURVES_FILE, METRICS_FILE, Stopped
 from .plots import SheetEntry, prediction_sheet, thumbnail
 from .predict import classify
 from .train import TrainConfig, train
@@ -20,7 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     """Train `nfnet-test` on the digits and show what came of it; 0 if it learned to read them, else 1."""
     arguments = sys.argv[1:] if argv is None else argv
     folder = Path(arguments[0] if arguments else "runs/demo")
-    result = train(TrainConfig(model="nfnet-test", data=DIGITS, output=str(folder), overwrite=True))
+    try:
+        result = train(TrainConfig(model="nfnet-test", data=DIGITS, output=str(folder), overwrite=True))
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
 
     model = from_pretrained(folder)
     held_out = open_split(DIGITS).validation

@@ -7,6 +7,7 @@ processes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -74,11 +75,13 @@ RUN_FILE = "train.yaml"
 STATES = "checkpoints"
 LOGS = "logs"
 LOG_STEPS = 10
+SKIPS_IN_A_ROW = 20  # then it is the weights that are ruined, and not a batch
 
 # What a resumed run may change without becoming another run.
 FREE = frozenset(
     [
         "output",
+        "data",  # compared by what it holds
         "accumulation",
         "workers",
         "compile",
@@ -135,6 +138,16 @@ class Start(NamedTuple):
     saved: Saved | None = None
 
 
+def identity(split: Split) -> dict[str, Any]:
+    """What the data of a run are, to notice others: classes, number, and a hash of all names and labels."""
+    digest = hashlib.sha256()
+    for images in split:
+        digest.update(np.ascontiguousarray(images.labels).tobytes())
+        for i in range(len(images)):
+            digest.update(Path(images.name(i)).name.encode("utf-8", "surrogatepass") + b"\0")
+    return {"images": len(split.train), "classes": list(split.train.classes), "digest": digest.hexdigest()}
+
+
 class Run:
     """One training run: what its epochs share."""
 
@@ -177,13 +190,14 @@ class Run:
         self.average: Params | None = None
         if config.optim.ema_decay is not None:
             self.average = {name: p.detach().clone() for name, p in self.live.items()}
-        self.epoch = self.consumed = self.step = self.skipped = 0
+        self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
+        self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
         self.meters = Meters(accelerator.device)
         self.broken: set[str] = set()  # known to all processes
         self.own_broken: set[str] = set()  # met by this one since
         self.last_saved: Path | None = None
-        self._data = {"images": len(split.train), "classes": list(split.train.classes)}
+        self._data = identity(split)
         if start.saved is not None:
             self._restore(start.saved)
         self.backend.step_mark()  # what was prepared is no part of the first step
@@ -206,15 +220,13 @@ class Run:
         with Agreement() as self.agreement:
             self._preview()
             for epoch in range(self.epoch, self.config.epochs):
-                start, before = time.perf_counter(), self.step
                 row = self._epoch(epoch)
-                elapsed = time.perf_counter() - start
-                row["images_per_second"] = (self.step - before) * self.config.batch_size / elapsed
-                seconds += elapsed
+                row["images_per_second"] = self.consumed / self.seconds
+                seconds += self.seconds
                 row |= self._evaluate()
                 self.rows.append(row)
                 self._save_model(row)
-                self.epoch, self.consumed = epoch + 1, 0
+                self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.meters.clear()
                 self._report(row)
                 if epoch + 1 < self.config.epochs:
@@ -229,6 +241,7 @@ class Run:
     def _epoch(self, epoch: int) -> dict[str, Any]:
         config = self.config
         parts: list[TrainingBatch] = []
+        last = time.perf_counter()
         self.model.train()
         with self._bar(epoch) as bar:
             for batch in self._batches(epoch):
@@ -237,6 +250,7 @@ class Run:
                     continue
                 self._step(parts)
                 parts = []
+                self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
                 self.consumed += config.batch_size
                 bar.update()
                 if self.step % LOG_STEPS == 0:
@@ -303,6 +317,8 @@ class Run:
         self.backend.step_mark()
         if finite is not None and not bool(finite):
             self._not_finite(last)
+        else:
+            self.in_a_row = 0
         self.inner.zero_grad()
         self.step += 1
 
@@ -388,29 +404,32 @@ class Run:
     def _not_finite(self, last: tuple[Tensor, Tensor, dict[str, Tensor] | None]) -> None:
         found = first_not_finite(self.cfg, self.live, *last, autocast=lambda: self.backend.autocast(self.dtype))
         where = next(filter(None, gather([found])), "") or bad_gradient(self.live)
-        if self.config.nonfinite == "skip":
+        self.in_a_row += 1
+        if self.config.nonfinite == "skip" and self.in_a_row < SKIPS_IN_A_ROW:
             self.skipped += 1
             self._say(f"step {self.step + 1} skipped: {where} is not finite ({self.skipped} so far)")
             return
+        row = f", the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
-            f"{where} is not finite at step {self.step + 1} (epoch {self.epoch + 1}), learning rate "
+            f"{where} is not finite{row}, at step {self.step + 1} (epoch {self.epoch + 1}), learning rate "
             f"{self._learning_rate(self.step):g}; {self.whereabouts()}; lower optim.lr or "
             "optim.clip, or pass --nonfinite skip"
         )
 
     def _count_broken(self, part: TrainingBatch) -> None:
         for message in part.broken:
-            if message not in self.broken | self.own_broken:
-                logger.warning("not readable, and replaced: %s", message)
-                self.own_broken.add(message)
-        if len(self.broken | self.own_broken) > self.config.max_broken:
-            raise BrokenImageError(self._broken_text(len(self.broken | self.own_broken)))
+            if message in self.broken | self.own_broken:
+                continue
+            self.own_broken.add(message)
+            if len(self.broken | self.own_broken) > self.config.max_broken:
+                raise BrokenImageError(self._broken_text(len(self.broken | self.own_broken)))
+            logger.warning("not readable, and replaced: %s", message)
 
     def _broken_text(self, count: int) -> str:
         names = "; ".join(sorted(self.broken | self.own_broken)[-3:])
         if self.config.max_broken == 0:
-            return names
-        return f"{count} images cannot be read, and max_broken is {self.config.max_broken}; the last: {names}"
+            return f"{names}; --max_broken N lets training go on with up to N such images"
+        return f"{count} images cannot be read, and max_broken is {self.config.max_broken}; such as: {names}"
 
     def _heed(self) -> None:
         """Stop where any process was asked to, or where all of them together met too many broken images."""
@@ -489,7 +508,8 @@ class Run:
     def _log(self, bar: tqdm[Any]) -> None:
         loss, correct, seen = self.meters.sums().tolist()
         clipped = getattr(self.inner, "clipped_fraction", None)
-        bar.set_postfix_str(f"loss {loss / seen:.3f}, accuracy {correct / seen:.1%}")
+        if seen:
+            bar.set_postfix_str(f"loss {loss / seen:.3f}, accuracy {correct / seen:.1%}")
         if self.config.tracker is not None:
             values = {"train/loss": float(self.meters.loss), "train/lr": self._learning_rate(self.step - 1)}
             values["train/gradient_norm"] = float(self.meters.norm)
@@ -551,7 +571,8 @@ class Run:
             provenance["validation_fraction"] = config.validation_fraction
         save_checkpoint(output, self.description._replace(provenance=provenance), self.backend.to_cpu(params))
         with replaced(output / METRICS_FILE) as scratch:
-            scratch.write_text("".join(json.dumps(r) + "\n" for r in self.rows), encoding="utf-8")
+            lines = [{k: None if v != v else v for k, v in row.items()} for row in self.rows]  # JSON has no NaN
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         with replaced(output / RUN_FILE) as scratch:
             scratch.write_text(config.to_yaml(), encoding="utf-8")
         try:
@@ -569,6 +590,7 @@ class Run:
             "epoch": self.epoch,
             "consumed": self.consumed,
             "skipped": self.skipped,
+            "seconds": self.seconds,
             "meters": [*sums, float(self.meters.clipped)],
             "rows": self.rows,
             "broken": sorted(self.broken.union(gather(sorted(self.own_broken)))),
@@ -609,6 +631,7 @@ class Run:
                 take(self.average[name], value)
         self.epoch, self.consumed, self.step = facts["epoch"], facts["consumed"], saved.step
         self.skipped, self.rows, self.broken = facts["skipped"], facts["rows"], set(facts["broken"])
+        self.seconds = facts["seconds"]
         *sums, clipped = facts["meters"]
         self.meters.restore(sums if self.rank == 0 else [0.0] * len(sums), clipped)
         if self.rank < len(facts["rng"]):

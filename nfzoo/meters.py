@@ -29,7 +29,7 @@ class Meters:
         self.loss = loss.detach()
         usable = self.loss.isfinite()
         self.loss_sum = self.loss_sum + torch.where(usable, self.loss, 0) * len(labels)
-        self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
+        self.correct = self.correct + usable * (logits.detach().argmax(1) == labels).sum()
         self.seen = self.seen + usable * len(labels)
 
     def sums(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass, field
 from importlib import resources
@@ -99,7 +100,7 @@ class TrainConfig:
         stochastic_depth: stochastic depth rate; by default the model's.
         validation_fraction: part of each class that is held out where the data have no such part.
         augment: random crops and flips, RandAugment, MixUp and CutMix; by default gentle crops for the digits, and
-            crops and flips for others.
+            the papers' crops and flips for others. Naming any of its options starts from the papers' crops and flips.
         augmented_sheet: a PNG file to draw the first augmented batch into.
         max_broken: images that may turn out unreadable. Each is named; in training the next one takes its place.
         workers: loader processes per training process; by default as many as there are processors, up to 8.
@@ -213,9 +214,19 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     except NfzooError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; all mean that the arguments do not fit
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(_reason(str(error))) from error
     fields.pop("recipe", None)
     return TrainConfig(**fields)
+
+
+def _reason(text: str) -> str:
+    """An error of jsonargparse in one line; of a value that fits none of several types, what the first says."""
+    text = " ".join(text.split())
+    found = re.search(r"Union subtypes Subtypes: .*? Errors: - (.*?)(?: - |$)", text)
+    if found is None:
+        return text
+    place = re.search(r'Parser key "([^"]+)"', text)
+    return f"{place[1]}: {found[1]}" if place else found[1]
 
 
 def _plain(value: Any) -> Any:
@@ -241,6 +252,10 @@ def _with_files(argv: list[str]) -> list[str]:
         if Path(name).is_file():
             continue
         known = shipped()
+        if name not in known and ("/" in name or name.endswith((".yaml", ".yml"))):
+            inside = Path(name) / "train.yaml"
+            hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""
+            raise ConfigError(f"there is no recipe file {name!r}{hint}")
         if name not in known:
             near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
             raise ConfigError(f"there is no recipe {name!r}, neither a file nor one of nfzoo's{near}")

@@ -6,6 +6,7 @@ Exit status: 0 when the model is trained, 2 for bad input, 1 when training or th
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -22,7 +23,7 @@ from .checkpoint import CONFIG_FILE, Description, describe
 from .config import Preprocessing
 from .data import BrokenImageError, Split, open_split
 from .errors import CheckpointError, ConfigError, DataError, NfzooError
-from .loop import FREE, LOGS, STATES, LostError, Result, Run, Start, Stopped, TrainingError
+from .loop import FREE, LOGS, STATES, LostError, Result, Run, Start, Stopped, TrainingError, identity
 from .module import NFNet, create
 from .recipe import TrainConfig, parse
 from .state import Saved, latest_state
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> Result:
     """
     output = Path(config.output)
     saved = _open_saved(config)
-    _check_writable(output)
+    _check_writable(output, config.data)
     torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
     # The same images are held out whatever the seed of the run, so that runs compare and `evaluate` finds them again.
     split = open_split(config.data, validation_fraction=config.validation_fraction)
@@ -90,6 +91,11 @@ def _open_saved(config: TrainConfig) -> Saved | None:
         saved = latest_state(output / STATES)
         if saved is not None:
             return saved
+        if not config.overwrite and any((output / STATES).glob("step_*")):
+            raise CheckpointError(
+                f"no checkpoint in {str(output / STATES)!r} is complete; pass --overwrite true to begin anew, or "
+                "choose another output"
+            )
     if not config.overwrite:
         if (output / CONFIG_FILE).exists():
             raise ConfigError(
@@ -102,11 +108,13 @@ def _open_saved(config: TrainConfig) -> Saved | None:
     return None
 
 
-def _check_writable(output: Path) -> None:
-    """Raise a `ConfigError` now where saving would fail after the first epoch."""
+def _check_writable(output: Path, data: str) -> None:
+    """Raise a `ConfigError` now where saving would fail after the first epoch, or mix with the data."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{str(output)!r} is a file; the output must be a folder")
     existing = output.resolve()
+    if Path(data).is_dir() and existing.is_relative_to(Path(data).resolve()):
+        raise ConfigError(f"the output {str(output)!r} would lie in {data!r}, among the data; choose another output")
     while not existing.exists():
         existing = existing.parent
     try:
@@ -145,12 +153,15 @@ def _check_shares(config: TrainConfig, split: Split, accelerator: Accelerator) -
 def _tracker(config: TrainConfig) -> str | None:
     if config.tracker is None:
         return None
-    import importlib.util
+    device.choose_xla()
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    package = config.tracker if config.tracker != "tensorboard" else "tensorboard"
-    if importlib.util.find_spec(package) is None:
-        extra = " (pip install 'nfzoo[track]')" if package == "tensorboard" else f" (pip install {package})"
-        raise ConfigError(f"the tracker {config.tracker!r} is not installed{extra}")
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    if config.tracker not in known:
+        raise ConfigError(f"there is no tracker {config.tracker!r}; Accelerate knows {', '.join(known)}")
+    if config.tracker not in [str(name) for name in get_available_trackers()]:
+        extra = "nfzoo[track]" if config.tracker == "tensorboard" else config.tracker
+        raise ConfigError(f"the tracker {config.tracker!r} is not installed: pip install '{extra}'")
     return config.tracker
 
 
@@ -189,15 +200,16 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> Start:
     if changed:
         key = changed[0]
         raise ConfigError(
-            f"{saved.folder} is of a run with {key} {then.get(key)!r}, not {now.get(key)!r}"
+            f"{saved.folder} is of a run with {key} {json.dumps(then.get(key))}, not {json.dumps(now.get(key))}"
             f"{f' ({len(changed) - 1} more options differ)' if changed[1:] else ''}; resume with the same options, or "
             "choose another output"
         )
-    found = {"images": len(split.train), "classes": list(split.train.classes)}
-    if saved.facts["data"] != found:
+    found, before = identity(split), saved.facts["data"]
+    if before != found:
         raise DataError(
             f"{config.data!r} has {found['images']} training images of {len(found['classes'])} classes; the run that "
-            f"{saved.folder} is of had {saved.facts['data']['images']} of {len(saved.facts['data']['classes'])}"
+            f"{saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume with "
+            "the same data, or start anew in another output"
         )
     description = describe(saved.facts["description"], saved.folder)
     return Start(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], saved)

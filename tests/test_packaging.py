@@ -16,14 +16,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE_DIRS = {"nfzoo": "nfzoo", "hub": "nfzoo/hub", "conversion": "nfzoo/conversion"}  # in the tree -> in the wheel
+PACKAGE_DIRS = {
+    "nfzoo": "nfzoo",
+    "hub": "nfzoo/hub",
+    "conversion": "nfzoo/conversion",
+    "recipes": "nfzoo/recipes",
+}  # in the tree -> in the wheel
 COPIED = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "tests", "benchmarks", *PACKAGE_DIRS)
 
 
 def sources() -> list[Path]:
     """Every file that has to be shipped, relative to the root."""
     python = (path for folder in PACKAGE_DIRS for path in (ROOT / folder).rglob("*.py"))
-    assets = (path for path in (ROOT / "nfzoo/assets").glob("*") if path.is_file())
+    assets = [path for path in (ROOT / "nfzoo/assets").glob("*") if path.is_file()]
+    assets += (ROOT / "recipes").glob("*.yaml")
     found = [ROOT / "nfzoo/py.typed", *python, *assets]
     return sorted(path.relative_to(ROOT) for path in found)
 

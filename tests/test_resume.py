@@ -77,9 +77,10 @@ def test_dead_in_an_epoch_and_between_two(tmp_path: Path, whole: Path, monkeypat
     assert run(tmp_path / "run", "--resume", "true") == 0
     assert same(tmp_path / "run", whole)
     assert rows(tmp_path / "run") == rows(whole)
+    figures = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert run(tmp_path / "run", "--resume", "true") == 0  # there is nothing left to do
     assert same(tmp_path / "run", whole)
-    assert rows(tmp_path / "run") == rows(whole)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == figures
 
 
 def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +149,14 @@ def test_other_data_are_noticed(
         die_before_step(2, patch)
         with pytest.raises(Died):
             train.main(options)
-    write_images(data, {"cow": 10})
+    moved = data.rename(tmp_path / "moved")
+    options[3] = str(moved)
+    (moved / "cat" / "1.png").rename(moved / "cat" / "other.png")
+    assert train.main([*options, "--resume", "true"]) == 2
+    assert "others by name" in capsys.readouterr().err
+    (moved / "cat" / "other.png").rename(moved / "cat" / "1.png")
+    assert train.main([*options, "--resume", "true"]) == 0
+    write_images(moved, {"cow": 10})
     assert train.main([*options, "--resume", "true"]) == 2
     assert "24 training images of 3 classes" in capsys.readouterr().err
 
@@ -303,7 +311,7 @@ def poisoned(tmp_path: Path) -> Path:
 def test_where_numbers_stop_being_finite(tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", "--model", str(poisoned)) == 1
     error = capsys.readouterr().err
-    assert "the output of 'stages.1.0' is not finite at step 1 (epoch 1)" in error
+    assert "the output of 'stages.1.0' is not finite, at step 1 (epoch 1)" in error
     assert "nothing was saved" in error
     assert not (tmp_path / "run").exists()
 
@@ -317,6 +325,14 @@ def test_steps_that_are_not_finite_are_skipped_when_asked(
     assert rows(tmp_path / "run")[0]["skipped"] == 5
     before, after = weights(poisoned), weights(tmp_path / "run")
     assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("head."))
+
+
+def test_skipping_for_good_is_no_training(tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(poisoned), "--nonfinite", "skip", "--epochs", "9", "--batch_size", "140"]
+    assert run(tmp_path / "run", *options, "--save_steps", "100") == 1
+    assert f"is not finite, the {loop.SKIPS_IN_A_ROW}th time in a row, at step 20" in capsys.readouterr().err
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (row["train_loss"], row["skipped"]) == (None, 10)  # JSON has no NaN
 
 
 def test_the_last_good_checkpoint_is_named_when_training_diverges(
@@ -333,5 +349,5 @@ def test_the_last_good_checkpoint_is_named_when_training_diverges(
     monkeypatch.setattr(loop.Run, "_step", diverging)
     assert run(tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert "a weight of 'stages.0.0' is not finite at step 4" in error
+    assert "a weight of 'stages.0.0' is not finite, at step 4" in error
     assert "step_00000002 holds the last checkpoint" in error

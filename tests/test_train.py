@@ -174,7 +174,7 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
         (["--optim.sam_fraction", "0"], "sam_fraction must be in (0, 1]"),
         (["--max_broken", "-1"], "max_broken must not be negative"),
         (["--keep_checkpoints", "0"], "keep_checkpoints must be at least 1"),
-        (["--tracker", "no_such_tracker"], "the tracker 'no_such_tracker' is not installed"),
+        (["--tracker", "no_such_tracker"], "there is no tracker 'no_such_tracker'"),
         (["--recipe", "nfnet-f1-finetun"], "there is no recipe 'nfnet-f1-finetun'"),
     ],
 )
@@ -361,6 +361,23 @@ def test_tracker_and_sheet(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("epoch/accuracy")] == [10]
+
+
+@pytest.mark.parametrize("inside", ["out", "."])
+def test_an_output_among_the_data_is_refused(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert run(folder / inside, "--batch_size", "8", data=str(folder)) == 2
+    assert "among the data" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_option_of_a_union_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out", "--augment.magnitude", "99") == 2
+    error = capsys.readouterr().err
+    assert "magnitude must be from 0 to 20, not 99" in error
+    assert "Union" not in error
 
 
 def test_default_learning_rate() -> None:
