@@ -229,7 +229,9 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
             axes.plot(x, y, style, color=colour, label=f"{label}: {last}", marker=marker, markersize=3.5, linewidth=1.8)
         _dress(axes, "Loss" if quantity == "loss" else "Accuracy (%)", "epoch")
         if axes.get_legend_handles_labels()[0]:  # none if every figure is missing
-            axes.legend(frameon=False, fontsize=9, labelcolor=INK, title="at the end", title_fontsize=9, alignment="left")
+            axes.legend(
+                frameon=False, fontsize=9, labelcolor=INK, title="at the end", title_fontsize=9, alignment="left"
+            )
     loss.set_ylim(bottom=0)
     accuracy.set_ylim(top=min(accuracy.get_ylim()[1], 101))
     _save(figure, output)
