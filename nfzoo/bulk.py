@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 from tqdm import tqdm
 
-from . import partfiles
+from . import command, partfiles
 from .data import BrokenImageError
-from .device import check_processes, default_workers, precision, usable_device
+from .device import default_workers, precision, processes, share_of
 from .errors import ConfigError, DataError, NfzooError
 from .module import NFNet
 from .outputs import Wanted, columns, compute, load_batches, weights_hash
@@ -36,6 +32,9 @@ from .unlabelled import fingerprint, open_all
 
 DTYPES = ("float32", "float16")
 SHARD_SIZE = 4096
+
+if TYPE_CHECKING:
+    from accelerate import PartialState  # at run time, only once `choose_xla` has spoken
 
 _Result = TypeVar("_Result")
 _PATIENCE = datetime.timedelta(days=7)  # the first process to be done waits for the last
@@ -120,8 +119,8 @@ def predict_all(
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ConfigError(f"the results would lie in {str(folder)!r}, among the data; give a folder elsewhere")
 
-    state = _processes(cpu=str(device) == "cpu")
-    place = _place(state, device)
+    state = processes(cpu=str(device) == "cpu", patience=_PATIENCE)
+    place = share_of(state, device)
     pictures = open_all(data, part=part)
     parts = Parts(folder, len(pictures), shard_size, format)
     topk = min(topk, model.config.num_classes)
@@ -203,27 +202,6 @@ def _run(state: PartialState, place: torch.device, batch_size: int, compile: boo
 # -- several processes
 
 
-def _processes(*, cpu: bool) -> PartialState:
-    # Accelerate's Accelerator reads the flag likewise.
-    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
-    check_processes(state.num_processes)
-    return state
-
-
-def _place(state: PartialState, device: torch.device | str | None) -> torch.device:
-    given = state.device
-    assert given is not None  # it is before the state is made, says Accelerate's annotation
-    if device is None:
-        return given
-    wanted = usable_device(device)
-    if state.num_processes > 1 and (wanted.type != given.type or wanted.index not in (None, given.index)):
-        raise ConfigError(
-            f"several processes compute on the devices that `accelerate launch` gives them, here {given}; "
-            "leave --device out"
-        )
-    return given if state.num_processes > 1 else wanted
-
-
 class _ElsewhereError(NfzooError):
     """What went wrong in the first process, which tells of it."""
 
@@ -237,6 +215,8 @@ def _agreed(state: PartialState, make: Callable[[], _Result]) -> _Result:
             box[0] = make()
         except (NfzooError, OSError) as error:
             problem, box[1] = error, str(error)
+    from accelerate.utils import broadcast_object_list
+
     _call(state, lambda: broadcast_object_list(box))
     if problem is not None:
         raise problem
@@ -247,6 +227,8 @@ def _agreed(state: PartialState, make: Callable[[], _Result]) -> _Result:
 
 def _together(state: PartialState) -> None:
     """Wait until every process is done."""
+    from accelerate.utils import gather_object
+
     _call(state, lambda: gather_object([True]))
 
 
@@ -268,21 +250,14 @@ def _bar(total: int, state: PartialState) -> tqdm:
 # -- the command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = command.Parser(
         prog="nfzoo predict",
         description="Write the most probable labels of many images, or their embeddings, in parts of consecutive\n"
         "images. Run again to go on where a run was interrupted.\n\n"
         "examples:\n"
         "  nfzoo predict nfnet-f0 --data photos --output labels\n"
         "  accelerate launch -m nfzoo.bulk nfnet-f0 --data 'laion/{000..146}.tar' --embeddings --output vectors",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file")
@@ -297,12 +272,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", metavar="NAME", help="of a data set of the Hub that part alone (default: all parts)")
     add("--embeddings", action="store_true", help="the pooled features in front of the classifier, not labels")
     add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: float32)")
-    add("--topk", type=_positive, default=5, metavar="K", help="labels for each image (default: 5)")
+    add("--topk", type=command.positive, default=5, metavar="K", help="labels for each image (default: 5)")
     add("--format", choices=("jsonl", "npz", "parquet"), help="default: jsonl for labels, npz for embeddings")
-    add("--shard-size", type=_positive, default=SHARD_SIZE, metavar="N", help=f"images a file (default: {SHARD_SIZE})")
-    add("--size", type=_positive, metavar="N", help="side of the input in pixels (default: the model's)")
-    add("--batch-size", type=_positive, default=32, metavar="N", help="images at a time per process (default: 32)")
-    add("--workers", type=_count, metavar="N", help="loader processes per process (default: the processors, up to 8)")
+    add(
+        "--shard-size",
+        type=command.positive,
+        default=SHARD_SIZE,
+        metavar="N",
+        help=f"images a file (default: {SHARD_SIZE})",
+    )
+    add("--size", type=command.positive, metavar="N", help="side of the input in pixels (default: the model's)")
+    add(
+        "--batch-size",
+        type=command.positive,
+        default=32,
+        metavar="N",
+        help="images at a time per process (default: 32)",
+    )
+    add(
+        "--workers",
+        type=command.count,
+        metavar="N",
+        help="loader processes per process (default: the processors, up to 8)",
+    )
     add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     add("--mixed-precision", choices=("no", "bf16"), help="bf16 computes faster on newer devices (default: no)")
     add("--compile", action="store_true", help="compile the model; pays from some thousands of images on")
@@ -313,37 +305,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError("0 is too small")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
     alone: list[bool] = []  # filled once this process works on its own parts, and tells of its own errors
-    try:
-        _main(_parser().parse_args(argv), lambda: alone.append(True))
-    except _ElsewhereError:
-        return 2
-    except NfzooError as error:
-        return _fail(error, 2, alone=bool(alone))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        raise  # the reader went away: `nfzoo` makes nothing of it
-    except OSError as error:
-        return _fail(error, 1, alone=bool(alone))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+    return command.run(
+        "nfzoo predict",
+        lambda: _main(_parser().parse_args(argv), lambda: alone.append(True)),
+        speaks=lambda error: not isinstance(error, _ElsewhereError) and (bool(alone) or command.first()),
+    )
 
 
 def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
@@ -352,7 +321,7 @@ def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
     given = dict(vars(options))
     model = from_pretrained(given.pop("model"))
     done = predict_all(model, given.pop("data"), given.pop("output"), working=working, **given)
-    if not PartialState().is_main_process:
+    if not command.first():
         return
     output = printable(options.output)
     if done.written:
@@ -366,13 +335,6 @@ def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
         print(f"all {done.parts:,} parts are in {output} already")
     if done.broken:
         print(f"{done.broken:,} images cannot be read; {partfiles.MANIFEST} names them")
-
-
-def _fail(error: Exception, status: int, *, alone: bool) -> int:
-    if alone or os.environ.get("RANK", "0") == "0":
-        text = printable(" ".join(str(error).split())) or type(error).__name__
-        print(f"nfzoo predict: error: {text}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

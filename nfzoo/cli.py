@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, from_pretrained
+from . import __version__, command, from_pretrained
 from .checkpoint import CONFIG_FILE, read_description
 from .config import ModelConfig, Preprocessing
 from .errors import CheckpointError, ConfigError, NfzooError
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", metavar="MODEL", help="a checkpoint folder, its weight file, or a Hub repository")
     sub.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder of images")
-    sub.add_argument("--topk", type=_positive, default=5, metavar="K", help="labels per image (default: 5)")
+    sub.add_argument("--topk", type=command.positive, default=5, metavar="K", help="labels per image (default: 5)")
     sub.add_argument(
         "--sheet",
         type=Path,
@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--no-sheet", action="store_const", const=None, dest="sheet", help="draw no sheet")
     sub.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
-    sub.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: 32)")
+    sub.add_argument(
+        "--batch-size", type=command.positive, default=32, metavar="N", help="images at a time (default: 32)"
+    )
     sub.add_argument("--json", action="store_true", help="print JSON instead of text")
     sub.set_defaults(run=_predict)
 
@@ -221,14 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
 def _port(text: str) -> int:
-    if _positive(text) > 65535:
+    if command.positive(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is greater than 65535")
     return int(text)
 

@@ -7,6 +7,7 @@ MPS), XLA through torch-xla, and TPUs through torch-tpu. No other module imports
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 AUTOCAST: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of mixed precisions, as Accelerate has them -> what `Backend.autocast` takes."""
@@ -214,6 +215,44 @@ def precision(mixed_precision: str | None = None) -> str:
     if name not in AUTOCAST:
         raise ConfigError(f"mixed_precision must be one of {', '.join(AUTOCAST)}, not {name!r}")
     return name
+
+
+def processes(*, cpu: bool, patience: datetime.timedelta | None = None) -> PartialState:
+    """The processes that share a work without gradients, as Accelerate sees them; see `accelerator` on XLA.
+
+    Args:
+        cpu: compute on the CPU, whatever else there is.
+        patience: how long a process waits for the others, by default as long as torch's backend does.
+
+    Raises:
+        ConfigError: see `check_processes`.
+    """
+    choose_xla()
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    options = {} if patience is None else {"timeout": patience}
+    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)  # as Accelerator reads it
+    check_processes(state.num_processes)
+    return state
+
+
+def share_of(state: PartialState, device: torch.device | str | None) -> torch.device:
+    """Where this process computes: on the device asked for, which one of several processes cannot choose.
+
+    A `ConfigError` for a device that is not here, or not this process's.
+    """
+    given = state.device
+    assert given is not None  # it is before the state is made, says Accelerate's annotation
+    if device is None:
+        return given
+    wanted = usable_device(device)
+    if state.num_processes > 1 and (wanted.type != given.type or wanted.index not in (None, given.index)):
+        raise ConfigError(
+            f"several processes compute on the devices that `accelerate launch` gives them, here {given}; "
+            "leave --device out"
+        )
+    return given if state.num_processes > 1 else wanted
 
 
 def check_processes(found: int) -> None:

@@ -15,18 +15,18 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import command
 from .config import ModelConfig
 from .data import DIGITS, Digits, open_split
 from .errors import ConfigError, NfzooError
 from .model import apply, init
 from .optim import sgd, sgd_init
-from .plots import printable
 from .preprocess import evaluation_transform
 from .step import cross_entropy
 from .types import Params
@@ -214,18 +214,12 @@ def train_privately(
     return PrivateRun(accuracy, params)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = command.Parser(
         prog="python -m nfzoo.dp",
         description="Train nfnet-test on the embedded digits with differentially private SGD.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--steps", type=_positive_int, default=STEPS, metavar="N", help=f"default: {STEPS}")
+    parser.add_argument("--steps", type=command.positive, default=STEPS, metavar="N", help=f"default: {STEPS}")
     parser.add_argument(
         "--batch", type=_positive, default=BATCH, metavar="N", help=f"mean size of a batch (default: {BATCH:g})"
     )
@@ -252,12 +246,6 @@ def _positive(text: str) -> float:
     return value
 
 
-def _positive_int(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
 def _probability(text: str) -> float:
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -266,15 +254,7 @@ def _probability(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and print accuracy and privacy: 0 when done, 2 for bad input."""
-    try:
-        _main(_parser().parse_args(argv))
-    except NfzooError as error:
-        text = printable(" ".join(str(error).split())) or type(error).__name__
-        print(f"nfzoo.dp: error: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return command.run("nfzoo.dp", lambda: _main(_parser().parse_args(argv)))
 
 
 def _main(options: argparse.Namespace) -> None:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
-import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from . import command
 from .config import Preprocessing
 from .data import (
     DIGITS,
@@ -35,9 +33,8 @@ from .data import (
     open_held_out,
     open_split,
 )
-from .device import check_processes, choose_xla, default_workers, usable_device
-from .errors import CheckpointError, ConfigError, DataError, NfzooError
-from .files import replaced
+from .device import default_workers, processes, share_of
+from .errors import CheckpointError, DataError
 from .labels import match_classes
 from .model import apply
 from .module import NFNet
@@ -197,8 +194,8 @@ def evaluate(
     """
     from . import __version__
 
-    state = _processes(cpu=str(device) == "cpu")
-    place = _place(state, device)
+    state = processes(cpu=str(device) == "cpu")
+    place = share_of(state, device)
     trained = model.provenance or {}
     held_out = trained.get("validation_fraction") if trained.get("data") == Path(data).name else None
     labelled = open_labelled(data, model.config.num_classes, model.labels, held_out=held_out or HELD_OUT)
@@ -260,30 +257,6 @@ def resize_rule(preprocessing: Preprocessing) -> str:
     return f"{preprocessing.resize}, crop {preprocessing.crop:g}"
 
 
-def _processes(*, cpu: bool) -> PartialState:
-    choose_xla()
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerate's Accelerator reads it
-    check_processes(state.num_processes)
-    return state
-
-
-def _place(state: PartialState, device: torch.device | str | None) -> torch.device:
-    given = state.device
-    assert given is not None  # it is before the state is made, says Accelerate's annotation
-    if device is None:
-        return given
-    wanted = usable_device(device)
-    if state.num_processes > 1 and (wanted.type != given.type or wanted.index not in (None, given.index)):
-        raise ConfigError(
-            f"several processes compute on the devices that `accelerate launch` gives them, here {given}; "
-            "leave --device out"
-        )
-    return given if state.num_processes > 1 else wanted
-
-
 def _with_bar(
     batches: Iterator[tuple[Tensor, Tensor]], total: int, state: PartialState
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -309,20 +282,13 @@ def table(found: Evaluation) -> str:
     return "\n".join(f"{key + ':':<9} {printable(value)}" for key, value in rows)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = command.Parser(
         prog="nfzoo evaluate",
         description="Top-1 and top-5 accuracy of a model on a folder of images.\n\n"
         "examples:\n"
         "  nfzoo evaluate nfnet-f0 --data imagenet/val --json evaluation.json\n"
         "  accelerate launch -m nfzoo.evaluate runs/pets --data pets/val",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file"
@@ -336,13 +302,20 @@ def _parser() -> argparse.ArgumentParser:
         "'digits', those that training holds out",
     )
     parser.add_argument(
-        "--size", type=_positive, metavar="N", help="side of the input in pixels (default: the model's)"
+        "--size", type=command.positive, metavar="N", help="side of the input in pixels (default: the model's)"
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="images at a time per process (default: 32)"
+        "--batch-size",
+        type=command.positive,
+        default=32,
+        metavar="N",
+        help="images at a time per process (default: 32)",
     )
     parser.add_argument(
-        "--workers", type=_count, metavar="N", help="loader processes per process (default: the processors, up to 8)"
+        "--workers",
+        type=command.count,
+        metavar="N",
+        help="loader processes per process (default: the processors, up to 8)",
     )
     parser.add_argument(
         "--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)"
@@ -357,18 +330,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError("0 is too small")
-    return int(text)
-
-
 def _date(text: str) -> str:
     try:
         return datetime.date.fromisoformat(text).isoformat()
@@ -378,27 +339,18 @@ def _date(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
-    try:
-        _main(_parser().parse_args(argv))
-    except NfzooError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        raise  # the reader went away: `nfzoo` makes nothing of it
-    except OSError as error:
-        return _fail(error, 1)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+    return command.run(
+        "nfzoo evaluate",
+        lambda: _main(_parser().parse_args(argv)),
+        speaks=lambda error: command.first() or isinstance(error, BrokenImageError),
+    )
 
 
 def _main(options: argparse.Namespace) -> None:
     from . import from_pretrained
 
     if options.json not in (None, "-"):
-        _check_writable(Path(options.json))
+        command.check_output(Path(options.json))
     model = from_pretrained(options.model)
     found = evaluate(
         model,
@@ -411,32 +363,8 @@ def _main(options: argparse.Namespace) -> None:
         skip_broken=options.skip_broken,
         date=options.date,
     )
-    if not _processes(cpu=options.device == "cpu").is_main_process:
-        return
-    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    if options.json == "-":
-        print(text, end="")
-        return
-    print(table(found))
-    if options.json is not None:
-        with replaced(options.json) as scratch:
-            scratch.write_text(text, encoding="utf-8")
-        print(f"wrote {printable(options.json)}")
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise ConfigError(f"{str(path)!r} is a folder; give a file, such as {str(path / EVALUATION_FILE)!r}")
-    above = next(folder for folder in path.resolve().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"{str(path)!r} cannot be written: {str(above)!r} is no folder that takes files")
-
-
-def _fail(error: Exception, status: int) -> int:
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, BrokenImageError):
-        text = printable(" ".join(str(error).split())) or type(error).__name__
-        print(f"nfzoo evaluate: error: {text}", file=sys.stderr)
-    return status
+    if command.first():
+        command.publish(options.json, found.to_dict(), table(found))
 
 
 if __name__ == "__main__":

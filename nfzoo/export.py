@@ -12,22 +12,21 @@ import itertools
 import json
 import logging
 import math
-import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from . import command
 from .config import MOST
 from .data import evaluation_batches, open_split
 from .device import usable_device
-from .errors import ConfigError, NfzooError
+from .errors import ConfigError
 from .files import replaced_folder
 from .module import NFNet
 from .plots import printable
@@ -212,13 +211,8 @@ def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, 
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = command.Parser(
         prog="nfzoo export",
         description="Write a model for another runtime, folded into plain convolutions.\n\n"
         "formats:\n"
@@ -228,8 +222,6 @@ def _parser() -> argparse.ArgumentParser:
         "  stablehlo  MLIR of the forward pass, with --training of the training step; needs nfzoo[xla]\n\n"
         "example:\n"
         "  nfzoo export runs/digits --format onnx --output exported",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file"
@@ -237,10 +229,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", required=True, choices=[*FORMATS, STABLEHLO], help="the kind of program")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
     parser.add_argument(
-        "--size", type=_positive, metavar="N", help="side of the images in pixels (default: the model's)"
+        "--size", type=command.positive, metavar="N", help="side of the images in pixels (default: the model's)"
     )
     parser.add_argument(
-        "--batch", type=_positive, metavar="N", help="a fixed number of images (default: any; stablehlo: 1)"
+        "--batch", type=command.positive, metavar="N", help="a fixed number of images (default: any; stablehlo: 1)"
     )
     parser.add_argument("--device", help="what aoti compiles for, such as cuda (default: cpu)")
     parser.add_argument(
@@ -253,25 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,7}", text) or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST}")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when the program is written, 2 for bad input, 1 when the disk or a compiler gave out."""
-    try:
-        _main(_parser().parse_args(argv))
-    except NfzooError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        raise  # the reader went away: `nfzoo` makes nothing of it
-    except (OSError, RuntimeError) as error:
-        return _fail(error, 1)
-    return 0
+    return command.run("nfzoo export", lambda: _main(_parser().parse_args(argv)), faults=(OSError, RuntimeError))
 
 
 def _main(options: argparse.Namespace) -> None:
@@ -283,7 +259,7 @@ def _main(options: argparse.Namespace) -> None:
         raise ConfigError(f"--int8 is for onnx, not {options.format}")
     if options.format != STABLEHLO and options.training:
         raise ConfigError(f"--training is for {STABLEHLO}; {options.format} is for inference")
-    _check_writable(Path(options.output))
+    command.check_output(Path(options.output), folder=True)
     model = from_pretrained(options.model)
     if options.format == STABLEHLO:
         from .stablehlo import export_stablehlo
@@ -313,20 +289,6 @@ def _calibration(model: NFNet, source: str, size: int | None, batch: int | None)
     few = batch or 32
     batches = evaluation_batches(images, model.preprocessing, batch_size=few, rank=0, world=1, size=size, workers=0)
     return [x for x, _ in itertools.islice(batches, -(-_CALIBRATION // few)) if batch is None or len(x) == batch]
-
-
-def _check_writable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{str(folder)!r} is a file; give a folder")
-    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"{str(folder)!r} cannot be written: {str(above)!r} is no folder that takes files")
-
-
-def _fail(error: Exception, status: int) -> int:
-    text = printable(" ".join(str(error).split())) or type(error).__name__
-    print(f"nfzoo export: error: {text}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

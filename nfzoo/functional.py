@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # gamma = 1 / std(act(z)), z ~ N(0, 1), as in the released code: the activation then keeps unit variance.
 GAMMA: dict[str, float] = {
@@ -31,7 +30,6 @@ _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 VARIANCE_FLOOR = 1e-4  # of var(W) * fan_in, in DeepMind's WSConv2D
-_NO_VARIANCE = 1e-30  # what batch normalisation, which wants a positive offset, is told instead of 0
 VARIANCE_OFFSET = 1e-5  # added to var(W), in timm's ScaledStdConv2d as its NF-models use it
 
 
@@ -62,8 +60,8 @@ def standardize_weight(weight: Tensor, gain: Tensor, *, floor: bool = True, scal
     w = weight.flatten(1)
     if w.dtype not in (torch.float32, torch.float64):
         w = w.float()
-    if floor and _runs_eagerly_on_cpu(weight, gain):
-        rows: Tensor = _FlooredRows.apply(w, gain.to(w.dtype) * scale)  # type: ignore[assignment]
+    if floor and w.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows: Tensor = _FlooredRows.apply(w, gain.to(w.dtype) * scale)[0]  # type: ignore[index]
         return rows.reshape(weight.shape).to(weight.dtype)
     # Two passes over rows: E[W^2] - E[W]^2 would cancel.
     centred = w - w.mean(dim=1, keepdim=True)
@@ -75,57 +73,59 @@ def standardize_weight(weight: Tensor, gain: Tensor, *, floor: bool = True, scal
     return (centred * s).reshape(weight.shape).to(weight.dtype)
 
 
-def _runs_eagerly_on_cpu(*tensors: Tensor) -> bool:
-    """Whether no compiler and no transform looks at what is done to these tensors."""
-    return (
-        all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
-
-
 class _FlooredRows(torch.autograd.Function):
-    """`standardize_weight` of rows with floored variances, through the kernels of batch normalisation.
+    """`standardize_weight` of rows with floored variances, its derivatives written out: fewer passes over memory.
 
-    On a CPU they do in one pass over memory what takes several, forward and backward.
+    With c the centred row, `s = rsqrt(max(|c|², floor))` and `a = <g, c> s`, the gradient of the row is
+    `gain s (g - mean(g) - c a s)`, without its last term below the floor, and that of the gain is a.
     """
 
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, gain: Tensor) -> Tensor:
-        fan_in = w.shape[1]
-        unit = gain * fan_in**-0.5
-        out, mean, invstd = torch.native_batch_norm(w[None], unit, None, None, None, True, 0.0, _NO_VARIANCE)
-        # Of rows below the floor, of which trained networks have few, the norm is less than 1 and not the unit.
-        shrink = (fan_in**0.5 / invstd / VARIANCE_FLOOR**0.5).clamp_(max=1.0)
-        out = out[0]
-        if (shrink < 1.0).any():
-            out = out * shrink[:, None]
-        ctx.save_for_backward(w, gain, mean, invstd, shrink)
-        return out
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        w, gain, mean, invstd, shrink = ctx.saved_tensors
-        (g,) = grads
-        fan_in = w.shape[1]
+    def forward(w: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        centred, total, s = _centred(w)
+        return centred * (s * gain[:, None]), centred, total, s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        w, gain = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(w, gain, *output[1:])
+        ctx.save_for_forward(w, gain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        w, gain, centred, total, s = ctx.saved_tensors
+        g = grads[0]
+        if g is None:
+            return None, None
         if torch.is_grad_enabled():  # somebody will differentiate this as well
-            centred = w - w.mean(dim=1, keepdim=True)
-            total = centred.square().sum(dim=1, keepdim=True)
-            s = torch.rsqrt(total.clamp(min=VARIANCE_FLOOR))
-            along = (g * centred).sum(dim=1, keepdim=True) * s
-            bent = torch.where(total >= VARIANCE_FLOOR, centred * (along * s), 0.0)
-            return gain[:, None] * s * (g - g.mean(dim=1, keepdim=True) - bent), along[:, 0]
-        g = g.contiguous()
-        unit = gain * fan_in**-0.5
-        dw, dunit, _ = torch.ops.aten.native_batch_norm_backward(
-            g[None], w[None], unit, None, None, mean, invstd, True, _NO_VARIANCE, [True, True, False]
-        )
-        dw = dw[0]
-        low = shrink < 1.0
-        if low.any():
-            dw[low] = (gain[low] / VARIANCE_FLOOR**0.5)[:, None] * (g[low] - g[low].mean(dim=1, keepdim=True))
-        return dw, dunit * fan_in**-0.5 * shrink
+            centred, total, s = _centred(w)
+        along = (g * centred).sum(dim=1, keepdim=True) * s
+        k = gain[:, None] * s
+        bend = torch.where(total >= VARIANCE_FLOOR, -k * along * s, 0.0)
+        return ((g - g.mean(dim=1, keepdim=True)) * k).addcmul(centred, bend), along[:, 0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        w, gain = ctx.saved_tensors
+        dw, dgain = tangents
+        centred, total, s = _centred(w)
+        out = torch.zeros_like(w)
+        if dw is not None:
+            moved = dw - dw.mean(dim=1, keepdim=True)
+            bend = (moved * centred).sum(dim=1, keepdim=True) * s * s
+            out = (moved - centred * torch.where(total >= VARIANCE_FLOOR, bend, 0.0)) * (gain[:, None] * s)
+        return out if dgain is None else out + centred * (s * dgain[:, None]), None, None, None
+
+
+def _centred(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows without their mean, the squared norms of those, and the factors to norm 1 above the floor."""
+    centred = w - w.mean(dim=1, keepdim=True)
+    total = centred.square().sum(dim=1, keepdim=True)
+    return centred, total, torch.rsqrt(total.clamp(min=VARIANCE_FLOOR))
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import command
 from .device import usable_device
-from .errors import ConfigError, NfzooError
+from .errors import ConfigError
 from .files import replaced
 from .model import init
 from .module import NFNet, create
@@ -120,13 +120,8 @@ def _number(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="nfzoo plot", description="Pictures of models and of training runs.", allow_abbrev=False)
+    parser = command.Parser(prog="nfzoo plot", description="Pictures of models and of training runs.")
     commands = parser.add_subparsers(dest="command", metavar="WHAT", required=True)
     sub = commands.add_parser(
         "signal",
@@ -137,8 +132,6 @@ def _parser() -> argparse.ArgumentParser:
         "examples:\n"
         "  nfzoo plot signal nfnet-f0\n"
         "  nfzoo plot signal runs/pets --trained --images pets/val",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     sub.add_argument("model", metavar="MODEL", help="a zoo name, a checkpoint folder, a weight file, a Hub repository")
     sub.add_argument("--trained", action="store_true", help="the trained weights (default: random ones)")
@@ -146,9 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--images", nargs="+", default=[], metavar="IMAGE", help="images or folders of them (default: Gaussian noise)"
     )
-    sub.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="number of images (default: 8)")
-    sub.add_argument("--size", type=_positive, metavar="N", help="side in pixels (default: that of training)")
-    sub.add_argument("--seed", type=_count, default=0, metavar="N", help="of what is drawn at random (default: 0)")
+    sub.add_argument(
+        "--batch-size", type=command.positive, default=8, metavar="N", help="number of images (default: 8)"
+    )
+    sub.add_argument("--size", type=command.positive, metavar="N", help="side in pixels (default: that of training)")
+    sub.add_argument(
+        "--seed", type=command.count, default=0, metavar="N", help="of what is drawn at random (default: 0)"
+    )
     sub.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
     sub.add_argument(
         "--output", type=Path, default=Path("signal.png"), metavar="PNG", help="the picture (default: signal.png)"
@@ -159,40 +156,20 @@ def _parser() -> argparse.ArgumentParser:
         help="loss and accuracy over the epochs of a training run",
         description="Draw loss and accuracy over the epochs that a training run has done so far.\n\n"
         "example: nfzoo plot curves runs/pets",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     sub.add_argument("run", type=Path, metavar="RUN", help=f"the folder of a run, or its {_METRICS}")
     sub.add_argument("--output", type=Path, metavar="PNG", help=f"the picture (default: {_CURVES} in the folder)")
     return parser
 
 
-def _count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError("0 is too small")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when the picture is drawn, 2 for bad input, 1 when the disk gave out."""
-    try:
+
+    def work() -> None:
         options = _parser().parse_args(argv)
         (_signal if options.command == "signal" else _curves)(options)
-    except NfzooError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        raise  # the reader went away: `nfzoo` makes nothing of it
-    except OSError as error:
-        return _fail(error, 1)
-    return 0
+
+    return command.run("nfzoo plot", work)
 
 
 def _signal(options: argparse.Namespace) -> None:
@@ -223,12 +200,6 @@ def _curves(options: argparse.Namespace) -> None:
     output = options.output or metrics.parent / _CURVES
     training_curves(metrics, output)
     print(f"wrote {printable(str(output))}")
-
-
-def _fail(error: Exception, status: int) -> int:
-    text = printable(" ".join(str(error).split())) or type(error).__name__
-    print(f"nfzoo plot: error: {text}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

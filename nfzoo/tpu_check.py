@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
-from . import __version__
+from . import __version__, command
 from .checkpoint import CONFIG_FILE, read_description
-from .config import MOST, ModelConfig, Preprocessing
-from .errors import CheckpointError, ConfigError, NfzooError
-from .files import replaced
+from .config import ModelConfig, Preprocessing
+from .errors import CheckpointError, ConfigError
 from .model import parameter_count
 from .plots import printable
 from .tpu_process import TIMEOUT, Check, best, check_installed, compile_apart, largest_batch
@@ -114,13 +112,8 @@ class Progress:
 # ---------------------------------------------------------------- the command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = command.Parser(
         prog="nfzoo tpu-check",
         description="Compile a model for a TPU, with no TPU, and say what memory it would take there.\n"
         "The compiler is the real one; its figures are estimates.\n\n"
@@ -128,8 +121,6 @@ def _parser() -> argparse.ArgumentParser:
         "  nfzoo tpu-check nfnet-f1 --topology v5e:1x1 --batch 128 --train\n"
         "  nfzoo tpu-check nf-resnet-50 --topology v4:2x2x1 --batch 1024 --train --largest",
         epilog="exit status: 0 it compiles, 1 it does not, 2 bad input",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "model", metavar="MODEL", help="a name from `nfzoo list`, a checkpoint folder or its weight file"
@@ -142,12 +133,12 @@ def _parser() -> argparse.ArgumentParser:
         help="the chips, such as v5e:1x1, v6e:2x2, v4:2x2x1, v5p:2x2x2; the batch is divided among them",
     )
     parser.add_argument(
-        "--batch", required=True, type=_positive, metavar="N", help="images in a step, over all chips together"
+        "--batch", required=True, type=command.positive, metavar="N", help="images in a step, over all chips together"
     )
     parser.add_argument("--train", action="store_true", help="the whole training step, not the forward pass alone")
     parser.add_argument(
         "--size",
-        type=_positive,
+        type=command.positive,
         metavar="N",
         help="side of the input in pixels (default: the model's, for --train or not)",
     )
@@ -157,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--largest", action="store_true", help="look for the largest batch that fits, from --batch on by factors of two"
     )
-    parser.add_argument("--multiple", type=_positive, metavar="N", help="with --largest: to the nearest multiple of N")
+    parser.add_argument(
+        "--multiple", type=command.positive, metavar="N", help="with --largest: to the nearest multiple of N"
+    )
     parser.add_argument(
         "--timeout",
         type=_minutes,
@@ -168,12 +161,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
     parser.add_argument("--log", type=Path, metavar="PATH", help="write there what the compiler prints")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,7}", text) or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST}")
-    return int(text)
 
 
 def _minutes(text: str) -> float:
@@ -203,16 +190,7 @@ def _topology(text: str) -> tuple[str, tuple[int, ...]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when it compiles, 1 when it does not or the disk gave out, 2 for bad input."""
-    try:
-        return _main(_parser().parse_args(argv))
-    except NfzooError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        raise  # the reader went away: `nfzoo` makes nothing of it
-    except OSError as error:
-        return _fail(error, 1)
+    return command.run("nfzoo tpu-check", lambda: _main(_parser().parse_args(argv)))
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -287,21 +265,7 @@ def _print(target: str | None, found: Check, *, name: str, tried: Sequence[Check
         largest = best(tried)
         fields["largest"] = None if largest is None else largest.request.batch
         fields["tried"] = [c.to_dict() for c in tried]
-    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    if target == "-":
-        print(text, end="")
-        return
-    print(report(found, name=name, tried=tried))
-    if target is not None:
-        with replaced(target) as scratch:
-            scratch.write_text(text, encoding="utf-8")
-        print(f"wrote {printable(target)}")
-
-
-def _fail(error: Exception, status: int) -> int:
-    text = printable(" ".join(str(error).split())) or type(error).__name__
-    print(f"nfzoo tpu-check: error: {text}", file=sys.stderr)
-    return status
+    command.publish(target, fields, report(found, name=name, tried=tried))
 
 
 if __name__ == "__main__":

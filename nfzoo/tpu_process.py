@@ -10,12 +10,11 @@ import dataclasses
 import importlib.util
 import json
 import os
-import queue
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,29 +163,18 @@ def _running(worker: Sequence[str], errors: IO[bytes]) -> Iterator[subprocess.Po
 
 def _events(process: subprocess.Popen[bytes], deadline: float) -> Iterator[dict[str, Any] | None]:
     """The worker's events, `None` for each second without; ends with its output or at the deadline."""
-    lines: queue.Queue[bytes] = queue.Queue()
-
-    def read() -> None:
-        assert process.stdout is not None
-        with contextlib.suppress(ValueError):  # closed meanwhile
-            for line in process.stdout:
-                lines.put(line)
-        lines.put(b"")
-
-    threading.Thread(target=read, daemon=True).start()
+    assert process.stdout is not None
+    channel, unread = process.stdout.fileno(), b""
     while (left := deadline - time.monotonic()) > 0:
-        try:
-            line = lines.get(timeout=min(1.0, left))
-        except queue.Empty:
+        if not select.select([channel], [], [], min(1.0, left))[0]:
             yield None
             continue
-        if not line:
+        if not (read := os.read(channel, 1 << 16)):
             return
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # cut off when the process died
-        yield event
+        *lines, unread = (unread + read).split(b"\n")  # what follows the last line is cut off if the process dies
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
 
 
 def _check(request: Request, event: dict[str, Any]) -> Check:

@@ -250,7 +250,7 @@ def test_private_training_learns() -> None:
         (["--noise", "much"], "invalid"),
         (["--batch", "5000"], "cannot be drawn from"),
         (["--delta", "1"], "not between 0 and 1"),
-        (["--steps", "1.5"], "not a positive integer"),
+        (["--steps", "1.5"], "not a whole number from 1"),
         (["--fast"], "unrecognized"),
     ],
 )

@@ -37,7 +37,7 @@ LAYERS = (
     ("nfzoo.module", "nfzoo.adapter", "nfzoo.parallel", "nfzoo.shards", "nfzoo.tables", "nfzoo.tpu_worker"),
     ("nfzoo.splits", "nfzoo.quantize", "nfzoo.stablehlo"),
     ("nfzoo.data", "nfzoo.plots", "nfzoo.unlabelled"),
-    ("nfzoo.recipe",),
+    ("nfzoo.recipe", "nfzoo.command"),
     ("nfzoo.optimizers", "nfzoo.diagnosis", "nfzoo.meters"),
     ("nfzoo", "nfzoo.hub", "nfzoo.conversion"),
     (

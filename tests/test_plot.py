@@ -167,7 +167,7 @@ def test_signal_draws_and_writes_numbers(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["signal", "nfnet-tset"], "nfnet-tset"),
         (["signal", "nfnet-test", "--output", "a.jpg"], "must end in .png"),
-        (["signal", "nfnet-test", "--batch-size", "0"], "0 is too small"),
+        (["signal", "nfnet-test", "--batch-size", "0"], "whole number from 1"),
         (["signal", "nfnet-test", "--images", "/nowhere/at/all"], "does not exist"),
         (["signal", "nfnet-test", "--device", "gpu9"], "gpu9"),
         (["curves", "/nowhere/at/all"], "there is no file"),

@@ -183,7 +183,8 @@ def test_no_compiler_outlives_the_command(end):
         time.sleep(1)  # into the compiler, which is busy for much longer
         (worker,) = children(process.pid)
         process.send_signal(end)
-        assert process.wait(timeout=60) == (130 if end == signal.SIGINT else -end)
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == (130 if end == signal.SIGINT else -end), said
     for _ in range(600):
         if not alive(worker):
             return
