@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -314,17 +314,14 @@ def training_crop(
 
 
 def training_transform(
-    image: Image.Image,
-    preprocessing: Preprocessing,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.5,
-    size: int | None = None,
+    image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, **options: Any
 ) -> Tensor:
-    """The model's input of a `training_crop`: its grey levels normalised, float32 `(C, size, size)`."""
-    pixels = training_crop(image, preprocessing, rng, scale=scale, ratio=ratio, flip=flip, size=size)
+    """The model's input of a `training_crop`: its grey levels normalised, float32 `(C, size, size)`.
+
+    Args:
+        options: of `training_crop`.
+    """
+    pixels = training_crop(image, preprocessing, rng, **options)
     return normalize_batch(pixels[None], preprocessing)[0]
 
 

@@ -143,10 +143,10 @@ class ImageFolder:
         paths: list[str] = []
         counts: list[int] = []
         for name in found:
-            images = sorted(_image_files(folder / name), key=lambda path: path.split(os.sep))
+            images = sorted(files_below(folder / name, tuple(IMAGE_SUFFIXES)), key=lambda path: path.split("/"))
             if not images:
                 raise DataError(f"the class folder {str(folder / name)!r} holds no images; remove it or fill it")
-            paths += images
+            paths += (os.path.join(folder, name, image) for image in images)
             counts.append(len(images))
         labels = np.repeat(np.arange(len(found), dtype=np.int64), counts)
         return cls(Texts(paths), np.arange(len(paths)), labels, found)
@@ -181,15 +181,29 @@ def check_classes(source: str, found: tuple[str, ...], expected: tuple[str, ...]
         raise DataError(f"{source} has {len(found)} classes where {len(expected)} are expected; {differ}")
 
 
-def _image_files(folder: Path) -> Iterator[str]:
-    """All images below a folder. Links to folders are followed, but no folder is entered twice."""
+def files_below(root: Path, endings: tuple[str, ...]) -> Iterator[str]:
+    """The files below a folder, by their path from there with slashes, but those that are hidden.
+
+    Links to folders are followed, none is entered twice. A `DataError` for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
+
     seen: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        inner[:] = [] if real in seen else sorted(name for name in inner if not name.startswith("."))
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
+        path = Path(folder).relative_to(root).as_posix()
+        below = "" if path == "." else path + "/"
         for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield os.path.join(root, name)
+            if has_ending(name, endings):
+                yield below + name
+
+
+def has_ending(name: str, endings: tuple[str, ...]) -> bool:
+    """Whether a file's name ends like that, in whatever case, and is not hidden."""
+    return name.lower().endswith(endings) and not name.startswith(".")

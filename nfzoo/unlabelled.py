@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from .errors import DataError
 from .patterns import expand, is_pattern, only, split_options
 from .preprocess import IMAGE_SUFFIXES
 from .shards import COMPRESSED
-from .sources import DIGITS, Digits, Picture, Texts
+from .sources import DIGITS, Digits, Picture, Texts, files_below, has_ending
 from .splits import HUB
 from .tables import IMAGE_COLUMNS, TableImages, open_hub, open_parquet
 from .tar import members, open_to_read, read_at
@@ -82,11 +82,13 @@ def open_all(source: str, *, part: str | None = None) -> Pictures:
     path, options = split_options(source)
     root = Path(path)
     if root.is_dir():
-        names = sorted(_walk(root, tuple(IMAGE_SUFFIXES)), key=lambda name: name.split("/"))
+        names = sorted(files_below(root, tuple(IMAGE_SUFFIXES)), key=lambda name: name.split("/"))
         if names:
             only(options, (), source)
             return _Files(root, Texts(names))
-        found = [root / name for name in sorted(_walk(root, (*_TARS, *_PARQUET)), key=lambda name: name.split("/"))]
+        found = [
+            root / name for name in sorted(files_below(root, (*_TARS, *_PARQUET)), key=lambda name: name.split("/"))
+        ]
         if not found:
             raise DataError(f"the folder {source!r} holds no images, nor tar or parquet files; name one that does")
         return _archives(root, found, source, options)
@@ -296,31 +298,9 @@ def _image_members(path: str) -> list[tuple[str, int, int]]:
             return [
                 (member.name, member.offset, member.size)
                 for member in members(descriptor, path, os.fstat(descriptor).st_size)
-                if _wanted(member.name.rpartition("/")[2], tuple(IMAGE_SUFFIXES))
+                if has_ending(member.name.rpartition("/")[2], tuple(IMAGE_SUFFIXES))
             ]
         finally:
             os.close(descriptor)
     except OSError as error:
         raise DataError(f"the tar file {path!r} cannot be read: {error.strerror or error}") from error
-
-
-def _walk(root: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    """The files below a folder, by their path from there. Links to folders are followed, none is entered twice."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
-
-    seen: set[str] = set()
-    for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        inner[:] = [] if real in seen else sorted(name for name in inner if not name.startswith("."))
-        if real in seen:
-            continue
-        seen.add(real)
-        for name in names:
-            if _wanted(name, endings):
-                yield Path(folder, name).relative_to(root).as_posix()
-
-
-def _wanted(name: str, endings: tuple[str, ...]) -> bool:
-    return name.lower().endswith(endings) and not name.startswith(".")

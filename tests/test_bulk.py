@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
@@ -139,7 +140,6 @@ def test_embeddings_are_those_of_the_model(
 
 
 def test_parquet_holds_what_jsonl_and_npz_hold(model: NFNet, folder: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the `data` extra")
     given: dict[str, Any] = {"shard_size": 12, "workers": 0}
     predict_all(model, str(folder), tmp_path / "lines", **given)
     predict_all(model, str(folder), tmp_path / "table", format="parquet", **given)
@@ -312,7 +312,6 @@ CHANGES: dict[str, tuple[list[str], str]] = {
 def test_results_of_two_runs_do_not_mix(
     checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("pyarrow", reason="needs the `data` extra")
     output = tmp_path / "out"
     other = make_model(seed=1).save_pretrained(tmp_path / "other")
     command = ["--data", str(folder), "--output", str(output), *SHARD]

@@ -2,7 +2,6 @@
 
 import builtins
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -162,8 +161,6 @@ def test_poisson_samples_take_each_example_by_itself() -> None:
 
 # ---------------------------------------------------------------- epsilon
 
-needs_accountant = pytest.mark.skipif(find_spec("dp_accounting") is None, reason="dp-accounting is not installed")
-
 
 def gaussian_delta(eps: float, sigma: float) -> float:
     """The exact delta of the Gaussian mechanism. Source: Balle and Wang (arXiv 1805.06530), theorem 8."""
@@ -175,7 +172,6 @@ def gaussian_delta(eps: float, sigma: float) -> float:
     return cdf(a - b) - math.exp(eps) * cdf(-a - b)
 
 
-@needs_accountant
 @pytest.mark.parametrize(("sigma", "steps"), [(2.0, 1), (20.0, 100), (5.0, 4)])
 def test_without_sampling_epsilon_is_that_of_the_gaussian_mechanism(sigma: float, steps: int) -> None:
     found = epsilon(rate=1.0, noise_multiplier=sigma, steps=steps)
@@ -184,7 +180,6 @@ def test_without_sampling_epsilon_is_that_of_the_gaussian_mechanism(sigma: float
     assert gaussian_delta(found - 0.02, sigma / math.sqrt(steps)) > 1e-5
 
 
-@needs_accountant
 def test_epsilon_of_the_paper() -> None:
     # arXiv 1607.00133, section 3.2: q = 0.01, sigma = 4, T = 10,000, delta = 1e-5 have epsilon 1.26 by the moments
     # accountant and 9.34 by strong composition. The moments accountant is an upper bound that is not far off.
@@ -192,7 +187,6 @@ def test_epsilon_of_the_paper() -> None:
     assert 0.7 * 1.26 < found < 1.26
 
 
-@needs_accountant
 def test_epsilon_grows_with_steps_and_falls_with_noise() -> None:
     base = epsilon(rate=0.1, noise_multiplier=2.0, steps=50)
     assert 0 < epsilon(rate=0.1, noise_multiplier=2.0, steps=25) < base
@@ -261,7 +255,6 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert len(text.splitlines()) == 1
 
 
-@needs_accountant
 def test_the_example_says_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     original = dp.open_split
 

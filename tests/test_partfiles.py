@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 
 from nfzoo.errors import ConfigError
@@ -45,7 +46,6 @@ def test_names_come_back(tmp_path: Path, format: str) -> None:
             assert np.array_equal(file["embeddings"], np.eye(2))
         return
     if format == "parquet":
-        parquet = pytest.importorskip("pyarrow.parquet", reason="needs the `data` extra")
         write_part(parts, 0, names, TOP, {})
         table = parquet.read_table(parts.path(0)).to_pydict()
         assert table["image"] == ["a/b.png", ODD.replace("\udcff", "\\udcff")]
@@ -58,7 +58,6 @@ def test_names_come_back(tmp_path: Path, format: str) -> None:
 
 
 def test_equal_results_are_equal_files(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow", reason="needs the `data` extra")
     vectors = {"embeddings": np.eye(2, dtype=np.float16)}
     for kind, columns in (("top-k", TOP), ("embeddings", vectors)):
         for format in FORMATS[kind]:

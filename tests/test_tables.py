@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import datasets.config
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -21,10 +25,6 @@ from nfzoo.splits import has_held_out, open_held_out, open_split
 from nfzoo.tables import TableImages
 from tests.data_hub import DataHub
 from tests.pictures import check_source, picture
-
-datasets = pytest.importorskip("datasets", reason="needs the `data` extra")
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
+import datasets.config
 import pytest
 
 from nfzoo import unlabelled
@@ -82,7 +84,6 @@ def test_digits_are_all_there() -> None:
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    datasets = pytest.importorskip("datasets", reason="needs the `data` extra")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
