@@ -250,6 +250,7 @@ def _with_files(argv: list[str]) -> list[str]:
             continue
         name = value if equals else found[i + 1]
         if Path(name).is_file():
+            _check_file(Path(name))
             continue
         known = shipped()
         if name not in known and ("/" in name or name.endswith((".yaml", ".yml"))):
@@ -264,3 +265,26 @@ def _with_files(argv: list[str]) -> list[str]:
         else:
             found[i + 1] = str(known[name])
     return found
+
+
+def _check_file(path: Path) -> None:
+    """Raise a `ConfigError` that names the file, for one that is not YAML or has options that there are not."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise ConfigError(f"the recipe {str(path)!r} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"the recipe {str(path)!r} holds no options, such as `model: nfnet-f0`")
+    levels: list[tuple[str, Any, Any]] = [("", content, TrainConfig)]
+    levels += [(f"{name}.", content.get(name), kind) for name, kind in (("optim", OptimConfig), ("augment", Augment))]
+    for prefix, given, kind in levels:
+        known = {f.name for f in dataclasses.fields(kind)}
+        for key in given if isinstance(given, dict) else ():
+            if str(key).partition(".")[0] not in known:
+                near = nearest(str(key), known)
+                raise ConfigError(
+                    f"the recipe {str(path)!r} has the option {prefix + str(key)!r}, which there is not{near}"
+                )

@@ -106,3 +106,23 @@ def test_recipes_run(name: str, tmp_path: Path) -> None:
     small = ["--model", "nfnet-test", "--train_size", "32", "--test_size", "32", "--epochs", "1"]
     small += ["--batch_size", "144", "--accumulation", "2", "--pretrained", "null"]
     assert train.main(["--recipe", name, "--data", "digits", "--output", str(tmp_path / "run"), *small]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [a\nx", "line 2: expected"),
+        ("modell: nfnet-f0", "'modell', which there is not; did you mean 'model'"),
+        ("optim: {lrr: 3}", "'optim.lrr', which there is not; did you mean 'lr'"),
+        ("augment:\n  layer: 4", "'augment.layer', which there is not; did you mean 'layers'"),
+        ("just text", "holds no options"),
+        (b"\xff\xfe", "cannot be read: 'utf-8'"),
+    ],
+)
+def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for arguments in (["--recipe", str(path)], [f"--recipe={path}"]):
+        with pytest.raises(ConfigError, match=message) as raised:
+            recipe.parse([*arguments, *NEEDED])
+        assert repr(str(path)) in str(raised.value)
