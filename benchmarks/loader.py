@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -30,17 +30,17 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import machine
+from nfzoo.augment import Augment
 from nfzoo.config import Preprocessing, Resize
 from nfzoo.data import Images, training_batches
 from nfzoo.files import replaced
-from nfzoo.preprocess import open_image, random_box, training_crop
+from nfzoo.preprocess import open_image, training_crop
 from nfzoo.shards import TarShards
 from nfzoo.sources import ImageFolder
 
 PAGE = "loader.md"
 CLASSES = 4
 DECODED_BEFORE = 16  # images that are kept decoded, for timing what comes after
-RANGES: Any = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
 
 
 class Row(NamedTuple):
@@ -101,25 +101,9 @@ def stored(files: list[bytes], folder: Path) -> dict[str, Images]:
     return found
 
 
-def epoch(images: Images, rule: Preprocessing, round: int) -> None:
-    for _ in training_batches(images, rule, epoch=round, seed=0, batch_size=min(16, len(images))):
+def epoch(images: Images, rule: Preprocessing, round: int, augment: Augment) -> None:
+    for _ in training_batches(images, rule, epoch=round, seed=0, batch_size=min(16, len(images)), augment=augment):
         pass
-
-
-def by_draft(files: list[bytes], size: int, round: int) -> None:
-    """Pillow's draft mode: the decoder gives 1/2, 1/4 or 1/8 of an image whose crop is that much too large."""
-    for i, content in enumerate(files):
-        rng = np.random.default_rng([round, i])
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            box = random_box(width, height, rng, **RANGES)
-            times = min(box[2] - box[0], box[3] - box[1]) / size
-            if times >= 2:
-                image.draft("RGB", (math.ceil(width / times), math.ceil(height / times)))
-            scale = image.width / width
-            part = tuple(edge * scale for edge in box)
-            part = (part[0], part[1], min(part[2], image.width), min(part[3], image.height))
-            np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=part))
 
 
 def each(do: Callable[[int], object], count: int) -> None:
@@ -140,8 +124,11 @@ def ways(files: list[bytes], images: Mapping[str, Images], size: int) -> dict[st
     for kind, rule in rules.items():
         for name, source in images.items():
             found[f"training batches: {name}, {kind}"] = lambda round, source=source, rule=rule: epoch(
-                source, rule, round
+                source, rule, round, Augment()
             )
+        found[f"training batches: folder, {kind}, draft"] = lambda round, rule=rule: epoch(
+            images["folder"], rule, round, Augment(draft=True)
+        )
     found["read alone: folder"] = lambda _: each(lambda i: Path(str(images["folder"][i][0])).read_bytes(), count)
     for name in ("tar", "parquet"):
         if name in images:
@@ -155,7 +142,6 @@ def ways(files: list[bytes], images: Mapping[str, Images], size: int) -> dict[st
         found[f"crop and resize alone: {kind}"] = lambda round, rule=rule: each(
             lambda i: training_crop(decoded[i % len(decoded)], rule, np.random.default_rng([round, i])), count
         )
-    found["decode, crop and resize: shortest-edge, draft mode"] = lambda round: by_draft(files, size, round)
     return found
 
 
@@ -206,7 +192,8 @@ def page(options: argparse.Namespace, command: str) -> str:
         f"of two sizes to {options.size} x {options.size} pixels, {options.images} of them, one process, one thread.",
         f"Everything in turn in {options.rounds} rounds, medians. Counted are the seconds the processor worked, so",
         "waiting for a disk or for neighbours is left out. `deepmind` is TensorFlow's bicubic, written in NumPy;",
-        "`shortest-edge` is Pillow's. Draft mode gives other pixels and is here for comparison: nfzoo does not use it.",
+        "`shortest-edge` is Pillow's. With `--augment.draft true` JPEG decoders leave out detail, where twice the",
+        "training size remains; other pixels come of it, so that no recipe of the papers has it.",
         "",
         f"- on: {machine()}; Pillow {PIL.__version__}, NumPy {np.__version__}; {decoders_agree(options.photo[0])}",
         f"- command: `{command}`",

@@ -42,6 +42,9 @@ class Augment:
         magnitude: strength of RandAugment's operations, 0 to 20.
         mixup: alpha of the distribution Beta(alpha, alpha) of MixUp's ratio; 0 for none.
         cutmix: whether boxes are exchanged between images.
+        draft: whether large JPEG photographs are decoded at a half, a quarter or an eighth of their size, which is
+            faster and gives slightly other pixels: see the argument `least` of `preprocess.open_image`, here twice the
+            size of the training images.
 
     Source: arXiv 1710.09412 (MixUp), 1905.04899 (CutMix), 1909.13719 (RandAugment). NFNets take a mixup of 0.2, cutmix,
     and four layers of magnitude 5 (F0), 10 (F1, F2) or 15 (F3 to F6).
@@ -54,6 +57,7 @@ class Augment:
     magnitude: float = 10.0
     mixup: float = 0.0
     cutmix: bool = False
+    draft: bool = False
 
     def __post_init__(self) -> None:
         for name, high in (("scale", 1.0), ("ratio", float("inf"))):
@@ -68,8 +72,9 @@ class Augment:
             raise ConfigError(f"magnitude must be from 0 to {MOST_MAGNITUDE:g}, not {self.magnitude!r}")
         if not 0 <= self.mixup < math.inf:
             raise ConfigError(f"mixup must be the alpha of a Beta distribution, or 0 for none; not {self.mixup!r}")
-        if not isinstance(self.cutmix, bool):
-            raise ConfigError(f"cutmix must be true or false, not {self.cutmix!r}")
+        for name in ("cutmix", "draft"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {value!r}")
 
     @property
     def mixes(self) -> bool:

@@ -173,7 +173,8 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
         for other in (np.arange(index, index + tries) % len(self.images)).tolist():
             try:
                 source, label = self.images[other]
-                image = open_image(source, channels=len(self.preprocessing.mean))
+                least = 2 * self.size if self.augment.draft else None
+                image = open_image(source, channels=len(self.preprocessing.mean), least=least)
             except DataError as error:
                 broken = broken or str(error)
                 continue

@@ -72,7 +72,9 @@ _TABLE = 1024  # TensorFlow, resize_bicubic_op.cc: kTableSize
 _MODES = {1: "L", 3: "RGB"}
 
 
-def open_image(source: str | Path | BinaryIO | Image.Image | np.ndarray, *, channels: int = 3) -> Image.Image:
+def open_image(
+    source: str | Path | BinaryIO | Image.Image | np.ndarray, *, channels: int = 3, least: int | None = None
+) -> Image.Image:
     """An upright 8-bit image, fully loaded, of mode `RGB` (three channels) or `L` (one).
 
     Transparent pixels are laid over white, 16-bit values are scaled by 255 / 65535, the EXIF orientation is applied,
@@ -80,6 +82,8 @@ def open_image(source: str | Path | BinaryIO | Image.Image | np.ndarray, *, chan
 
     Args:
         source: a path, a binary file, a Pillow image, or a `uint8` array of `(H, W)` or `(H, W, 1 | 3 | 4)`.
+        least: let the decoder of a JPEG file give a half, a quarter or an eighth of its size, the smallest whose
+            shorter side has as many pixels: Pillow's draft mode.
 
     Raises:
         DataError: for what is absent, damaged, no image, or beyond Pillow's limit of 179 million pixels.
@@ -97,6 +101,8 @@ def open_image(source: str | Path | BinaryIO | Image.Image | np.ndarray, *, chan
                 return _convert(source, channels)
             Image.init()  # finds the formats that this Pillow was built with
             with Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+                if least is not None:
+                    image.draft(None, (least, least))  # does nothing in other formats
                 return _convert(image, channels)
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise DataError(f"{name} {_reason(source, error)}") from error

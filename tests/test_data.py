@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nfzoo.config import Preprocessing, Resize
 from nfzoo.data import (
@@ -270,3 +271,24 @@ def test_augmentation_is_checked(change: dict) -> None:
     with pytest.raises(ConfigError):
         Augment(**change)
     assert GENTLE.flip == 0
+
+
+def test_draft_decodes_large_photographs_smaller_and_leaves_others(tmp_path: Path) -> None:
+    photo = Image.linear_gradient("L").convert("RGB").resize((300, 200))
+    for suffix in ("jpg", "png"):
+        (tmp_path / suffix / "a").mkdir(parents=True)
+        photo.save(tmp_path / suffix / "a" / f"photo.{suffix}", quality=95)
+    for suffix in ("jpg", "png"):
+        data = ImageFolder.scan(tmp_path / suffix)
+        path = data[0][0]
+        given = {"scale": (0.9, 1.0), "flip": 0.0}
+        plain, draft, small, large = (
+            epoch_of(data, batch_size=1, size=size, augment=Augment(**given, draft=on))[0].pixels.float()
+            for on, size in ((False, 32), (True, 32), (False, 101), (True, 101))
+        )
+        assert torch.equal(plain, draft) == (suffix == "png")  # 64 pixels of 200 suffice: a half
+        assert (plain - draft).abs().mean() < 6
+        assert torch.equal(small, large)  # 202 do not
+        sizes = [open_image(path, least=least).size for least in (None, 201, 200, 101, 100, 51, 50, 25, 1)]
+        drafted = [(300, 200)] * 4 + [(150, 100)] * 2 + [(75, 50)] + [(38, 25)] * 2
+        assert sizes == (drafted if suffix == "jpg" else [(300, 200)] * 9)
