@@ -228,6 +228,16 @@ def test_gradients_of_standardisation_are_those_of_the_formula_below_the_floor_t
             torch.testing.assert_close(row_a.double() / scale, row_b / scale, rtol=tight, atol=tight)
 
 
+def test_standardisation_keeps_no_copy_of_the_weights_for_the_backward_pass():
+    weight, gain = (t.requires_grad_() for t in low_rows())
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        nf.standardize_weight(weight, gain)
+    copies = [t for t in kept if t.numel() == weight.numel() and t.data_ptr() != weight.data_ptr()]
+    assert kept
+    assert not copies
+
+
 @pytest.mark.parametrize("rows", [(0,), (1, 2)], ids=["above", "below"])
 def test_first_and_second_derivatives_of_standardisation(rows):
     weight, gain = low_rows()
