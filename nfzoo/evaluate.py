@@ -33,7 +33,7 @@ from .data import (
     open_held_out,
     open_split,
 )
-from .device import default_workers, processes, share_of
+from .device import backend, default_workers, processes, share_of
 from .errors import CheckpointError, DataError
 from .labels import match_classes
 from .model import apply
@@ -69,8 +69,9 @@ def score(
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     losses: list[Tensor] = []
+    where = backend(device)
     for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
+        images, labels = where.images(images), labels.to(device)
         found = logits(images).float()
         own = found.gather(1, labels[:, None])
         index = torch.arange(found.shape[1], device=device)

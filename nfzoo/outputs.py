@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
 def compute(model: NFNet, pixels: Tensor, place: torch.device, low: str, *, embeddings: bool) -> Tensor:
     """Pooled features or logits of a batch, float32, on the device, which need not have finished."""
     where = backend(place)
-    x = pixels.to(place, next(model.parameters()).dtype, non_blocking=True)
+    x = where.images(pixels, next(model.parameters()).dtype)
     with where.autocast(AUTOCAST[low]):
         found = model.embed(x) if embeddings else model(x)
     where.step_mark()

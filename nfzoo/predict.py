@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .device import usable_device
+from .device import backend, usable_device
 from .errors import CheckpointError, ConfigError, DataError
 from .model import apply
 from .module import NFNet
@@ -41,9 +41,10 @@ def classify(
     _check_counts(batch_size=batch_size, topk=topk)
     params = dict(model.named_parameters())
     p = next(iter(params.values()))
+    where = backend(p.device)
     results: list[list[tuple[str, float]]] = []
     for start in range(0, len(images), batch_size):
-        x = torch.stack(list(images[start : start + batch_size])).to(p.device, p.dtype)
+        x = where.images(torch.stack(list(images[start : start + batch_size])), p.dtype)
         with torch.inference_mode():
             logits = apply(model.config, params, x).float()
             if not logits.isfinite().all():

@@ -52,6 +52,15 @@ def test_xla_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         usable_device("xla")
 
 
+def test_images_are_laid_out_as_the_device_likes_them() -> None:
+    x = torch.rand(2, 3, 4, 5)
+    laid = backend("cpu").images(x, torch.float64)
+    assert laid.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(laid, x.double())
+    assert backend("cpu").images(laid) is laid
+    assert backend("meta").images(x).is_contiguous()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_autocast(name: str) -> None:
     cfg = SMALL[name]
