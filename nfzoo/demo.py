@@ -7,9 +7,10 @@ from pathlib import Path
 
 from . import from_pretrained
 from .data import DIGITS, Digits, open_split
-from .loop import CURVES_FILE, METRICS_FILE, Stopped
+from .loop import Stopped
 from .plots import SheetEntry, prediction_sheet, thumbnail
 from .predict import classify
+from .runfiles import CURVES_FILE, METRICS_FILE
 from .train import TrainConfig, train
 
 TARGET = 0.99  # held-out accuracy that the demonstration is expected to reach

@@ -23,7 +23,7 @@ from .checkpoint import CONFIG_FILE, Description, describe
 from .config import Preprocessing
 from .data import BrokenImageError, Split, open_split
 from .errors import CheckpointError, ConfigError, DataError, NfzooError
-from .loop import FREE, LOGS, STATES, LostError, Result, Run, Start, Stopped, TrainingError, identity
+from .loop import LOGS, STATES, LostError, Result, Run, Start, Stopped, TrainingError, identity
 from .module import NFNet, create
 from .recipe import TrainConfig, parse
 from .state import Saved, latest_state
@@ -35,6 +35,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nfzoo")
 
 __all__ = ["Result", "TrainConfig", "TrainingError", "main", "train"]
+
+# What a resumed run may change without becoming another run.
+FREE = frozenset(
+    [
+        "output",
+        "data",  # compared by what it holds
+        "accumulation",
+        "workers",
+        "compile",
+        "activation_checkpointing",
+        "sharding",
+        "resume",
+        "save_steps",
+        "keep_checkpoints",
+        "tracker",
+        "overwrite",
+        "augmented_sheet",
+        "max_broken",
+        "nonfinite",
+    ]
+)
 
 
 def train(config: TrainConfig) -> Result:

@@ -38,7 +38,8 @@ LAYERS = (
     ("nfzoo.splits", "nfzoo.quantize", "nfzoo.stablehlo"),
     ("nfzoo.data", "nfzoo.plots", "nfzoo.unlabelled"),
     ("nfzoo.recipe", "nfzoo.command"),
-    ("nfzoo.optimizers", "nfzoo.diagnosis", "nfzoo.meters"),
+    ("nfzoo.optimizers", "nfzoo.diagnosis", "nfzoo.meters", "nfzoo.broken", "nfzoo.inputs", "nfzoo.runfiles"),
+    ("nfzoo.trainee",),
     ("nfzoo", "nfzoo.hub", "nfzoo.conversion"),
     (
         "nfzoo.loop",

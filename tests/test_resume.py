@@ -343,7 +343,7 @@ def test_the_last_good_checkpoint_is_named_when_training_diverges(
     def diverging(self: loop.Run, parts: list) -> None:
         if self.step == 3:
             with torch.no_grad():
-                self.live["stages.0.0.conv1.weight"].fill_(float("nan"))
+                self.trainee.live["stages.0.0.conv1.weight"].fill_(float("nan"))
         take_step(self, parts)
 
     monkeypatch.setattr(loop.Run, "_step", diverging)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import nfzoo
-from nfzoo import demo, loop, recipe, train
+from nfzoo import demo, inputs, recipe, train
 from nfzoo.data import open_split
 from nfzoo.evaluate import evaluate
 from tests.test_data import write_images
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_quietly(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "training_batches", interrupt)
+    monkeypatch.setattr(inputs, "training_batches", interrupt)
     assert run(tmp_path / "out") == 130
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "out").exists()
