@@ -1,8 +1,4 @@
-"""Images to tensors: decoding, the two evaluation rules, and the random crop of training.
-
-TensorFlow's bicubic resize is written out here, since no other library computes it: torch's has another kernel
-(a = -0.75), Pillow's is antialiased.
-"""
+"""Images to tensors: decoding, the two evaluation rules, and the random crop of training."""
 
 from __future__ import annotations
 
@@ -19,8 +15,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .boxes import distorted_box, random_box
 from .config import Preprocessing
 from .errors import DataError
+from .resize import check_size, tf_bicubic
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -62,12 +60,6 @@ _UPRIGHT = {
 # An image longer than this many times its height is cut to that before the shorter edge is scaled up: a line of
 # 1 x 100000 pixels would else need gigabytes of which the centre crop keeps one square.
 _LONGEST = 32
-
-_ATTEMPTS = 10  # to draw a random part that fits
-_LEAST_COVERED = 0.1  # min_object_covered, the "object" being the whole image
-
-_TABLE = 1024  # TensorFlow, resize_bicubic_op.cc: kTableSize
-
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -192,66 +184,6 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def tf_bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """TensorFlow's bicubic resize of `(H, W, C)` to float32 `(height, width, C)`, without antialiasing or clamping.
-
-    Output i lies at `x = (i + 1/2) * H / height - 1/2` and sums the four pixels around x with Keys' kernel, a = -0.5:
-
-        w(d) = 3/2 d³ - 5/2 d² + 1              for d <= 1
-        w(d) = -1/2 d³ + 5/2 d² - 4 d + 2       for 1 < d < 2
-
-    where `d = |x - pixel|` with `x - floor(x)` rounded to multiples of 1/1024. Pixels outside the image have weight 0,
-    the others are divided by their sum.
-
-    Source: `tf.image.resize(..., "bicubic")`, tensorflow/core/kernels/image/resize_bicubic_op.cc; R. G. Keys, 1981.
-    """
-    if pixels.ndim != 3 or 0 in pixels.shape:
-        raise DataError(f"the pixels to resize must be (H, W, C), not {tuple(pixels.shape)}")
-    _check_size(height)
-    _check_size(width)
-    length, breadth, channels = pixels.shape
-    # Whole rows of numbers that lie in one piece are what NumPy is fast with: so columns become rows in between.
-    rows = _taps(np.ascontiguousarray(pixels).reshape(length, -1), height).reshape(height, breadth, channels)
-    columns = _taps(np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(breadth, -1), width)
-    return columns.reshape(width, height, channels).swapaxes(0, 1)
-
-
-def _taps(rows: np.ndarray, size: int) -> np.ndarray:
-    """Resize the first axis of two, adding the four taps in TensorFlow's order."""
-    index, weight = _bicubic_weights(len(rows), size)
-    shape = (size, rows.shape[1])
-    result, scaled, taken = np.zeros(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, rows.dtype)
-    for k in range(4):
-        np.take(rows, index[:, k], axis=0, out=taken, mode="clip")  # "clip" needs no second buffer; none is outside
-        np.multiply(taken, weight[:, k, None], out=scaled)
-        result += scaled
-    return result
-
-
-def _bicubic_weights(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source pixels and float32 weights, both `(size, 4)`, in float32 arithmetic throughout as in TensorFlow."""
-    scale = np.float32(length) / np.float32(size)
-    x = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
-    low = np.floor(x)
-    step = np.rint((x - low) * np.float32(_TABLE)).astype(np.int64)
-    near, far = _kernel()
-    weight = np.stack([far[step], near[step], near[_TABLE - step], far[_TABLE - step]], axis=1)
-    index = low.astype(np.int64)[:, None] + np.arange(-1, 3)
-    weight[(index < 0) | (index >= length)] = 0
-    weight *= np.float32(1) / weight.sum(axis=1, keepdims=True)
-    return index.clip(0, length - 1), weight
-
-
-def _kernel() -> tuple[np.ndarray, np.ndarray]:
-    """Keys' kernel at d = k / 1024 and at d = 1 + k / 1024."""
-    a = -0.5
-    d = np.arange(_TABLE + 1) / _TABLE
-    near = ((a + 2) * d - (a + 3)) * d * d + 1
-    d = d + 1
-    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-    return near.astype(np.float32), far.astype(np.float32)
-
-
 def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, size: int | None = None) -> Tensor:
     """The model's input, float32 `(C, size, size)`, of an image from `open_image`.
 
@@ -264,7 +196,7 @@ def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, si
 
     Source: the code released with arXiv 2102.06171; timm 1.0 with torchvision's roundings.
     """
-    size = _check_size(preprocessing.test_size if size is None else size)
+    size = check_size(preprocessing.test_size if size is None else size)
     _check_mode(image, preprocessing)
     if preprocessing.resize == "deepmind":
         side = size + preprocessing.margin
@@ -300,7 +232,7 @@ def training_crop(
     Source: the code released with arXiv 2102.06171, which mirrors before the resize: the same but for the rounding of
     the kernel's table; timm 1.0.
     """
-    size = _check_size(preprocessing.train_size if size is None else size)
+    size = check_size(preprocessing.train_size if size is None else size)
     _check_mode(image, preprocessing)
     if not 0 < scale[0] <= scale[1] <= 1:
         raise DataError(f"scale must be two increasing shares in (0, 1], not {scale!r}")
@@ -329,78 +261,6 @@ def training_transform(
     """
     pixels = training_crop(image, preprocessing, rng, **options)
     return normalize_batch(pixels[None], preprocessing)[0]
-
-
-def distorted_box(
-    width: int,
-    height: int,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    kept: float,
-) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part, as TensorFlow's `sample_distorted_bounding_box` draws it.
-
-    The aspect a = width / height is uniform in `ratio`; the height is a uniform whole number between `sqrt(A s / a)` of
-    the least and the greatest share s of the area A, as far as the part fits; the place is uniform. A part below the
-    least share, or below a tenth of the image, is drawn again, up to ten times. If nothing fits, or if the part is the
-    whole image, it becomes the central square of `kept` times the shorter edge.
-
-    It differs from TensorFlow in its random numbers, which are NumPy's, in computing with float64, and in that the last
-    row and column are as likely to be in the part as the first, where TensorFlow never takes the last place.
-
-    Args:
-        kept: share of the shorter edge that the evaluation keeps, `size / (size + margin)`.
-
-    Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc, called with `area_range` (0.08, 1),
-    `aspect_ratio_range` (3/4, 4/3), `min_object_covered` 0.1 and `max_attempts` 10 by the code released with
-    arXiv 2102.06171 (dataset.py), whose fallback this is too.
-    """
-    least, most = (share * width * height for share in scale)
-    for _ in range(_ATTEMPTS):
-        aspect = rng.uniform(*ratio)
-        low, high = round(math.sqrt(least / aspect)), round(math.sqrt(most / aspect))
-        if round(high * aspect) > width:
-            high = math.ceil((width + 0.5) / aspect) - 1  # the last whose width still rounds to `width` or less
-        high = min(high, height)
-        h = high if low >= high else int(rng.integers(low, high + 1))
-        if h * round(h * aspect) < least:  # by the rounding of the height
-            h += 1
-        if h * round(h * aspect) > most:
-            h -= 1
-        w = round(h * aspect)
-        fits = 0 < w <= width and 0 < h <= height and least <= w * h <= most
-        if fits and w * h >= _LEAST_COVERED * width * height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            if (w, h) == (width, height):
-                break
-            return left, top, left + w, top + h
-    side = max(1, int(kept * min(width, height)))
-    left, top = (width - side + 1) // 2, (height - side + 1) // 2
-    return left, top, left + side, top + side
-
-
-def random_box(
-    width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part with a uniform share of the area and a log-uniform aspect.
-
-    After ten draws that do not fit it is the largest central part within `ratio`.
-
-    Source: arXiv 1409.4842, section 6; fallback as torchvision's RandomResizedCrop, which timm follows.
-    """
-    for _ in range(_ATTEMPTS):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
 
 
 def normalize(pixels: np.ndarray, preprocessing: Preprocessing) -> Tensor:
@@ -437,12 +297,6 @@ def _shorter_edge(image: Image.Image, size: int) -> Image.Image:
 def _array(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def _check_size(size: int) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise DataError(f"the size must be a positive number of pixels, not {size!r}")
-    return size
 
 
 def _check_mode(image: Image.Image, preprocessing: Preprocessing) -> None:

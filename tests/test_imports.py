@@ -25,6 +25,8 @@ LAYERS = (
         "nfzoo.labels",
         "nfzoo.device",
         "nfzoo.randaugment",
+        "nfzoo.boxes",
+        "nfzoo.resize",
         "nfzoo.tar",
         "nfzoo.patterns",
         "nfzoo.partfiles",

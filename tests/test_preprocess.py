@@ -13,20 +13,19 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
+from nfzoo.boxes import distorted_box, random_box
 from nfzoo.config import Preprocessing
 from nfzoo.errors import DataError
 from nfzoo.module import create
 from nfzoo.preprocess import (
-    distorted_box,
     evaluation_transform,
     normalize,
     normalize_batch,
     open_image,
-    random_box,
-    tf_bicubic,
     training_crop,
     training_transform,
 )
+from nfzoo.resize import tf_bicubic
 
 REFERENCE = Path(__file__).parent / "reference"
 GREY_LEVELS = 1e-3  # the reference is float32 in 0..255, whose steps are up to 1.5e-5

@@ -1,0 +1,82 @@
+"""The random part of an image that is trained on, as TensorFlow and as torchvision draw it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+_ATTEMPTS = 10  # to draw a random part that fits
+_LEAST_COVERED = 0.1  # min_object_covered, the "object" being the whole image
+
+
+def distorted_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    kept: float,
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part, as TensorFlow's `sample_distorted_bounding_box` draws it.
+
+    The aspect a = width / height is uniform in `ratio`; the height is a uniform whole number between `sqrt(A s / a)` of
+    the least and the greatest share s of the area A, as far as the part fits; the place is uniform. A part below the
+    least share, or below a tenth of the image, is drawn again, up to ten times. If nothing fits, or if the part is the
+    whole image, it becomes the central square of `kept` times the shorter edge.
+
+    It differs from TensorFlow in its random numbers, which are NumPy's, in computing with float64, and in that the last
+    row and column are as likely to be in the part as the first, where TensorFlow never takes the last place.
+
+    Args:
+        kept: share of the shorter edge that the evaluation keeps, `size / (size + margin)`.
+
+    Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc, called with `area_range` (0.08, 1),
+    `aspect_ratio_range` (3/4, 4/3), `min_object_covered` 0.1 and `max_attempts` 10 by the code released with
+    arXiv 2102.06171 (dataset.py), whose fallback this is too.
+    """
+    least, most = (share * width * height for share in scale)
+    for _ in range(_ATTEMPTS):
+        aspect = rng.uniform(*ratio)
+        low, high = round(math.sqrt(least / aspect)), round(math.sqrt(most / aspect))
+        if round(high * aspect) > width:
+            high = math.ceil((width + 0.5) / aspect) - 1  # the last whose width still rounds to `width` or less
+        high = min(high, height)
+        h = high if low >= high else int(rng.integers(low, high + 1))
+        if h * round(h * aspect) < least:  # by the rounding of the height
+            h += 1
+        if h * round(h * aspect) > most:
+            h -= 1
+        w = round(h * aspect)
+        fits = 0 < w <= width and 0 < h <= height and least <= w * h <= most
+        if fits and w * h >= _LEAST_COVERED * width * height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            if (w, h) == (width, height):
+                break
+            return left, top, left + w, top + h
+    side = max(1, int(kept * min(width, height)))
+    left, top = (width - side + 1) // 2, (height - side + 1) // 2
+    return left, top, left + side, top + side
+
+
+def random_box(
+    width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part with a uniform share of the area and a log-uniform aspect.
+
+    After ten draws that do not fit it is the largest central part within `ratio`.
+
+    Source: arXiv 1409.4842, section 6; fallback as torchvision's RandomResizedCrop, which timm follows.
+    """
+    for _ in range(_ATTEMPTS):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
