@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .augment import GENTLE, Augment, augment_batch, draw
 from .data import DIGITS, Split, TrainingBatch, evaluation_batches, training_batches
-from .device import default_workers
+from .device import backend, default_workers
 from .model import sample_noise
 from .module import NFNet
 from .recipe import TrainConfig
@@ -42,6 +42,7 @@ class InputPipeline:
 
     def __init__(self, config: TrainConfig, split: Split, model: NFNet, accelerator: Accelerator) -> None:
         self.config, self.split, self.device = config, split, accelerator.device
+        self.backend = backend(self.device)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.cfg, self.preprocessing = model.config, model.preprocessing
         self.augment = config.augment or (GENTLE if config.data == DIGITS else Augment())
@@ -90,7 +91,7 @@ class InputPipeline:
             num_classes=self.cfg.num_classes,
             preprocessing=self.preprocessing,
         )
-        images, targets = images.to(self.device), targets.to(self.device)
+        images, targets = self.backend.images(images), targets.to(self.device)
         rows = slice(part.offset, part.offset + len(part.labels))
         masks = {name: mask[rows].to(self.device) for name, mask in noise.items()} if noise else None
         return Inputs(images, targets, masks)
