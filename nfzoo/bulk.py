@@ -321,7 +321,7 @@ def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
     given = dict(vars(options))
     model = from_pretrained(given.pop("model"))
     done = predict_all(model, given.pop("data"), given.pop("output"), working=working, **given)
-    if not command.first():
+    if not processes(cpu=options.device == "cpu").is_main_process:
         return
     output = printable(options.output)
     if done.written:

@@ -364,7 +364,7 @@ def _main(options: argparse.Namespace) -> None:
         skip_broken=options.skip_broken,
         date=options.date,
     )
-    if command.first():
+    if processes(cpu=options.device == "cpu").is_main_process:
         command.publish(options.json, found.to_dict(), table(found))
 
 
