@@ -297,7 +297,7 @@ def cells(runs: Sequence[Run]) -> dict[tuple[str, int, float], Cell]:
 def table(grid: Grid, found: Mapping[tuple[str, int, float], Cell]) -> str:
     """For each method and batch size: usable learning rates, the highest that never diverges, the best accuracy."""
     lines = [
-        "| method | batch | usable learning rates | how many | highest without divergence | best accuracy | at |",
+        "| method | batch | usable learning rates | how many | highest below any divergence | best accuracy | at |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method in grid.methods:

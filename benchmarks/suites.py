@@ -77,13 +77,14 @@ def inference(options: Options) -> Page:
                 "the measured rate of a large matrix product in this precision.",
             )
         )
-    if peer.timm() is not None and points and (options.gpu or options.quick):
+    if peer.timm() is not None and points and (options.quick or len(models) > 1):
         points += _efficientnets(options)
     if options.plot is not None and points:
         made = pages.plot(
             points,
             options.plot / f"accuracy-latency-{'gpu' if options.gpu else 'cpu'}{'-quick' if options.quick else ''}.png",
-            xlabel=f"seconds an image, batch 1, {_dtype(work)}, the faster of eager and compiled",
+            xlabel=f"seconds an image, batch 1, {_dtype(work)}, "
+            + ("the faster of eager and compiled" if options.compiled else "eager"),
         )
         if made is None:
             print("no plot: it needs matplotlib", file=sys.stderr)

@@ -26,7 +26,7 @@ from . import command
 from .config import MOST
 from .data import evaluation_batches, open_split
 from .device import usable_device
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .files import replaced_folder
 from .module import NFNet
 from .plots import printable
@@ -140,14 +140,16 @@ def export(
 
     Args:
         model: a trained or a folded model, which stays as it is.
-        format: a key of `FORMATS`.
+        format: a key of `FORMATS`; a float64 model becomes float32 in `onnx`.
         size: side of the images in pixels; by default that of the model's evaluation.
         batch: a fixed number of images; by default any number.
         device: what `aoti` compiles for; by default where the model is.
         int8: batches of prepared images; `onnx` is then quantised with their ranges (see `nfzoo.quantize`).
 
     Raises:
-        ConfigError: for an unknown format, a number out of range, a device or package that is not there.
+        ConfigError: for an unknown format, a number out of range, a device or package that is not there, a folder that
+            holds other files.
+        CheckpointError: for weights that are not finite.
     """
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
@@ -162,6 +164,15 @@ def export(
         raise ConfigError(f"{format} needs {' and '.join(missing)}: pip install 'nfzoo[export]'")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; give a folder")
+    if others := sorted(p.name for p in _entries(folder) if p.name not in (kind.file, SHEET)):
+        raise ConfigError(
+            f"{str(folder)!r} holds other files, such as {others[0]!r}; give a folder of the export's own"
+        )
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise CheckpointError(f"the weight {name} is not finite; the model is damaged, or its training diverged")
+    if format == "onnx" and next(model.parameters()).dtype == torch.float64:  # for which runtimes have no convolution
+        model = NFNet.from_params(model.description, {k: v.detach().float() for k, v in model.named_parameters()})
     lean = model if model.config.folded else model.for_inference()
     if device is not None:
         lean = NFNet.from_params(lean.description, {k: v.detach().clone() for k, v in lean.named_parameters()})
@@ -182,6 +193,10 @@ def export(
         text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
         (scratch / SHEET).write_text(text, encoding="utf-8")
     return Path(folder) / kind.file
+
+
+def _entries(folder: str | Path) -> list[Path]:
+    return list(Path(folder).iterdir()) if Path(folder).is_dir() else []
 
 
 def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -92,11 +94,13 @@ def gather(items: list[T]) -> list[T]:
 class Agreement:
     """All processes' answer to "has anyone been asked to stop?", and the signals that ask it.
 
-    The first SIGTERM or Ctrl-C asks; the second ends the process as it would have without this.
+    The first SIGTERM or Ctrl-C asks; the second ends the process as it would have without this. The end of `accelerate
+    launch` asks as well, which passes no SIGTERM on to a single process.
     """
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        self._launcher = _launcher()
         self._before: dict[int, Any] = {}
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # Flags travel on the CPU, where reading them does not wait for the accelerator.
@@ -127,12 +131,25 @@ class Agreement:
 
         All processes call this together.
         """
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.asked = self.asked or signal.SIGTERM
         if self._group is None:
             return self.asked, count
         flags = torch.tensor([*(int(self.asked == number) for number in STOPPING), count])
         dist.all_reduce(flags, group=self._group)
         *asked, total = flags.tolist()
         return next((int(number) for number, times in zip(STOPPING, asked, strict=True) if times), None), total
+
+
+def _launcher() -> int | None:
+    """The parent process, if it is Accelerate's launcher."""
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # no Linux
+        return None
+    names = {os.path.basename(word) for word in words[:4]}
+    return parent if names & {b"accelerate", b"accelerate.commands.launch"} else None
 
 
 def gradients(params: Iterable[Tensor]) -> list[Tensor]:

@@ -256,7 +256,8 @@ def _with_files(argv: list[str]) -> list[str]:
         if name not in known and ("/" in name or name.endswith((".yaml", ".yml"))):
             inside = Path(name) / "train.yaml"
             hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""
-            raise ConfigError(f"there is no recipe file {name!r}{hint}")
+            kind = "is a folder, no recipe file" if Path(name).is_dir() else "is no recipe file"
+            raise ConfigError(f"{name!r} {kind}{hint}")
         if name not in known:
             near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
             raise ConfigError(f"there is no recipe {name!r}, neither a file nor one of nfzoo's{near}")
@@ -267,10 +268,22 @@ def _with_files(argv: list[str]) -> list[str]:
     return found
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _check_file(path: Path) -> None:
     """Raise a `ConfigError` that names the file, for one that is not YAML or has options that there are not."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:

@@ -7,6 +7,7 @@ A program takes and gives tensors by name, in the order that the file beside it 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
         for name, made in lowered.items():
             (scratch / f"{name}{TEXT}").write_text(made.text, encoding="utf-8")
             (scratch / f"{name}{BYTECODE}").write_bytes(made.bytecode)
-            (scratch / f"{name}{NAMES}").write_text(json.dumps(made.names, indent=1) + "\n", encoding="utf-8")
+            facts = made.names | ({"config": dataclasses.asdict(StepConfig())} if name == TRAIN_STEP else {})
+            (scratch / f"{name}{NAMES}").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         written = sorted(path.name for path in scratch.iterdir())
     return [Path(folder) / name for name in written]
 

@@ -1,8 +1,8 @@
 """Checkpoints to resume a run from: written whole or not at all, rotated, and found again.
 
 A checkpoint is a folder `step_00000123` of safetensors files and `state.json`, which is written last and lists every
-file with its size. It is built under a hidden name, flushed to the disk and renamed, so a process that dies at any
-moment leaves complete checkpoints and at most one hidden folder, which the next save sweeps away.
+file with its size and checksum. It is built under a hidden name, flushed to the disk and renamed, so a process that
+dies at any moment leaves complete checkpoints and at most one hidden folder, which the next save sweeps away.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +87,10 @@ def save_state(
                 raise OSError(f"could not write {folder / path.name}: {error}") from error
             path.chmod(mode)  # safetensors writes 0600
             _sync(path)
-        sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
-        manifest = {"format": FORMAT, **facts, "step": step, "files": sizes}
+        files = sorted(scratch.iterdir())
+        sizes = {path.name: path.stat().st_size for path in files}
+        sums = {path.name: _checksum(path) for path in files}
+        manifest = {"format": FORMAT, **facts, "step": step, "files": sizes, "crc32": sums}
         with (scratch / STATE_FILE).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, allow_nan=True)
             file.flush()
@@ -104,12 +107,15 @@ def save_state(
 
 
 def latest_state(root: str | Path) -> Saved | None:
-    """The newest complete checkpoint, `None` if there is none. Incomplete ones are named and passed over."""
+    """The newest intact checkpoint, `None` if there is none. Incomplete and damaged ones are named and passed over."""
     for folder in _folders(Path(root)):
         facts = _read(folder)
-        if facts is not None:
+        if facts is None:
+            logger.warning("%s is not complete, and is passed over", folder)
+        elif any(_checksum(folder / name) != value for name, value in facts.get("crc32", {}).items()):
+            logger.warning("%s is damaged, and is passed over", folder)
+        else:
             return Saved(folder, facts)
-        logger.warning("%s is not complete, and is passed over", folder)
     return None
 
 
@@ -137,6 +143,15 @@ def _read(folder: Path) -> dict[str, Any] | None:
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {facts.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
     return facts if complete else None
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: against disks and copies, not against people."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _remove(folder: Path) -> None:

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "examples:\n"
         "  nfzoo tpu-check nfnet-f1 --topology v5e:1x1 --batch 128 --train\n"
         "  nfzoo tpu-check nf-resnet-50 --topology v4:2x2x1 --batch 1024 --train --largest",
-        epilog="exit status: 0 it compiles, 1 it does not, 2 bad input",
+        epilog="exit status: 0 it compiles, 1 it does not or the compiler came to no end, 2 bad input",
     )
     parser.add_argument(
         "model", metavar="MODEL", help="a name from `nfzoo list`, a checkpoint folder or its weight file"
@@ -189,7 +189,7 @@ def _topology(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when it compiles, 1 when it does not or the disk gave out, 2 for bad input."""
+    """The command line: 0 when it compiles, 1 when it does not, or ran out of time or disk, 2 for bad input."""
     return command.run("nfzoo tpu-check", lambda: _main(_parser().parse_args(argv)))
 
 

@@ -109,12 +109,13 @@ def compile_apart(
     Args:
         timeout: minutes for the whole of it.
         progress: is told what is being done, once a second.
-        log: file for what the compiler prints.
+        log: file to append what the compiler prints to.
         worker: the command of the process, `WORKER` by default.
     """
     deadline = time.monotonic() + 60 * timeout
     with contextlib.ExitStack() as stack:
-        errors = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("w+b"))
+        errors = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("a+b"))
+        begin = errors.seek(0, os.SEEK_END)
         process = stack.enter_context(_running(worker or WORKER, errors))
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a worker that died at once is seen below
@@ -134,7 +135,7 @@ def compile_apart(
             return Check(request=request, outcome="timed out", reason=reason)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10)
-        reason = f"{_ending(process.returncode)} while {doing}{_last_line(errors)}"
+        reason = f"{_ending(process.returncode)} while {doing}{_last_line(errors, begin)}"
         return Check(request=request, outcome="crashed", reason=reason)
 
 
@@ -193,8 +194,8 @@ def _ending(status: int | None) -> str:
     return f"the compiler's process ended with status {status}"
 
 
-def _last_line(errors: IO[bytes]) -> str:
-    errors.seek(0)
+def _last_line(errors: IO[bytes], since: int) -> str:
+    errors.seek(since)
     lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines()]
     # The last line of a traceback of jax is an advertisement of a switch, after a rule.
     said = [line for line in lines if line and not line.startswith(("---", "For simplicity, JAX"))]

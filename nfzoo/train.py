@@ -6,19 +6,22 @@ Exit status: 0 when the model is trained, 2 for bad input, 1 when training or th
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from . import device
+from . import command, device
 from .checkpoint import CONFIG_FILE, Description, describe
 from .config import Preprocessing
 from .data import BrokenImageError, Split, open_split
@@ -68,6 +71,11 @@ def train(config: TrainConfig) -> Result:
         TrainingError: if a gradient stops being finite, the disk fills up, or another process is lost.
         Stopped: after SIGTERM or Ctrl-C; the run has saved where it was.
     """
+    with _alone(Path(config.output)):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Result:
     output = Path(config.output)
     saved = _open_saved(config)
     _check_writable(output, config.data)
@@ -97,6 +105,29 @@ def train(config: TrainConfig) -> Result:
         ) from error
 
 
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other runs of this machine out of a folder; a `ConfigError` if one is writing into it.
+
+    The lock lies elsewhere, since nothing is written before the first checkpoint, and goes with the process.
+    """
+    with contextlib.ExitStack() as stack:
+        name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:32]
+        # No lock where there are none, nor where another user's file stands in the way.
+        with contextlib.suppress(ImportError, PermissionError):
+            import fcntl
+
+            if command.first():
+                file = stack.enter_context((Path(tempfile.gettempdir()) / f"nfzoo-{name}.lock").open("a"))
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loaders
+                except BlockingIOError as error:
+                    raise ConfigError(
+                        f"another run is writing into {str(output)!r}; wait for its end, or choose another output"
+                    ) from error
+        yield
+
+
 def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:
     """Whether an error came from another process that is gone."""
     text = str(error)
@@ -114,7 +145,7 @@ def _open_saved(config: TrainConfig) -> Saved | None:
             return saved
         if not config.overwrite and any((output / STATES).glob("step_*")):
             raise CheckpointError(
-                f"no checkpoint in {str(output / STATES)!r} is complete; pass --overwrite true to begin anew, or "
+                f"no checkpoint in {str(output / STATES)!r} is intact; pass --overwrite true to begin anew, or "
                 "choose another output"
             )
     if not config.overwrite:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from nfzoo import ConfigError, NFNet, Preprocessing, from_pretrained
+from nfzoo import CheckpointError, ConfigError, NFNet, Preprocessing, from_pretrained
 from nfzoo.config import config_from_dict
 from nfzoo.data import evaluation_batches, open_split
 from nfzoo.evaluate import score
@@ -256,3 +256,32 @@ def test_int8_onnx_has_eight_bit_weights(tmp_path):
 
     types = {t.data_type for t in onnx.load(str(tmp_path / "int8.onnx")).graph.initializer}
     assert onnx.TensorProto.INT8 in types
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
+    """An export beside another would leave a program that `nfzoo.json` does not describe."""
+    shell().save_pretrained(tmp_path / "model")
+    before = sorted(p.name for p in (tmp_path / "model").iterdir())
+    for _ in range(2):
+        assert main([str(tmp_path / "model"), "--format", "torch", "--output", str(tmp_path / "out")]) == 0
+    for command in (["--format", "onnx", "--output", "out"], ["--format", "torch", "--output", "model"]):
+        assert main([str(tmp_path / "model"), *command[:-1], str(tmp_path / command[-1])]) == 2
+        assert "holds other files" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == before
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    model = shell()
+    with torch.no_grad():
+        model.get_parameter("head.weight")[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"head\.weight is not finite"):
+        export(model, tmp_path / "out", format="torch")
+    assert not (tmp_path / "out").exists()
+
+
+def test_float64_becomes_float32_in_onnx(tmp_path):
+    model = shell().double().eval()
+    path = export(model, tmp_path / "out", format="onnx")
+    x = images(model.config)
+    assert relative(torch.from_numpy(run_onnx(path, x)), model(x.double())) < 1e-5
+    assert json.loads((tmp_path / "out" / SHEET).read_text())["arithmetic"] == "float32"

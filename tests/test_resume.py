@@ -351,3 +351,57 @@ def test_the_last_good_checkpoint_is_named_when_training_diverges(
     error = capsys.readouterr().err
     assert "a weight of 'stages.0.0' is not finite, at step 4" in error
     assert "step_00000002 holds the last checkpoint" in error
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from nfzoo.train import _alone
+with _alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            (tmp_path / "link").symlink_to(output)
+            for name in ("run", "link"):
+                assert run(tmp_path / name) == 2
+                assert "another run is writing into" in capsys.readouterr().err
+            assert not output.exists()
+        finally:
+            other.kill()
+    assert run(output) == 0  # the lock went with the process
+
+
+LAUNCHER = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, *sys.argv[2:]]).wait())
+"""
+WORKER = """
+import time
+from nfzoo.parallel import Agreement
+with Agreement() as agreement:
+    assert agreement.reached() == (None, 0)
+    print("running", flush=True)
+    while agreement.reached()[0] is None:
+        time.sleep(0.05)
+    print("asked", int(agreement.reached()[0]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the parent's name is known on Linux alone")
+def test_the_end_of_accelerate_launch_is_heard(tmp_path: Path) -> None:
+    launcher = tmp_path / "accelerate"
+    launcher.write_text(LAUNCHER)
+    command = [sys.executable, str(launcher), "launch", "-c", WORKER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        process.terminate()
+        assert process.stdout.readline() == f"asked {int(signal.SIGTERM)}\n"

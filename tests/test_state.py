@@ -14,7 +14,7 @@ import torch
 
 from nfzoo import state
 from nfzoo.errors import CheckpointError
-from nfzoo.state import latest_state, rng_state, save_state, set_rng_state
+from nfzoo.state import Saved, latest_state, rng_state, save_state, set_rng_state
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -85,10 +85,21 @@ def test_a_damaged_one_is_named(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 1, tensors(1), {})
     weights = folder / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
-    saved = latest_state(tmp_path)
-    assert saved is not None
+    saved = Saved(folder, {"step": 1})
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         saved.tensors("model")
+
+
+def test_one_flipped_bit_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_state(tmp_path, 1, tensors(1), {})
+    weights = save_state(tmp_path, 2, tensors(2), {}) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    saved = latest_state(tmp_path)
+    assert saved is not None
+    assert saved.step == 1
+    assert "step_00000002 is damaged, and is passed over" in caplog.text
 
 
 def test_another_format_is_an_error(tmp_path: Path) -> None:
