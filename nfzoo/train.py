@@ -113,8 +113,8 @@ def _alone(output: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:32]
-        # No lock where there are none, nor where another user's file stands in the way.
-        with contextlib.suppress(ImportError, PermissionError):
+        # No lock where there are none, nor where its file cannot be made: the disk is full, or it is another user's.
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             if command.first():

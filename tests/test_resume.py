@@ -379,6 +379,12 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
     assert run(output) == 0  # the lock went with the process
 
 
+def test_a_lock_that_cannot_be_made_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.tempfile, "gettempdir", lambda: str(tmp_path / "absent"))
+    with train._alone(tmp_path / "run"):
+        pass
+
+
 LAUNCHER = """
 import subprocess, sys
 print(subprocess.Popen([sys.executable, *sys.argv[2:]]).wait())
@@ -395,7 +401,9 @@ with Agreement() as agreement:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the parent's name is known on Linux alone")
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="only Linux has /proc, which says what started a process"
+)
 def test_the_end_of_accelerate_launch_is_heard(tmp_path: Path) -> None:
     launcher = tmp_path / "accelerate"
     launcher.write_text(LAUNCHER)
