@@ -116,6 +116,7 @@ def test_recipes_run(name: str, tmp_path: Path) -> None:
         ("optim: {lrr: 3}", "'optim.lrr', which there is not; did you mean 'lr'"),
         ("augment:\n  layer: 4", "'augment.layer', which there is not; did you mean 'layers'"),
         ("just text", "holds no options"),
+        ("? [a]\n: 1", "line 1: found unhashable key"),
         ("epochs: 1\nepochs: 2", "line 2: 'epochs' is there twice"),
         (b"\xff\xfe", "cannot be read: 'utf-8'"),
     ],
