@@ -9,11 +9,12 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-# Two more environments, for what pins another torch or brings a compiler of its own.
+# More environments, for what pins another torch or brings a compiler of its own.
 XLA := .venv-xla
 TPU := .venv-tpu
+GPU := .venv-gpu
 
-.PHONY: help demo test test-slow test-xla test-tpu lint format clean
+.PHONY: help demo test test-slow test-xla test-tpu test-gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "make test-slow  run the tests that 'make test' leaves out"
 	@echo "make test-xla   run the tests under torch-xla, in $(XLA); ARGS='-m slow' for the training runs"
 	@echo "make test-tpu   compile for TPUs that are not here, in $(TPU)"
+	@echo "make test-gpu   run Triton kernels in its interpreter and compile them for GPUs that are not here, in $(GPU)"
 	@echo "make lint       check format, lint rules and types"
 	@echo "make format     rewrite the sources in the house format"
 	@echo "make clean      remove the environments, build products and caches"
@@ -41,6 +43,9 @@ test-xla: $(XLA)/.installed
 test-tpu: $(TPU)/.installed
 	$(TPU)/bin/python -m pytest tests/tpu $(ARGS)
 
+test-gpu: $(GPU)/.installed
+	$(GPU)/bin/python -m pytest tests/gpu $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,7 +56,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(XLA) $(TPU) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA) $(TPU) $(GPU) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made anew, so that a dependency which was dropped does not linger; the stamp goes with the old one
@@ -92,4 +97,12 @@ $(TPU)/.installed: pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv $(TPU)
 	@echo "installing the TPU compiler into $(TPU); this takes minutes, once"
 	$(TPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu-aot]' pytest pytest-timeout
+	touch $@
+
+$(GPU)/.installed: pyproject.toml tests/gpu/requirements.txt
+	rm -rf $(GPU)
+	"$(PYTHON)" -m venv $(GPU)
+	@echo "installing Triton into $(GPU); this takes minutes, once"
+	$(GPU)/bin/python -m pip install --quiet --requirement tests/gpu/requirements.txt
+	$(GPU)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

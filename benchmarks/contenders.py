@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -84,6 +85,8 @@ def inference(
     ours = network(variant, work, training=False).to(work.dtype)
     add("nfzoo eager", ours)
     add("nfzoo folded", ours.for_inference())
+    if work.device.type == "cpu":
+        add("nfzoo folded, prepacked", ours.for_inference().prepack())
     if compiled:
         add("nfzoo folded, compiled", ours.for_inference().compile_blocks())
     if peer.timm() is not None:
@@ -92,6 +95,9 @@ def inference(
         add("timm eager", theirs)
         if compiled:
             add("timm compiled", torch.compile(theirs, dynamic=False))
+            if work.device.type == "cpu":
+                frozen: Any = copy.deepcopy(theirs)
+                add("timm compiled, frozen", torch.compile(frozen, dynamic=False, options={"freezing": True}))
     if work.device.type == "cuda" and compiled:
         for name in [n for n in calls if n.endswith("compiled")]:
             with torch.no_grad():
@@ -113,9 +119,7 @@ def train_nfzoo(
     net = network(variant, work, training=True).checkpoint_blocks(enabled=checkpointed)
     if compiled:
         net.compile_blocks()
-    # A call for each kernel would keep a GPU waiting: there the update is the foreach one; `optimizer` times both.
-    fused = compiled and work.device.type == "cpu"
-    optimizer = AGCSGD(param_groups(net), lr=1e-4, ema_decay=0.99999, compiled=fused)
+    optimizer = AGCSGD(param_groups(net), lr=1e-4, ema_decay=0.99999, compiled=compiled)
     return _training(net, functools.partial(net, noise={}), optimizer.step, work, batch, size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ class AGCSGD(torch.optim.Optimizer):
         clip: AGC threshold, `None` for no clipping; a group option.
         eps: floor of the parameter norm in AGC.
         ema_decay: keep a moving average of the parameters, as `nfzoo.optim.ema` defines it: see `averages`.
-        compiled: compile the update, one graph for each shape of kernel, and not one for each kernel.
+        compiled: compile the update: on CUDA devices, with Triton, to a few kernels for all parameters
+            (`nfzoo.fused`), elsewhere to one graph for each shape of kernel.
 
     Attributes:
         clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first.
@@ -66,9 +68,11 @@ class AGCSGD(torch.optim.Optimizer):
             "steps": 0,
         }
         super().__init__(params, defaults)
+        self._fused: dict[Any, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._fused = {}
         for group in self.param_groups:
             for name, value in (("ema_decay", None), ("compiled", False), ("steps", 0)):
                 group.setdefault(name, value)
@@ -95,10 +99,10 @@ class AGCSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] += 1
             for bundle in self._bundles(group):
-                count, of = self._update(group, bundle)
-                if count is not None:
-                    counts.append(count)
-                    units += of
+                for count, of in self._update(group, bundle):
+                    if count is not None:
+                        counts.append(count)
+                        units += of
         self.clipped_fraction = torch.stack(counts).sum() / units if counts else None
         return loss
 
@@ -131,19 +135,16 @@ class AGCSGD(torch.optim.Optimizer):
                     state["ema"] = p.detach().clone()
         return bundles.values()
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
-        """One step on one bundle; how many units were clipped, and of how many."""
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[Tensor | None, int]]:
+        """One step on one bundle, in parts: how many units of each were clipped, and of how many."""
         if not group["compiled"] or is_sharded(params[0]):
-            return self._update_eager(group, params)
-        wide = [p for p in params if p.ndim > 1 and _dense(p, p.grad, *self.state[p].values())]
-        chosen = set(wide)
-        rest = [p for p in params if p not in chosen]
-        masks = self._update_compiled(group, wide)
-        count, units = self._update_eager(group, rest) if rest else (None, 0)
-        if group["clip"] is None:
-            return None, 0
-        counts = [torch.cat(masks).sum()] if masks else []
-        return torch.stack([*counts, *([] if count is None else [count])]).sum(), units + sum(len(p) for p in wide)
+            return [self._update_eager(group, params)]
+        one_kernel = has_fused(params[0].device)
+        takes, update = (_rowwise, self._update_fused) if one_kernel else (_matrix, self._update_compiled)
+        chosen = [p for p in params if takes(p, p.grad, *self.state[p].values())]
+        kept = set(chosen)
+        rest = [p for p in params if p not in kept]
+        return [run(group, some) for run, some in ((update, chosen), (self._update_eager, rest)) if some]
 
     def _update_eager(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
@@ -178,14 +179,31 @@ class AGCSGD(torch.optim.Optimizer):
             ema_(average, live, group["steps"] - 1, decay=group["ema_decay"], gate=self.gate)
         return count, units
 
-    def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """One step on kernels and linears; the masks of their clipped units."""
-        if not params:
-            return []
+    def _update_fused(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+        """One step on one bundle in a few Triton kernels."""
+        from .fused import FusedUpdate
+
+        key = (params[0].device, tuple(p.shape for p in params))
+        if key not in self._fused:
+            self._fused[key] = FusedUpdate(params)
+        fused = self._fused[key]
+        lr, weight = self._numbers(group, params[0].device)
+        count = fused(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["momentum_buffer"] for p in params],
+            None if weight is None else [self.state[p]["ema"] for p in params],
+            lr=lr,
+            weight=weight,
+            gate=self.gate,
+            **{name: group[name] for name in ("clip", "eps", "momentum", "nesterov", "weight_decay")},
+        )
+        return count, 0 if count is None else fused.units
+
+    def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+        """One step on kernels and linears, one graph for each shape."""
         constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
-        device, decay = params[0].device, group["ema_decay"]
-        lr = _number(group["lr"], device)
-        weight = None if decay is None else _number(1 - ema_decay(group["steps"] - 1, decay), device)
+        lr, weight = self._numbers(group, params[0].device)
         masks = []
         for p in params:
             state = self.state[p]
@@ -194,7 +212,15 @@ class AGCSGD(torch.optim.Optimizer):
             rows = [None if t is None else t.view(len(t), -1) for t in tensors]
             update = _compiled_update((len(p), p.numel() // len(p)), constants)
             masks.append(update(*rows, lr, weight, self.gate))
-        return [mask.flatten() for mask in masks if mask is not None]
+        if group["clip"] is None:
+            return None, 0
+        return torch.cat([mask.flatten() for mask in masks]).sum(), sum(len(p) for p in params)
+
+    def _numbers(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Learning rate, and the share of the new parameters in the moving average, on the device."""
+        decay = group["ema_decay"]
+        weight = None if decay is None else _number(1 - ema_decay(group["steps"] - 1, decay), device)
+        return _number(group["lr"], device), weight
 
 
 @functools.lru_cache(maxsize=1024)
@@ -236,8 +262,25 @@ def _compiled_update(shape: tuple[int, ...], constants: tuple[Any, ...]) -> Call
     return compile_alone(update)
 
 
-def _dense(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.is_contiguous() for t in tensors)
+@functools.cache
+def has_fused(device: torch.device) -> bool:
+    """Whether `nfzoo.fused` can update parameters on a device: CUDA, where torch's compiler brings Triton."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _matrix(*tensors: Tensor | None) -> bool:
+    """Kernels and linears, with all that belongs to them, whose rows `_update_compiled` can see as a matrix."""
+    return all(t is None or (t.ndim > 1 and t.is_contiguous()) for t in tensors)
+
+
+def _rowwise(*tensors: Tensor | None) -> bool:
+    """What `_update_fused` takes: float32, one memory layout for all, and units one after another in it."""
+    found = [t for t in tensors if t is not None]
+    if not all(t.dtype == torch.float32 and t.numel() for t in found):
+        return False
+    if all(t.is_contiguous() for t in found):
+        return True
+    return found[0].ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in found)
 
 
 def _number(value: float | Tensor, device: torch.device) -> Tensor:

@@ -153,6 +153,8 @@ def predict_all(
         model = (model if model.config.folded else model.for_inference()).to(place)
     if own and compile:
         model.compile_blocks()
+    elif own:
+        model.prepack()
     if workers is None:
         workers = 0 if data == DIGITS else default_workers(state.num_processes)
     batches = [rows for k in own for rows in _batches(parts.rows(k), batch_size)]

@@ -37,8 +37,10 @@ class CompiledBlock:
     """A block function, compiled; `graph_of` gives equal blocks the same one, also when copied or unpickled."""
 
     def __init__(self, fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> None:
+        inner: Any = fn.by_itself() if hasattr(fn, "by_itself") else fn  # type: ignore[attr-defined]
+
         def block(params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-            return fn(params, x, beta, keep)
+            return inner(params, x, beta, keep)
 
         self.fn, self.shapes, self.options = fn, shapes, options
         self._compiled = compile_alone(block, options)

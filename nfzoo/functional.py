@@ -176,17 +176,25 @@ def conv2d(
 
     `skipped_stride` is the stride that was taken out of this convolution to keep the output dense.
     """
-    kernel = weight.shape[-1]
+    x, padding = conv_input(
+        x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
+    )
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_input(
+    x: Tensor, kernel: int, *, stride: int, dilation: int, same: bool, skipped_stride: int
+) -> tuple[Tensor, int]:
+    """`(N, in, H, W)` padded where `conv2d` needs more than an equal margin on all sides, and that margin."""
     half = (kernel - 1) * dilation // 2
     if kernel == 1 or not same or (stride == 1 and skipped_stride == 1):
-        return F.conv2d(x, weight, bias, stride, half, dilation, groups)
+        return x, half
     h, w = x.shape[-2:]
     if skipped_stride > 1:
         rows, columns = (dense_padding(n, kernel, skipped_stride, dilation) for n in (h, w))
     else:
         rows, columns = (same_padding(n, kernel, stride, dilation) for n in (h, w))
-    x = pad2d(x, rows, columns)
-    return F.conv2d(x, weight, bias, stride, 0, dilation, groups)
+    return pad2d(x, rows, columns), 0
 
 
 def shortcut_pool(x: Tensor, *, stride: int, dilation: int = 1) -> Tensor:

@@ -13,17 +13,18 @@ from .optim import DECAYED
 from .recipe import OptimConfig
 
 
-def make_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(optim: OptimConfig, model: NFNet, lr: float, *, compiled: bool = False) -> torch.optim.Optimizer:
     """The papers' for "sgd", which clips by itself; else any of torch's kind, without decay of gains and biases.
 
-    Frozen parameters are left out.
+    Frozen parameters are left out. `compiled` is for the papers' alone: see `AGCSGD`.
 
     Raises:
         ConfigError: for a name that is no optimizer's, or options that it does not take.
     """
     if optim.name == "sgd":
         groups = param_groups(model, weight_decay=optim.weight_decay, clip=optim.clip)
-        return AGCSGD(groups, lr, momentum=optim.momentum, nesterov=optim.nesterov, weight_decay=0.0, clip=None)
+        options = {"momentum": optim.momentum, "nesterov": optim.nesterov, "compiled": compiled}
+        return AGCSGD(groups, lr, weight_decay=0.0, clip=None, **options)
     kinds = model.parameter_kinds()
     trainable = [(kinds[name], p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapter import AGCSGD
+from .adapter import AGCSGD, has_fused
 from .agc import agc_, whole
 from .device import AUTOCAST, backend, precision
 from .module import NFNet
@@ -57,7 +57,8 @@ class Trainee:
         self.live: Params = dict(model.named_parameters())
         self.names = {p: name for name, p in self.live.items()}
         self.trainable = [p for p in self.live.values() if p.requires_grad]
-        self.inner = make_optimizer(config.optim, model, peak_lr)
+        one_kernel = config.compile and has_fused(accelerator.device)
+        self.inner = make_optimizer(config.optim, model, peak_lr, compiled=one_kernel)
         if isinstance(self.inner, AGCSGD):  # before the first step, which a lazy device would else compile for itself
             for p in self.trainable:
                 self.inner.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -32,10 +32,11 @@ LAYERS = (
         "nfzoo.partfiles",
         "nfzoo.state",
     ),
+    ("nfzoo.onednn",),
     ("nfzoo.models",),
     ("nfzoo.model", "nfzoo.preprocess"),
     ("nfzoo.agc", "nfzoo.optim", "nfzoo.sam", "nfzoo.augment"),
-    ("nfzoo.step", "nfzoo.fold", "nfzoo.signal", "nfzoo.checkpoint", "nfzoo.sources", "nfzoo.compile"),
+    ("nfzoo.step", "nfzoo.fold", "nfzoo.signal", "nfzoo.checkpoint", "nfzoo.sources", "nfzoo.compile", "nfzoo.fused"),
     ("nfzoo.module", "nfzoo.adapter", "nfzoo.parallel", "nfzoo.shards", "nfzoo.tables", "nfzoo.tpu_worker"),
     ("nfzoo.splits", "nfzoo.quantize", "nfzoo.stablehlo"),
     ("nfzoo.data", "nfzoo.plots", "nfzoo.unlabelled"),
@@ -83,7 +84,7 @@ SEAMS = {
     "timm": ("nfzoo.conversion.verify", "benchmarks.peer"),
     "tensorflow": ("nfzoo.conversion.verify",),
 }
-APART = ("tests.reference", "tests.xla", "tests.tpu", "benchmarks.xla_scan")
+APART = ("tests.reference", "tests.xla", "tests.tpu", "tests.gpu", "benchmarks.xla_scan")
 
 
 class Module(NamedTuple):

@@ -6,13 +6,15 @@ average pool is linear too); alpha and the skip gain end a branch whose last ste
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import functional as nf
+from .. import onednn
 from ..config import Attention
 from ..errors import ConfigError
 from ..types import Block, BlockFn, Params, ParamSpec, Plan, Specs
@@ -23,21 +25,29 @@ from .parts import Conv, Geometry, Layers, Pool, ResidualBlock, classifier
 NO_NOISE = "a model folded for inference takes no noise: dropout and stochastic depth belong to the trained form"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class FoldedConv:
-    """A convolution, after `activation` if there is one."""
+    """A convolution between the activations `before` and `after`, where there are such."""
 
-    activation: str | None
+    before: str | None
+    after: str | None
     same: bool
     stride: int
+    alone: bool = False
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
-        x = x if self.activation is None else nf.activate(x, self.activation)
-        return nf.conv2d(x, p["weight"], p["bias"], same=self.same, stride=self.stride)
+        x = x if self.before is None else nf.activate(x, self.before)
+        return onednn.conv2d(
+            x, p["weight"], p["bias"], activation=self.after, same=self.same, stride=self.stride, alone=self.alone
+        )
+
+    def by_itself(self) -> FoldedConv:
+        """The same, to be compiled alone: see `FoldedBlock.alone`."""
+        return dataclasses.replace(self, alone=True)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class FoldedBlock:
     """The residual block of any family: `x -> shortcut + residual`, all scales being in the weights.
 
@@ -45,6 +55,7 @@ class FoldedBlock:
         pair: whether a second 3x3 convolution follows the first.
         inner: whether attention follows the first 3x3 convolution, not the last 1x1.
         pooled: whether a downsampling shortcut averages 2x2 pixels; else its kernel strides.
+        alone: whether, when compiled, the block is all there is to compile, with no transform around it.
     """
 
     activation: str
@@ -55,36 +66,52 @@ class FoldedBlock:
     pair: bool
     inner: bool
     pooled: bool
+    alone: bool = False
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
         g = self.geometry
         out = self.act(x)
         shortcut = self.shortcut(p, x, out)
-        out = self.conv(p, "conv0", out)
+        out = self.conv(p, "conv0", out, self.activation)
         out = self.conv(
             p,
             "conv1",
-            self.act(out),
+            out,
+            None if self.inner else self.activation,
             stride=g.stride,
             skipped_stride=g.skipped_stride,
             dilation=g.dilation,
             groups=self.groups,
         )
         if self.inner:
-            out = self.attend(p, out)
+            out = self.act(self.attend(p, out))
         if self.pair:
-            out = self.conv(p, "conv1b", self.act(out), dilation=g.out_dilation, groups=self.groups)
-        out = self.conv(p, "conv2", self.act(out))
+            out = self.conv(p, "conv1b", out, self.activation, dilation=g.out_dilation, groups=self.groups)
+        out = self.conv(p, "conv2", out)
         return (out if self.inner else self.attend(p, out)) + shortcut
+
+    def by_itself(self) -> FoldedBlock:
+        """The same, to be compiled alone."""
+        return dataclasses.replace(self, alone=True)
 
     def act(self, x: Tensor) -> Tensor:
         """The activation, whose gamma is in the weights that read it."""
         return nf.activate(x, self.activation)
 
-    def conv(self, p: Mapping[str, Tensor], name: str, x: Tensor, **geometry: int) -> Tensor:
-        """Convolution `name` with its weight as it is."""
-        return nf.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], same=self.same, **geometry)
+    def conv(
+        self, p: Mapping[str, Tensor], name: str, x: Tensor, activation: str | None = None, **geometry: int
+    ) -> Tensor:
+        """Convolution `name` with its weight as it is, and the activation behind it."""
+        return onednn.conv2d(
+            x,
+            p[f"{name}.weight"],
+            p[f"{name}.bias"],
+            same=self.same,
+            activation=activation,
+            alone=self.alone,
+            **geometry,
+        )
 
     def attend(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """`scale * gate * x`, where `scale` is the attention's 2 times whatever ends the branch."""
@@ -105,16 +132,17 @@ class FoldedBlock:
         return self.conv(p, "shortcut", out)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class FoldedPool:
-    """`(N, C, H, W) -> (N, C)`: activation, the mean over all pixels, and then gamma, so that embeddings stay equal."""
+    """`(N, C, H, W) -> (N, C)`: activation, the mean over all pixels, then gamma, so that embeddings stay equal."""
 
-    activation: str
+    before: str | None
     gamma: float
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
-        return nf.global_mean(nf.activate(x, self.activation)) * self.gamma
+        x = x if self.before is None else nf.activate(x, self.before)
+        return nf.global_mean(x) * self.gamma
 
 
 def folded_classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
@@ -132,14 +160,28 @@ def _refuse(keep: Tensor | None) -> None:
 
 
 def folded_plan(plan: Plan) -> Plan:
-    """The plan whose blocks are the inference form of `plan`'s, with the same names and features."""
-    return tuple(Block(b.name, _function(b), _specs(b), feature=b.feature) for b in plan)
+    """The plan whose blocks are the inference form of `plan`'s, with the same names and features.
+
+    A convolution takes over the activation that the next block begins with, unless its output is a feature map.
+    """
+    after = [None if b.feature or not isinstance(b.fn, Conv) else _before(c) for b, c in itertools.pairwise(plan)]
+    handed = [None, *after]
+    return tuple(
+        Block(b.name, _function(b, None if taken else _before(b), own), _specs(b), feature=b.feature)
+        for b, taken, own in zip(plan, handed, [*after, None], strict=True)
+    )
 
 
-def _function(block: Block) -> BlockFn:
+def _before(block: Block) -> str | None:
+    """The activation that a block of the stem or the end begins with."""
+    fn = block.fn
+    return fn.layers.activation if isinstance(fn, Pool) or (isinstance(fn, Conv) and fn.activated) else None
+
+
+def _function(block: Block, before: str | None, after: str | None) -> BlockFn:
     fn = block.fn
     if isinstance(fn, Conv):
-        return FoldedConv(fn.layers.activation if fn.activated else None, fn.layers.rule.same_padding, fn.stride)
+        return FoldedConv(before, after, fn.layers.rule.same_padding, fn.stride)
     if isinstance(fn, ResidualBlock):
         rule = fn.layers.rule
         return FoldedBlock(
@@ -153,7 +195,7 @@ def _function(block: Block) -> BlockFn:
             pooled=rule.pooled_shortcut or not isinstance(fn, BottleneckBlock),
         )
     if isinstance(fn, Pool):
-        return FoldedPool(fn.layers.activation, _gamma(fn.layers))
+        return FoldedPool(before, _gamma(fn.layers))
     if fn is classifier:
         return folded_classifier
     if isinstance(fn, MaxPool):
