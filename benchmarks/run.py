@@ -8,7 +8,9 @@
     python benchmarks/run.py headline                 # NFNet-F1 at 224 against EfficientNet-B7 at 600
     python benchmarks/run.py layout                   # NCHW or channels last
     python benchmarks/run.py boundary                 # what it costs that a graph ends with each block
+    python benchmarks/run.py grouped                  # the grouped 3x3 convolutions in several ways
     python benchmarks/run.py profile                  # where a training step spends its time
+    python benchmarks/run.py all                      # all of them; --budget 600 ends after so many seconds
 
 Needs torch >= 2.11, timm, Pillow and safetensors, and nfzoo's sources beside this folder; nothing is installed. Results
 go to `benchmarks/results/`; `--quick` runs small shapes, to see that everything works, and `--no-write` keeps no page.
@@ -32,16 +34,17 @@ import nfzoo  # noqa: E402
 if not hasattr(nfzoo, "__path__") or str(ROOT) not in nfzoo.__path__:
     nfzoo.__path__.append(str(ROOT))  # hub/ and conversion/ beside nfzoo/ are nfzoo.hub and nfzoo.conversion
 
-from benchmarks import pages, peer, timing  # noqa: E402
+from benchmarks import everything, pages, peer, timing  # noqa: E402
 from benchmarks.contenders import Work  # noqa: E402
 from benchmarks.suites import SUITES, Options  # noqa: E402
 
+MODELS = ("nfnet-f0", "nfnet-f1", "nfnet-f3", "nfnet-f5")
 SHARED = "Times are processor time on one machine with other programs, not wall-clock; `compile` states both."
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="benchmarks/run.py", description=(__doc__ or "").partition("\n")[0])
-    made.add_argument("suite", choices=SUITES)
+    made.add_argument("suite", choices=[*SUITES, "all"])
     made.add_argument("--device", help="cuda where there is one, otherwise cpu")
     made.add_argument("--dtype", choices=timing.DTYPES, help="bfloat16 on a GPU, float32 on a CPU")
     made.add_argument("--models", nargs="+", help="variants of the zoo")
@@ -54,13 +57,28 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     made.add_argument("--quick", action="store_true", help="small shapes: a check, not a result")
     made.add_argument("--output", type=Path, default=pages.RESULTS, help="folder of the result pages")
+    made.add_argument("--label", help="at the end of the result page's name")
+    made.add_argument("--budget", type=float, help="of `all`: seconds after which nothing is started or goes on")
     made.add_argument("--no-write", action="store_true", help="print only")
     return made
+
+
+def _shared(given: list[str]) -> list[str]:
+    """The options that every process of `all` is given: without the suite, the models, and what is for `all`."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("suite")
+    own.add_argument("--models", nargs="+")
+    own.add_argument("--budget")
+    own.add_argument("--label")
+    return own.parse_known_args(given)[1]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Status 0, or 2 for what cannot be run here."""
     args = parser().parse_args(argv)
+    if args.suite == "all":
+        given = list(sys.argv[1:] if argv is None else argv)
+        return everything.run(args.models or MODELS, _shared(given), budget=args.budget)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -95,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     text = pages.page(title, command, device, tables, notes)
     print(text)
     if not args.no_write:
-        print(f"wrote {pages.write(text, args.suite, device, args.output)}", file=sys.stderr)
+        label = f"{args.suite}-{args.label}" if args.label else args.suite
+        print(f"wrote {pages.write(text, label, device, args.output)}", file=sys.stderr)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import boundaries, contenders, pages, peer, profiles, timing
+from benchmarks import boundaries, contenders, grouped, pages, peer, profiles, timing
 from benchmarks.contenders import Work
 from benchmarks.pages import Table, number
 from nfzoo.adapter import AGCSGD
@@ -454,5 +454,6 @@ SUITES: dict[str, Callable[[Options], Page]] = {
     "headline": headline,
     "layout": layout,
     "boundary": boundary,
+    "grouped": grouped.page,
     "profile": profile,
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import boundaries, contenders, pages, peer, profiles, run, timing
+from benchmarks import boundaries, contenders, everything, grouped, pages, peer, profiles, run, suites, timing
 from benchmarks.pages import Point, Table
 from nfzoo import model
 from nfzoo.adapter import AGCSGD
@@ -164,6 +164,57 @@ def test_an_unusable_device_is_refused(capsys):
     assert "cuda:99" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("way", list(grouped.ways(CPU)))
+def test_every_way_to_a_grouped_convolution_is_that_convolution(way):
+    conv, last = grouped.ways(CPU)[way]
+    g = generator()
+    x, w = torch.randn(2, 12, 5, 6, generator=g), torch.randn(12, 4, 3, 3, generator=g)
+    layout = torch.channels_last if last else torch.contiguous_format
+    results = []
+    for fn in (grouped.by_torch, conv):
+        a, b = (t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in (x, w))
+        y = fn(a.to(memory_format=layout), b.to(memory_format=layout), 3)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (a, b))))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert relative(ours.detach(), theirs.detach()) < 1e-5
+
+
+def test_the_grouped_convolutions_are_those_of_the_plan():
+    found = grouped.layers("nfnet-f0", 192)
+    assert [(x.channels, x.groups, x.size, x.number) for x in found] == [
+        (128, 1, 48, 2),
+        (256, 2, 24, 3),
+        (768, 6, 12, 11),
+        (768, 6, 6, 5),
+    ]
+
+
+def test_all_suites_have_a_job_and_what_is_left_of_the_time(monkeypatch, capsys):
+    jobs = everything.jobs(["nfnet-f0", "nfnet-f1"])
+    assert {job.suite for job in jobs} == set(suites.SUITES)
+    assert len(set(jobs)) == len(jobs)
+    started: list[list[str]] = []
+
+    def run_one(command: list[str], *, timeout: float, check: bool) -> subprocess.CompletedProcess[bytes]:
+        started.append(command[2:])
+        if len(started) == 3:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, returncode=len(started) - 1)
+
+    monkeypatch.setattr(subprocess, "run", run_one)
+    status = run.main(["all", "--quick", "--models", "nfnet-f1", "--budget", "100", "--output", "x"])
+    assert status == 1
+    assert started[0] == ["training", "--models", "nfnet-f1", "--label", "nfnet-f1", "--quick", "--output", "x"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("benchmarks/run.py: training nfnet-f1: done")
+    assert "failed with status 1" in said[1]
+    assert "no time left" in said[2]
+    assert len(started) == len(said)  # the others had their turn
+    started.clear()
+    assert run.main(["all", "--budget", "0"]) == 1
+    assert not started
+
+
 @pytest.mark.slow
 def test_it_runs_without_being_installed(tmp_path):
     """As a script from anywhere, with nothing but the sources beside it."""
@@ -186,10 +237,10 @@ def test_it_runs_without_being_installed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["inference", "training", "memory", "headline", "layout", "profile"])
+@pytest.mark.parametrize("suite", ["inference", "training", "memory", "headline", "layout", "profile", "grouped"])
 def test_every_suite_runs(suite, tmp_path, capsys):
     options = ["--quick", "--eager", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)]
     models = [] if suite == "headline" else ["--models", "nfnet-f0"]
     assert run.main([suite, *options, *models]) == 0
-    assert "| nf" in capsys.readouterr().out
+    assert "| nf" in capsys.readouterr().out or suite == "profile"
     assert len(list(tmp_path.glob("*.md"))) == 1
