@@ -12,7 +12,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "predict",
         "what a model sees in images",
-        "Print the most probable labels of images, and draw them with the images on a sheet.\n"
+        "Print the most probable labels of images; --sheet draws them with the images.\n"
         "For very many images, with files as the result: nfzoo predict MODEL --data SOURCE --output FOLDER;\n"
         "`nfzoo predict MODEL --data x --help` shows the options of that.\n\n"
         "example: nfzoo predict runs/digits cat.jpg photos/ --topk 3 --sheet cats.png",
@@ -135,11 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--sheet",
         type=Path,
-        default=Path("predictions.png"),
         metavar="PNG",
-        help="where to draw the images with their labels; replaces what is there (default: predictions.png)",
+        help="draw the images with their labels; replaces what is there",
     )
-    sub.add_argument("--no-sheet", action="store_const", const=None, dest="sheet", help="draw no sheet")
     sub.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
     sub.add_argument(
         "--batch-size", type=command.positive, default=32, metavar="N", help="images at a time (default: 32)"
@@ -286,7 +284,7 @@ def _info(options: argparse.Namespace) -> None:
         return
     for key, value in facts.items():
         if value is not None:
-            print(f"{key + ':':<22}{printable(str(value))}")
+            print(f"{key + ':':<22}{printable(_in_words(value))}")
     resize = f"{preprocessing.resize}, margin {preprocessing.margin} pixels"
     if preprocessing.resize == "shortest-edge":
         resize = f"{preprocessing.resize}, crop {preprocessing.crop:g}"
@@ -322,8 +320,16 @@ def _lookup(source: str) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
     if found.labels is not None:
         more = ", …" if len(found.labels) > 8 else ""
         labels = ", ".join(found.labels[:8]) + more
-    source_of = None if found.provenance is None else json.dumps(dict(found.provenance), ensure_ascii=False)
-    return found.config, found.preprocessing, {"name": found.name, "source": source_of, "labels": labels}
+    provenance = None if found.provenance is None else dict(found.provenance)
+    return found.config, found.preprocessing, {"name": found.name, "provenance": provenance, "labels": labels}
+
+
+def _in_words(value: Any) -> str:
+    """A fact in one line; of a mapping, its entries that are not empty."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    parts = ((k, f"({_in_words(v)})" if isinstance(v, Mapping) else v) for k, v in value.items() if v is not None)
+    return ", ".join(f"{k} {v}" for k, v in parts)
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -206,27 +208,51 @@ def _parser() -> ArgumentParser:
 def parse(argv: list[str] | None = None) -> TrainConfig:
     """A configuration from command-line arguments. A `ConfigError` for anything that does not fit."""
     parser = _parser()
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        namespace = parser.parse_args(_with_files(sys.argv[1:] if argv is None else argv))
+        arguments = _with_files(arguments)
+        namespace = parser.parse_args(arguments)
         if not isinstance(namespace.get("optim"), Namespace):
             raise ConfigError(f"optim must be a mapping of options such as lr, not {namespace.get('optim')!r}")
         fields = dict(parser.instantiate(namespace))
     except NfzooError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; all mean that the arguments do not fit
-        raise ConfigError(_reason(str(error))) from error
+        raise ConfigError(_of_recipe(arguments, _reason(str(error)))) from error
     fields.pop("recipe", None)
     return TrainConfig(**fields)
 
 
+def _of_recipe(arguments: Sequence[str], reason: str) -> str:
+    """The reason, with the recipe file that gives the same one when it is read alone."""
+    given = [a.partition("=") for a in arguments]
+    files = [b[0] for a, b in itertools.pairwise(given) if a[0] == "--recipe" and not a[1]]
+    files += [value for flag, equals, value in given if flag == "--recipe" and equals]
+    for file in files:
+        try:
+            _parser().parse_args(["--recipe", file, "--model", "m", "--data", "d", "--output", "o"])
+        except Exception as error:
+            if _reason(str(error)) == reason:
+                return f"the recipe {file!r}: {reason}"
+    return reason
+
+
 def _reason(text: str) -> str:
     """An error of jsonargparse in one line; of a value that fits none of several types, what the first says."""
-    text = " ".join(text.split())
-    found = re.search(r"Union subtypes Subtypes: .*? Errors: - (.*?)(?: - |$)", text)
-    if found is None:
+    text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(text.split())).replace("typing.", "")
+    one = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', text)
+    several = re.search(
+        r'Parser key "([^"]+)": .*Union subtypes Subtypes: .*? Errors: - Expected an? (.+?) - .*Given value: (.*)$',
+        text,
+    )
+    found = one or several
+    if found is not None:
+        return f"{found[1]}: expected {found[2]}, not {found[3]!r}"
+    inner = re.search(r"Union subtypes Subtypes: .*? Errors: - (.*?)(?: - |$)", text)
+    if inner is None:
         return text
     place = re.search(r'Parser key "([^"]+)"', text)
-    return f"{place[1]}: {found[1]}" if place else found[1]
+    return f"{place[1]}: {inner[1]}" if place else inner[1]
 
 
 def _plain(value: Any) -> Any:

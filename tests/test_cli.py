@@ -113,7 +113,9 @@ def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_predict(checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", str(checkpoint), "photos", "photos/b.png", "--topk", "2"]) == 0
+    assert (
+        main(["predict", str(checkpoint), "photos", "photos/b.png", "--topk", "2", "--sheet", "predictions.png"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [lines[i] for i in (0, 3, 6)] == ["photos/a.png", "photos/b.png", "photos/b.png"]
     assert all(re.match(r"  +\d+\.\d %  (cat|dog|�\[31mfish)", lines[i]) for i in (1, 2, 4, 5, 7, 8))
@@ -134,7 +136,7 @@ def test_predict_as_json(checkpoint: Path, images: Path, capsys: pytest.CaptureF
 
 
 def test_no_sheet(checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", str(checkpoint), "photos", "--no-sheet"]) == 0
+    assert main(["predict", str(checkpoint), "photos"]) == 0
     assert "wrote" not in capsys.readouterr().out
     assert [p.name for p in Path.cwd().iterdir()] == ["photos"]
 
@@ -145,7 +147,7 @@ def test_a_second_run_does_not_look_at_the_first_ones_sheet(
     monkeypatch.chdir(images)
     texts = []
     for _ in range(2):
-        assert main(["predict", str(checkpoint), "."]) == 0
+        assert main(["predict", str(checkpoint), ".", "--sheet", "sheet.png"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 

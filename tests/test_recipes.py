@@ -128,3 +128,23 @@ def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: st
         with pytest.raises(ConfigError, match=message) as raised:
             recipe.parse([*arguments, *NEEDED])
         assert repr(str(path)) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epochs: abc", "epochs: expected int, not 'abc'"),
+        ("optim:\n  lr: big", "optim.lr: expected float, not 'big'"),
+        ("mixed_precision: half", "mixed_precision: expected Literal['no', 'bf16', 'fp16'], not 'half'"),
+    ],
+)
+@pytest.mark.parametrize("flag", [["--recipe", "RECIPE"], ["--recipe=RECIPE"]], ids=["two words", "one word"])
+def test_a_value_of_the_wrong_kind_is_named_with_its_recipe(content, message, flag, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    others = ["--model", "nfnet-test", "--data", "digits", "--output", "x"]
+    with pytest.raises(ConfigError) as raised:
+        recipe.parse([*(word.replace("RECIPE", str(path)) for word in flag), *others])
+    assert str(raised.value) == f"the recipe {str(path)!r}: {message}"
+    with pytest.raises(ConfigError, match=r"^epochs: expected int, not '1\.5'$"):
+        recipe.parse(["--recipe", "nfnet-f0-finetune", *others, "--epochs", "1.5"])
