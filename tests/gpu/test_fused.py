@@ -17,7 +17,8 @@ from nfzoo import AGCSGD, NFNet, adapter, param_groups
 from nfzoo.fused import LONGEST, FusedUpdate
 from nfzoo.model import specs
 from nfzoo.variants import VARIANTS
-from tests.helpers import SMALL, random_params, relative
+from tests.helpers import SMALL, random_params
+from tests.helpers import relative as relative_on_cpu
 
 # The interpreter reads numbers out of arrays of one element, which numpy will not like one day.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -25,16 +26,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 EXACT = 1e-6  # the same operations on float32, sums in another order
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
-    """Let the CPU, whose memory the interpreter works on, stand for a CUDA device."""
+    """Without a GPU let the CPU, on whose memory the interpreter works, stand for one."""
     monkeypatch.setattr(adapter, "has_fused", lambda device: True)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return relative_on_cpu(a.detach().cpu(), b.detach().cpu())
 
 
 def shell(seed: int = 0) -> NFNet:
     made = NFNet(SMALL["nfnet"])
     made.load_state_dict(random_params(made.config, seed))
-    return made
+    return made.to(DEVICE)
 
 
 def pair(**options: Any) -> list[tuple[NFNet, AGCSGD]]:
@@ -51,7 +59,7 @@ def give_gradients(models: list[NFNet], step: int) -> None:
     for parameters in zip(*(m.parameters() for m in models), strict=True):
         value = torch.randn(parameters[0].shape, generator=g) * 10 ** float(torch.randint(-4, 1, (), generator=g))
         for p in parameters:
-            p.grad = value.clone(memory_format=torch.preserve_format).to(memory_format=layout(p))
+            p.grad = value.clone().to(p.device, memory_format=layout(p))
 
 
 def layout(p: Tensor) -> torch.memory_format:
@@ -120,12 +128,8 @@ def test_channels_last_weights(monkeypatch):
 
 def test_what_it_does_not_take_is_updated_all_the_same(monkeypatch):
     seen = count_fused(monkeypatch)
-    params = [
-        torch.nn.Parameter(torch.randn(8, 4).t()),
-        torch.nn.Parameter(torch.randn(8, 4)),
-        torch.nn.Parameter(torch.empty(0, 3)),
-    ]
-    params.append(torch.nn.Parameter(torch.randn(6, 5, dtype=torch.float64)))
+    values = [torch.randn(8, 4).t(), torch.randn(8, 4), torch.empty(0, 3), torch.randn(6, 5, dtype=torch.float64)]
+    params = [torch.nn.Parameter(value.to(DEVICE)) for value in values]
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
     for p, q in zip(params, twins, strict=True):
         p.grad = torch.randn_like(p)
@@ -146,13 +150,13 @@ def test_a_closed_gate_keeps_everything_as_it_is():
     for p in model.parameters():
         assert p.grad is not None
         p.grad.fill_(float("nan"))
-    fused.gate = torch.tensor(False)
+    fused.gate = torch.tensor(False, device=DEVICE)
     fused.step()
     for key, value in model.state_dict().items():
         assert torch.equal(value, kept[0][key]), key
     for p, state in zip(model.parameters(), kept[1], strict=True):
         assert all(torch.equal(fused.state[p][key], value) for key, value in state.items())
-    fused.gate = torch.tensor(True)
+    fused.gate = torch.tensor(True, device=DEVICE)
     give_gradients([model], 2)
     fused.step()
     assert not torch.equal(model.state_dict()["head.bias"], kept[0]["head.bias"])
@@ -168,10 +172,10 @@ def test_rows_of_any_length(length, clip):
     grads = [torch.randn(t.shape, generator=g) * torch.rand(len(t), *[1] * (t.ndim - 1), generator=g) for t in p]
     results = []
     for compiled in (False, True):
-        params = [torch.nn.Parameter(t.clone()) for t in p]
+        params = [torch.nn.Parameter(t.to(DEVICE, copy=True)) for t in p]
         for q, grad in zip(params, grads, strict=True):
-            q.grad = grad.clone()
-        optimizer = AGCSGD(params, lr=torch.tensor(0.3), clip=clip, compiled=compiled)
+            q.grad = grad.to(DEVICE, copy=True)
+        optimizer = AGCSGD(params, lr=torch.tensor(0.3, device=DEVICE), clip=clip, compiled=compiled)
         optimizer.step()
         results.append((params, optimizer.clipped_fraction))
     assert results[0][1] == results[1][1]

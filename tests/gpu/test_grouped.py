@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.grouped_triton import forward, grouped_conv
-from tests.helpers import relative
+from tests.helpers import relative as relative_on_cpu
 
 # The interpreter reads numbers out of arrays of one element, which numpy will not like one day.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return relative_on_cpu(a.cpu(), b.cpu())
 
 
 @pytest.mark.parametrize(("groups", "channels", "size", "batch"), [(1, 16, 7, 1), (3, 16, 9, 2), (2, 32, 12, 2)])
@@ -20,9 +28,9 @@ def test_it_is_torchs_convolution(groups, channels, size, batch):
     towards = torch.randn(x.shape, generator=g)
     results = []
     for conv in (lambda a, w: torch.conv2d(a, w, padding=1, groups=groups), lambda a, w: grouped_conv(a, w, groups)):
-        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        a, w = (t.to(DEVICE, copy=True).requires_grad_() for t in (x, weight))
         y = conv(a, w)
-        y.backward(towards)
+        y.backward(towards.to(DEVICE))
         assert a.grad is not None
         assert w.grad is not None
         results.append((y.detach(), a.grad, w.grad))
@@ -35,6 +43,6 @@ def test_a_stride():
     x, weight = torch.randn(2, 32, 10, 8, generator=g), torch.randn(32, 16, 3, 3, generator=g)
     taps = weight.view(2, 16, 16, 9).permute(0, 3, 2, 1).contiguous()
     # SAME padding of an even size at stride 2 is (0, 1).
-    ours = forward(x.contiguous(memory_format=torch.channels_last), taps, stride=2, front=0, size=(5, 4))
+    ours = forward(x.to(DEVICE, memory_format=torch.channels_last), taps.to(DEVICE), stride=2, front=0, size=(5, 4))
     theirs = torch.conv2d(torch.nn.functional.pad(x, (0, 1, 0, 1)), weight, stride=2, groups=2)
     assert relative(ours, theirs) < 1e-6

@@ -1,0 +1,185 @@
+"""What the CPU computes, a GPU computes: models, updates, compiled blocks, the training loop, mixed precision."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nfzoo
+from nfzoo import AGCSGD, NFNet, param_groups
+from nfzoo.augment import Augment, augment_batch, draw
+from nfzoo.model import apply, sample_noise
+from nfzoo.step import StepConfig, init_state, train_step
+from tests.helpers import SMALL, generator, images, random_params, reference_array, reference_input, reference_params
+from tests.helpers import relative as relative_on_cpu
+
+DEVICE = torch.device("cuda")
+EXACT = 1e-5  # float32, sums in another order, through a few dozen layers
+COMPILED = 1e-4
+BFLOAT16 = 3e-2
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return relative_on_cpu(a.detach().float().cpu(), b.detach().float().cpu())
+
+
+@pytest.fixture(autouse=True)
+def _float32() -> Iterator[None]:
+    """Float32 means float32: no TF32 in convolutions."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+    torch.compiler.reset()
+
+
+def shell(name: str = "nfnet", **changes: Any) -> NFNet:
+    made = NFNet(SMALL[name].replace(**changes))
+    made.load_state_dict(random_params(made.config))
+    return made
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels last"])
+def test_models(name, last):
+    here, x = shell(name).eval(), images(SMALL[name], 2, 45, 37)
+    there: Any = shell(name).eval().to(DEVICE)
+    y = x.to(DEVICE)
+    if last:
+        there, y = there.to(memory_format=torch.channels_last), y.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert relative(there(y), here(x)) < EXACT
+        assert relative(there.for_inference()(y), here(x)) < EXACT
+        low = there.for_inference().to(torch.bfloat16)
+        assert relative(low(y.bfloat16()), here(x)) < BFLOAT16
+
+
+def test_deepminds_logits():
+    cfg = nfzoo.variant("nfnet-f0").config
+    params = {k: v.to(DEVICE) for k, v in reference_params("nfnet_F0").items()}
+    golden = reference_array("nfnet_F0_64x64_1000")["logits"]
+    with torch.no_grad():
+        logits = apply(cfg, params, reference_input(64, 64).to(DEVICE))
+    assert relative(logits, torch.as_tensor(golden)) < EXACT
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels last"])
+def test_training_steps(compiled, last):
+    cfg = SMALL["nfnet"].replace(drop_rate=0.2, stochastic_depth=0.2)
+    models: list[Any] = [shell(drop_rate=0.2, stochastic_depth=0.2) for _ in range(2)]
+    models[1].to(DEVICE)
+    if last:
+        models[1].to(memory_format=torch.channels_last)
+    if compiled:
+        models[1].compile_blocks()
+    optimizers = [
+        AGCSGD(param_groups(m, clip=0.1), lr=0.1, ema_decay=0.99, compiled=compiled and i == 1)
+        for i, m in enumerate(models)
+    ]
+    for step in range(3):
+        noise = sample_noise(cfg, 4, generator=generator(step))
+        for m, optimizer in zip(models, optimizers, strict=True):
+            device = next(m.parameters()).device
+            optimizer.zero_grad()
+            masks = {k: v.to(device) for k, v in noise.items()}
+            m(images(cfg, 4, seed=step).to(device), masks).square().mean().backward()
+            optimizer.step()
+        fractions = [float(o.clipped_fraction) for o in optimizers if o.clipped_fraction is not None]
+        assert abs(fractions[0] - fractions[1]) < 0.02
+    averages = [o.averages(dict(m.named_parameters())) for m, o in zip(models, optimizers, strict=True)]
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert relative(q, p) < COMPILED, name
+        assert relative(averages[1][name], averages[0][name]) < COMPILED, name
+
+
+def test_the_pure_step_and_its_gradients():
+    cfg = SMALL["nfnet"]
+    results = []
+    for device in ("cpu", DEVICE):
+        params = {k: v.to(device) for k, v in random_params(cfg).items()}
+        config = StepConfig(clip=0.1)
+        batch = (images(cfg, 4).to(device), torch.arange(4, device=device))
+        state, _ = train_step(cfg, init_state(params, config), batch, {}, lr=0.1, config=config)
+        results.append(state.params)
+    for name, value in results[0].items():
+        assert relative(results[1][name], value) < COMPILED, name
+
+
+@pytest.mark.parametrize("name", ["nfnet", "nf-resnet", "nf-regnet"])
+def test_compiled_inference_and_a_cuda_graph(name):
+    model: Any = shell(name).eval().to(DEVICE)
+    x = images(SMALL[name]).to(DEVICE)
+    with torch.no_grad():
+        expected = model(x)
+        lean = model.for_inference().compile_blocks()
+        for _ in range(3):
+            assert relative(lean(x), expected) < COMPILED
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            lean(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = lean(x)
+        x.copy_(images(SMALL[name], seed=7))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative(out, model(x)) < COMPILED
+
+
+def test_no_step_waits_for_the_device():
+    """Forward, backward and update are handed to the device without looking at what comes out."""
+    model = shell().to(DEVICE)
+    optimizer = AGCSGD(param_groups(model), lr=0.1, ema_decay=0.99)
+    x, labels = images(SMALL["nfnet"], 4).to(DEVICE), torch.arange(4, device=DEVICE)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = model(x, {})
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_augmentation_is_the_cpus():
+    augment = Augment(layers=4, magnitude=10, mixup=0.2, cutmix=True)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), generator=generator(), dtype=torch.uint8)
+    labels = torch.arange(8) % 5
+    preprocessing = NFNet(SMALL["nfnet"]).preprocessing
+    draws = draw(augment, seed=0, epoch=1, indices=labels.numpy(), offset=0, size=32)
+    results = [
+        augment_batch(pixels.to(d), labels.to(d), draws, augment, num_classes=5, preprocessing=preprocessing)
+        for d in (torch.device("cpu"), DEVICE)
+    ]
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert relative(ours, theirs) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", list(itertools.product(["no", "bf16", "fp16"], [[], ["--compile", "true"]])), ids=str
+)
+def test_the_main_job(options, tmp_path: Path, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    from nfzoo import train
+
+    precision, more = options
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", "nfnet-test", "--data", "digits", "--output", "run", "--epochs", "6"]
+    assert train.main([*arguments, "--mixed_precision", precision, *more]) == 0
+    model = nfzoo.from_pretrained("run")
+    assert model.provenance is not None
+    assert model.provenance["accuracy"] > 0.9
