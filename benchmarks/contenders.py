@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import peer, timing
 from nfzoo.adapter import AGCSGD, param_groups
+from nfzoo.compile import compile_alone
 from nfzoo.model import mac_count
 from nfzoo.module import NFNet, create
 from nfzoo.variants import VARIANTS
@@ -108,7 +109,12 @@ def _frozen(net: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """A whole network compiled with its weights as constants: standardised, and laid out for oneDNN, once."""
     from torch._inductor import config
 
-    made: Any = torch.compile(copy.deepcopy(net), dynamic=False)
+    own = copy.deepcopy(net)
+
+    def call(x: Tensor) -> Tensor:
+        return own(x)
+
+    made = compile_alone(call)  # by itself: Dynamo would find the graph of `net`, whose weights are arguments
     with torch.no_grad(), config.patch(freezing=True):  # Dynamo reads it too, so that it is no matter of `options`
         made(x)
     return made

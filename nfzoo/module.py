@@ -226,10 +226,10 @@ class NFNet(nn.Module):
     def prepack(self, *, enabled: bool = True) -> Self:
         """Let oneDNN lay out the weights of a folded model for the CPU once, not in every call; returns the model.
 
-        It pays where one size of batch comes again and again and no gradients are asked for (`torch.no_grad`,
-        `torch.inference_mode`); there it outruns `compile_blocks`, whose place it takes. The weights need as much
-        memory again. `state_dict` stays as it is; weights that change are laid out again, but call this again after
-        changes through `.data`.
+        It pays where one size of batch comes again and again; there it outruns `compile_blocks`, whose place it takes.
+        The weights need as much memory again. Where gradients are asked for, torch's own convolution computes.
+        `state_dict` stays as it is; weights that change are laid out again, but call this again after changes through
+        `.data`.
 
         Raises:
             ConfigError: if the model is not folded; see `for_inference`.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import functional as nf
 from .types import BlockFn
@@ -88,18 +89,20 @@ class PackedBlock:
         return PackedBlock, (self.fn,)
 
 
-def takes(x: Tensor, *, alone: bool = False) -> bool:
-    """Whether oneDNN's operator may compute with `x`: it knows no derivatives, transforms, autocast or export.
+def takes(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
+    """Whether oneDNN's operator may compute with these: it knows no derivatives, transforms, autocast or export.
 
     `alone` says of what is being compiled that no transform is around it.
     """
     if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+        return False
+    if torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling():
         return alone and not torch.compiler.is_exporting()
-    return _C._functorch.maybe_current_level() is None and not _C._is_tracing()
+    return _C._functorch.maybe_current_level() is None and not _C._is_tracing() and forward_ad._current_level < 0
 
 
 def conv2d(
@@ -119,8 +122,8 @@ def conv2d(
     x, padding = nf.conv_input(
         x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
     )
-    if not takes(x, alone=alone):
-        plain = weight.plain if isinstance(weight, PackedWeight) else weight
+    plain = weight.plain if isinstance(weight, PackedWeight) else weight
+    if not takes(x, plain, bias, alone=alone):
         x = F.conv2d(x, plain, bias, stride, padding, dilation, groups)
         return x if activation is None else nf.activate(x, activation)
     if isinstance(weight, PackedWeight):

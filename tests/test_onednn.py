@@ -27,8 +27,9 @@ def lean(name: str = "nfnet") -> NFNet:
 def plainly(model: NFNet, x: torch.Tensor) -> torch.Tensor:
     """The folded model by torch's own convolutions, which gradients ask for."""
     with torch.enable_grad():
-        assert not onednn.takes(x)
-        return model(x).detach()
+        wanted = x.clone().requires_grad_()
+        assert not onednn.takes(wanted)
+        return model(wanted).detach()
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -61,7 +62,8 @@ def test_one_convolution(activation, geometry):
     groups = geometry.get("groups", 1)
     x, weight = torch.randn(2, 4, 9, 8, generator=g), torch.randn(6, 4 // groups, 3, 3, generator=g)
     bias = torch.randn(6, generator=g)
-    expected = onednn.conv2d(x, weight, bias, activation=activation, **geometry)
+    expected = onednn.conv2d(x.clone().requires_grad_(), weight, bias, activation=activation, **geometry)
+    assert expected.grad_fn is not None
     with torch.no_grad():
         for form in (weight, onednn.PackedWeight(weight)):
             for value in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
@@ -103,6 +105,13 @@ def test_where_more_is_asked_torchs_own_convolution_computes():
     model(wanted).sum().backward()
     assert wanted.grad is not None
     assert wanted.grad.abs().sum() > 0
+    with torch.autograd.forward_ad.dual_level():
+        dual = model(torch.autograd.forward_ad.make_dual(x, x))
+        assert torch.autograd.forward_ad.unpack_dual(dual).tangent is not None
+    p = model.get_parameter("stages.1.0.conv1.weight").requires_grad_()
+    assert torch.autograd.grad(model(x).sum(), p)[0].abs().sum() > 0
+    p.requires_grad_(False)
+    assert relative(model(x), expected) < EXACT
     with torch.no_grad():
         assert relative(torch.func.vmap(lambda image: model(image[None])[0])(x), expected) < EXACT
         assert torch.func.jvp(model, (x,), (x,))[1].shape == expected.shape

@@ -89,7 +89,9 @@ class FoldedBlock:
         if self.pair:
             out = self.conv(p, "conv1b", out, self.activation, dilation=g.out_dilation, groups=self.groups)
         out = self.conv(p, "conv2", out)
-        return (out if self.inner else self.attend(p, out)) + shortcut
+        if self.inner or self.attention == "none":
+            return out + shortcut
+        return torch.addcmul(shortcut, self.gate(p, out), out)  # one pass, not two
 
     def by_itself(self) -> FoldedBlock:
         """The same, to be compiled alone."""
@@ -114,11 +116,13 @@ class FoldedBlock:
         )
 
     def attend(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """`scale * gate * x`, where `scale` is the attention's 2 times whatever ends the branch."""
-        if self.attention == "none":
-            return x
+        """Attention inside the branch."""
+        return x if self.attention == "none" else self.gate(p, x) * x
+
+    def gate(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`scale * gate`, `(N, C, 1, 1)`, where `scale` is the attention's 2 times whatever ends the branch."""
         gate = nf.squeeze_excite(p, x) if self.attention == "se" else nf.efficient_channel_attention(p, x)
-        return p["scale"] * gate * x
+        return p["scale"] * gate
 
     def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
         """`x`; on a transition a 1x1 kernel on the activated input `out`, pooled or strided."""
