@@ -16,6 +16,8 @@ from .module import NFNet
 from .optim import CLIPPED, DECAYED, SGDState, ema_, ema_decay, sgd, sgd_
 from .types import Params
 
+MOST_LISTS = 64  # of parameters that are updated together, for which an optimizer keeps what `nfzoo.fused` prepares
+
 
 class AGCSGD(torch.optim.Optimizer):
     """AGC, then weight decay, then Nesterov SGD: the papers' optimizer. A shell over `nfzoo.agc` and `nfzoo.optim.sgd`.
@@ -185,6 +187,8 @@ class AGCSGD(torch.optim.Optimizer):
 
         key = (params[0].device, tuple(p.shape for p in params))
         if key not in self._fused:
+            while len(self._fused) >= MOST_LISTS:  # where other parameters have gradients in every step
+                self._fused.pop(next(iter(self._fused)))
             self._fused[key] = FusedUpdate(params)
         fused = self._fused[key]
         lr, weight = self._numbers(group, params[0].device)

@@ -9,6 +9,7 @@ Imported by `nfzoo.adapter` where there is Triton, and only for CUDA devices.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -120,11 +121,13 @@ class Launch:
     """The parameters whose rows fill the same block.
 
     Attributes:
+        members: their places in the list.
         block, rows, long: see `_update_tiles`.
-        aligned: whether all rows begin where the first one may have to.
+        aligned: whether each row begins at a multiple of `VECTOR` if the first one does.
         tiles: `(tiles, 2)` int32 on the device: place of the parameter in the list, first row.
     """
 
+    members: tuple[int, ...]
     block: int
     rows: int
     long: bool
@@ -144,9 +147,9 @@ class FusedUpdate:
         self.shapes = [(len(p), p.numel() // len(p)) if p.ndim > 1 else (1, p.numel()) for p in params]
         self.device = params[0].device
         self.units = sum(rows for rows, _ in self.shapes)
-        self._addresses: list[int] = []
+        self._addresses: list[tuple[int, ...]] = []
         self._table: Tensor | None = None
-        self._aligned = False
+        self._captured: list[Tensor] = []
         self._launches: list[Launch] = []
         buckets: dict[tuple[int, bool, bool], list[int]] = {}
         for i, (_, length) in enumerate(self.shapes):
@@ -158,7 +161,7 @@ class FusedUpdate:
             rows = max(1, TILE // block)
             tiles = [(i, row) for i in members for row in range(0, self.shapes[i][0], rows)]
             on_device = torch.tensor(tiles, dtype=torch.int32).to(self.device)
-            self._launches.append(Launch(block, rows, long, aligned, on_device))
+            self._launches.append(Launch(tuple(members), block, rows, long, aligned, on_device))
 
     def __call__(
         self,
@@ -184,45 +187,50 @@ class FusedUpdate:
         """
         table = self._addressed(params, grads, momenta, averages)
         clipped: list[Tensor] = []
-        for launch in self._launches:
-            count = len(launch.tiles)
-            counts = torch.empty(count, dtype=torch.int32, device=self.device)
-            kernel: Any = _update_tiles
-            kernel[(count,)](
-                launch.tiles,
-                table,
-                counts,
-                lr,
-                lr if weight is None else weight,
-                lr if gate is None else gate.view(torch.uint8),
-                1.0 if clip is None else clip,
-                eps,
-                momentum,
-                weight_decay,
-                CLIPPED=clip is not None,
-                NESTEROV=nesterov,
-                AVERAGED=averages is not None,
-                GATED=gate is not None,
-                ALIGNED=launch.aligned and self._aligned,
-                LONG=launch.long,
-                ROWS=launch.rows,
-                BLOCK=launch.block,
-                num_warps=8,
-            )
-            clipped.append(counts)
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with here:  # Triton launches on the current device
+            for launch in self._launches:
+                count = len(launch.tiles)
+                counts = torch.empty(count, dtype=torch.int32, device=self.device)
+                kernel: Any = _update_tiles
+                kernel[(count,)](
+                    launch.tiles,
+                    table,
+                    counts,
+                    lr,
+                    lr if weight is None else weight,
+                    lr if gate is None else gate.view(torch.uint8),
+                    1.0 if clip is None else clip,
+                    eps,
+                    momentum,
+                    weight_decay,
+                    CLIPPED=clip is not None,
+                    NESTEROV=nesterov,
+                    AVERAGED=averages is not None,
+                    GATED=gate is not None,
+                    ALIGNED=launch.aligned and self._aligned(launch),
+                    LONG=launch.long,
+                    ROWS=launch.rows,
+                    BLOCK=launch.block,
+                    num_warps=8,
+                )
+                clipped.append(counts)
         return None if clip is None else torch.cat(clipped).sum()
+
+    def _aligned(self, launch: Launch) -> bool:
+        return all(address % VECTOR == 0 for i in launch.members for address in self._addresses[i])
 
     def _addressed(self, *lists: Sequence[Tensor] | None) -> Tensor:
         """The table of addresses, on the device; copied there only if an address changed."""
-        addresses = [
-            0 if tensors is None else tensors[i].data_ptr() for i in range(len(self.shapes)) for tensors in lists
-        ]
+        places = range(len(self.shapes))
+        addresses = [tuple(0 if tensors is None else tensors[i].data_ptr() for tensors in lists) for i in places]
         if self._table is None or addresses != self._addresses:
-            rows = torch.tensor(addresses, dtype=torch.int64).view(len(self.shapes), len(lists))
-            full = torch.cat([rows, torch.tensor(self.shapes, dtype=torch.int64)], dim=1)
+            rows = [[*found, *shape] for found, shape in zip(addresses, self.shapes, strict=True)]
+            table = torch.tensor(rows, dtype=torch.int64)
             if self.device.type == "cuda":
-                full = full.pin_memory()
-            self._table = full.to(self.device, non_blocking=True)
+                table = table.pin_memory()
+                if torch.cuda.is_current_stream_capturing():
+                    self._captured.append(table)  # each replay of the graph copies from it again
+            self._table = table.to(self.device, non_blocking=True)
             self._addresses = addresses
-            self._aligned = all(address % VECTOR == 0 for address in addresses)
         return self._table

@@ -134,6 +134,44 @@ def test_compiled_inference_and_a_cuda_graph(name):
         assert relative(out, model(x)) < COMPILED
 
 
+def test_an_update_in_a_cuda_graph():
+    """Captured where gradients lie elsewhere than before, and replayed after a step outside."""
+    models: list[Any] = [shell().to(DEVICE) for _ in range(2)]
+    rate = torch.tensor(0.1, device=DEVICE)
+    optimizers = [AGCSGD(param_groups(m, clip=0.1), lr=rate, compiled=i > 0) for i, m in enumerate(models)]
+    x = images(SMALL["nfnet"], 4).to(DEVICE)
+
+    def step(i: int) -> None:
+        models[i].zero_grad(set_to_none=True)
+        models[i](x, {}).square().mean().backward()
+        optimizers[i].step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(1)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(1)
+    graph.replay()
+    for p in models[1].parameters():
+        assert p.grad is not None
+        p.grad = p.grad.clone()
+    optimizers[1].step()  # the gradient of the replay once more, from other places
+    junk = [torch.tensor([1.0]).pin_memory() for _ in range(100)]
+    graph.replay()
+    for _ in range(2):
+        step(0)
+    step(0)
+    optimizers[0].step()
+    step(0)
+    assert junk
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert relative(q, p) < COMPILED, name
+
+
 def test_no_step_waits_for_the_device():
     """Forward, backward and update are handed to the device without looking at what comes out."""
     model = shell().to(DEVICE)

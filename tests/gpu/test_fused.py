@@ -199,6 +199,25 @@ def test_other_gradient_tensors_in_every_step_and_a_copied_optimizer():
     compare(plain, eager, model, again)
 
 
+def test_gradients_at_odd_addresses_and_now_and_then():
+    """As views into a bucket, of which some come in some steps alone."""
+    (plain, eager), (model, fused) = pair(ema_decay=0.9)
+    for step in range(4):
+        give_gradients([plain, model], step)
+        for i, (p, q) in enumerate(zip(plain.parameters(), model.parameters(), strict=True)):
+            assert q.grad is not None
+            if i % 5 == step:
+                p.grad = q.grad = None
+            elif q.is_contiguous():
+                bucket = torch.zeros(q.numel() + 1, device=q.device)
+                bucket[1:] = q.grad.flatten()
+                q.grad = bucket[1:].view(q.shape)
+        eager.step()
+        fused.step()
+    assert len(fused._fused) > 4
+    compare(plain, eager, model, fused)
+
+
 @pytest.mark.parametrize("name", ["nfnet-f0", "nfnet-f6"])
 def test_the_number_of_launches_does_not_grow_with_depth(name):
     shapes = [shape for shape, kind in specs(VARIANTS[name].config).values() if kind != "head"]
