@@ -40,9 +40,9 @@ class PackedWeight:
 
     def __init__(self, plain: Tensor) -> None:
         self.plain = plain
-        self._packed: Tensor | None = None
-        self._source = plain.detach()  # keeps its memory, so that no other weight can come to lie there unnoticed
-        self._made_of: tuple[Any, ...] = ()
+        # What it was made of, that memory (so that no other weight comes to lie there unnoticed), and the result: one
+        # attribute, as other threads may compute with the same model.
+        self._made: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -50,18 +50,16 @@ class PackedWeight:
 
     def packed(self, images: torch.Size, padding: int, stride: int, dilation: int, groups: int) -> Tensor:
         """The kernel as oneDNN wants it for a convolution of `images`."""
-        plain = self.plain
+        plain, made = self.plain, self._made
         if plain.is_inference():  # has no count of its changes
             return plain
         now = (plain.data_ptr(), plain._version, plain.dtype, images, padding, stride, dilation, groups)
-        if self._packed is None or now != self._made_of:
+        if made is None or made[0] != now:
+            source = plain.detach()
             geometry = ([padding] * 2, [stride] * 2, [dilation] * 2)
-            self._source, self._made_of = plain.detach(), now
-            self._packed = _C._nn.mkldnn_reorder_conv2d_weight(
-                self._source.to_mkldnn(), *geometry, groups, list(images)
-            )
-        assert self._packed is not None
-        return self._packed
+            packed = _C._nn.mkldnn_reorder_conv2d_weight(source.to_mkldnn(), *geometry, groups, list(images))
+            self._made = made = (now, source, packed)
+        return made[2]
 
 
 class PackedBlock:

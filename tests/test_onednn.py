@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import pickle
 
@@ -85,6 +86,19 @@ def test_changed_weights_are_laid_out_again():
         assert relative(model(x), plainly(model, x)) < EXACT
         model.load_state_dict({k: v.clone() for k, v in lean().state_dict().items()}, assign=True)
         assert relative(model(x), plainly(model, x)) < EXACT
+
+
+def test_threads_share_a_model():
+    model = lean().prepack()
+    sizes = [images(model.config, batch, 32 + 8 * batch) for batch in (1, 2, 3)]
+    expected = [plainly(model, x) for x in sizes]
+
+    def compute(i: int) -> float:
+        with torch.no_grad():
+            return relative(model(sizes[i % 3]), expected[i % 3])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(compute, range(60))) < EXACT
 
 
 @pytest.mark.skipif(torch.bfloat16 not in onednn._DTYPES, reason="the processor has no bfloat16")
