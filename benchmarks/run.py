@@ -74,7 +74,7 @@ def _shared(given: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Status 0, or 2 for what cannot be run here."""
+    """Status 0; 1 where `all` was not done with all; 2 for what cannot be run here."""
     args = parser().parse_args(argv)
     if args.suite == "all":
         given = list(sys.argv[1:] if argv is None else argv)

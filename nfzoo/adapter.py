@@ -105,7 +105,8 @@ class AGCSGD(torch.optim.Optimizer):
                     if count is not None:
                         counts.append(count)
                         units += of
-        self.clipped_fraction = torch.stack(counts).sum() / units if counts else None
+        here = [count.to(counts[0].device) for count in counts]
+        self.clipped_fraction = torch.stack(here).sum() / units if here else None
         return loss
 
     def averages(self, named: Mapping[str, Tensor]) -> Params:

@@ -150,10 +150,12 @@ def predict_all(
         raise DataError(f"{data!r} holds other images for process {state.process_index} than for the first")
     own = todo[state.process_index :: state.num_processes]
     if own:
-        model = (model if model.config.folded else model.for_inference()).to(place)
+        lean = model if model.config.folded else model.for_inference()
+        # A shell of our own around the parameters: the caller's model stays where and as it is.
+        model = NFNet.from_params(lean.description, dict(lean.named_parameters())).to(place)
     if own and compile:
         model.compile_blocks()
-    elif own:
+    elif own and place.type == "cpu":
         model.prepack()
     if workers is None:
         workers = 0 if data == DIGITS else default_workers(state.num_processes)

@@ -147,9 +147,8 @@ class FusedUpdate:
         self.shapes = [(len(p), p.numel() // len(p)) if p.ndim > 1 else (1, p.numel()) for p in params]
         self.device = params[0].device
         self.units = sum(rows for rows, _ in self.shapes)
-        self._addresses: list[tuple[int, ...]] = []
-        self._table: Tensor | None = None
-        self._captured: list[Tensor] = []
+        self._kept: tuple[list[tuple[int, ...]], Tensor] | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
         self._launches: list[Launch] = []
         buckets: dict[tuple[int, bool, bool], list[int]] = {}
         for i, (_, length) in enumerate(self.shapes):
@@ -185,7 +184,7 @@ class FusedUpdate:
             averages, weight: moving averages, and the share of the new parameters in them.
             lr, weight, gate: 0-dimensional tensors on the device. Where the gate is false, nothing is written.
         """
-        table = self._addressed(params, grads, momenta, averages)
+        addresses, table = self._addressed(params, grads, momenta, averages)
         clipped: list[Tensor] = []
         here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with here:  # Triton launches on the current device
@@ -208,29 +207,34 @@ class FusedUpdate:
                     NESTEROV=nesterov,
                     AVERAGED=averages is not None,
                     GATED=gate is not None,
-                    ALIGNED=launch.aligned and self._aligned(launch),
+                    ALIGNED=launch.aligned and _aligned(launch, addresses),
                     LONG=launch.long,
                     ROWS=launch.rows,
                     BLOCK=launch.block,
                     num_warps=8,
                 )
                 clipped.append(counts)
+        # Autograd does not see writes through addresses.
+        torch.autograd.graph.increment_version([*params, *momenta, *(averages or ())])
         return None if clip is None else torch.cat(clipped).sum()
 
-    def _aligned(self, launch: Launch) -> bool:
-        return all(address % VECTOR == 0 for i in launch.members for address in self._addresses[i])
-
-    def _addressed(self, *lists: Sequence[Tensor] | None) -> Tensor:
-        """The table of addresses, on the device; copied there only if an address changed."""
+    def _addressed(self, *lists: Sequence[Tensor] | None) -> tuple[list[tuple[int, ...]], Tensor]:
+        """The addresses, and the table of them on the device, which is copied there only if an address changed."""
         places = range(len(self.shapes))
         addresses = [tuple(0 if tensors is None else tensors[i].data_ptr() for tensors in lists) for i in places]
-        if self._table is None or addresses != self._addresses:
-            rows = [[*found, *shape] for found, shape in zip(addresses, self.shapes, strict=True)]
-            table = torch.tensor(rows, dtype=torch.int64)
-            if self.device.type == "cuda":
-                table = table.pin_memory()
-                if torch.cuda.is_current_stream_capturing():
-                    self._captured.append(table)  # each replay of the graph copies from it again
-            self._table = table.to(self.device, non_blocking=True)
-            self._addresses = addresses
-        return self._table
+        if self._kept is not None and self._kept[0] == addresses:
+            return self._kept
+        rows = [[*found, *shape] for found, shape in zip(addresses, self.shapes, strict=True)]
+        host = torch.tensor(rows, dtype=torch.int64)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        table = host.to(self.device, non_blocking=True)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append((host, table))  # each replay of the graph copies again, and none has yet
+        else:
+            self._kept = addresses, table
+        return addresses, table
+
+
+def _aligned(launch: Launch, addresses: Sequence[tuple[int, ...]]) -> bool:
+    return all(address % VECTOR == 0 for i in launch.members for address in addresses[i])

@@ -227,9 +227,9 @@ class NFNet(nn.Module):
         """Let oneDNN lay out the weights of a folded model for the CPU once, not in every call; returns the model.
 
         It pays where one size of batch comes again and again; there it outruns `compile_blocks`, whose place it takes.
-        The weights need as much memory again. Where gradients are asked for, torch's own convolution computes.
-        `state_dict` stays as it is; weights that change are laid out again, but call this again after changes through
-        `.data`.
+        Where sizes alternate, it costs. The weights need as much memory again. Where gradients are asked for, torch's
+        own convolution computes. `state_dict` stays as it is. Weights that change are laid out again, but call this
+        again after changes through `.data` or numpy, and to weights that were made in inference mode.
 
         Raises:
             ConfigError: if the model is not folded; see `for_inference`.

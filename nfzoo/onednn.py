@@ -35,7 +35,8 @@ class PackedWeight:
     """A kernel `(out, in / groups, height, width)`, and what oneDNN makes of it when it is first used.
 
     It is laid out anew for another size of batch or image, so that results depend on nothing but their input, and for a
-    weight that is written to or replaced; changes through `.data` are not noticed.
+    weight that is written to or replaced. Changes through `.data` or numpy, and to weights that were made in inference
+    mode, are not noticed.
     """
 
     def __init__(self, plain: Tensor) -> None:
@@ -51,9 +52,8 @@ class PackedWeight:
     def packed(self, images: torch.Size, padding: int, stride: int, dilation: int, groups: int) -> Tensor:
         """The kernel as oneDNN wants it for a convolution of `images`."""
         plain, made = self.plain, self._made
-        if plain.is_inference():  # has no count of its changes
-            return plain
-        now = (plain.data_ptr(), plain._version, plain.dtype, images, padding, stride, dilation, groups)
+        version = None if plain.is_inference() else plain._version
+        now = (plain.data_ptr(), version, plain.dtype, images, padding, stride, dilation, groups)
         if made is None or made[0] != now:
             source = plain.detach()
             geometry = ([padding] * 2, [stride] * 2, [dilation] * 2)
@@ -71,6 +71,8 @@ class PackedBlock:
 
     def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         if not takes(x):
+            if x.device.type != "cpu":
+                self._weights.clear()  # the model has left
             return self.fn(params, x, beta, keep)
         local: dict[str, Any] = dict(params)
         for name, value in params.items():
@@ -88,11 +90,13 @@ class PackedBlock:
 
 
 def takes(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
-    """Whether oneDNN's operator may compute with these: it knows no derivatives, transforms, autocast or export.
+    """Whether oneDNN's operator may compute with these: it knows no derivatives, transforms, tracing or autocast.
 
     `alone` says of what is being compiled that no transform is around it.
     """
     if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
+        return False
+    if any(t.dtype != x.dtype for t in weights):  # torch's own convolution says so
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
         return False
@@ -100,6 +104,8 @@ def takes(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
         return False
     if torch.compiler.is_compiling():
         return alone and not torch.compiler.is_exporting()
+    if _C._len_torch_dispatch_stack() > 0:  # somebody counts or records operators, or the tensors are fake
+        return False
     return _C._functorch.maybe_current_level() is None and not _C._is_tracing() and forward_ad._current_level < 0
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .device import backend, usable_device
 from .errors import CheckpointError, ConfigError, DataError
-from .model import apply
 from .module import NFNet
 from .plots import SHEET_LIMIT, SheetEntry, check_png, prediction_sheet, thumbnail
 from .preprocess import IMAGE_SUFFIXES, evaluation_transform, open_image
@@ -39,14 +38,13 @@ def classify(
         CheckpointError: if the logits are not finite.
     """
     _check_counts(batch_size=batch_size, topk=topk)
-    params = dict(model.named_parameters())
-    p = next(iter(params.values()))
+    p = next(model.parameters())
     where = backend(p.device)
     results: list[list[tuple[str, float]]] = []
     for start in range(0, len(images), batch_size):
         x = where.images(torch.stack(list(images[start : start + batch_size])), p.dtype)
         with torch.inference_mode():
-            logits = apply(model.config, params, x).float()
+            logits = model(x, None if model.config.folded else {}).float()  # no noise
             if not logits.isfinite().all():
                 raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
             top = logits.softmax(1).topk(min(topk, logits.shape[1]), dim=1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -62,6 +63,7 @@ class OptimConfig:
     ema_decay: float | None = 0.9999
 
     def __post_init__(self) -> None:
+        _check_fields(self, "optim.")
         for name in ("weight_decay", "warmup_epochs", "min_lr"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name} must not be negative, is {getattr(self, name)!r}")
@@ -79,6 +81,17 @@ class OptimConfig:
             raise ConfigError(f"optim.options {self.options!r} are for other optimizers; sgd has options of its own")
         if not isinstance(self.options, dict) or set(self.options) & {"params", "lr", "weight_decay"}:
             raise ConfigError(f"optim.options must be a mapping without lr and weight_decay, not {self.options!r}")
+
+
+def _check_fields(config: Any, prefix: str) -> None:
+    """Raise a `ConfigError` for a null where a value has to be, and for a number that is not finite."""
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value is None and type(None) not in get_args(hints[f.name]):
+            raise ConfigError(f"{prefix}{f.name} must have a value, not null; leave it out for the default")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{f.name} must be a finite number, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +163,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
+        _check_fields(self, "")
         for name in ("epochs", "batch_size", "accumulation", "train_size", "test_size", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -215,12 +229,12 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         if not isinstance(namespace.get("optim"), Namespace):
             raise ConfigError(f"optim must be a mapping of options such as lr, not {namespace.get('optim')!r}")
         fields = dict(parser.instantiate(namespace))
-    except NfzooError:
-        raise
+        fields.pop("recipe", None)
+        return TrainConfig(**fields)
+    except NfzooError as error:
+        raise type(error)(_of_recipe(arguments, str(error))) from error
     except Exception as error:  # jsonargparse raises many kinds; all mean that the arguments do not fit
         raise ConfigError(_of_recipe(arguments, _reason(str(error)))) from error
-    fields.pop("recipe", None)
-    return TrainConfig(**fields)
 
 
 def _of_recipe(arguments: Sequence[str], reason: str) -> str:
@@ -229,10 +243,17 @@ def _of_recipe(arguments: Sequence[str], reason: str) -> str:
     files = [b[0] for a, b in itertools.pairwise(given) if a[0] == "--recipe" and not a[1]]
     files += [value for flag, equals, value in given if flag == "--recipe" and equals]
     for file in files:
+        parser = _parser()
         try:
-            _parser().parse_args(["--recipe", file, "--model", "m", "--data", "d", "--output", "o"])
+            fields = dict(
+                parser.instantiate(
+                    parser.parse_args(["--recipe", file, "--model", "m", "--data", "d", "--output", "o"])
+                )
+            )
+            fields.pop("recipe", None)
+            TrainConfig(**fields)
         except Exception as error:
-            if _reason(str(error)) == reason:
+            if reason in (str(error), _reason(str(error))) and file not in reason:
                 return f"the recipe {file!r}: {reason}"
     return reason
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from nfzoo import ConfigError, NFNet, onednn
+from nfzoo import ConfigError, NFNet, bulk, onednn, predict
 from tests.helpers import SMALL, assert_same, images, random_params, relative
 
 EXACT = 1e-6  # the same operations on float32, sums in another order
@@ -137,6 +140,50 @@ def test_where_more_is_asked_torchs_own_convolution_computes():
     program = torch.export.export(lean().prepack(), (x,))
     assert "mkldnn" not in str(program.graph)
     assert relative(program.module()(x), expected) < EXACT
+
+
+def test_who_counts_or_records_operators_sees_torchs_own():
+    model = lean().prepack()
+    x = images(model.config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() > 1e5
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(x)).shape == (2, 5)
+
+
+def test_weights_made_in_inference_mode_are_laid_out_too():
+    with torch.inference_mode():
+        model = lean().prepack()
+        x = images(model.config)
+        first = model(x)
+        block: Any = model.get_submodule("stem.conv0")
+        assert block.fn._weights["weight"]._made is not None
+        assert torch.equal(model(x), first)
+    assert relative(first, lean()(x)) < EXACT
+
+
+def test_other_types_of_numbers_are_refused_by_torch():
+    model = lean().prepack()
+    x = images(model.config)
+    with torch.no_grad():
+        model(x)
+        with pytest.raises(RuntimeError, match="should be the same"):
+            model(x.bfloat16())
+
+
+def test_predict_takes_what_the_model_is_made_for_and_bulk_leaves_it_alone(tmp_path):
+    model = lean().prepack()
+    before = {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")}
+    x = images(model.config, 3)
+    found = predict.classify(model, list(x), topk=1)
+    assert all(fn._weights or name in ("pool", "head") for name, fn in before.items())
+    again = predict.classify(model.prepack(enabled=False), list(x), topk=1)
+    assert [row[0][0] for row in found] == [row[0][0] for row in again]
+    model.compile_blocks(backend="eager")
+    before = {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")}
+    bulk.predict_all(model, "digits", tmp_path / "out", batch_size=512)
+    assert {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")} == before
 
 
 def test_keys_copies_and_switching_off():

@@ -135,6 +135,10 @@ def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: st
     [
         ("epochs: abc", "epochs: expected int, not 'abc'"),
         ("optim:\n  lr: big", "optim.lr: expected float, not 'big'"),
+        ("epochs: null", "epochs must have a value, not null; leave it out for the default"),
+        ("optim: {momentum: null}", "optim.momentum must have a value, not null; leave it out for the default"),
+        ("optim: {min_lr: .inf}", "optim.min_lr must be a finite number, not inf"),
+        ("batch_size: 0", "batch_size must be at least 1, not 0"),
         ("mixed_precision: half", "mixed_precision: expected Literal['no', 'bf16', 'fp16'], not 'half'"),
     ],
 )

@@ -218,6 +218,16 @@ def test_gradients_at_odd_addresses_and_now_and_then():
     compare(plain, eager, model, fused)
 
 
+def test_autograd_notices_the_update():
+    model = shell()
+    optimizer = AGCSGD(param_groups(model), lr=0.1, compiled=True, ema_decay=0.9)
+    loss = model(torch.randn(1, 3, 32, 32).to(DEVICE), {}).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["nfnet-f0", "nfnet-f6"])
 def test_the_number_of_launches_does_not_grow_with_depth(name):
     shapes = [shape for shape, kind in specs(VARIANTS[name].config).values() if kind != "head"]
