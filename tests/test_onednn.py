@@ -174,7 +174,7 @@ def test_other_types_of_numbers_are_refused_by_torch():
 
 def test_predict_takes_what_the_model_is_made_for_and_bulk_leaves_it_alone(tmp_path):
     model = lean().prepack()
-    before = {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")}
+    before: dict[str, Any] = {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")}
     x = images(model.config, 3)
     found = predict.classify(model, list(x), topk=1)
     assert all(fn._weights or name in ("pool", "head") for name, fn in before.items())
