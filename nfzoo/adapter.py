@@ -39,7 +39,7 @@ class AGCSGD(torch.optim.Optimizer):
 
     Raises:
         ValueError: for a learning rate, momentum or decay that is negative or no number, or a clip or eps that is not
-            positive.
+            positive; by `step`, for a gate of another kind.
     """
 
     gate: Tensor | None = None
@@ -96,6 +96,8 @@ class AGCSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.gate is not None and (self.gate.dtype != torch.bool or self.gate.ndim):
+            raise ValueError(f"the gate must be a boolean tensor without dimensions, not {self.gate!r}")
         counts: list[Tensor] = []
         units = 0
         for group in self.param_groups:

@@ -261,7 +261,7 @@ def _of_recipe(arguments: Sequence[str], reason: str) -> str:
 def _reason(text: str) -> str:
     """An error of jsonargparse in one line; of a value that fits none of several types, what the first says."""
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(text.split())).replace("typing.", "")
-    one = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', text)
+    one = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
     several = re.search(
         r'Parser key "([^"]+)": .*Union subtypes Subtypes: .*? Errors: - Expected an? (.+?) - .*Given value: (.*)$',
         text,
@@ -269,6 +269,11 @@ def _reason(text: str) -> str:
     found = one or several
     if found is not None:
         return f"{found[1]}: expected {found[2]}, not {found[3]!r}"
+    inside = re.search(
+        r'^Parser key "([^"]+)": .*? Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*?) - ', text
+    )
+    if inside is not None:
+        return f"{inside[1]}.{inside[2]}: expected {inside[3]}, not {inside[4]!r}"
     inner = re.search(r"Union subtypes Subtypes: .*? Errors: - (.*?)(?: - |$)", text)
     if inner is None:
         return text
@@ -338,11 +343,17 @@ def _check_file(path: Path) -> None:
             reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise ConfigError(f"the recipe {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"the recipe {str(path)!r} holds no options, such as `model: nfnet-f0`")
+        kind = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ConfigError(f"the recipe {str(path)!r} holds {kind}, not options such as `model: nfnet-f0`")
     levels: list[tuple[str, Any, Any]] = [("", content, TrainConfig)]
     levels += [(f"{name}.", content.get(name), kind) for name, kind in (("optim", OptimConfig), ("augment", Augment))]
     for prefix, given, kind in levels:
         known = {f.name for f in dataclasses.fields(kind)}
+        if given is not None and not isinstance(given, dict):
+            raise ConfigError(
+                f"the recipe {str(path)!r}: {prefix[:-1]} must be a mapping of options such as "
+                f"{min(known)}, not {given!r}"
+            )
         for key in given if isinstance(given, dict) else ():
             if str(key).partition(".")[0] not in known:
                 near = nearest(str(key), known)

@@ -451,3 +451,14 @@ def test_two_processes_with_sharded_parameters(tmp_path):
     for key, average in optimizer.averages(named).items():
         assert relative(found[key], named[key]) < FLOAT32, key
         assert relative(averages[key], average) < FLOAT32, key
+
+
+@pytest.mark.parametrize("gate", [torch.tensor(1.0), torch.tensor([True])], ids=["a number", "a vector"])
+def test_a_gate_of_another_kind_is_refused_before_anything_changes(gate):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    optimizer = AGCSGD([p], lr=0.1)
+    optimizer.gate = gate
+    with pytest.raises(ValueError, match="boolean tensor without dimensions"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(2, 2))

@@ -115,7 +115,9 @@ def test_recipes_run(name: str, tmp_path: Path) -> None:
         ("modell: nfnet-f0", "'modell', which there is not; did you mean 'model'"),
         ("optim: {lrr: 3}", "'optim.lrr', which there is not; did you mean 'lr'"),
         ("augment:\n  layer: 4", "'augment.layer', which there is not; did you mean 'layers'"),
-        ("just text", "holds no options"),
+        ("just text", "holds a str, not options"),
+        ("- 1", "holds a list, not options"),
+        ("augment: 3", "augment must be a mapping of options such as cutmix, not 3"),
         ("? [a]\n: 1", "line 1: found unhashable key"),
         ("epochs: 1\nepochs: 2", "line 2: 'epochs' is there twice"),
         (b"\xff\xfe", "cannot be read: 'utf-8'"),
@@ -139,6 +141,7 @@ def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: st
         ("optim: {momentum: null}", "optim.momentum must have a value, not null; leave it out for the default"),
         ("optim: {min_lr: .inf}", "optim.min_lr must be a finite number, not inf"),
         ("batch_size: 0", "batch_size must be at least 1, not 0"),
+        ("augment: {mixup: yes please}", "augment.mixup: expected float, not 'yes please'"),
         ("mixed_precision: half", "mixed_precision: expected Literal['no', 'bf16', 'fp16'], not 'half'"),
     ],
 )
