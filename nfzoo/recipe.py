@@ -7,7 +7,6 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -221,39 +220,38 @@ def _parser() -> ArgumentParser:
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
     """A configuration from command-line arguments. A `ConfigError` for anything that does not fit."""
-    parser = _parser()
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = _with_files(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _with_files(arguments)
+        return _read(arguments)
+    except ConfigError as error:
+        raise ConfigError(_of_recipe(arguments, str(error))) from error
+
+
+def _read(arguments: list[str]) -> TrainConfig:
+    parser = _parser()
+    try:
         namespace = parser.parse_args(arguments)
         if not isinstance(namespace.get("optim"), Namespace):
             raise ConfigError(f"optim must be a mapping of options such as lr, not {namespace.get('optim')!r}")
         fields = dict(parser.instantiate(namespace))
         fields.pop("recipe", None)
         return TrainConfig(**fields)
-    except NfzooError as error:
-        raise type(error)(_of_recipe(arguments, str(error))) from error
+    except NfzooError:
+        raise
     except Exception as error:  # jsonargparse raises many kinds; all mean that the arguments do not fit
-        raise ConfigError(_of_recipe(arguments, _reason(str(error)))) from error
+        raise ConfigError(_reason(str(error))) from error
 
 
-def _of_recipe(arguments: Sequence[str], reason: str) -> str:
+def _of_recipe(arguments: list[str], reason: str) -> str:
     """The reason, with the recipe file that gives the same one when it is read alone."""
     given = [a.partition("=") for a in arguments]
     files = [b[0] for a, b in itertools.pairwise(given) if a[0] == "--recipe" and not a[1]]
     files += [value for flag, equals, value in given if flag == "--recipe" and equals]
     for file in files:
-        parser = _parser()
         try:
-            fields = dict(
-                parser.instantiate(
-                    parser.parse_args(["--recipe", file, "--model", "m", "--data", "d", "--output", "o"])
-                )
-            )
-            fields.pop("recipe", None)
-            TrainConfig(**fields)
-        except Exception as error:
-            if reason in (str(error), _reason(str(error))) and file not in reason:
+            _read(["--recipe", file, "--model", "m", "--data", "d", "--output", "o"])
+        except ConfigError as error:
+            if str(error) == reason:
                 return f"the recipe {file!r}: {reason}"
     return reason
 
