@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .agc import check_clip, clip_all, clip_unitwise, is_sharded, whole
-from .compile import compile_alone
+from .compile import compile_of_any_shape
 from .module import NFNet
 from .optim import CLIPPED, DECAYED, SGDState, ema_, ema_decay, sgd, sgd_
 from .types import Params
@@ -30,7 +30,7 @@ class AGCSGD(torch.optim.Optimizer):
         eps: floor of the parameter norm in AGC.
         ema_decay: keep a moving average of the parameters, as `nfzoo.optim.ema` defines it: see `averages`.
         compiled: compile the update: on CUDA devices, with Triton, to a few kernels for all parameters
-            (`nfzoo.fused`), elsewhere to one graph for each shape of kernel.
+            (`nfzoo.fused`), elsewhere to one graph for kernels of all shapes.
 
     Attributes:
         clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first.
@@ -208,17 +208,17 @@ class AGCSGD(torch.optim.Optimizer):
         return count, 0 if count is None else fused.units
 
     def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
-        """One step on kernels and linears, one graph for each shape."""
+        """One step on kernels and linears, one graph for all shapes."""
         constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
+        update = _compiled_update(*constants)
         lr, weight = self._numbers(group, params[0].device)
         masks = []
         for p in params:
-            state = self.state[p]
-            tensors = (p, p.grad, state["momentum_buffer"], state.get("ema"))
-            # As rows, so that shapes of equal rows share a graph.
-            rows = [None if t is None else t.view(len(t), -1) for t in tensors]
-            update = _compiled_update((len(p), p.numel() // len(p)), constants)
+            m, average = self.state[p]["momentum_buffer"], self.state[p].get("ema")
+            rows = (None if t is None else t.view(len(t), -1) for t in (p, p.grad, m, average))
             masks.append(update(*rows, lr, weight, self.gate))
+            # The compiled function writes without autograd's knowledge.
+            torch.autograd.graph.increment_version([t for t in (p, m, average) if t is not None])
         if group["clip"] is None:
             return None, 0
         return torch.cat([mask.flatten() for mask in masks]).sum(), sum(len(p) for p in params)
@@ -230,10 +230,11 @@ class AGCSGD(torch.optim.Optimizer):
         return _number(group["lr"], device), weight
 
 
-@functools.lru_cache(maxsize=1024)
-def _compiled_update(shape: tuple[int, ...], constants: tuple[Any, ...]) -> Callable[..., Tensor | None]:
-    """The whole update of one kernel `(out, fan_in)` as one graph, which all kernels of a shape share."""
-    clip, eps, momentum, nesterov, weight_decay = constants
+@functools.lru_cache(maxsize=64)
+def _compiled_update(
+    clip: float | None, eps: float, momentum: float, nesterov: bool, weight_decay: float
+) -> Callable[..., Tensor | None]:
+    """The whole update of one kernel `(out, fan_in)` as one graph."""
 
     def update(
         p: Tensor,
@@ -266,7 +267,7 @@ def _compiled_update(shape: tuple[int, ...], constants: tuple[Any, ...]) -> Call
             average.copy_(average + weight * (new_p - average))
         return mask  # to be counted outside: inductor fails on the sum beside in-place updates
 
-    return compile_alone(update)
+    return compile_of_any_shape(update)
 
 
 @functools.cache

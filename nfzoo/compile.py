@@ -7,6 +7,7 @@ break is an error, and so is reaching the limit of recompilations.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .device import backend as device_backend
 from .model import plan
+from .models.parts import Layers
+from .standardize import PLAIN_ROWS, RowKernels
 from .types import Block, BlockFn, Noise
 
 RECOMPILE_LIMIT = 64
@@ -34,16 +37,20 @@ class CompileOptions(NamedTuple):
 
 
 class CompiledBlock:
-    """A block function, compiled; `graph_of` gives equal blocks the same one, also when copied or unpickled."""
+    """A block function, compiled; `graph_of` gives equal blocks the same one, also when copied or unpickled.
+
+    On a CPU, where each kernel that is compiled costs half a second of the C++ compiler's start, torch's own compiler
+    gets the standardisation of weights apart from the block: one pair of graphs for the kernels of all blocks.
+    """
 
     def __init__(self, fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> None:
-        inner: Any = fn.by_itself() if hasattr(fn, "by_itself") else fn  # type: ignore[attr-defined]
-
-        def block(params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-            return inner(params, x, beta, keep)
-
         self.fn, self.shapes, self.options = fn, shapes, options
-        self._compiled = compile_alone(block, options)
+        self._compiled = _compiled_function(fn, options)
+        layers = getattr(fn, "layers", None)
+        self._layers = layers if isinstance(layers, Layers) and options.backend == "inductor" else None
+        if self._layers is not None:
+            ready: Any = dataclasses.replace(fn, layers=dataclasses.replace(layers, ready=True))  # type: ignore[type-var]
+            self._ready = _compiled_function(ready, options)
 
     def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # inside the graph of a whole model, or an export
@@ -51,7 +58,9 @@ class CompiledBlock:
         if not isinstance(beta, Tensor):
             beta = _scalar(beta, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         with _whole_under_ddp():
-            return self._compiled(params, x, beta, keep)
+            if self._layers is None or x.device.type != "cpu":
+                return self._compiled(params, x, beta, keep)
+            return self._ready(self._layers.standardized(params, compiled_rows(self.options)), x, beta, keep)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlock:
         return self
@@ -64,6 +73,35 @@ class CompiledBlock:
 def graph_of(fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> CompiledBlock:
     """The one compiled form, in this process, of equal block functions with parameters of equal shapes."""
     return CompiledBlock(fn, shapes, options)
+
+
+def _compiled_function(fn: BlockFn, options: CompileOptions) -> Callable[..., Tensor]:
+    inner: Any = fn.by_itself() if hasattr(fn, "by_itself") else fn  # type: ignore[attr-defined]
+
+    def block(params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        return inner(params, x, beta, keep)
+
+    return compile_alone(block, options)
+
+
+@functools.cache
+def compiled_rows(options: CompileOptions) -> RowKernels:
+    """The passes of standardisation over the rows of a kernel, compiled once for kernels of every shape."""
+    # A mode, which torch takes instead of options, has nothing to tune here.
+    return RowKernels(*(compile_of_any_shape(fn, options._replace(mode=None)) for fn in PLAIN_ROWS))
+
+
+def compile_of_any_shape(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:
+    """`compile_alone` for tensors of every size in one graph; no autograd through it, nor through what it writes to."""
+    options = options or CompileOptions()
+    # Or the sizes of the first call would decide for all whether threads share the work.
+    own = {"cpp.dynamic_threads": True, **dict(options.options)}
+    compiled_fn = compile_alone(fn, options._replace(dynamic=True, options=tuple(sorted(own.items()))))
+
+    def call(*args: Any) -> Any:  # Dynamo also guards the shape of what a tensor is a view of
+        return compiled_fn(*(arg.data if isinstance(arg, Tensor) else arg for arg in args))
+
+    return call
 
 
 def compile_alone(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:

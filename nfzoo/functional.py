@@ -8,11 +8,12 @@ them. Images are NCHW.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .standardize import standardize_weight as standardize_weight
 
 # gamma = 1 / std(act(z)), z ~ N(0, 1), as in the released code: the activation then keeps unit variance.
 GAMMA: dict[str, float] = {
@@ -29,9 +30,6 @@ _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 
-VARIANCE_FLOOR = 1e-4  # of var(W) * fan_in, in DeepMind's WSConv2D
-VARIANCE_OFFSET = 1e-5  # added to var(W), in timm's ScaledStdConv2d as its NF-models use it
-
 
 def activate(x: Tensor, name: str) -> Tensor:
     """`act(x)` without its gamma; `name` is a key of `GAMMA`."""
@@ -41,99 +39,6 @@ def activate(x: Tensor, name: str) -> Tensor:
 def scaled_activation(x: Tensor, name: str) -> Tensor:
     """`gamma * act(x)`, of unit variance for `x ~ N(0, 1)`. Source: arXiv 2101.08692, section 4."""
     return _ACTIVATION[name](x) * GAMMA[name]
-
-
-def standardize_weight(weight: Tensor, gain: Tensor, *, floor: bool = True, scale: float = 1.0) -> Tensor:
-    """Scaled weight standardisation of a kernel, per output channel.
-
-    `(W - mean(W)) * s`, `s = scale * gain * rsqrt(max(var(W) * fan_in, 1e-4))`, with the biased variance; with
-    `floor=False` the root is of `(var(W) + 1e-5) * fan_in` instead. Computed in float32 at least.
-
-    Args:
-        weight: `(out, in / groups, height, width)`.
-        gain: `(out,)`.
-        floor: whether small variances are floored (DeepMind) or offset (timm).
-        scale: a constant that multiplies the result (timm puts gamma here).
-
-    Source: arXiv 2101.08692, equation 5; `WSConv2D` of the code released with arXiv 2102.06171.
-    """
-    w = weight.flatten(1)
-    if w.dtype not in (torch.float32, torch.float64):
-        w = w.float()
-    if floor and w.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        rows: Tensor = _FlooredRows.apply(w, gain.to(w.dtype) * scale)[0]  # type: ignore[index]
-        return rows.reshape(weight.shape).to(weight.dtype)
-    # Two passes over rows: E[W^2] - E[W]^2 would cancel.
-    centred = w - w.mean(dim=1, keepdim=True)
-    total = centred.square().sum(dim=1, keepdim=True)  # var(W) * fan_in
-    root = total.clamp(min=VARIANCE_FLOOR) if floor else total + VARIANCE_OFFSET * w.shape[1]
-    s = torch.rsqrt(root) * gain.to(w.dtype)[:, None]
-    if scale != 1.0:
-        s = s * scale
-    return (centred * s).reshape(weight.shape).to(weight.dtype)
-
-
-class _FlooredRows(torch.autograd.Function):
-    """`standardize_weight` of rows with floored variances, its derivatives written out.
-
-    Fewer passes over memory, and no second copy of the weights is kept for the backward pass. With c the centred row,
-    `s = rsqrt(max(|c|², floor))` and `a = <g, c> s`, the gradient of the row is `gain s (g - mean(g) - c a s)`, without
-    its last term below the floor, and that of the gain is a.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(w: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, centred, total, s = _centred(w)
-        return centred * (s * gain[:, None]), mean, total, s
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
-        w, gain = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(w, gain, *output[1:])
-        ctx.save_for_forward(w, gain)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        w, gain, mean, total, s = ctx.saved_tensors
-        g = grads[0]
-        if g is None:
-            return None, None
-        again = torch.is_grad_enabled()  # somebody will differentiate this as well
-        if again:
-            mean, centred, total, s = _centred(w)
-        else:
-            centred = w - mean
-        along = (g * centred).sum(dim=1, keepdim=True) * s
-        k = gain[:, None] * s
-        bend = torch.where(total >= VARIANCE_FLOOR, -k * along * s, 0.0)
-        level = g - g.mean(dim=1, keepdim=True)
-        if again:
-            return (level * k).addcmul(centred, bend), along[:, 0]
-        return level.mul_(k).addcmul_(centred, bend), along[:, 0]  # the same numbers in less memory
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        w, gain = ctx.saved_tensors
-        dw, dgain = tangents
-        _, centred, total, s = _centred(w)
-        out = torch.zeros_like(w)
-        if dw is not None:
-            moved = dw - dw.mean(dim=1, keepdim=True)
-            bend = (moved * centred).sum(dim=1, keepdim=True) * s * s
-            out = (moved - centred * torch.where(total >= VARIANCE_FLOOR, bend, 0.0)) * (gain[:, None] * s)
-        return out if dgain is None else out + centred * (s * dgain[:, None]), None, None, None
-
-
-def _centred(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The means of rows, rows without them, the squared norms of those, the factors to norm 1 above the floor."""
-    mean = w.mean(dim=1, keepdim=True)
-    centred = w - mean
-    total = centred.square().sum(dim=1, keepdim=True)
-    return mean, centred, total, torch.rsqrt(total.clamp(min=VARIANCE_FLOOR))
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:

@@ -367,16 +367,19 @@ def test_the_update_has_few_kernels():
     assert counts[0] == counts[1] < 40
 
 
-def test_compiled_updates_share_graphs_and_do_not_recompile():
+def test_compiled_updates_of_all_shapes_share_a_graph_and_do_not_recompile():
     torch.compiler.reset()
     counters.clear()
     g = generator()
-    parameters = [nn.Parameter(torch.randn(4, 3, generator=g)) for _ in range(20)]
+    shapes = [(4, 3, 3, 3), (4, 5, 1, 1), (7, 2), (6, 6), (33, 17, 3, 3), (4, 3, 3, 3)]
+    parameters = [nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
     optimizer = AGCSGD(parameters, lr=0.1, compiled=True, ema_decay=0.9)
     for step in range(3):
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
         give_gradients(parameters, step)
+        versions = [p._version for p in parameters]
         optimizer.step()
+        assert all(p._version > v for p, v in zip(parameters, versions, strict=True))  # autograd may look
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from nfzoo import AGCSGD, NFNet, model, param_groups
 from nfzoo import compile as compiling
 from nfzoo.config import ModelConfig
+from nfzoo.standardize import standardize_weight
 from nfzoo.variants import VARIANTS
 from tests.helpers import SMALL, assert_same, generator, images, random_params, relative
 
@@ -143,8 +144,42 @@ def test_inductor_on_a_small_model():
     module, x = shell(cfg).eval(), images(cfg)
     with torch.no_grad():
         expected = module(x)
-        assert relative(module.compile_blocks()(x), expected) < COMPILED
+        shapes = len({id(m.fn) for m in module.compile_blocks().modules() if hasattr(m, "block")})
+        assert relative(module(x), expected) < COMPILED
+        assert counters["stats"]["unique_graphs"] == shapes + 1  # that which standardises all weights
         assert module.features(x)[0].shape[1] == 8
+    assert no_graph_break()
+
+
+@pytest.mark.parametrize("floor", [True, False])
+def test_compiled_standardisation_is_one_graph_a_pass_for_all_kernels(floor):
+    kernels = compiling.compiled_rows(compiling.compile_options())
+    for shape in ((16, 3, 3, 3), (8, 8, 1, 1), (33, 17, 3, 3), (9, 1, 3, 3)):
+        weight = (
+            torch.randn(shape, generator=generator())
+            * torch.tensor([1.0, 1e-3]).repeat(shape[0])[: shape[0], None, None, None]
+        )
+        gain, g = torch.randn(shape[0], generator=generator(1)), torch.randn(shape, generator=generator(2))
+        results = []
+        for chosen in (None, kernels):
+            leaves = [t.clone().requires_grad_() for t in (weight, gain)]
+            out = standardize_weight(*leaves, floor=floor, scale=1.7, kernels=chosen)
+            results.append((out, *torch.autograd.grad(out, leaves, g)))
+        for a, b in zip(*results, strict=True):
+            assert relative(b, a) < EXACT
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_compiled_weights_can_be_differentiated_twice():
+    kernels = compiling.compiled_rows(compiling.compile_options())
+    leaves = [t.requires_grad_() for t in (torch.randn(4, 3, 3, 3, generator=generator()), torch.ones(4))]
+    seconds = []
+    for chosen in (None, kernels):
+        out = standardize_weight(*leaves, kernels=chosen).square().square().sum()
+        first = torch.autograd.grad(out, leaves, create_graph=True)
+        seconds.append(torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves))
+    for a, b in zip(*seconds, strict=True):
+        assert relative(b, a) < EXACT
 
 
 @pytest.mark.slow

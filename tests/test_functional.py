@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -199,27 +200,29 @@ def low_rows(dtype=torch.float64):
     return weight, draw(5, seed=1).to(dtype)
 
 
-def formula(weight, gain):
+def formula(weight, gain, floor):
     """What `standardize_weight` computes, for autograd to differentiate."""
     centred = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
-    root = centred.square().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-4).sqrt()
+    total = centred.square().sum(dim=(1, 2, 3), keepdim=True)
+    root = (total.clamp(min=1e-4) if floor else total + 1e-5 * weight[0].numel()).sqrt()
     return centred / root * (1.7 * gain)[:, None, None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("route", ["autograd", "transform"])
-def test_gradients_of_standardisation_are_those_of_the_formula_below_the_floor_too(dtype, route):
+@pytest.mark.parametrize("floor", [True, False])
+def test_gradients_of_standardisation_are_those_of_the_formula_below_the_floor_too(dtype, route, floor):
     weight, gain = low_rows(dtype)
     upstream = draw(*weight.shape, seed=2).to(dtype)
     exact = [t.double().requires_grad_() for t in (weight, gain)]
-    expected = formula(*exact)
+    expected = formula(exact[0], exact[1], floor)
     wanted = torch.autograd.grad(expected, exact, upstream.double())
     if route == "autograd":
         leaves = [t.clone().requires_grad_() for t in (weight, gain)]
-        out = nf.standardize_weight(*leaves, scale=1.7)
+        out = nf.standardize_weight(*leaves, floor=floor, scale=1.7)
         grads = torch.autograd.grad(out, leaves, upstream)
     else:
-        out, pull, *_ = torch.func.vjp(lambda w, g: nf.standardize_weight(w, g, scale=1.7), weight, gain)
+        out, pull, *_ = torch.func.vjp(lambda w, g: nf.standardize_weight(w, g, floor=floor, scale=1.7), weight, gain)
         grads = pull(upstream)
     tight = 1e-6 if dtype == torch.float32 else FLOAT64
     for a, b in zip((out, *grads), (expected, *wanted), strict=True):
@@ -228,33 +231,38 @@ def test_gradients_of_standardisation_are_those_of_the_formula_below_the_floor_t
             torch.testing.assert_close(row_a.double() / scale, row_b / scale, rtol=tight, atol=tight)
 
 
-def test_standardisation_keeps_no_copy_of_the_weights_for_the_backward_pass():
+@pytest.mark.parametrize("floor", [True, False])
+def test_standardisation_keeps_no_copy_of_the_weights_for_the_backward_pass(floor):
     weight, gain = (t.requires_grad_() for t in low_rows())
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        nf.standardize_weight(weight, gain)
+        nf.standardize_weight(weight, gain, floor=floor)
     copies = [t for t in kept if t.numel() == weight.numel() and t.data_ptr() != weight.data_ptr()]
     assert kept
     assert not copies
 
 
 @pytest.mark.parametrize("rows", [(0,), (1, 2)], ids=["above", "below"])
-def test_first_and_second_derivatives_of_standardisation(rows):
+@pytest.mark.parametrize("floor", [True, False])
+def test_first_and_second_derivatives_of_standardisation(rows, floor):
     weight, gain = low_rows()
     chosen = [t[list(rows)].clone().requires_grad_() for t in (weight[:, :2, :2, :1], gain)]
-    assert torch.autograd.gradcheck(nf.standardize_weight, chosen)
-    assert torch.autograd.gradgradcheck(nf.standardize_weight, chosen)
+    rule = functools.partial(nf.standardize_weight, floor=floor)
+    assert torch.autograd.gradcheck(rule, chosen)
+    assert torch.autograd.gradgradcheck(rule, chosen)
 
 
 # Torch scripts its own formulas for forward derivatives of this kind, on first use.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_forward_derivatives_of_standardisation():
+@pytest.mark.parametrize("floor", [True, False])
+def test_forward_derivatives_of_standardisation(floor):
     weight, gain = low_rows()
+    rule = functools.partial(nf.standardize_weight, floor=floor)
     along = draw(*weight.shape, seed=2), draw(5, seed=3)
     with forward_ad.dual_level():
         dual = [forward_ad.make_dual(t, d) for t, d in zip((weight, gain), along, strict=True)]
-        tangent = forward_ad.unpack_dual(nf.standardize_weight(*dual)).tangent
-    _, expected, *_ = torch.func.jvp(nf.standardize_weight, (weight, gain), along)
+        tangent = forward_ad.unpack_dual(rule(*dual)).tangent
+    _, expected, *_ = torch.func.jvp(rule, (weight, gain), along)
     torch.testing.assert_close(tangent, expected)
 
 

@@ -19,6 +19,7 @@ LAYERS = (
         "nfzoo.types",
         "nfzoo.errors",
         "nfzoo.files",
+        "nfzoo.standardize",
         "nfzoo.functional",
         "nfzoo.config",
         "nfzoo.variants",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import functional as nf
 from ..config import Attention, ModelConfig, Rules
+from ..standardize import RowKernels
 from ..types import Block, Drop, Init, ParamSpec, Specs
 
 # ---------------------------------------------------------------- initial values
@@ -57,10 +58,15 @@ def classifier_normal(shape, *, generator=None, device=None, dtype=None) -> Tens
 
 @dataclass(frozen=True)
 class Layers:
-    """Activation and convolution as a set of rules has them. Hashable, so that equal blocks compare equal."""
+    """Activation and convolution as a set of rules has them. Hashable, so that equal blocks compare equal.
+
+    Attributes:
+        ready: whether kernels come standardised, as `standardized` gives them.
+    """
 
     activation: str
     rule: Rules
+    ready: bool = False
 
     @classmethod
     def of(cls, cfg: ModelConfig) -> Layers:
@@ -70,10 +76,21 @@ class Layers:
         """The activation, times gamma unless the rules put gamma on the weights."""
         return (nf.activate if self.rule.gamma_on_weight else nf.scaled_activation)(x, self.activation)
 
-    def weight(self, p: Mapping[str, Tensor], name: str) -> Tensor:
+    def weight(self, p: Mapping[str, Tensor], name: str, kernels: RowKernels | None = None) -> Tensor:
         """The standardised kernel of convolution `name`."""
+        if self.ready:
+            return p[f"{name}weight"]
         scale = nf.GAMMA[self.activation] if self.rule.gamma_on_weight else 1.0
-        return nf.standardize_weight(p[f"{name}weight"], p[f"{name}gain"], floor=self.rule.variance_floor, scale=scale)
+        return nf.standardize_weight(
+            p[f"{name}weight"], p[f"{name}gain"], floor=self.rule.variance_floor, scale=scale, kernels=kernels
+        )
+
+    def standardized(self, p: Mapping[str, Tensor], kernels: RowKernels) -> dict[str, Tensor]:
+        """Parameters with every kernel standardised, its gain gone: what a block with `ready` layers takes."""
+        names = [key.removesuffix("weight") for key in p if key.endswith("weight")]
+        convolutions = [name for name in names if f"{name}gain" in p]
+        rest = {key: value for key, value in p.items() if key.removesuffix("gain") not in convolutions}
+        return {**rest, **{f"{name}weight": self.weight(p, name, kernels) for name in convolutions}}
 
     def conv(
         self,

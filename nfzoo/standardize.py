@@ -1,0 +1,133 @@
+"""Scaled weight standardisation, eager, for compilers, and by compiled passes over the rows of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+VARIANCE_FLOOR = 1e-4  # of var(W) * fan_in, in DeepMind's WSConv2D
+VARIANCE_OFFSET = 1e-5  # added to var(W), in timm's ScaledStdConv2d as its NF-models use it
+
+
+class RowKernels(NamedTuple):
+    """The two passes of `standardize_weight` over the rows of a kernel, plain or compiled."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor]]
+
+
+def standardize_weight(
+    weight: Tensor, gain: Tensor, *, floor: bool = True, scale: float = 1.0, kernels: RowKernels | None = None
+) -> Tensor:
+    """Scaled weight standardisation of a kernel, per output channel.
+
+    `(W - mean(W)) * s`, `s = scale * gain * rsqrt(max(var(W) * fan_in, 1e-4))`, with the biased variance; with
+    `floor=False` the root is of `(var(W) + 1e-5) * fan_in` instead. Computed in float32 at least.
+
+    Args:
+        weight: `(out, in / groups, height, width)`.
+        gain: `(out,)`.
+        floor: whether small variances are floored (DeepMind) or offset (timm).
+        scale: a constant that multiplies the result (timm puts gamma here).
+        kernels: compiled forms of `PLAIN_ROWS`, to compute with them.
+
+    Source: arXiv 2101.08692, equation 5; `WSConv2D` of the code released with arXiv 2102.06171.
+    """
+    w = weight.flatten(1)
+    if w.dtype not in (torch.float32, torch.float64):
+        w = w.float()
+    factor = gain.to(w.dtype)
+    if scale != 1.0:
+        factor = factor * scale
+    if kernels or (w.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()):
+        rows: Tensor = _Rows.apply(w, factor, floor, kernels or PLAIN_ROWS)[0]  # type: ignore[index]
+    else:
+        rows = _standardized(w, factor, floor)[0]  # for compilers to differentiate and to fuse
+    return rows.reshape(weight.shape).to(weight.dtype)
+
+
+def _centred(w: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The means of rows, rows without them, the squared norms of those, and the factors that divide by the root."""
+    mean = w.mean(dim=1, keepdim=True)
+    centred = w - mean  # two passes over rows: E[W²] - E[W]² would cancel
+    total = centred.square().sum(dim=1, keepdim=True)  # var(W) * fan_in
+    root = total.clamp(min=VARIANCE_FLOOR) if floor else total + VARIANCE_OFFSET * w.shape[1]
+    return mean, centred, total, torch.rsqrt(root)
+
+
+def _standardized(w: Tensor, gain: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Standardised rows, and what their derivatives need besides the rows: mean, squared norm, factor."""
+    mean, centred, total, s = _centred(w, floor)
+    return centred * (s * gain[:, None]), mean, total, s
+
+
+def _bending(value: Tensor, total: Tensor, floor: bool) -> Tensor:
+    """`value` where the factor of a row depends on the row: not below the floor."""
+    return torch.where(total >= VARIANCE_FLOOR, value, 0.0) if floor else value
+
+
+def _row_gradients(
+    w: Tensor, gain: Tensor, mean: Tensor, total: Tensor, s: Tensor, g: Tensor, floor: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rows and gains, of `g` with respect to standardised rows; in place where nobody sees it."""
+    centred = w - mean
+    along = (g * centred).sum(dim=1, keepdim=True) * s
+    k = gain[:, None] * s
+    bend = _bending(-k * along * s, total, floor)
+    return (g - g.mean(dim=1, keepdim=True)).mul_(k).addcmul_(centred, bend), along[:, 0]
+
+
+PLAIN_ROWS = RowKernels(_standardized, _row_gradients)
+
+
+class _Rows(torch.autograd.Function):
+    """`standardize_weight` of rows, its derivatives written out.
+
+    Fewer passes over memory, and no second copy of the weights is kept for the backward pass. With c the centred row,
+    `s = rsqrt(max(|c|², floor))` and `a = <g, c> s`, the gradient of the row is `gain s (g - mean(g) - c a s)`, without
+    its last term below the floor, and that of the gain is a.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, gain: Tensor, floor: bool, kernels: RowKernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return kernels.forward(w, gain, floor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        w, gain, ctx.floor, ctx.kernels = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(w, gain, *output[1:])
+        ctx.save_for_forward(w, gain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        w, gain, mean, total, s = ctx.saved_tensors
+        g = grads[0]
+        if g is None:
+            return None, None, None, None
+        if not torch.is_grad_enabled():
+            return *ctx.kernels.backward(w, gain, mean, total, s, g, ctx.floor), None, None
+        # Somebody will differentiate this as well.
+        mean, centred, total, s = _centred(w, ctx.floor)
+        along = (g * centred).sum(dim=1, keepdim=True) * s
+        k = gain[:, None] * s
+        bend = _bending(-k * along * s, total, ctx.floor)
+        return ((g - g.mean(dim=1, keepdim=True)) * k).addcmul(centred, bend), along[:, 0], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        w, gain = ctx.saved_tensors
+        dw, dgain = tangents[:2]
+        _, centred, total, s = _centred(w, ctx.floor)
+        out = torch.zeros_like(w)
+        if dw is not None:
+            moved = dw - dw.mean(dim=1, keepdim=True)
+            bend = _bending((moved * centred).sum(dim=1, keepdim=True) * s * s, total, ctx.floor)
+            out = (moved - centred * bend) * (gain[:, None] * s)
+        return out if dgain is None else out + centred * (s * dgain[:, None]), None, None, None
