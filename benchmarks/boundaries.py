@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from benchmarks import contenders, timing
 from benchmarks.pages import Table, number
 from nfzoo import functional as nf
-from nfzoo.compile import compile_alone, compile_options, compiled
+from nfzoo.compile import compile_alone, compile_options, compiled, compiled_rows
 from nfzoo.model import plan
 from nfzoo.models.nfnet import FBlock
-from nfzoo.models.parts import attend
-from nfzoo.types import Block
+from nfzoo.models.parts import Conv, attend
+from nfzoo.types import Block, Plan
 
 if TYPE_CHECKING:
     from benchmarks.suites import Options, Page
@@ -40,12 +41,39 @@ def beginning_after_the_sum(
 
 
 def _local(block: Block, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: params[f"{block.name}.{k}"] for k in block.specs}
+    keys = ((k, f"{block.name}.{k}") for k in block.specs)
+    return {k: params[key] for k, key in keys if key in params}
+
+
+def _ready(block: Block) -> Block:
+    """The block whose kernels come standardised."""
+    fn: Any = block.fn
+    return block._replace(fn=replace(fn, layers=replace(fn.layers, ready=True))) if hasattr(fn, "layers") else block
 
 
 def networks(cfg: Any, device: torch.device) -> dict[str, Net]:
-    """The same network, compiled in four ways."""
-    blocks = plan(cfg)
+    """The same network, compiled in four ways; on a CPU with weights standardised before, as compiled blocks have it."""
+    if device.type != "cpu":
+        return _networks(plan(cfg), cfg.activation, device)
+    kernels = compiled_rows(compile_options())
+
+    def standardized(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result = {}
+        for block in plan(cfg):
+            fn, local = block.fn, _local(block, params)
+            if isinstance(fn, Conv | FBlock):
+                local = fn.layers.standardized(local, kernels)
+            result.update({f"{block.name}.{k}": v for k, v in local.items()})
+        return result
+
+    def behind(net: Net) -> Net:
+        return lambda params, x: net(standardized(params), x)
+
+    ready = _networks(tuple(_ready(b) for b in plan(cfg)), cfg.activation, device)
+    return {name: behind(net) for name, net in ready.items()}
+
+
+def _networks(blocks: Plan, activation_name: str, device: torch.device) -> dict[str, Net]:
     betas = {b.name: torch.full((), b.beta, device=device) for b in blocks}
     options = compile_options()
 
@@ -71,7 +99,7 @@ def networks(cfg: Any, device: torch.device) -> dict[str, Net]:
         regions.append(shared[b.fn] if isinstance(b.fn, FBlock) else fn)
 
     def activated_input(x: Tensor) -> Tensor:
-        return nf.scaled_activation(x, cfg.activation)
+        return nf.scaled_activation(x, activation_name)
 
     activation = compile_alone(activated_input)
 
