@@ -52,7 +52,7 @@ def _ready(block: Block) -> Block:
 
 
 def networks(cfg: Any, device: torch.device) -> dict[str, Net]:
-    """The same network, compiled in four ways; on a CPU with weights standardised before, as compiled blocks have it."""
+    """The same network, compiled in four ways; on a CPU with weights standardised apart, as compiled blocks have it."""
     if device.type != "cpu":
         return _networks(plan(cfg), cfg.activation, device)
     kernels = compiled_rows(compile_options())
