@@ -235,6 +235,9 @@ def _compiled_update(
     clip: float | None, eps: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> Callable[..., Tensor | None]:
     """The whole update of one kernel `(out, fan_in)` as one graph."""
+    # As text: of numbers Dynamo makes inputs, which compiled code would read and convert for every element.
+    limit = None if clip is None else repr(float(clip))
+    floor, keep, decay = (repr(float(value)) for value in (eps, momentum, weight_decay))
 
     def update(
         p: Tensor,
@@ -246,16 +249,16 @@ def _compiled_update(
         gate: Tensor | None,
     ) -> Tensor | None:
         mask = None
-        if clip is not None:
-            grad, mask = clip_unitwise(grad, p, clip=clip, eps=eps)
+        if limit is not None:
+            grad, mask = clip_unitwise(grad, p, clip=float(limit), eps=float(floor))
         new, state = sgd(
             {"p": p},
             {"p": grad},
             SGDState({"p": m}),
             lr=lr,
-            momentum=momentum,
+            momentum=float(keep),
             nesterov=nesterov,
-            weight_decay=weight_decay,
+            weight_decay=float(decay),
         )
         new_p, new_m = new["p"], state.momentum["p"]
         if gate is not None:
