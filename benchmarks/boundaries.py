@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import contenders, timing
 from benchmarks.pages import Table, number
 from nfzoo import functional as nf
-from nfzoo.compile import compile_alone, compile_options, compiled, compiled_rows
+from nfzoo.compile import compile_alone, compile_options, compiled_rows
 from nfzoo.model import plan
 from nfzoo.models.nfnet import FBlock
 from nfzoo.models.parts import Conv, attend
@@ -52,38 +52,48 @@ def _ready(block: Block) -> Block:
 
 
 def networks(cfg: Any, device: torch.device) -> dict[str, Net]:
-    """The same network, compiled in four ways; on a CPU with weights standardised apart, as compiled blocks have it."""
-    if device.type != "cpu":
-        return _networks(plan(cfg), cfg.activation, device)
+    """The same network, compiled in four ways; and its blocks with weights standardised where the others have it not.
+
+    Blocks have it as `CompiledBlock` does: apart on a CPU, else in their graphs.
+    """
     kernels = compiled_rows(compile_options())
+    trained = plan(cfg)
+    ready = tuple(_ready(b) for b in trained)
 
-    def standardized(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        result = {}
-        for block in plan(cfg):
-            fn, local = block.fn, _local(block, params)
-            if isinstance(fn, Conv | FBlock):
-                local = fn.layers.standardized(local, kernels)
-            result.update({f"{block.name}.{k}": v for k, v in local.items()})
-        return result
+    def apart(net: Net) -> Net:
+        def run(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+            standardized = {}
+            for block in trained:
+                fn, local = block.fn, _local(block, params)
+                if isinstance(fn, Conv | FBlock):
+                    local = fn.layers.standardized(local, kernels)
+                standardized.update({f"{block.name}.{k}": v for k, v in local.items()})
+            return net(standardized, x)
 
-    def behind(net: Net) -> Net:
-        return lambda params, x: net(standardized(params), x)
+        return run
 
-    ready = _networks(tuple(_ready(b) for b in plan(cfg)), cfg.activation, device)
-    return {name: behind(net) for name, net in ready.items()}
+    if device.type == "cpu":
+        made = {name: apart(net) for name, net in _networks(ready, cfg.activation, device).items()}
+        return {**made, "a graph a block, standardised in it": _blockwise(trained, device)}
+    made = _networks(trained, cfg.activation, device)
+    return {**made, "a graph a block, standardised apart": apart(_blockwise(ready, device))}
+
+
+def _blockwise(blocks: Plan, device: torch.device) -> Net:
+    betas = {b.name: torch.full((), b.beta, device=device) for b in blocks}
+    fns: dict[Any, Any] = {b.fn: compile_alone(_plain(b.fn)) for b in blocks}
+
+    def blockwise(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        for b in blocks:
+            x = fns[b.fn](_local(b, params), x, betas[b.name])
+        return x
+
+    return blockwise
 
 
 def _networks(blocks: Plan, activation_name: str, device: torch.device) -> dict[str, Net]:
     betas = {b.name: torch.full((), b.beta, device=device) for b in blocks}
-    options = compile_options()
-
-    per_block = [compiled(b, options) for b in blocks]
-
-    def blockwise(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        for b, fn in zip(blocks, per_block, strict=True):
-            x = fn(_local(b, params), x, betas[b.name], None)
-        return x
-
+    ends: dict[Any, Any] = {b.fn: compile_alone(_plain(b.fn)) for b in blocks if not isinstance(b.fn, FBlock)}
     shared: dict[Any, Callable[..., Any]] = {}
 
     def region(fn: FBlock) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -92,11 +102,9 @@ def _networks(blocks: Plan, activation_name: str, device: torch.device) -> dict[
 
         return compile_alone(run)
 
-    regions: list[Callable[..., Any]] = []
-    for b, fn in zip(blocks, per_block, strict=True):
+    for b in blocks:
         if isinstance(b.fn, FBlock) and b.fn not in shared:
             shared[b.fn] = region(b.fn)
-        regions.append(shared[b.fn] if isinstance(b.fn, FBlock) else fn)
 
     def activated_input(x: Tensor) -> Tensor:
         return nf.scaled_activation(x, activation_name)
@@ -105,13 +113,13 @@ def _networks(blocks: Plan, activation_name: str, device: torch.device) -> dict[
 
     def shifted(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         activated = None
-        for b, fn in zip(blocks, regions, strict=True):
+        for b in blocks:
+            local = _local(b, params)
             if isinstance(b.fn, FBlock):
-                x, activated = fn(
-                    _local(b, params), x, activation(x) if activated is None else activated, betas[b.name]
-                )
+                activated = activation(x) if activated is None else activated
+                x, activated = shared[b.fn](local, x, activated, betas[b.name])
             else:
-                x = fn(_local(b, params), x, betas[b.name], None)
+                x = ends[b.fn](local, x, betas[b.name])
         return x
 
     # All regions are one function's closures to the compiler, which takes 8 of them unless told otherwise.
@@ -130,7 +138,7 @@ def _networks(blocks: Plan, activation_name: str, device: torch.device) -> dict[
         return x
 
     return {
-        "a graph a block": blockwise,
+        "a graph a block": _blockwise(blocks, device),
         "sum and activation together": shifted,
         "nested_compile_region": compile_alone(nested),
         "whole model": compile_alone(whole),

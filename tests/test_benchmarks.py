@@ -13,6 +13,7 @@ from benchmarks import boundaries, contenders, everything, grouped, pages, peer,
 from benchmarks.pages import Point, Table
 from nfzoo import model
 from nfzoo.adapter import AGCSGD
+from nfzoo.standardize import PLAIN_ROWS
 from nfzoo.variants import VARIANTS
 from tests.helpers import SMALL, generator, images, random_params, relative
 
@@ -157,6 +158,18 @@ def test_the_region_that_begins_after_the_sum_is_the_block():
             assert relative(x, expected) < 1e-6
         else:
             x = model.run_block(block, params, x)
+
+
+def test_wherever_graphs_end_the_network_is_the_same(monkeypatch):
+    monkeypatch.setattr(boundaries, "compile_alone", lambda fn: fn)
+    monkeypatch.setattr(boundaries, "compiled_rows", lambda options: PLAIN_ROWS)
+    cfg = SMALL["nfnet"]
+    params, x = random_params(cfg), images(cfg)
+    expected = model.apply(cfg, params, x)
+    made = boundaries.networks(cfg, CPU)
+    assert len(made) == 5
+    for name, net in made.items():
+        assert relative(net(params, x), expected) < 1e-6, name
 
 
 def test_an_unusable_device_is_refused(capsys):
