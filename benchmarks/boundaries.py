@@ -51,10 +51,10 @@ def _ready(block: Block) -> Block:
     return block._replace(fn=replace(fn, layers=replace(fn.layers, ready=True))) if hasattr(fn, "layers") else block
 
 
-def networks(cfg: Any, device: torch.device) -> dict[str, Net]:
+def networks(cfg: Any, device: torch.device, *, training: bool) -> dict[str, Net]:
     """The same network, compiled in four ways; and its blocks with weights standardised where the others have it not.
 
-    Blocks have it as `CompiledBlock` does: apart on a CPU, else in their graphs.
+    Blocks have it as `CompiledBlock` does: apart when they are trained on a CPU, else in their graphs.
     """
     kernels = compiled_rows(compile_options())
     trained = plan(cfg)
@@ -72,7 +72,7 @@ def networks(cfg: Any, device: torch.device) -> dict[str, Net]:
 
         return run
 
-    if device.type == "cpu":
+    if device.type == "cpu" and training:
         made = {name: apart(net) for name, net in _networks(ready, cfg.activation, device).items()}
         return {**made, "a graph a block, standardised in it": _blockwise(trained, device)}
     made = _networks(trained, cfg.activation, device)
@@ -165,7 +165,7 @@ def page(options: Options) -> Page:
             calls: dict[str, Callable[[], Any]] = {}
             first = {}
             torch.compiler.reset()
-            for name, made in networks(net.config, work.device).items():
+            for name, made in networks(net.config, work.device, training=task == "training").items():
                 call = _training(made, params, x, work) if task == "training" else _inference(made, params, x, work)
                 try:
                     first[name] = timing.seconds(call, work.device)

@@ -39,8 +39,8 @@ class CompileOptions(NamedTuple):
 class CompiledBlock:
     """A block function, compiled; `graph_of` gives equal blocks the same one, also when copied or unpickled.
 
-    On a CPU, where each kernel that is compiled costs half a second of the C++ compiler's start, torch's own compiler
-    gets the standardisation of weights apart from the block: one pair of graphs for the kernels of all blocks.
+    For training on a CPU torch's own compiler gets the standardisation of weights apart from the block, as one pair of
+    graphs for the kernels of all blocks. That is faster, also to compile; for inference it would be slower.
     """
 
     def __init__(self, fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> None:
@@ -58,7 +58,7 @@ class CompiledBlock:
         if not isinstance(beta, Tensor):
             beta = _scalar(beta, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         with _whole_under_ddp():
-            if self._layers is None or x.device.type != "cpu":
+            if self._layers is None or x.device.type != "cpu" or not torch.is_grad_enabled():
                 return self._compiled(params, x, beta, keep)
             return self._ready(self._layers.standardized(params, compiled_rows(self.options)), x, beta, keep)
 

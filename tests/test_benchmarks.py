@@ -160,13 +160,14 @@ def test_the_region_that_begins_after_the_sum_is_the_block():
             x = model.run_block(block, params, x)
 
 
-def test_wherever_graphs_end_the_network_is_the_same(monkeypatch):
+@pytest.mark.parametrize("training", [True, False])
+def test_wherever_graphs_end_the_network_is_the_same(monkeypatch, training):
     monkeypatch.setattr(boundaries, "compile_alone", lambda fn: fn)
     monkeypatch.setattr(boundaries, "compiled_rows", lambda options: PLAIN_ROWS)
     cfg = SMALL["nfnet"]
     params, x = random_params(cfg), images(cfg)
     expected = model.apply(cfg, params, x)
-    made = boundaries.networks(cfg, CPU)
+    made = boundaries.networks(cfg, CPU, training=training)
     assert len(made) == 5
     for name, net in made.items():
         assert relative(net(params, x), expected) < 1e-6, name

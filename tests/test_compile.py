@@ -144,11 +144,27 @@ def test_inductor_on_a_small_model():
     module, x = shell(cfg).eval(), images(cfg)
     with torch.no_grad():
         expected = module(x)
-        shapes = len({id(m.fn) for m in module.compile_blocks().modules() if hasattr(m, "block")})
-        assert relative(module(x), expected) < COMPILED
-        assert counters["stats"]["unique_graphs"] == shapes + 1  # that which standardises all weights
+        assert relative(module.compile_blocks()(x), expected) < COMPILED
         assert module.features(x)[0].shape[1] == 8
+
+
+def test_training_with_inductor_standardises_all_weights_in_one_pair_of_graphs():
+    cfg = SMALL["nfnet"]
+    params, x = random_params(cfg), torch.randn(2, 3, 16, 16, generator=generator())
+    grads = []
+    for compiled in (False, True):
+        leaves = {
+            k: v.clone().requires_grad_() for k, v in params.items() if k.startswith(("stem.conv0", "stem.conv1"))
+        }
+        y = x
+        for block in model.plan(cfg)[:2]:
+            fn = compiling.compiled(block, compiling.compile_options()) if compiled else block.fn
+            y = fn({k: leaves[f"{block.name}.{k}"] for k in block.specs}, y, block.beta, None)
+        grads.append(torch.autograd.grad(y.square().mean(), list(leaves.values())))
+    assert counters["stats"]["unique_graphs"] == 2 + 2  # two blocks; forward and backward of their weights
     assert no_graph_break()
+    for a, b in zip(*grads, strict=True):
+        assert relative(b, a) < COMPILED
 
 
 @pytest.mark.parametrize("floor", [True, False])
