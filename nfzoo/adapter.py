@@ -30,7 +30,7 @@ class AGCSGD(torch.optim.Optimizer):
         eps: floor of the parameter norm in AGC.
         ema_decay: keep a moving average of the parameters, as `nfzoo.optim.ema` defines it: see `averages`.
         compiled: compile the update: on CUDA devices, with Triton, to a few kernels for all parameters
-            (`nfzoo.fused`), elsewhere to one graph for kernels of all shapes.
+            (`nfzoo.fused`), elsewhere to a graph for kernels of all shapes.
 
     Attributes:
         clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first.
@@ -208,14 +208,14 @@ class AGCSGD(torch.optim.Optimizer):
         return count, 0 if count is None else fused.units
 
     def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
-        """One step on kernels and linears, one graph for all shapes."""
+        """One step on kernels and linears, a graph for all shapes: see `compile_of_any_shape`."""
         constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
         update = _compiled_update(*constants)
         lr, weight = self._numbers(group, params[0].device)
         masks = []
         for p in params:
             m, average = self.state[p]["momentum_buffer"], self.state[p].get("ema")
-            rows = (None if t is None else t.view(len(t), -1) for t in (p, p.grad, m, average))
+            rows = (None if t is None else t.flatten(1) for t in (p, p.grad, m, average))
             masks.append(update(*rows, lr, weight, self.gate))
             # The compiled function writes without autograd's knowledge.
             torch.autograd.graph.increment_version([t for t in (p, m, average) if t is not None])

@@ -1,7 +1,8 @@
 """Compilation of a plan: one graph for each distinct block, so that the time to compile does not grow with depth.
 
-Blocks of one shape differ in `beta` alone, which compiled code takes as a tensor. Nothing falls back to eager: a graph
-break is an error, and so is reaching the limit of recompilations.
+Blocks of one shape differ in `beta` alone, which compiled code takes as a tensor. For training on a CPU one more pair
+of graphs standardises the weights of all blocks. Nothing falls back to eager: a graph break is an error, and so is
+reaching the limit of recompilations.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ RECOMPILE_LIMIT = 64
 """Graphs that one block shape may need: for each image size, batch, dtype, training or not. torch's own limit is 8."""
 
 
+INDUCTOR = "inductor"
+STANDARDIZED_APART: set[str | Callable[..., Any]] = {INDUCTOR}
+"""The backends for which `CompiledBlock` standardises weights apart from the block."""
+
+
 class CompileOptions(NamedTuple):
     """Arguments of `torch.compile`; `options` as sorted pairs, so that equal ones share their graphs."""
 
-    backend: str | Callable[..., Any] = "inductor"
+    backend: str | Callable[..., Any] = INDUCTOR
     mode: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
     dynamic: bool | None = False
@@ -47,7 +53,7 @@ class CompiledBlock:
         self.fn, self.shapes, self.options = fn, shapes, options
         self._compiled = _compiled_function(fn, options)
         layers = getattr(fn, "layers", None)
-        self._layers = layers if isinstance(layers, Layers) and options.backend == "inductor" else None
+        self._layers = layers if isinstance(layers, Layers) and options.backend in STANDARDIZED_APART else None
         if self._layers is not None:
             ready: Any = dataclasses.replace(fn, layers=dataclasses.replace(layers, ready=True))  # type: ignore[type-var]
             self._ready = _compiled_function(ready, options)
@@ -60,7 +66,12 @@ class CompiledBlock:
         with _whole_under_ddp():
             if self._layers is None or x.device.type != "cpu" or not torch.is_grad_enabled():
                 return self._compiled(params, x, beta, keep)
-            return self._ready(self._layers.standardized(params, compiled_rows(self.options)), x, beta, keep)
+            params = self._layers.standardized(params, compiled_rows(self.options))
+            if self.options.dynamic is not False:  # a parameter's sizes are constants to Dynamo, but not its result's
+                for value in params.values():
+                    if value.ndim == 4:
+                        torch._dynamo.mark_static(value)
+            return self._ready(params, x, beta, keep)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlock:
         return self
@@ -84,21 +95,32 @@ def _compiled_function(fn: BlockFn, options: CompileOptions) -> Callable[..., Te
     return compile_alone(block, options)
 
 
-@functools.cache
 def compiled_rows(options: CompileOptions) -> RowKernels:
     """The passes of standardisation over the rows of a kernel, compiled once for kernels of every shape."""
-    # A mode, which torch takes instead of options, has nothing to tune here.
-    return RowKernels(*(compile_of_any_shape(fn, options._replace(mode=None)) for fn in PLAIN_ROWS))
+    return _compiled_rows(options._replace(mode=None, dynamic=True))  # no mode has anything to tune here
+
+
+@functools.cache
+def _compiled_rows(options: CompileOptions) -> RowKernels:
+    return RowKernels(*(compile_of_any_shape(fn, options) for fn in PLAIN_ROWS))
 
 
 def compile_of_any_shape(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:
-    """`compile_alone` for tensors of every size in one graph; no autograd through it, nor through what it writes to."""
+    """`compile_alone` for tensors of every size in one graph; no autograd through it, nor through what it writes to.
+
+    Sizes of 0 and 1, and sizes that happened to be equal in the first call, lead to a further graph. Under a
+    `TorchDispatchMode`, under which Dynamo compiles nothing, it is `fn` that runs.
+    """
     options = options or CompileOptions()
-    # Or the sizes of the first call would decide for all whether threads share the work.
-    own = {"cpp.dynamic_threads": True, **dict(options.options)}
+    own = dict(options.options)
+    if options.backend == INDUCTOR:  # or the sizes of the first call decide for all whether threads share the work
+        own.setdefault("cpp.dynamic_threads", True)
     compiled_fn = compile_alone(fn, options._replace(dynamic=True, options=tuple(sorted(own.items()))))
 
-    def call(*args: Any) -> Any:  # Dynamo also guards the shape of what a tensor is a view of
+    def call(*args: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return fn(*args)
+        # Dynamo also guards the shape of what a tensor is a view of.
         return compiled_fn(*(arg.data if isinstance(arg, Tensor) else arg for arg in args))
 
     return call
@@ -129,7 +151,7 @@ def compiled(block: Block, options: CompileOptions) -> CompiledBlock:
 
 
 def compile_options(
-    backend: str | Callable[..., Any] = "inductor",
+    backend: str | Callable[..., Any] = INDUCTOR,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = False,
@@ -162,7 +184,7 @@ def compile_blocks(module: nn.Module, options: CompileOptions | None) -> int:
 def compiled_apply(
     cfg: ModelConfig,
     *,
-    backend: str | Callable[..., Any] = "inductor",
+    backend: str | Callable[..., Any] = INDUCTOR,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = False,

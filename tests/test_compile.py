@@ -18,6 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.multiprocessing.spawn import spawn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nfzoo import AGCSGD, NFNet, model, param_groups
 from nfzoo import compile as compiling
@@ -97,6 +98,80 @@ def test_inference_has_one_graph_a_distinct_block_at_any_depth(name):
     assert count.forward == counters["stats"]["unique_graphs"] == GRAPHS
     assert count.forward_runs == 2 * len(module.plan)
     assert no_graph_break()
+
+
+@pytest.fixture
+def counting_apart(monkeypatch):
+    """A counting backend that has weights standardised apart, as inductor has."""
+    count = Counting()
+    monkeypatch.setattr(compiling, "STANDARDIZED_APART", {count.backend})
+    return count
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_training_has_one_more_pair_of_graphs_for_all_weights_at_any_depth(name, counting_apart):
+    cfg, count = narrow(name), counting_apart
+    module, reference = shell(cfg), shell(cfg)
+    module.compile_blocks(backend=count.backend)
+    for step in range(2):
+        for m in (module, reference):
+            m.zero_grad()
+            m(images(cfg, height=64, seed=step), {}).square().mean().backward()
+        assert count.forward == GRAPHS + 2
+        assert count.backward == GRAPHS
+    weights = sum(key.endswith("gain") and "skip" not in key for key in module.state_dict())
+    assert count.forward_runs == 2 * (len(module.plan) + 2 * weights)
+    assert count.backward_runs == 2 * len(module.plan)
+    assert no_graph_break()
+    for (key, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert (p.grad - q.grad).norm() <= EXACT * max(1e-2, float(q.grad.norm())), key
+
+
+FAST = ("nfnet", "nf-resnet-timm")
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL if n not in FAST)])
+def test_weights_standardised_apart_under_every_set_of_rules(name, counting_apart):
+    cfg = SMALL[name]
+    plain, fast = shell(cfg), shell(cfg).compile_blocks(backend=counting_apart.backend)
+    x = images(cfg, batch=2)
+    for frozen in (False, True):
+        for m in (plain, fast):
+            for i, p in enumerate(m.parameters()):
+                p.grad = None
+                p.requires_grad_(not (frozen and i % 3 == 0))
+            m(x, {}).square().mean().backward()
+        for (key, p), q in zip(fast.named_parameters(), plain.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), key
+            if p.grad is not None and q.grad is not None:
+                assert (p.grad - q.grad).norm() <= EXACT * max(1e-2, float(q.grad.norm())), key
+    before = counting_apart.forward_runs
+    with torch.no_grad():
+        assert relative(fast.eval()(x), plain.eval()(x)) < EXACT
+    assert counting_apart.forward_runs == before + len(fast.plan)  # inference has them in the blocks' graphs
+
+
+def test_dynamic_shapes_are_those_of_images_not_of_weights(counting_apart):
+    cfg = SMALL["nfnet"]
+    module = shell(cfg).compile_blocks(backend=counting_apart.backend, dynamic=True)
+    graphs = []
+    for batch in (2, 3, 4):
+        module(images(cfg, batch=batch), {}).sum().backward()
+        graphs.append(counting_apart.forward)
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
+def test_a_mode_that_watches_operators_keeps_nobody_from_compiling_later():
+    kernels = compiling.compiled_rows(compiling.compile_options(backend="eager"))
+    weight, gain = torch.randn(4, 3, 3, 3, generator=generator()), torch.ones(4)
+    expected = standardize_weight(weight, gain)
+    with FlopCounterMode(display=False):
+        assert torch.equal(standardize_weight(weight, gain, kernels=kernels), expected)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert torch.equal(standardize_weight(weight, gain, kernels=kernels), expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", DEPTHS)

@@ -266,6 +266,38 @@ def test_forward_derivatives_of_standardisation(floor):
     torch.testing.assert_close(tangent, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("floor", [True, False])
+def test_forward_derivatives_of_the_gradient_of_standardisation(floor):
+    weight, gain = low_rows()
+    along = draw(*weight.shape, seed=2)
+
+    leaf = weight.clone().requires_grad_()
+    first = torch.autograd.grad(
+        nf.standardize_weight(leaf, gain, floor=floor).square().square().sum(), leaf, create_graph=True
+    )[0]
+    expected = torch.autograd.grad(first, leaf, along)[0]  # the matrix of second derivatives is symmetric
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight.clone().requires_grad_(), along)
+        out = nf.standardize_weight(dual, gain, floor=floor).square().square().sum()
+        found = forward_ad.unpack_dual(torch.autograd.grad(out, dual)[0]).tangent
+    assert found is not None
+    for row_a, row_b in zip(found, expected, strict=True):
+        torch.testing.assert_close(row_a, row_b, rtol=1e-9, atol=1e-9 * float(row_b.abs().max()))
+
+
+@pytest.mark.parametrize("floor", [True, False])
+def test_gradients_of_standardisation_map_over_what_comes_from_above(floor):
+    weight, gain = low_rows()
+    upstream = draw(3, *weight.shape, seed=2)
+    _, pull, *_ = torch.func.vjp(lambda w, g: nf.standardize_weight(w, g, floor=floor), weight, gain)
+    with torch.no_grad():
+        together = torch.func.vmap(pull)(upstream)
+    for i, g in enumerate(upstream):
+        for mapped, single in zip(together, pull(g), strict=True):
+            torch.testing.assert_close(mapped[i], single)
+
+
 def test_the_variance_floor_is_active_below_its_limit_and_only_there():
     pattern = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).reshape(1, 4, 1, 1)  # var * fan_in = 4 s²
     gain = torch.ones(1, dtype=torch.float64)
