@@ -29,7 +29,7 @@ help:
 	@echo "make clean      remove the environments, build products and caches"
 
 demo: $(STAMP)
-	$(BIN)/python -m nfzoo.demo
+	$(BIN)/python -m nfzoo.cli.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

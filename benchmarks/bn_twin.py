@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nfzoo import functional as nf
 from nfzoo.config import NFResNetConfig
 from nfzoo.model import init as nf_init
 from nfzoo.model import plan
+from nfzoo.models import functional as nf
+from nfzoo.models.layers import Geometry
 from nfzoo.models.nf_resnet import BottleneckBlock
-from nfzoo.models.parts import Geometry
 from nfzoo.types import Params
 
 EPS = 1e-5  # torch's default

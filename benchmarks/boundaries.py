@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks import contenders, timing
 from benchmarks.pages import Table, number
-from nfzoo import functional as nf
-from nfzoo.compile import compile_alone, compile_options, compiled_rows
 from nfzoo.model import plan
+from nfzoo.models import functional as nf
+from nfzoo.models.layers import Conv, attend
 from nfzoo.models.nfnet import FBlock
-from nfzoo.models.parts import Conv, attend
+from nfzoo.runtime.compile import compile_alone, compile_options, compiled_rows
 from nfzoo.types import Block, Plan
 
 if TYPE_CHECKING:

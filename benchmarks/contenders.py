@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import peer, timing
-from nfzoo.adapter import AGCSGD, param_groups
-from nfzoo.compile import compile_alone
 from nfzoo.model import mac_count
-from nfzoo.module import NFNet, create
+from nfzoo.nn import NFNet, create
+from nfzoo.optim.agc_sgd import AGCSGD, param_groups
+from nfzoo.runtime.compile import compile_alone
 from nfzoo.variants import VARIANTS
 
 # The paper's table 3 for the NFNets, arXiv 1905.11946 for the EfficientNets: ImageNet top-1, size of test images.

@@ -31,9 +31,9 @@ from torch import Tensor
 from benchmarks import bn_twin
 from benchmarks.machine import machine
 from benchmarks.stability import CONFIG, TWIN, Data, digits, fit
-from nfzoo.files import replaced
+from nfzoo.analysis.figures import BLUE, INK, ORANGE, PAPER, QUIET, RULE
+from nfzoo.checkpoint.atomic import replaced
 from nfzoo.model import apply
-from nfzoo.plots import BLUE, INK, ORANGE, PAPER, QUIET, RULE
 from nfzoo.types import Params
 
 BATCHES = (4, 16, 64, 128)

@@ -30,13 +30,14 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import machine
-from nfzoo.augment import Augment
+from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import Preprocessing, Resize
-from nfzoo.data import Images, training_batches
-from nfzoo.files import replaced
-from nfzoo.preprocess import open_image, training_crop
-from nfzoo.shards import TarShards
-from nfzoo.sources import ImageFolder
+from nfzoo.data.images import ImageFolder
+from nfzoo.data.loader import Images, training_batches
+from nfzoo.data.tar_shards import TarShards
+from nfzoo.transforms.decode import open_image
+from nfzoo.transforms.mixing import Augment
+from nfzoo.transforms.preprocess import training_crop
 
 PAGE = "loader.md"
 CLASSES = 4
@@ -89,7 +90,7 @@ def stored(files: list[bytes], folder: Path) -> dict[str, Images]:
         import pyarrow
         import pyarrow.parquet
 
-        from nfzoo.tables import TableImages
+        from nfzoo.data.hf_datasets import TableImages
 
         datasets.disable_progress_bars()
         cells = [{"bytes": content, "path": None} for content in files]

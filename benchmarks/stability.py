@@ -37,13 +37,13 @@ from torch import Tensor
 
 from benchmarks import bn_twin
 from benchmarks.machine import machine
-from nfzoo.agc import agc
+from nfzoo.analysis.figures import INK, PAPER, QUIET
+from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
-from nfzoo.data import DIGITS, Digits, open_split
-from nfzoo.files import replaced
+from nfzoo.data.loader import DIGITS, Digits, open_split
 from nfzoo.model import apply, init, parameter_count, specs
-from nfzoo.optim import CLIPPED, DECAYED, SGDState, sgd, warmup_cosine
-from nfzoo.plots import INK, PAPER, QUIET
+from nfzoo.optim.clipping import agc
+from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, sgd, warmup_cosine
 from nfzoo.step import cross_entropy
 from nfzoo.types import Params
 

@@ -18,9 +18,9 @@ import torch
 from benchmarks import boundaries, contenders, grouped, pages, peer, profiles, timing
 from benchmarks.contenders import Work
 from benchmarks.pages import Table, number
-from nfzoo.adapter import AGCSGD
 from nfzoo.model import specs
-from nfzoo.optim import CLIPPED, DECAYED
+from nfzoo.optim.agc_sgd import AGCSGD
+from nfzoo.optim.sgd import CLIPPED, DECAYED
 from nfzoo.variants import VARIANTS
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import processor
-from nfzoo.files import replaced
-from nfzoo.tpu_process import Check, compile_apart, largest_batch
-from nfzoo.tpu_worker import CHIPS, Request
+from nfzoo.checkpoint.atomic import replaced
+from nfzoo.export.tpu_process import Check, compile_apart, largest_batch
+from nfzoo.export.tpu_worker import CHIPS, Request
 from nfzoo.variants import variant
 
 RESULTS = Path(__file__).resolve().parent / "results"

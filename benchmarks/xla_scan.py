@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import processor
-from nfzoo.device import backend
-from nfzoo.files import replaced
+from nfzoo.checkpoint.atomic import replaced
 from nfzoo.model import apply, init, plan, run_block
+from nfzoo.runtime.device import backend
 from nfzoo.step import cross_entropy
 from nfzoo.variants import VARIANTS
 

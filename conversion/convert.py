@@ -11,16 +11,23 @@ from typing import Any, Literal, NamedTuple
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Description, load_checkpoint, read_description, save_checkpoint
+from nfzoo.checkpoint.model_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Description,
+    load_checkpoint,
+    read_description,
+    save_checkpoint,
+)
 from nfzoo.conversion.arrays import Leaf
-from nfzoo.conversion.dump import write_haiku
-from nfzoo.conversion.fetch import PUBLISHED, fetch, published_url
+from nfzoo.conversion.download import PUBLISHED, fetch, published_url
 from nfzoo.conversion.haiku import from_haiku, recognize, unflattened
+from nfzoo.conversion.pickle_writer import write_haiku
 from nfzoo.conversion.source import open_source
 from nfzoo.conversion.timm import read_timm, write_timm
 from nfzoo.conversion.timm_config import fit_channels
+from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError
-from nfzoo.labels import imagenet
 from nfzoo.types import Params
 
 Form = Literal["nfzoo", "haiku", "timm"]

@@ -14,16 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nfzoo.conversion.arrays import (
-    BFLOAT16,
-    FLOATS,
-    Element,
-    Leaf,
-    RefusedError,
-    arranged,
-    byte_count,
-    checked_shape,
-)
+from nfzoo.conversion.arrays import BFLOAT16, FLOATS, Element, Leaf, RefusedError, arranged, byte_count, checked_shape
 
 MOST_RATIO = 20  # unpacked bytes to one of the archive; trained weights hardly pack at all, 2.3 if they were bfloat16
 MOST_DIRECTORY = 16 << 20  # bytes of the list of files; 3,000 arrays take 400,000

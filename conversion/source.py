@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nfzoo.conversion.arrays import Leaf, RefusedError
 from nfzoo.conversion.haiku import canonical
 from nfzoo.conversion.npz import read_npz
-from nfzoo.conversion.unpickle import read_pickle
+from nfzoo.conversion.pickle_reader import read_pickle
 from nfzoo.errors import ConversionError
 
 _KEYSTR = re.compile(r"\['([^']*)'\]\['([^']*)'\]")  # jax.tree_util.keystr of a path

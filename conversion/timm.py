@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Description
-from nfzoo.config import ModelConfig, nearest
+from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, Description
+from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
     apply_arguments,
     fit_channels,
@@ -29,9 +30,8 @@ from nfzoo.conversion.timm_config import (
     read_preprocessing,
     timm_config,
 )
-from nfzoo.errors import ConversionError
-from nfzoo.files import replaced_folder
-from nfzoo.labels import imagenet
+from nfzoo.data.labels import imagenet
+from nfzoo.errors import ConversionError, nearest
 from nfzoo.model import specs
 from nfzoo.types import Params
 from nfzoo.variants import VARIANTS

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nfzoo.checkpoint import Description
+from nfzoo.checkpoint.model_folder import Description
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.errors import ConfigError, ConversionError
 from nfzoo.model import specs

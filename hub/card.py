@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from nfzoo.checkpoint import Description
+from nfzoo.checkpoint.model_folder import Description
+from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError
-from nfzoo.labels import imagenet
 from nfzoo.model import mac_count, parameter_count
 from nfzoo.variants import VARIANTS
 

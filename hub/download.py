@@ -37,12 +37,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from nfzoo.checkpoint.atomic import replaced
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE
 from nfzoo.conversion.timm import PICKLED_FILE
 from nfzoo.conversion.timm_config import is_timm
 from nfzoo.errors import CheckpointError
-from nfzoo.files import replaced
-from nfzoo.hub.table import Repository
+from nfzoo.hub.registry import Repository
 
 logger = logging.getLogger("nfzoo")
 

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from nfzoo.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 from nfzoo.errors import CheckpointError, HubError, NfzooError
 from nfzoo.hub.card import CURVES_FILE, EVALUATION_FILE, model_card
 from nfzoo.hub.download import HTTP_ERROR

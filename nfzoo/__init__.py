@@ -15,10 +15,8 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from .adapter import AGCSGD, param_groups
-from .agc import agc, agc_, unitwise_norm, with_agc
-from .config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
-from .errors import (
+from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
+from nfzoo.errors import (
     CheckpointError,
     ConfigError,
     ConversionError,
@@ -27,8 +25,10 @@ from .errors import (
     NfzooError,
     UnknownModelError,
 )
-from .module import NFNet, create
-from .variants import VARIANTS, variant
+from nfzoo.nn import NFNet, create
+from nfzoo.optim.agc_sgd import AGCSGD, param_groups
+from nfzoo.optim.clipping import agc, agc_, unitwise_norm, with_agc
+from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def list_models(*, pretrained: bool = False) -> list[str]:
     """All names of the zoo in the order of its table, or those alone that have public weights."""
     if not pretrained:
         return list(VARIANTS)
-    from nfzoo.hub.table import PUBLIC
+    from nfzoo.hub.registry import PUBLIC
 
     return [name for name in VARIANTS if name in PUBLIC]
 

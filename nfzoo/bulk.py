@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import command, partfiles
-from .data import BrokenImageError
-from .device import default_workers, precision, processes, share_of
-from .errors import ConfigError, DataError, NfzooError
-from .module import NFNet
-from .outputs import Wanted, columns, compute, load_batches, weights_hash
-from .partfiles import Parts
-from .plots import printable
-from .sources import DIGITS
-from .unlabelled import fingerprint, open_all
+from nfzoo.checkpoint import part_files
+from nfzoo.checkpoint.part_files import Parts
+from nfzoo.data.images import DIGITS
+from nfzoo.data.loader import BrokenImageError
+from nfzoo.data.unlabelled import fingerprint, open_all
+from nfzoo.errors import ConfigError, DataError, NfzooError, printable
+from nfzoo.nn import NFNet
+from nfzoo.outputs import Wanted, columns, compute, load_batches, weights_hash
+from nfzoo.runtime import program
+from nfzoo.runtime.device import default_workers, precision, processes, share_of
 
 DTYPES = ("float32", "float16")
 SHARD_SIZE = 4096
@@ -83,7 +83,7 @@ def predict_all(
 
     Args:
         data, part: see `unlabelled.open_all`.
-        output: the folder: see `nfzoo.partfiles`.
+        output: the folder: see `nfzoo.checkpoint.part_files`.
         embeddings: write the pooled features `(N, F)` instead of the `topk` most probable labels.
         dtype: of the embeddings, `float32` or `float16`.
         format: `jsonl` or `parquet` for labels, `npz` or `parquet` for embeddings; the first is the default.
@@ -112,8 +112,8 @@ def predict_all(
     if not embeddings and dtype != "float32":
         raise ConfigError(f"the dtype {dtype} is one of embeddings; ask for those, or leave it out")
     kind = "embeddings" if embeddings else "top-k"
-    format = format or partfiles.FORMATS[kind][0]
-    partfiles.check_format(kind, format)
+    format = format or part_files.FORMATS[kind][0]
+    part_files.check_format(kind, format)
     low = precision(mixed_precision)
     folder = Path(output)
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
@@ -141,7 +141,7 @@ def predict_all(
             "mixed_precision": low,
         }
         facts = {"model": model.name, "source": data, **({"part_of_source": part} if part else {})}
-        todo = partfiles.start(parts, identity, facts, _run(state, place, batch_size, compile), overwrite=overwrite)
+        todo = part_files.start(parts, identity, facts, _run(state, place, batch_size, compile), overwrite=overwrite)
         return seen, todo
 
     first, todo = _agreed(state, begin)
@@ -182,10 +182,10 @@ def predict_all(
             good = [i for i, name in enumerate(names) if name not in broken]
             names = [names[i] for i in good]
             found = columns(torch.cat(outputs)[good], names, wanted)
-            partfiles.write_part(parts, k, names, found, broken)
+            part_files.write_part(parts, k, names, found, broken)
     _together(state)
     seconds = time.perf_counter() - begun
-    damaged = _agreed(state, lambda: partfiles.finish(parts))
+    damaged = _agreed(state, lambda: part_files.finish(parts))
     return Done(total, seconds, len(todo), len(parts), len(damaged))
 
 
@@ -195,7 +195,7 @@ def _batches(rows: range, batch_size: int) -> Iterator[range]:
 
 
 def _run(state: PartialState, place: torch.device, batch_size: int, compile: bool) -> dict[str, Any]:
-    from . import __version__
+    from nfzoo import __version__
 
     versions = {"nfzoo": __version__, "torch": str(torch.__version__)}
     return {**versions, "device": place.type, "processes": state.num_processes, "batch_size": batch_size} | (
@@ -255,7 +255,7 @@ def _bar(total: int, state: PartialState) -> tqdm:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
+    parser = program.Parser(
         prog="nfzoo predict",
         description="Write the most probable labels of many images, or their embeddings, in parts of consecutive\n"
         "images. Run again to go on where a run was interrupted.\n\n"
@@ -276,26 +276,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", metavar="NAME", help="of a data set of the Hub that part alone (default: all parts)")
     add("--embeddings", action="store_true", help="the pooled features in front of the classifier, not labels")
     add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: float32)")
-    add("--topk", type=command.positive, default=5, metavar="K", help="labels for each image (default: 5)")
+    add("--topk", type=program.positive, default=5, metavar="K", help="labels for each image (default: 5)")
     add("--format", choices=("jsonl", "npz", "parquet"), help="default: jsonl for labels, npz for embeddings")
     add(
         "--shard-size",
-        type=command.positive,
+        type=program.positive,
         default=SHARD_SIZE,
         metavar="N",
         help=f"images a file (default: {SHARD_SIZE})",
     )
-    add("--size", type=command.positive, metavar="N", help="side of the input in pixels (default: the model's)")
+    add("--size", type=program.positive, metavar="N", help="side of the input in pixels (default: the model's)")
     add(
         "--batch-size",
-        type=command.positive,
+        type=program.positive,
         default=32,
         metavar="N",
         help="images at a time per process (default: 32)",
     )
     add(
         "--workers",
-        type=command.count,
+        type=program.count,
         metavar="N",
         help="loader processes per process (default: the processors, up to 8)",
     )
@@ -312,15 +312,15 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
     alone: list[bool] = []  # filled once this process works on its own parts, and tells of its own errors
-    return command.run(
+    return program.run(
         "nfzoo predict",
         lambda: _main(_parser().parse_args(argv), lambda: alone.append(True)),
-        speaks=lambda error: not isinstance(error, _ElsewhereError) and (bool(alone) or command.first()),
+        speaks=lambda error: not isinstance(error, _ElsewhereError) and (bool(alone) or program.first()),
     )
 
 
 def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
-    from . import from_pretrained
+    from nfzoo import from_pretrained
 
     given = dict(vars(options))
     model = from_pretrained(given.pop("model"))
@@ -338,7 +338,7 @@ def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
     else:
         print(f"all {done.parts:,} parts are in {output} already")
     if done.broken:
-        print(f"{done.broken:,} images cannot be read; {partfiles.MANIFEST} names them")
+        print(f"{done.broken:,} images cannot be read; {part_files.MANIFEST} names them")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from .errors import ConfigError
-from .functional import GAMMA
+from nfzoo.errors import ConfigError, nearest
 
+Activation = Literal["gelu_tanh", "gelu", "relu", "silu"]
 Attention = Literal["none", "se", "eca"]
 RulesName = Literal["deepmind", "timm"]
 Resize = Literal["deepmind", "shortest-edge"]
@@ -24,12 +23,6 @@ MOST = 1 << 20  # channels, classes, pixels, ratios
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'a' or 'b'?`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +95,7 @@ class ModelConfig:
     Attributes:
         depths: number of blocks of each of the four stages.
         widths: output channels of each stage (NF-RegNet: before its width factor).
-        activation: a key of `nfzoo.functional.GAMMA`.
+        activation: one of `Activation`.
         rules: a key of `RULES`.
         num_classes: outputs of the classifier.
         in_channels: channels of the input image.
@@ -110,7 +103,7 @@ class ModelConfig:
         alpha: scale of the residual branches.
         drop_rate: dropout on the pooled features, in [0, 1).
         stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.
-        folded: the inference form, whose weights `nfzoo.fold.fold` makes; it cannot be trained.
+        folded: the inference form, whose weights `nfzoo.model.fold` makes; it cannot be trained.
     """
 
     family: ClassVar[str]
@@ -134,7 +127,7 @@ class ModelConfig:
             if not isinstance(value, tuple) or len(value) != 4 or not all(_is_int(v) and 0 < v <= most for v in value):
                 raise ConfigError(f"{name} must be four positive integers up to {most}, not {value!r}")
             object.__setattr__(self, name, value)
-        _one_of("activation", self.activation, GAMMA)
+        _one_of("activation", self.activation, get_args(Activation))
         _one_of("rules", self.rules, RULES)
         for name in ("num_classes", "in_channels"):
             value = getattr(self, name)

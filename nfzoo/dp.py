@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import command
-from .config import ModelConfig
-from .data import DIGITS, Digits, open_split
-from .errors import ConfigError, NfzooError
-from .model import apply, init
-from .optim import sgd, sgd_init
-from .preprocess import evaluation_transform
-from .step import cross_entropy
-from .types import Params
-from .variants import variant
+from nfzoo.config import ModelConfig
+from nfzoo.data.loader import DIGITS, Digits, open_split
+from nfzoo.errors import ConfigError, NfzooError
+from nfzoo.model import apply, init
+from nfzoo.optim.sgd import sgd, sgd_init
+from nfzoo.runtime import program
+from nfzoo.step import cross_entropy
+from nfzoo.transforms.preprocess import evaluation_transform
+from nfzoo.types import Params
+from nfzoo.variants import variant
 
 MODEL = "nfnet-test"
 STEPS, BATCH, NOISE, CLIP_NORM, LR = 150, 256.0, 2.0, 1.0, 0.1  # epsilon 5.5 at delta 1e-5
@@ -215,11 +215,11 @@ def train_privately(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
+    parser = program.Parser(
         prog="python -m nfzoo.dp",
         description="Train nfnet-test on the embedded digits with differentially private SGD.",
     )
-    parser.add_argument("--steps", type=command.positive, default=STEPS, metavar="N", help=f"default: {STEPS}")
+    parser.add_argument("--steps", type=program.positive, default=STEPS, metavar="N", help=f"default: {STEPS}")
     parser.add_argument(
         "--batch", type=_positive, default=BATCH, metavar="N", help=f"mean size of a batch (default: {BATCH:g})"
     )
@@ -254,7 +254,7 @@ def _probability(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and print accuracy and privacy: 0 when done, 2 for bad input."""
-    return command.run("nfzoo.dp", lambda: _main(_parser().parse_args(argv)))
+    return program.run("nfzoo.dp", lambda: _main(_parser().parse_args(argv)))
 
 
 def _main(options: argparse.Namespace) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class NfzooError(Exception):
     """Base of all errors below."""
@@ -29,3 +32,14 @@ class HubError(NfzooError):
 
 class DataError(NfzooError, ValueError):
     """A data set or an image that cannot be read, or does not fit the model."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def printable(text: str) -> str:
+    """`text` without control characters and lone surrogates, which file names and labels may hold."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import command
-from .config import Preprocessing
-from .data import (
+from nfzoo.config import Preprocessing
+from nfzoo.data.labels import match_classes
+from nfzoo.data.loader import (
     DIGITS,
     HELD_OUT,
     BrokenImageError,
@@ -33,13 +33,12 @@ from .data import (
     open_held_out,
     open_split,
 )
-from .device import backend, default_workers, processes, share_of
-from .errors import CheckpointError, DataError
-from .labels import match_classes
-from .model import apply
-from .module import NFNet
-from .parallel import gather
-from .plots import printable
+from nfzoo.errors import CheckpointError, DataError, printable
+from nfzoo.model import apply
+from nfzoo.nn import NFNet
+from nfzoo.runtime import program
+from nfzoo.runtime.device import backend, default_workers, processes, share_of
+from nfzoo.runtime.distributed import gather
 
 if TYPE_CHECKING:
     from accelerate import PartialState  # at run time, only once `choose_xla` has spoken
@@ -193,7 +192,7 @@ def evaluate(
         CheckpointError: if the outputs are not finite.
         ConfigError: for a device that is not there.
     """
-    from . import __version__
+    from nfzoo import __version__
 
     state = processes(cpu=str(device) == "cpu")
     place = share_of(state, device)
@@ -284,7 +283,7 @@ def table(found: Evaluation) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
+    parser = program.Parser(
         prog="nfzoo evaluate",
         description="Top-1 and top-5 accuracy of a model on a folder of images.\n\n"
         "examples:\n"
@@ -303,18 +302,18 @@ def _parser() -> argparse.ArgumentParser:
         "'digits', those that training holds out",
     )
     parser.add_argument(
-        "--size", type=command.positive, metavar="N", help="side of the input in pixels (default: the model's)"
+        "--size", type=program.positive, metavar="N", help="side of the input in pixels (default: the model's)"
     )
     parser.add_argument(
         "--batch-size",
-        type=command.positive,
+        type=program.positive,
         default=32,
         metavar="N",
         help="images at a time per process (default: 32)",
     )
     parser.add_argument(
         "--workers",
-        type=command.count,
+        type=program.count,
         metavar="N",
         help="loader processes per process (default: the processors, up to 8)",
     )
@@ -340,18 +339,18 @@ def _date(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
-    return command.run(
+    return program.run(
         "nfzoo evaluate",
         lambda: _main(_parser().parse_args(argv)),
-        speaks=lambda error: command.first() or isinstance(error, BrokenImageError),
+        speaks=lambda error: program.first() or isinstance(error, BrokenImageError),
     )
 
 
 def _main(options: argparse.Namespace) -> None:
-    from . import from_pretrained
+    from nfzoo import from_pretrained
 
     if options.json not in (None, "-"):
-        command.check_output(Path(options.json))
+        program.check_output(Path(options.json))
     model = from_pretrained(options.model)
     found = evaluate(
         model,
@@ -365,7 +364,7 @@ def _main(options: argparse.Namespace) -> None:
         date=options.date,
     )
     if processes(cpu=options.device == "cpu").is_main_process:
-        command.publish(options.json, found.to_dict(), table(found))
+        program.publish(options.json, found.to_dict(), table(found))
 
 
 if __name__ == "__main__":

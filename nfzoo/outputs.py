@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from .config import Preprocessing
-from .device import AUTOCAST, backend
-from .errors import CheckpointError, ConfigError, DataError
-from .module import NFNet
-from .preprocess import evaluation_transform, open_image
-from .unlabelled import Pictures
+from nfzoo.config import Preprocessing
+from nfzoo.data.unlabelled import Pictures
+from nfzoo.errors import CheckpointError, ConfigError, DataError
+from nfzoo.nn import NFNet
+from nfzoo.runtime.device import AUTOCAST, backend
+from nfzoo.transforms.decode import open_image
+from nfzoo.transforms.preprocess import evaluation_transform
 
 
 class Wanted(NamedTuple):

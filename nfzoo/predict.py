@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .device import backend, usable_device
-from .errors import CheckpointError, ConfigError, DataError
-from .module import NFNet
-from .plots import SHEET_LIMIT, SheetEntry, check_png, prediction_sheet, thumbnail
-from .preprocess import IMAGE_SUFFIXES, evaluation_transform, open_image
+from nfzoo.analysis.figures import SHEET_LIMIT, SheetEntry, check_png, prediction_sheet, thumbnail
+from nfzoo.errors import CheckpointError, ConfigError, DataError
+from nfzoo.nn import NFNet
+from nfzoo.runtime.device import backend, usable_device
+from nfzoo.transforms.decode import IMAGE_SUFFIXES, open_image
+from nfzoo.transforms.preprocess import evaluation_transform
 
 _BLANK = Image.new("RGB", (1, 1))
 

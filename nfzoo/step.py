@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .agc import agc
-from .config import ModelConfig
-from .model import apply, specs
-from .optim import CLIPPED, DECAYED, SGDState, ema, sgd, sgd_init
-from .sam import ascent_rows, sam_ascent
-from .types import Noise, Params
+from nfzoo.config import ModelConfig
+from nfzoo.model import apply, specs
+from nfzoo.optim.clipping import agc
+from nfzoo.optim.sam import ascent_rows, sam_ascent
+from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, ema, sgd, sgd_init
+from nfzoo.types import Noise, Params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing, nearest
-from .errors import UnknownModelError
+from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
+from nfzoo.errors import UnknownModelError, nearest
 
 PAPER_1 = "arXiv 2101.08692"
 PAPER_2 = "arXiv 2102.06171"

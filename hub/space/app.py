@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nfzoo import from_pretrained
-from nfzoo.checkpoint import CONFIG_FILE
-from nfzoo.config import nearest
-from nfzoo.errors import ConfigError, DataError, NfzooError, UnknownModelError
-from nfzoo.hub.table import PUBLIC
-from nfzoo.module import NFNet
+from nfzoo.checkpoint.model_folder import CONFIG_FILE
+from nfzoo.errors import ConfigError, DataError, NfzooError, UnknownModelError, nearest
+from nfzoo.hub.registry import PUBLIC
+from nfzoo.nn import NFNet
 from nfzoo.predict import classify
 
 logger = logging.getLogger("nfzoo")

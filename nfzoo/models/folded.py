@@ -13,14 +13,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import functional as nf
-from .. import onednn
-from ..config import Attention
-from ..errors import ConfigError
-from ..types import Block, BlockFn, Params, ParamSpec, Plan, Specs
-from .nf_regnet import RegNetBlock
-from .nf_resnet import BottleneckBlock, MaxPool
-from .parts import Conv, Geometry, Layers, Pool, ResidualBlock, classifier
+from nfzoo.config import Attention
+from nfzoo.errors import ConfigError
+from nfzoo.models import functional as nf
+from nfzoo.models import onednn
+from nfzoo.models.layers import Conv, Geometry, Layers, Pool, ResidualBlock, classifier
+from nfzoo.models.nf_regnet import RegNetBlock
+from nfzoo.models.nf_resnet import BottleneckBlock, MaxPool
+from nfzoo.types import Block, BlockFn, Params, ParamSpec, Plan, Specs
 
 NO_NOISE = "a model folded for inference takes no noise: dropout and stochastic depth belong to the trained form"
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config import NFRegNetConfig
-from ..types import Block, Plan, Specs
-from .parts import (
+from nfzoo.config import NFRegNetConfig
+from nfzoo.models.layers import (
     Conv,
     Layers,
     ResidualBlock,
@@ -21,6 +20,7 @@ from .parts import (
     tower,
     zeros,
 )
+from nfzoo.types import Block, Plan, Specs
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import functional as nf
-from ..config import NFResNetConfig
-from ..types import Block, Plan, Specs
-from .parts import Conv, Layers, ResidualBlock, attend, attention_specs, conv_specs, head_blocks, tower
+from nfzoo.config import NFResNetConfig
+from nfzoo.models import functional as nf
+from nfzoo.models.layers import Conv, Layers, ResidualBlock, attend, attention_specs, conv_specs, head_blocks, tower
+from nfzoo.types import Block, Plan, Specs
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config import NFNetConfig
-from ..types import Block, Plan, Specs
-from .parts import Conv, Layers, ResidualBlock, attend, attention_specs, conv_specs, head_blocks, tower
+from nfzoo.config import NFNetConfig
+from nfzoo.models.layers import Conv, Layers, ResidualBlock, attend, attention_specs, conv_specs, head_blocks, tower
+from nfzoo.types import Block, Plan, Specs
 
 
 @dataclass(frozen=True)

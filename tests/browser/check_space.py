@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from nfzoo.data import Digits
-from nfzoo.train import main as train
+from nfzoo.data.loader import Digits
+from nfzoo.train.run import main as train
 
 FLAGS = [
     "--headless",

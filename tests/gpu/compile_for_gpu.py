@@ -1,4 +1,4 @@
-"""Compile the kernels of `nfzoo.fused` for a GPU that need not be there; print what became of them, as JSON.
+"""Compile the kernels of `nfzoo.optim.triton_update` for a GPU that need not be there; print the outcome as JSON.
 
 python tests/gpu/compile_for_gpu.py 90
 """
@@ -21,8 +21,8 @@ import triton  # pyright: ignore[reportMissingImports]
 from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
 from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-from nfzoo import fused
-from nfzoo.fused import LONGEST, TILE
+from nfzoo.optim import triton_update as fused
+from nfzoo.optim.triton_update import LONGEST, TILE
 
 KERNEL: Any = fused._update_tiles
 

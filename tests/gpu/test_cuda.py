@@ -13,11 +13,19 @@ from torch import Tensor
 
 import nfzoo
 from nfzoo import AGCSGD, NFNet, param_groups
-from nfzoo.augment import Augment, augment_batch, draw
 from nfzoo.model import apply, sample_noise
 from nfzoo.step import StepConfig, init_state, train_step
-from tests.helpers import SMALL, generator, images, random_params, reference_array, reference_input, reference_params
-from tests.helpers import relative as relative_on_cpu
+from nfzoo.transforms.mixing import Augment, augment_batch, draw
+from tests.support.helpers import (
+    SMALL,
+    generator,
+    images,
+    random_params,
+    reference_array,
+    reference_input,
+    reference_params,
+)
+from tests.support.helpers import relative as relative_on_cpu
 
 DEVICE = torch.device("cuda")
 EXACT = 1e-5  # float32, sums in another order, through a few dozen layers
@@ -212,7 +220,7 @@ def test_augmentation_is_the_cpus():
 )
 def test_the_main_job(options, tmp_path: Path, monkeypatch):
     pytest.importorskip("jsonargparse")
-    from nfzoo import train
+    from nfzoo.train import run as train
 
     precision, more = options
     monkeypatch.chdir(tmp_path)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfzoo import AGCSGD, NFNet, adapter, param_groups
-from nfzoo.fused import LONGEST, FusedUpdate
+from nfzoo import AGCSGD, NFNet, param_groups
 from nfzoo.model import specs
+from nfzoo.optim import agc_sgd as adapter
+from nfzoo.optim.triton_update import LONGEST, FusedUpdate
 from nfzoo.variants import VARIANTS
-from tests.helpers import SMALL, random_params
-from tests.helpers import relative as relative_on_cpu
+from tests.support.helpers import SMALL, random_params
+from tests.support.helpers import relative as relative_on_cpu
 
 # The interpreter reads numbers out of arrays of one element, which numpy will not like one day.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")

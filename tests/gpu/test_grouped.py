@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.grouped_triton import forward, grouped_conv
-from tests.helpers import relative as relative_on_cpu
+from tests.support.helpers import relative as relative_on_cpu
 
 # The interpreter reads numbers out of arrays of one element, which numpy will not like one day.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")

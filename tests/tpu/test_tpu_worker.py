@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from nfzoo import model
+from nfzoo.export.tpu_process import compile_apart
+from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, Dtype, Request, compile_for_tpu, jax_forward, jax_step, traced
 from nfzoo.step import StepConfig, init_state, train_step
-from nfzoo.tpu_process import compile_apart
-from nfzoo.tpu_worker import CHIPS, ENVIRONMENT, Dtype, Request, compile_for_tpu, jax_forward, jax_step, traced
 from nfzoo.variants import variant
-from tests.helpers import FAMILIES, SMALL, generator, images, random_params, relative
+from tests.support.helpers import FAMILIES, SMALL, generator, images, random_params, relative
 
 os.environ.update(ENVIRONMENT)  # before any test imports jax
 
@@ -165,7 +165,7 @@ def alive(pid: int) -> bool:
 # A shell's background jobs ignore Ctrl-C, and tests may run in one.
 COMMAND = """
 import signal, sys
-from nfzoo.tpu_check import main
+from nfzoo.export.tpu_check import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(sys.argv[1:]))
 """

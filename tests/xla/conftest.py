@@ -21,7 +21,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 @pytest.fixture
 def device() -> torch.device:
-    from nfzoo.device import backend
+    from nfzoo.runtime.device import backend
 
     chosen = backend("xla")
     chosen.start()

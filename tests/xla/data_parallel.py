@@ -17,9 +17,9 @@ import torch_xla.runtime as xr  # pyright: ignore[reportMissingImports]
 from torch.utils._pytree import tree_map
 
 from nfzoo import model
-from nfzoo.device import backend
+from nfzoo.runtime.device import backend
 from nfzoo.step import StepConfig, init_state, train_step
-from tests.helpers import SMALL, generator, images, random_params
+from tests.support.helpers import SMALL, generator, images, random_params
 
 CFG = SMALL["nf-regnet"].replace(drop_rate=0.3, stochastic_depth=0.5)
 BATCH, STEPS, RATE = 8, 3, 0.3

@@ -8,7 +8,7 @@ import torch_xla  # pyright: ignore[reportMissingImports]
 import torch_xla.debug.metrics as metrics  # pyright: ignore[reportMissingImports]
 import torch_xla.runtime as runtime  # pyright: ignore[reportMissingImports]
 
-from nfzoo.device import backend, usable_device
+from nfzoo.runtime.device import backend, usable_device
 
 
 def compilations() -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nfzoo.step import StepConfig, init_state, train_step
-from tests.helpers import random_params, relative
+from tests.support.helpers import random_params, relative
 from tests.xla.data_parallel import CFG, LABELS, RATE, STEP, STEPS, batch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch_xla.debug.metrics as metrics  # pyright: ignore[reportMissingImports]
 
-from nfzoo import loop, train
+from nfzoo.train import run as train
+from nfzoo.train import trainer as loop
 
 # Accelerate asks torch-xla in a way that torch-xla has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use torch_xla:DeprecationWarning")

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from nfzoo import model
-from nfzoo.device import backend
-from nfzoo.functional import global_mean, standardize_weight
+from nfzoo.models.functional import global_mean, standardize_weight
+from nfzoo.runtime.device import backend
 from nfzoo.step import cross_entropy
 from nfzoo.types import Noise
-from tests.helpers import FAMILIES, SMALL, generator, images, random_params, relative
+from tests.support.helpers import FAMILIES, SMALL, generator, images, random_params, relative
 
 LOGITS = 1e-5  # of logits around 1: float32, summed in another order
 GRADIENT = 1e-4  # relative, of each parameter; of a scalar it is what a sum over the whole image leaves

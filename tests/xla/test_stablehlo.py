@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nfzoo import NFNet, model
 from nfzoo.errors import CheckpointError, ConfigError
-from nfzoo.module import load
-from nfzoo.stablehlo import Program, export_stablehlo, lower, run_stablehlo
+from nfzoo.export.stablehlo import Program, export_stablehlo, lower, run_stablehlo
+from nfzoo.nn import load
 from nfzoo.step import init_state, train_step
-from tests.helpers import SMALL, assert_same, generator, images, random_params, relative
+from tests.support.helpers import SMALL, assert_same, generator, images, random_params, relative
 
 LOGITS = 1e-5  # of logits around 1: float32, summed in another order
 PARAMETER = 1e-4  # relative, after one step, for the same reason

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nfzoo import AGCSGD, NFNet, model, param_groups
-from nfzoo.device import backend
-from nfzoo.optim import ema_
+from nfzoo.optim.sgd import ema_
+from nfzoo.runtime.device import backend
 from nfzoo.step import StepConfig, TrainState, cross_entropy, init_state, train_step
-from tests.helpers import SMALL, generator, images, random_params
+from tests.support.helpers import SMALL, generator, images, random_params
 
 LOSS = 1e-5  # of losses around 1, after a few steps in float32
 STEPS = 4

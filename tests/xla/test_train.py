@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import nfzoo
-from nfzoo.data import open_split
-from tests.helpers import relative
+from nfzoo.data.loader import open_split
+from tests.support.helpers import relative
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--model", "nfnet-test", "--data", "digits", "--epochs", "2", "--batch_size", "142", "--workers", "1"]

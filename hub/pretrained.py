@@ -1,0 +1,115 @@
+"""`from_pretrained`: a zoo name, a Hub repository, a folder or a file becomes a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from nfzoo.checkpoint.model_folder import CONFIG_FILE
+from nfzoo.conversion.timm import read_timm
+from nfzoo.conversion.timm_config import is_timm
+from nfzoo.data.labels import imagenet
+from nfzoo.errors import CheckpointError, ConversionError, UnknownModelError, nearest
+from nfzoo.hub.download import Source
+from nfzoo.hub.registry import PUBLIC, Repository
+from nfzoo.nn import NFNet, assemble, check_num_classes, load
+from nfzoo.variants import VARIANTS
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> NFNet:
+    """A pretrained model, in evaluation mode.
+
+    What was downloaded once is loaded from the cache without a question to the network, also when its branch has moved
+    on the Hub since: `force_download=True`, or another `revision`, brings the update. Downloads are checked against
+    the hashes that the Hub states. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere.
+
+    Args:
+        source: a zoo name, a Hub repository id (`org/name`), a checkpoint folder or a `.safetensors` file; repositories
+            and folders may be in timm's layout as well. What exists on disk comes before what a name could mean.
+        num_classes: another number of classes than the checkpoint's draws a fresh classifier, and says so.
+        revision: branch, tag or commit of the Hub repository; of a zoo name the one in the zoo's table by default.
+        cache_dir: where downloads are kept; the Hub's own cache by default.
+        token: for private repositories: a token, `True` for the saved one, `False` for none.
+        local_files_only: take the model from the cache or not at all.
+        force_download: ask the Hub for the newest commit of the revision, fetch what has changed, check all again.
+        device, dtype: of the parameters; as saved, on the CPU, by default.
+
+    Raises:
+        UnknownModelError: for a name that is neither in the zoo nor a repository, with the nearest names.
+        CheckpointError: for a missing, damaged or unfitting checkpoint.
+    """
+    check_num_classes(num_classes)
+    if local_files_only and force_download:
+        raise CheckpointError("local_files_only and force_download contradict each other; choose one")
+    name = os.fspath(source)
+    if os.path.exists(name):  # unlike Path.exists, False for a name too long for the disk
+        path, sha256, origin = Path(name), None, {}
+    else:
+        repository = _repository(name)
+        if revision is not None and revision != repository.revision:
+            repository = repository._replace(revision=revision, sha256=None)
+        hub = Source(
+            repository,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        path, sha256 = hub.fetch()
+        origin = {"repository": repository.repo_id, "revision": path.name}
+    if not _in_timms_layout(path):
+        return load(path, num_classes=num_classes, device=device, dtype=dtype)
+    try:
+        # A zoo name means one architecture, whatever the repository holds.
+        description, params = read_timm(path, model=name if origin and name in PUBLIC else None, sha256=sha256)
+    except ConversionError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    description = description._replace(provenance={**(description.provenance or {}), **origin})
+    if origin and name in PUBLIC and description.labels is None and description.config.num_classes == 1000:
+        description = description._replace(labels=imagenet())  # all of the table were trained on it
+    params = {key: value.to(device=device) for key, value in params.items()} if device is not None else params
+    return assemble(description, params, num_classes=num_classes, dtype=dtype, source=name)
+
+
+def _in_timms_layout(path: Path) -> bool:
+    try:
+        return path.is_dir() and is_timm(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return False  # `load` says what is wrong
+
+
+def _repository(name: str) -> Repository:
+    if name in PUBLIC:
+        return PUBLIC[name]
+    if name in VARIANTS:
+        raise CheckpointError(
+            f"no weights are published for {name!r}; nfzoo.create({name!r}) gives the model with random weights, "
+            f"`nfzoo train --model {name} --data FOLDER --output FOLDER` trains it, and `nfzoo convert` reads weights "
+            "of DeepMind's or timm's code"
+        )
+    looks_local = name.endswith(".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local:
+        raise CheckpointError(f"there is no file or folder {name!r}")
+    if not _REPOSITORY.fullmatch(name):
+        raise UnknownModelError(
+            f"{name!r} is no folder, no file, no Hub repository (org/name) and no zoo model{nearest(name, VARIANTS)}; "
+            "`nfzoo list` shows the zoo"
+        )
+    return Repository(name)

@@ -1,0 +1,260 @@
+"""Checkpoints on disk: a folder of `config.json` and `model.safetensors`, written atomically and read strictly.
+
+The weight file carries the configuration in its metadata too, so that it works alone, and so that a folder whose two
+files are not of one save is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
+from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.model import specs
+from nfzoo.types import Params
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = 1
+_KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance"}
+
+
+class Description(NamedTuple):
+    """What `config.json` says.
+
+    Attributes:
+        config: the architecture.
+        preprocessing: what turns an image into the model's input.
+        name: the zoo's name, if the model has one.
+        labels: class names, in the order of the logits.
+        provenance: where the weights come from, free-form JSON.
+    """
+
+    config: ModelConfig
+    preprocessing: Preprocessing
+    name: str | None = None
+    labels: tuple[str, ...] | None = None
+    provenance: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`."""
+        return {
+            "format": FORMAT,
+            "library_name": "nfzoo",
+            "name": self.name,
+            "architecture": self.config.to_dict(),
+            "preprocessing": self.preprocessing.to_dict(),
+            "labels": None if self.labels is None else list(self.labels),
+            "provenance": None if self.provenance is None else dict(self.provenance),
+        }
+
+
+def describe(fields: object, source: str | Path) -> Description:
+    """The inverse of `Description.to_dict`, checked; `source` is named in errors."""
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{source} must hold a JSON object, not {type(fields).__name__}")
+    if fields.get("library_name") != "nfzoo" or "architecture" not in fields:
+        raise CheckpointError(
+            f"{source} is not an nfzoo configuration: no 'architecture' of 'library_name' nfzoo in it"
+        )
+    unknown = sorted(set(fields) - _KEYS)
+    if unknown:
+        raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
+    if fields.get("format") != FORMAT:
+        raise CheckpointError(f"{source} has format {fields.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
+    missing = sorted({"preprocessing"} - set(fields))
+    if missing:
+        raise CheckpointError(f"{source} lacks {', '.join(missing)}")
+    for key in ("architecture", "preprocessing"):
+        if not isinstance(fields[key], dict):
+            raise CheckpointError(f"{source}: {key!r} must be a JSON object, not {fields[key]!r}")
+    try:
+        config = config_from_dict(fields["architecture"])
+        preprocessing = Preprocessing.from_dict(fields["preprocessing"])
+        preprocessing.check_channels(config)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    labels = fields.get("labels")
+    if labels is not None:
+        if not isinstance(labels, list) or not all(isinstance(v, str) for v in labels):
+            raise CheckpointError(f"{source}: 'labels' must be a list of strings")
+        if len(labels) != config.num_classes:
+            raise CheckpointError(f"{source}: {len(labels)} labels for {config.num_classes} classes")
+        labels = tuple(labels)
+    name, provenance = fields.get("name"), fields.get("provenance")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{source}: 'name' must be a string, not {name!r}")
+    if provenance is not None and not isinstance(provenance, dict):
+        raise CheckpointError(f"{source}: 'provenance' must be a JSON object, not {provenance!r}")
+    return Description(config, preprocessing, name, labels, provenance)
+
+
+def read_description(path: Path) -> Description:
+    """`config.json`, or the metadata of a weight file."""
+    if path.suffix == ".safetensors":
+        with _open_weights(path, "cpu") as file:
+            metadata = file.metadata() or {}
+        if "nfzoo" not in metadata:
+            raise CheckpointError(
+                f"{path} does not say what model it belongs to; put the {CONFIG_FILE} of its model beside it and load "
+                "the folder"
+            )
+        text, source = metadata["nfzoo"], f"the metadata of {path}"
+    else:
+        try:
+            text, source = path.read_text(encoding="utf-8"), str(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"there is no {path.name} in {path.parent}") from error
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not text: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return _parse(text, source)
+
+
+def _parse(text: str, source: str) -> Description:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError, or a number of too many digits
+        raise CheckpointError(f"{source} is not JSON: {error}") from error
+    return describe(fields, source)
+
+
+def save_checkpoint(folder: str | Path, description: Description, params: Mapping[str, Tensor]) -> Path:
+    """Write a checkpoint folder, whole or not at all.
+
+    A new folder appears by one rename. In a folder that exists the two files are replaced one after the other, the
+    weights first; other files stay.
+
+    Raises:
+        CheckpointError: if the parameters do not fit the configuration, or `folder` is a file.
+        OSError: if the disk does not take it; what was there before then still loads, at least from the weight file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; a checkpoint needs a folder")
+    check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
+    text = json.dumps(description.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    tensors = {k: v.detach().cpu().contiguous() for k, v in params.items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        stage = scratch / "checkpoint"
+        stage.mkdir()  # unlike the scratch folder, with the mode that the umask gives
+        config, weights = stage / CONFIG_FILE, stage / WEIGHTS_FILE
+        with config.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # One key only: safetensors orders several at random, and equal models should be equal files.
+        metadata = {"nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
+        save_file(tensors, weights, metadata=metadata)
+        os.chmod(weights, config.stat().st_mode & 0o777)  # safetensors writes 0600
+        _sync(weights)
+        if folder.exists():
+            os.replace(weights, folder / WEIGHTS_FILE)
+            os.replace(config, folder / CONFIG_FILE)
+            _sync(folder)
+        else:
+            os.replace(stage, folder)
+            _sync(folder.parent)
+    except SafetensorError as error:
+        raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def load_checkpoint(
+    path: str | Path, *, device: torch.device | str | None = None, skip_head: bool = False
+) -> tuple[Description, Params]:
+    """Read a checkpoint folder or a single weight file. Strict: see `CheckpointError`.
+
+    Args:
+        skip_head: leave out the classifier's weight and bias (for a new number of classes).
+    """
+    path = Path(path)
+    weights = path / WEIGHTS_FILE if path.is_dir() else path
+    if path.is_dir():
+        description = read_description(path / CONFIG_FILE)
+        if not weights.is_file():
+            raise CheckpointError(f"there is no {WEIGHTS_FILE} in {path}")
+    elif weights.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is not a .safetensors file or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    else:
+        sibling = path.parent / CONFIG_FILE
+        alone = _has_metadata(weights) or not sibling.is_file()
+        description = read_description(weights if alone else sibling)
+    with _open_weights(weights, str(device or "cpu")) as file:
+        text = (file.metadata() or {}).get("nfzoo")
+        if path.is_dir() and text is not None:
+            own = _parse(text, f"the metadata of {weights}")
+            if own[:2] != description[:2] or own.labels != description.labels:
+                raise CheckpointError(
+                    f"{CONFIG_FILE} and {WEIGHTS_FILE} in {path} describe different models, as after an interrupted "
+                    f"save or an edit by hand; load {weights} alone and save it anew, or restore the pair"
+                )
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        check_params(description.config, shapes, str(weights))
+        params = {}
+        for key, (_, kind) in specs(description.config).items():
+            if skip_head and (kind == "head" or key == "head.bias"):
+                continue
+            value = file.get_tensor(key)
+            if not value.is_floating_point():
+                raise CheckpointError(f"{key} in {weights} is {value.dtype}, not floating point")
+            params[key] = value
+    return description, params
+
+
+def check_params(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise a `CheckpointError` unless `shapes` are exactly those of the model's parameters."""
+    wanted = {key: shape for key, (shape, _) in specs(cfg).items()}
+    problems = []
+    for title, keys in (
+        ("missing", [k for k in wanted if k not in shapes]),
+        ("unexpected", [k for k in shapes if k not in wanted]),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {title}, such as {keys[0]!r}")
+    wrong = [k for k in wanted if k in shapes and shapes[k] != wanted[k]]
+    if wrong:
+        key = wrong[0]
+        problems.append(f"{len(wrong)} of another shape, such as {key!r}: {shapes[key]} instead of {wanted[key]}")
+    if problems:
+        raise CheckpointError(f"the tensors of {source} do not fit the configuration: {'; '.join(problems)}")
+
+
+def _open_weights(path: Path, device: str) -> Any:
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); fetch or save it again"
+        ) from error
+
+
+def _has_metadata(path: Path) -> bool:
+    with _open_weights(path, "cpu") as file:
+        return "nfzoo" in (file.metadata() or {})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

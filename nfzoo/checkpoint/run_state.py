@@ -1,0 +1,194 @@
+"""Checkpoints to resume a run from: written whole or not at all, rotated, and found again.
+
+A checkpoint is a folder `step_00000123` of safetensors files and `state.json`, which is written last and lists every
+file with its size and checksum. It is built under a hidden name, flushed to the disk and renamed, so a process that
+dies at any moment leaves complete checkpoints and at most one hidden folder, which the next save sweeps away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nfzoo.errors import CheckpointError
+
+logger = logging.getLogger("nfzoo")
+
+STATE_FILE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+_PARTIAL = ".partial"
+
+
+class Saved(NamedTuple):
+    """A checkpoint: its folder, and what `state.json` says besides the files."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps taken before it was written."""
+        return int(self.facts["step"])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, such as `"model"`. A `CheckpointError` if it is damaged."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); remove {self.folder} to resume from before") from error
+
+
+def save_state(
+    root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], *, keep: int = 2
+) -> Path:
+    """Write the checkpoint of a step, then remove all but the newest `keep`. One process calls this.
+
+    Args:
+        root: the folder of the run's checkpoints.
+        step: steps taken so far; a checkpoint of the same step stays if it is complete.
+        tensors: file name without suffix -> tensors on the CPU.
+        facts: what else to remember, ready for JSON.
+
+    Raises:
+        OSError: if the disk does not take it; the checkpoints that were there are then untouched.
+    """
+    root = Path(root)
+    folder = root / f"step_{step:08d}"
+    sweep(root)
+    if _read(folder) is not None:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch = root / f".step_{step:08d}{_PARTIAL}"
+    try:
+        scratch.mkdir(parents=True)
+        mode = scratch.stat().st_mode & 0o666
+        for name, content in tensors.items():
+            path = scratch / f"{name}.safetensors"
+            try:
+                save_file({key: value.contiguous() for key, value in content.items()}, path)
+            except SafetensorError as error:
+                raise OSError(f"could not write {folder / path.name}: {error}") from error
+            path.chmod(mode)  # safetensors writes 0600
+            _sync(path)
+        files = sorted(scratch.iterdir())
+        sizes = {path.name: path.stat().st_size for path in files}
+        sums = {path.name: _checksum(path) for path in files}
+        manifest = {"format": FORMAT, **facts, "step": step, "files": sizes, "crc32": sums}
+        with (scratch / STATE_FILE).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, allow_nan=True)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(scratch)
+        os.replace(scratch, folder)
+        _sync(root)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for old in _folders(root)[keep:]:
+        if old != folder:
+            _remove(old)
+    return folder
+
+
+def latest_state(root: str | Path) -> Saved | None:
+    """The newest intact checkpoint, `None` if there is none. Incomplete and damaged ones are named and passed over."""
+    for folder in _folders(Path(root)):
+        facts = _read(folder)
+        if facts is None:
+            logger.warning("%s is not complete, and is passed over", folder)
+        elif any(_checksum(folder / name) != value for name, value in facts.get("crc32", {}).items()):
+            logger.warning("%s is damaged, and is passed over", folder)
+        else:
+            return Saved(folder, facts)
+    return None
+
+
+def sweep(root: Path) -> None:
+    """Remove what an interrupted save or removal left behind."""
+    for path in root.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The checkpoints under `root`, the newest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What `state.json` says, if all files are there in the size that it says."""
+    try:
+        facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        complete = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {facts.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
+    return facts if complete else None
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: against disks and copies, not against people."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _remove(folder: Path) -> None:
+    """Hidden first, so that a half-removed checkpoint is never taken for one."""
+    hidden = folder.with_name(f".{folder.name}{_PARTIAL}")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rng_state() -> dict[str, Any]:
+    """This process's random number generators, ready for JSON."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["torch"])), dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(state["cuda"])), dtype=torch.uint8))

@@ -1,0 +1,206 @@
+"""Pictures of models and runs: `nfzoo plot signal MODEL`, `nfzoo plot curves RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nfzoo.analysis.figures import check_png, signal_propagation, training_curves
+from nfzoo.analysis.signal_propagation import SignalMetrics, open_branches, signal_metrics
+from nfzoo.checkpoint.atomic import replaced
+from nfzoo.errors import ConfigError, printable
+from nfzoo.model import init
+from nfzoo.nn import NFNet, create
+from nfzoo.predict import image_files
+from nfzoo.runtime import program
+from nfzoo.runtime.device import usable_device
+from nfzoo.variants import VARIANTS
+
+_METRICS, _CURVES = "metrics.jsonl", "curves.png"
+
+
+class Signal(NamedTuple):
+    """The statistics of a model's activations, and what they were measured on.
+
+    Attributes:
+        model: its name.
+        weights: `"trained"`, `"random"`, or `"random, branches silent"`: see `measure`.
+        images: what went in, in words.
+        input: `(N, C, H, W)` of what went in.
+        blocks: after the stem, then after each residual block.
+    """
+
+    model: str
+    weights: str
+    images: str
+    input: tuple[int, ...]
+    blocks: list[SignalMetrics]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; a number that is not finite becomes `None`."""
+        rows = [{k: _number(v) for k, v in m._asdict().items() if v is not None} for m in self.blocks]
+        return {**self._asdict(), "input": list(self.input), "blocks": rows}
+
+    def title(self) -> str:
+        """One line."""
+        n, _, height, width = self.input
+        return f"{self.model}, {self.weights} weights; {n} {self.images} of {height} x {width}"
+
+
+def measure(
+    source: str,
+    *,
+    trained: bool = False,
+    silent: bool = False,
+    images: Sequence[str | Path] = (),
+    batch: int = 8,
+    size: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Signal:
+    """Send a batch through a model and take the statistics of its activations at each depth, without noise.
+
+    Args:
+        source: a zoo name, a checkpoint folder, a weight file or a Hub repository.
+        trained: take the trained weights; else fresh ones of the same architecture, with every residual branch at
+            full strength: see `nfzoo.analysis.signal_propagation.open_branches`.
+        silent: leave fresh weights as training starts from them, with silent branches.
+        images: image files or folders of them, preprocessed as the model is evaluated; by default the batch is drawn
+            from N(0, 1).
+        batch: number of images.
+        size: side of the input in pixels; by default that of the model's training.
+        seed: of the weights and of the batch that are drawn.
+
+    Raises:
+        ConfigError: for a folded model, an unusable device, options that contradict each other.
+        UnknownModelError, CheckpointError, DataError: for what cannot be read.
+    """
+    if trained and silent:
+        raise ConfigError("trained weights are as they are; branches can be left silent only in random ones")
+    place = usable_device(device)
+    files = image_files(images)[:batch] if images else []
+    model = _open(source, trained=trained)
+    generator = torch.Generator().manual_seed(seed)
+    cfg = model.config
+    if trained:
+        params, weights = dict(model.named_parameters()), "trained"
+    else:
+        fresh = init(cfg, generator=generator)
+        params = fresh if silent else open_branches(cfg, fresh)
+        weights = "random" if not silent else "random, branches silent"
+    side = size or model.preprocessing.train_size
+    if files:
+        x, what = torch.stack([model.preprocess(f, size=side) for f in files]), "images"
+    else:
+        x, what = torch.randn((batch, cfg.in_channels, side, side), generator=generator), "Gaussian inputs"
+    dtype = next(iter(params.values())).dtype
+    blocks = signal_metrics(cfg, {k: p.detach().to(place) for k, p in params.items()}, x.to(place, dtype))
+    return Signal(model.name or Path(source).resolve().name, weights, what, tuple(x.shape), blocks)
+
+
+def _open(source: str, *, trained: bool) -> NFNet:
+    if not trained and source in VARIANTS and not Path(source).exists():
+        return create(source, device="meta")  # the architecture alone
+    from nfzoo import from_pretrained
+
+    return from_pretrained(source)
+
+
+def _number(value: object) -> object:
+    if isinstance(value, Tensor):
+        value = float(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = program.Parser(prog="nfzoo plot", description="Pictures of models and of training runs.")
+    commands = parser.add_subparsers(dest="command", metavar="WHAT", required=True)
+    sub = commands.add_parser(
+        "signal",
+        help="how the statistics of a model's activations evolve with depth",
+        description="Draw the signal-propagation plot of arXiv 2101.08692: over the residual blocks, the averages\n"
+        "over channels of the squared mean, of the variance, and of the variance of the residual branch.\n"
+        "Random weights have every residual branch at full strength; as training starts, branches are silent.\n\n"
+        "examples:\n"
+        "  nfzoo plot signal nfnet-f0\n"
+        "  nfzoo plot signal runs/pets --trained --images pets/val",
+    )
+    sub.add_argument("model", metavar="MODEL", help="a zoo name, a checkpoint folder, a weight file, a Hub repository")
+    sub.add_argument("--trained", action="store_true", help="the trained weights (default: random ones)")
+    sub.add_argument("--silent", action="store_true", help="random weights as training starts from them")
+    sub.add_argument(
+        "--images", nargs="+", default=[], metavar="IMAGE", help="images or folders of them (default: Gaussian noise)"
+    )
+    sub.add_argument(
+        "--batch-size", type=program.positive, default=8, metavar="N", help="number of images (default: 8)"
+    )
+    sub.add_argument("--size", type=program.positive, metavar="N", help="side in pixels (default: that of training)")
+    sub.add_argument(
+        "--seed", type=program.count, default=0, metavar="N", help="of what is drawn at random (default: 0)"
+    )
+    sub.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
+    sub.add_argument(
+        "--output", type=Path, default=Path("signal.png"), metavar="PNG", help="the picture (default: signal.png)"
+    )
+    sub.add_argument("--json", metavar="PATH", help="write the numbers there, too; - prints them")
+    sub = commands.add_parser(
+        "curves",
+        help="loss and accuracy over the epochs of a training run",
+        description="Draw loss and accuracy over the epochs that a training run has done so far.\n\n"
+        "example: nfzoo plot curves runs/pets",
+    )
+    sub.add_argument("run", type=Path, metavar="RUN", help=f"the folder of a run, or its {_METRICS}")
+    sub.add_argument("--output", type=Path, metavar="PNG", help=f"the picture (default: {_CURVES} in the folder)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when the picture is drawn, 2 for bad input, 1 when the disk gave out."""
+
+    def work() -> None:
+        options = _parser().parse_args(argv)
+        (_signal if options.command == "signal" else _curves)(options)
+
+    return program.run("nfzoo plot", work)
+
+
+def _signal(options: argparse.Namespace) -> None:
+    check_png(options.output)
+    found = measure(
+        options.model,
+        trained=options.trained,
+        silent=options.silent,
+        images=options.images,
+        batch=options.batch_size,
+        size=options.size,
+        seed=options.seed,
+        device=options.device,
+    )
+    signal_propagation(found.blocks, options.output, title=found.title())
+    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    if options.json == "-":
+        print(text, end="")
+    elif options.json is not None:
+        with replaced(options.json) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    written = [str(options.output), *([options.json] if options.json not in (None, "-") else [])]
+    print(f"wrote {printable(' and '.join(written))}", file=sys.stderr if options.json == "-" else sys.stdout)
+
+
+def _curves(options: argparse.Namespace) -> None:
+    metrics = options.run / _METRICS if options.run.is_dir() else options.run
+    output = options.output or metrics.parent / _CURVES
+    training_curves(metrics, output)
+    print(f"wrote {printable(str(output))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

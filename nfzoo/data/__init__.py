@@ -1,0 +1,1 @@
+"""Read images at random from folders, archives, tables and the Hub, and load batches of them."""

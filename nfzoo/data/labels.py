@@ -1,0 +1,90 @@
+"""The names of the ImageNet classes, and which class of a model the name of a folder means."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+from nfzoo.errors import DataError, nearest
+
+
+@functools.cache
+def _table() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    text = files("nfzoo").joinpath("assets/imagenet_classes.txt").read_text(encoding="utf-8")
+    rows = [line.split(" ", 1) for line in text.splitlines()]
+    return tuple(row[0] for row in rows), tuple(row[1] for row in rows)
+
+
+def imagenet() -> tuple[str, ...]:
+    """The 1,000 labels of ILSVRC-2012, in the order of the logits; no two are alike, even without regard to case.
+
+    Source: WordNet 3.0, the first word of each class; see `assets/README.md`.
+    """
+    return _table()[1]
+
+
+def imagenet_wnids() -> tuple[str, ...]:
+    """The WordNet ids of the same classes, such as `n01440764`: the names of ImageNet's folders, in sorted order."""
+    return _table()[0]
+
+
+def match_classes(
+    names: Sequence[str], classes: int, labels: Sequence[str] | None, *, source: str
+) -> tuple[tuple[int, ...], str]:
+    """The model's output of each folder name, and what the names were taken for.
+
+    In this order: the model's labels; for an ImageNet model the WordNet ids or the labels of ImageNet; for a model
+    without labels the numbers of its outputs; else, if there are as many folders as outputs, their sorted order. A part
+    of the classes is enough, but for the last.
+
+    Raises:
+        DataError: for a name that is no class of the model, or two that are the same; `source` is named.
+    """
+    own = dict(zip(labels, range(classes), strict=True)) if labels is not None else {}
+    tables = [("labels", own)]
+    wnids = dict(zip(imagenet_wnids(), range(1000), strict=True))
+    if classes == 1000 and (
+        labels is None or tuple(labels) in (imagenet(), imagenet_wnids()) or wnids.keys() == {*names}
+    ):
+        tables.append(("WordNet ids", wnids))
+        tables.append(("ImageNet labels", dict(zip(imagenet(), range(1000), strict=True))))
+    if labels is None:
+        numbers = {name: int(name) for name in names if re.fullmatch("[0-9]{1,6}", name)}
+        tables.append(("numbers", {name: number for name, number in numbers.items() if number < classes}))
+    for matched_by, table in tables:
+        if table.keys() >= {*names}:
+            _check_one_to_one(names, table, labels, source)
+            return tuple(table[name] for name in names), matched_by
+    if labels is None:
+        if len(names) == classes and not (classes == 1000 and wnids.keys() & {*names}):
+            return tuple(range(classes)), "sorted order"
+        raise DataError(
+            f"the model has {classes} classes without names, and {source} has the {len(names)} folders {_some(names)}; "
+            f"name the folders after the model's outputs, 0 to {classes - 1}"
+        )
+    known = max((table for _, table in tables), key=lambda table: len(table.keys() & {*names}))
+    strange = [name for name in names if name not in known]
+    raise DataError(
+        f"{len(strange)} of the {len(names)} folders in {source} are no classes of the model: {_some(strange)}"
+        f"{nearest(strange[0], known)}; its classes are {_some(list(labels))}"
+    )
+
+
+def _check_one_to_one(
+    names: Sequence[str], table: Mapping[str, int], labels: Sequence[str] | None, source: str
+) -> None:
+    twice = [label for label, count in Counter(labels or ()).items() if count > 1 and label in names]
+    if twice:
+        raise DataError(f"the model has more than one class {twice[0]!r}: the images of that folder cannot be judged")
+    first: dict[int, str] = {}
+    for name in names:
+        if first.setdefault(table[name], name) != name:
+            raise DataError(f"{first[table[name]]!r} and {name!r} in {source} are the same class; merge the folders")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more

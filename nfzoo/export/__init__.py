@@ -1,0 +1,1 @@
+"""Write models for other runtimes, and compile them for devices that are not here."""

@@ -1,0 +1,120 @@
+"""Weights and activations of eight bits, for processors that multiply them faster: through onnxruntime or torchao.
+
+Both want a folded model, whose weights are those that are multiplied, and a few batches of typical images, from which
+they take the range of every activation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from nfzoo.config import MOST
+from nfzoo.errors import ConfigError
+from nfzoo.nn import NFNet
+
+
+def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tensor]) -> None:
+    """The int8 form of a float32 ONNX model: weights per channel, activations per tensor, in QDQ pairs.
+
+    Args:
+        source: a model of one input, as `nfzoo.export` writes it.
+        target: the file to write; it takes the place of an older one.
+        batches: prepared images `(N, C, H, W)` to calibrate with.
+
+    Raises:
+        ConfigError: without a batch, or without onnxruntime.
+    """
+    _need("onnxruntime", "export")
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    name = onnx.load(str(source), load_external_data=False).graph.input[0].name
+    arrays = [batch.detach().cpu().numpy() for batch in batches]
+    _some(arrays)
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(arrays)
+
+        def get_next(self) -> dict[str, np.ndarray]:
+            batch = next(self.rest, None)
+            return None if batch is None else {name: batch}  # type: ignore[return-value] # the end, says its class
+
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # it advises a pass over the graph which the exporter has made already
+    try:
+        quantize_static(
+            str(source),
+            str(target),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            reduce_range=True,  # seven bits: without VNNI, sums of eight-bit products overflow
+        )
+    finally:
+        logging.root.setLevel(level)
+
+
+def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:
+    """The int8 form of a folded model on the CPU, through torchao's quantiser for inductor on x86.
+
+    It computes what int8 arithmetic does, slowly; `torch.compile` with `freezing` turns it into int8 kernels.
+
+    Args:
+        batches: prepared images `(N, C, H, W)` to calibrate with.
+
+    Raises:
+        ConfigError: for a model that is not folded, without a batch, or without torchao.
+    """
+    if not model.config.folded:
+        raise ConfigError("quantisation needs the folded model: model.for_inference()")
+    _need("torchao", "int8")
+    batches = list(batches)
+    _some(batches)
+    with _quiet(), torch.no_grad():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+            X86InductorQuantizer,
+            get_default_x86_inductor_quantization_config,
+        )
+
+        shapes = ({0: Dim("batch", min=1, max=MOST)},)
+        # The quantiser finds convolutions by the names that only a strict export keeps.
+        graph = torch.export.export(model, (batches[0],), dynamic_shapes=shapes, strict=True).module()
+        quantizer: Any = X86InductorQuantizer()
+        quantizer.set_global(get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(graph, quantizer)  # type: ignore[arg-type]
+        for batch in batches:
+            prepared(batch)
+        return convert_pt2e(prepared)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torchao's notes on kernels for GPUs that are not here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is", DeprecationWarning, r"torch\.jit\._script")
+        yield
+
+
+def _need(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"this needs {package}: pip install 'nfzoo[{extra}]'")
+
+
+def _some(batches: list[Any]) -> None:
+    if not batches:
+        raise ConfigError("calibration needs at least one batch of images")

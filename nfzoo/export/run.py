@@ -1,0 +1,313 @@
+"""Models for other runtimes: `nfzoo export MODEL --format onnx|aoti|torch|stablehlo --output FOLDER`.
+
+The model is folded first. Beside each program stands `nfzoo.json`, which says what goes in and what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.config import MOST
+from nfzoo.data.loader import evaluation_batches, open_split
+from nfzoo.errors import CheckpointError, ConfigError, printable
+from nfzoo.export.quantize import quantize_onnx
+from nfzoo.nn import NFNet
+from nfzoo.runtime import program
+from nfzoo.runtime.device import usable_device
+
+SHEET = "nfzoo.json"
+_CALIBRATION = 256  # images, the first ones of the training part; more change the ranges little
+INPUT, OUTPUT = "images", "logits"
+
+
+class Format(NamedTuple):
+    """A kind of program.
+
+    Attributes:
+        file: the program's name in the output folder.
+        write: `write(model, images, batch, path)` for a folded model and an example of its input.
+        needs: packages that it is written with, of the extra `export`.
+        any_size: whether height and width are left open.
+    """
+
+    file: str
+    write: Callable[[NFNet, Tensor, int | None, Path], None]
+    needs: tuple[str, ...] = ()
+    any_size: bool = False
+
+
+def exported_program(
+    model: NFNet, images: Tensor, *, batch: int | None = None, step: int | None = None
+) -> ExportedProgram:
+    """The graph of a model in evaluation mode.
+
+    Args:
+        images: an example `(N, C, H, W)`.
+        batch: a fixed number of images; by default any number.
+        step: leave height and width open, in multiples of this many pixels; by default they are those of `images`.
+    """
+    shape: dict[int, Any] = {} if batch else {0: Dim("batch", min=1, max=MOST)}
+    if step:
+        for axis, name in ((2, "height"), (3, "width")):
+            shape[axis] = Dim(name, min=1, max=MOST) * step if step > 1 else Dim(name)
+    # Without the first, a size for which some map shrinks to one pixel would be left out; without the second, sizes
+    # that are not a multiple of the network's stride.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.export.export(
+            model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
+        )
+
+
+def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
+    """A program of torch.export, `torch.export.load(path).module()`, for images of other sizes too."""
+    count, channels, _, side = images.shape
+    # An example that is square or odd, or whose last map has one pixel, would be taken for a rule.
+    images = images.new_zeros((count, channels, 64, 96))
+    torch.export.save(exported_program(model, images, batch=batch, step=size_step(side)), path)
+
+
+def size_step(size: int) -> int:
+    """What the sides of an image are multiples of, in a program for any size that was made for `size` pixels.
+
+    Multiples of the network's stride of 32 have the same padding everywhere; other sizes make large programs.
+    """
+    return math.gcd(size, 32)
+
+
+def write_aoti(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
+    """A compiled package, `torch._inductor.aoti_load_package(path)`, for the device that the model is on."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(exported_program(model, images, batch=batch), package_path=str(path))
+
+
+def write_onnx(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
+    """An ONNX model with input `images` and output `logits`."""
+    graph = exported_program(model, images, batch=batch)
+    made = torch.onnx.export(graph, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+    assert made is not None
+    made.save(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without notes on torchvision's operators, which no model here has, and on what torch 2.13 does to itself."""
+    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registry.level
+    registry.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, "copyreg")
+            yield
+    finally:
+        registry.setLevel(level)
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format("model.onnx", write_onnx, needs=("onnx", "onnxscript")),
+    "aoti": Format("model.pt2", write_aoti),
+    "torch": Format("model.pt2", write_torch, any_size=True),
+}
+STABLEHLO = "stablehlo"
+
+
+def export(
+    model: NFNet,
+    folder: str | Path,
+    *,
+    format: str,
+    size: int | None = None,
+    batch: int | None = None,
+    device: torch.device | str | None = None,
+    int8: Iterable[Tensor] | None = None,
+) -> Path:
+    """Write a model's program and its `nfzoo.json` into a folder, both or neither; the program's path.
+
+    Args:
+        model: a trained or a folded model, which stays as it is.
+        format: a key of `FORMATS`; a float64 model becomes float32 in `onnx`.
+        size: side of the images in pixels; by default that of the model's evaluation.
+        batch: a fixed number of images; by default any number.
+        device: what `aoti` compiles for; by default where the model is.
+        int8: batches of prepared images; `onnx` is then quantised with their ranges (see `nfzoo.export.quantize`).
+
+    Raises:
+        ConfigError: for an unknown format, a number out of range, a device or package that is not there, a folder that
+            holds other files.
+        CheckpointError: for weights that are not finite.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
+    kind = FORMATS[format]
+    if int8 is not None and format != "onnx":
+        raise ConfigError(
+            f"int8 is for onnx, not {format}; nfzoo.export.quantize.quantize_torch quantises for torch.compile"
+        )
+    for name, value in (("size", size), ("batch", batch)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST):
+            raise ConfigError(f"{name} must be a positive integer up to {MOST}, not {value!r}")
+    missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"{format} needs {' and '.join(missing)}: pip install 'nfzoo[export]'")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file; give a folder")
+    if others := sorted(p.name for p in _entries(folder) if p.name not in (kind.file, SHEET)):
+        raise ConfigError(
+            f"{str(folder)!r} holds other files, such as {others[0]!r}; give a folder of the export's own"
+        )
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise CheckpointError(f"the weight {name} is not finite; the model is damaged, or its training diverged")
+    if format == "onnx" and next(model.parameters()).dtype == torch.float64:  # for which runtimes have no convolution
+        model = NFNet.from_params(model.description, {k: v.detach().float() for k, v in model.named_parameters()})
+    lean = model if model.config.folded else model.for_inference()
+    if device is not None:
+        lean = NFNet.from_params(lean.description, {k: v.detach().clone() for k, v in lean.named_parameters()})
+        lean = lean.to(usable_device(device))
+    p = next(lean.parameters())
+    side = size or lean.preprocessing.test_size
+    # An example of one image would be taken for a rule, even where the number is left open.
+    images = torch.zeros((batch or 2, lean.config.in_channels, side, side), dtype=p.dtype, device=p.device)
+    with replaced_folder(folder) as scratch, torch.no_grad():
+        with _quiet():
+            kind.write(lean, images, batch, scratch / kind.file)
+        if int8 is not None:
+            whole = (scratch / kind.file).rename(scratch / f"float-{kind.file}")
+            quantize_onnx(whole, scratch / kind.file, int8)
+            whole.unlink()
+        arithmetic = str(p.dtype).removeprefix("torch.") if int8 is None else "int8"
+        fields = sheet(lean, format, side, batch) | {"arithmetic": arithmetic}
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        (scratch / SHEET).write_text(text, encoding="utf-8")
+    return Path(folder) / kind.file
+
+
+def _entries(folder: str | Path) -> list[Path]:
+    return list(Path(folder).iterdir()) if Path(folder).is_dir() else []
+
+
+def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, Any]:
+    """The content of `nfzoo.json`: the program's input and output, preprocessing, labels, and where they come from.
+
+    A shape is a list of numbers and of names for what is open.
+    """
+    from nfzoo import __version__
+
+    kind = FORMATS[format]
+    p = next(model.parameters())
+    step = size_step(size)
+    sides: list[int | str] = ["height", "width"] if kind.any_size else [size, size]
+    dtype = str(p.dtype).removeprefix("torch.")
+    description = model.description.to_dict()
+    return {
+        "library_name": "nfzoo",
+        "program": format,
+        "file": kind.file,
+        "input": {"name": INPUT, "shape": [batch or "batch", model.config.in_channels, *sides], "dtype": dtype},
+        "output": {"name": OUTPUT, "shape": [batch or "batch", model.config.num_classes], "dtype": dtype},
+        "multiple": step if kind.any_size else None,
+        "size": size,
+        "device": p.device.type,
+        **{key: description[key] for key in ("name", "architecture", "preprocessing", "labels", "provenance")},
+        "versions": {"nfzoo": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = program.Parser(
+        prog="nfzoo export",
+        description="Write a model for another runtime, folded into plain convolutions.\n\n"
+        "formats:\n"
+        "  onnx       model.onnx, for any number of images; needs nfzoo[export]\n"
+        "  aoti       model.pt2, compiled by torch's AOTInductor for this kind of machine\n"
+        "  torch      model.pt2 of torch.export, for any number of images and other sizes\n"
+        "  stablehlo  MLIR of the forward pass, with --training of the training step; needs nfzoo[xla]\n\n"
+        "example:\n"
+        "  nfzoo export runs/digits --format onnx --output exported",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file"
+    )
+    parser.add_argument("--format", required=True, choices=[*FORMATS, STABLEHLO], help="the kind of program")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
+    parser.add_argument(
+        "--size", type=program.positive, metavar="N", help="side of the images in pixels (default: the model's)"
+    )
+    parser.add_argument(
+        "--batch", type=program.positive, metavar="N", help="a fixed number of images (default: any; stablehlo: 1)"
+    )
+    parser.add_argument("--device", help="what aoti compiles for, such as cuda (default: cpu)")
+    parser.add_argument(
+        "--int8",
+        metavar="DATA",
+        help="onnx: eight-bit arithmetic, its ranges taken from these images: digits, or a folder with one subfolder "
+        "per class",
+    )
+    parser.add_argument("--training", action="store_true", help="stablehlo: write the training step as well")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when the program is written, 2 for bad input, 1 when the disk or a compiler gave out."""
+    return program.run("nfzoo export", lambda: _main(_parser().parse_args(argv)), faults=(OSError, RuntimeError))
+
+
+def _main(options: argparse.Namespace) -> None:
+    from nfzoo import from_pretrained
+
+    if options.format != "aoti" and options.device is not None:
+        raise ConfigError(f"--device is for aoti; {options.format} runs wherever its runtime does")
+    if options.format != "onnx" and options.int8 is not None:
+        raise ConfigError(f"--int8 is for onnx, not {options.format}")
+    if options.format != STABLEHLO and options.training:
+        raise ConfigError(f"--training is for {STABLEHLO}; {options.format} is for inference")
+    program.check_output(Path(options.output), folder=True)
+    model = from_pretrained(options.model)
+    if options.format == STABLEHLO:
+        from nfzoo.export.stablehlo import export_stablehlo
+
+        # The training step needs the trained form, and both programs share one set of weights.
+        chosen = model if options.training or model.config.folded else model.for_inference()
+        written = export_stablehlo(
+            chosen, Path(options.output), size=options.size, batch=options.batch or 1, training=options.training
+        )
+    else:
+        path = export(
+            model,
+            options.output,
+            format=options.format,
+            size=options.size,
+            batch=options.batch,
+            device=options.device,
+            int8=None if options.int8 is None else _calibration(model, options.int8, options.size, options.batch),
+        )
+        written = [path, path.with_name(SHEET)]
+    for path in written:
+        print(f"wrote {printable(str(path))}")
+
+
+def _calibration(model: NFNet, source: str, size: int | None, batch: int | None) -> list[Tensor]:
+    images = open_split(source).train
+    few = batch or 32
+    batches = evaluation_batches(images, model.preprocessing, batch_size=few, rank=0, world=1, size=size, workers=0)
+    return [x for x, _ in itertools.islice(batches, -(-_CALIBRATION // few)) if batch is None or len(x) == batch]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

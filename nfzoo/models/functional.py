@@ -1,0 +1,144 @@
+"""The arithmetic of Normalizer-Free networks, each rule once.
+
+Sources: "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (arXiv 2101.08692),
+"High-Performance Large-Scale Image Recognition Without Normalization" (arXiv 2102.06171), and the code released with
+them. Images are NCHW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nfzoo.models.weight_standardization import standardize_weight as standardize_weight
+
+# gamma = 1 / std(act(z)), z ~ N(0, 1), as in the released code: the activation then keeps unit variance.
+GAMMA: dict[str, float] = {
+    "gelu_tanh": 1.7015043497085571,
+    "gelu": 1.7015043497085571,
+    "relu": 1.7139588594436646,
+    "silu": 1.7881293296813965,
+}
+
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """`act(x)` without its gamma; `name` is a key of `GAMMA`."""
+    return _ACTIVATION[name](x)
+
+
+def scaled_activation(x: Tensor, name: str) -> Tensor:
+    """`gamma * act(x)`, of unit variance for `x ~ N(0, 1)`. Source: arXiv 2101.08692, section 4."""
+    return _ACTIVATION[name](x) * GAMMA[name]
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
+    """Padding before and after one axis of `size` pixels that TensorFlow calls SAME: output `ceil(size / stride)`.
+
+    Of an odd total the extra pixel goes behind, so that it is not symmetric under stride 2.
+    """
+    # In this form the padding of a symbolic size, such as 32 * n in an export, is a plain number.
+    total = max((kernel - 1) * dilation + 1 - stride + -size % stride, 0)
+    return total // 2, total - total // 2
+
+
+def dense_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """SAME padding of a strided kernel whose stride is left out (output stride below 32).
+
+    The axis holds `dilation` interleaved copies of the strided network's axis; the front padding is the strided
+    network's own, so that every `stride * dilation`-th output is the strided network's output.
+    """
+    front = same_padding(-(-size // dilation), kernel, stride)[0] * dilation
+    return front, (kernel - 1) * dilation - front
+
+
+def pad2d(x: Tensor, height: tuple[int, int], width: tuple[int, int], value: float = 0.0) -> Tensor:
+    """Pad the last two axes by `(before, after)` each."""
+    return F.pad(x, (*width, *height), value=value)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    same: bool = True,
+    skipped_stride: int = 1,
+) -> Tensor:
+    """Convolution of `(N, in, H, W)` with SAME (TensorFlow) or symmetric padding, to `ceil(H / stride)` rows.
+
+    `skipped_stride` is the stride that was taken out of this convolution to keep the output dense.
+    """
+    x, padding = conv_input(
+        x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
+    )
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_input(
+    x: Tensor, kernel: int, *, stride: int, dilation: int, same: bool, skipped_stride: int
+) -> tuple[Tensor, int]:
+    """`(N, in, H, W)` padded where `conv2d` needs more than an equal margin on all sides, and that margin."""
+    half = (kernel - 1) * dilation // 2
+    if kernel == 1 or not same or (stride == 1 and skipped_stride == 1):
+        return x, half
+    h, w = x.shape[-2:]
+    if skipped_stride > 1:
+        rows, columns = (dense_padding(n, kernel, skipped_stride, dilation) for n in (h, w))
+    else:
+        rows, columns = (same_padding(n, kernel, stride, dilation) for n in (h, w))
+    return pad2d(x, rows, columns), 0
+
+
+def shortcut_pool(x: Tensor, *, stride: int, dilation: int = 1) -> Tensor:
+    """2x2 average pool that halves `(N, C, H, W)`, rounding up, padding not counted.
+
+    With `stride=1` it is the same pool with the stride left out, over neighbours `dilation` pixels apart.
+    """
+    if stride == 2:
+        return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+    padded = F.pad(x, (0, dilation, 0, dilation))
+    ones = F.pad(x.new_ones(x.shape[-2:]), (0, dilation, 0, dilation))
+
+    def window_sum(t: Tensor) -> Tensor:
+        rows = t[..., :-dilation, :] + t[..., dilation:, :]
+        return rows[..., :-dilation] + rows[..., dilation:]
+
+    return window_sum(padded) / window_sum(ones)
+
+
+def squeeze_excite(p: Mapping[str, Tensor], x: Tensor, prefix: str = "se") -> Tensor:
+    """Channel gates `sigmoid(fc1(relu(fc0(mean(x)))))` of `(N, C, H, W)`, shape `(N, C, 1, 1)`.
+
+    Source: arXiv 1709.01507. NF-networks multiply by 2 as well, which is the caller's.
+    """
+    pooled = global_mean(x)
+    hidden = F.relu(F.linear(pooled, p[f"{prefix}.fc0.weight"], p[f"{prefix}.fc0.bias"]))
+    return torch.sigmoid(F.linear(hidden, p[f"{prefix}.fc1.weight"], p[f"{prefix}.fc1.bias"]))[:, :, None, None]
+
+
+def efficient_channel_attention(p: Mapping[str, Tensor], x: Tensor, prefix: str = "eca") -> Tensor:
+    """Channel gates `sigmoid(conv1d(mean(x)))` of `(N, C, H, W)`, shape `(N, C, 1, 1)`. Source: arXiv 1910.03151."""
+    weight = p[f"{prefix}.weight"]
+    gates = F.conv1d(global_mean(x)[:, None], weight, padding=weight.shape[-1] // 2)
+    return torch.sigmoid(gates)[:, 0, :, None, None]
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean over the pixels of `(N, C, H, W)`, accumulated in float32 at least; `(N, C)`, of the dtype of `x`."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x.mean(dim=(2, 3))
+    # Not `mean(..., dtype=torch.float32)`: XLA would sum in the dtype of `x` and convert the result.
+    return x.float().mean(dim=(2, 3)).to(x.dtype)

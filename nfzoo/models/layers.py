@@ -1,0 +1,326 @@
+"""What the three families' plans share: layers under a set of rules, parameter specs, residual blocks, the head."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nfzoo.config import Attention, ModelConfig, Rules
+from nfzoo.models import functional as nf
+from nfzoo.models.weight_standardization import RowKernels
+from nfzoo.types import Block, Drop, Init, ParamSpec, Specs
+
+# ---------------------------------------------------------------- initial values
+
+
+def zeros(shape, *, generator=None, device=None, dtype=None) -> Tensor:
+    """All 0."""
+    return torch.zeros(shape, device=device, dtype=dtype)
+
+
+def ones(shape, *, generator=None, device=None, dtype=None) -> Tensor:
+    """All 1."""
+    return torch.ones(shape, device=device, dtype=dtype)
+
+
+def fan_in_normal(shape, *, generator=None, device=None, dtype=None) -> Tensor:
+    """N(0, 1 / fan_in)."""
+    std = math.prod(shape[1:]) ** -0.5
+    return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, std, generator=generator)
+
+
+def fan_in_truncated(shape, *, generator=None, device=None, dtype=None) -> Tensor:
+    """N(0, 1 / fan_in) truncated at two standard deviations: Haiku's default for linear layers."""
+    std = math.prod(shape[1:]) ** -0.5
+    value = torch.empty(shape, device=device, dtype=dtype)
+    return torch.nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+
+def fan_in_uniform(shape, *, generator=None, device=None, dtype=None) -> Tensor:
+    """U(-a, a) with a = fan_in ** -0.5: torch's default for convolutions."""
+    bound = math.prod(shape[1:]) ** -0.5
+    return torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound, generator=generator)
+
+
+def classifier_normal(shape, *, generator=None, device=None, dtype=None) -> Tensor:
+    """N(0, 0.01 ** 2). Source: arXiv 2102.06171, appendix."""
+    return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 0.01, generator=generator)
+
+
+# ---------------------------------------------------------------- layers under rules
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Activation and convolution as a set of rules has them. Hashable, so that equal blocks compare equal.
+
+    Attributes:
+        ready: whether kernels come standardised, as `standardized` gives them.
+    """
+
+    activation: str
+    rule: Rules
+    ready: bool = False
+
+    @classmethod
+    def of(cls, cfg: ModelConfig) -> Layers:
+        return cls(cfg.activation, cfg.rule)
+
+    def act(self, x: Tensor) -> Tensor:
+        """The activation, times gamma unless the rules put gamma on the weights."""
+        return (nf.activate if self.rule.gamma_on_weight else nf.scaled_activation)(x, self.activation)
+
+    def weight(self, p: Mapping[str, Tensor], name: str, kernels: RowKernels | None = None) -> Tensor:
+        """The standardised kernel of convolution `name`."""
+        if self.ready:
+            return p[f"{name}weight"]
+        scale = nf.GAMMA[self.activation] if self.rule.gamma_on_weight else 1.0
+        return nf.standardize_weight(
+            p[f"{name}weight"], p[f"{name}gain"], floor=self.rule.variance_floor, scale=scale, kernels=kernels
+        )
+
+    def standardized(self, p: Mapping[str, Tensor], kernels: RowKernels) -> dict[str, Tensor]:
+        """Parameters with every kernel standardised, its gain gone: what a block with `ready` layers takes."""
+        names = [key.removesuffix("weight") for key in p if key.endswith("weight")]
+        convolutions = [name for name in names if f"{name}gain" in p]
+        rest = {key: value for key, value in p.items() if key.removesuffix("gain") not in convolutions}
+        return {**rest, **{f"{name}weight": self.weight(p, name, kernels) for name in convolutions}}
+
+    def conv(
+        self,
+        p: Mapping[str, Tensor],
+        name: str,
+        x: Tensor,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        skipped_stride: int = 1,
+    ) -> Tensor:
+        """The weight-standardised convolution whose parameters are `{name}weight`, `{name}gain`, `{name}bias`."""
+        return nf.conv2d(
+            x,
+            self.weight(p, name),
+            p[f"{name}bias"],
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+            same=self.rule.same_padding,
+            skipped_stride=skipped_stride,
+        )
+
+
+def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 1, gain: Init = ones) -> Specs:
+    """Parameters of one weight-standardised convolution."""
+    return {
+        f"{name}weight": ParamSpec((outputs, inputs // groups, kernel, kernel), fan_in_normal, "weight"),
+        f"{name}gain": ParamSpec((outputs,), gain, "gain"),
+        f"{name}bias": ParamSpec((outputs,), zeros, "bias"),
+    }
+
+
+def attention_specs(kind: Attention, channels: int, hidden: int, rule: Rules) -> Specs:
+    """Parameters of squeeze-excite (`se.fc0`, `se.fc1`) or efficient channel attention (`eca`)."""
+    if kind == "none":
+        return {}
+    if kind == "eca":
+        kernel = int(abs(math.log2(channels) + 1) / 2)  # arXiv 1910.03151, equation 12, gamma = 2, b = 1
+        kernel = max(3, kernel + 1 - kernel % 2)
+        return {"eca.weight": ParamSpec((1, 1, kernel), fan_in_uniform, "weight")}
+    linear = fan_in_truncated if rule.skip_gain else fan_in_normal
+    return {
+        "se.fc0.weight": ParamSpec((hidden, channels), linear, "weight"),
+        "se.fc0.bias": ParamSpec((hidden,), zeros, "bias"),
+        "se.fc1.weight": ParamSpec((channels, hidden), linear, "weight"),
+        "se.fc1.bias": ParamSpec((channels,), zeros, "bias"),
+    }
+
+
+def attend(kind: Attention, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """`2 * gate * x`: the 2 restores the scale, as a gate is 1/2 on average. Source: arXiv 2101.08692, section 4."""
+    if kind == "none":
+        return x
+    gate = nf.squeeze_excite(p, x) if kind == "se" else nf.efficient_channel_attention(p, x)
+    return 2 * gate * x
+
+
+# ---------------------------------------------------------------- the residual tower
+
+
+class Geometry(NamedTuple):
+    """Channels and pixels of a residual block.
+
+    `dilation` is that of the grid the block receives, `out_dilation` of the one it hands on; they differ, by
+    `skipped_stride`, only where the output stride is kept below the network's own.
+    """
+
+    inputs: int
+    outputs: int
+    stride: int
+    skipped_stride: int
+    dilation: int
+    out_dilation: int
+
+    @property
+    def downsamples(self) -> bool:
+        """Whether the block halves the resolution, or would if its stride were not left out."""
+        return self.stride * self.skipped_stride > 1
+
+    @property
+    def transition(self) -> bool:
+        """Whether the block changes resolution or width, so that its shortcut is a convolution."""
+        return self.downsamples or self.inputs != self.outputs
+
+
+class Site(NamedTuple):
+    """Where in the tower a residual block stands."""
+
+    name: str
+    position: int
+    geometry: Geometry
+    beta: float
+    drop: Drop | None
+    feature: bool
+
+
+def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int, ...]) -> Iterator[Site]:
+    """The sites of all residual blocks, in order.
+
+    `beta = 1 / sqrt(expected variance)`; the variance starts at 1, is reset to 1 by the first block of each stage, and
+    every block, that one included, adds `alpha ** 2`. Source: arXiv 2101.08692, section 4.
+    """
+    variance, reached, dilation, index = 1.0, stem_stride, 1, 0
+    blocks = sum(cfg.depths)
+    steps = max(blocks - 1, 1) if cfg.rule.last_block_rate else blocks
+    for stage, (depth, outputs) in enumerate(zip(cfg.depths, widths, strict=True)):
+        for b in range(depth):
+            wanted = 2 if b == 0 and (stage > 0 or stem_stride == 2) else 1
+            stride = wanted if reached * wanted <= cfg.output_stride else 1
+            skipped = wanted // stride
+            rate = cfg.stochastic_depth * index / steps
+            scale = 1 / (1 - rate) if cfg.rule.rescale_drop else 1.0
+            yield Site(
+                name=f"stages.{stage}.{b}",
+                position=index,
+                geometry=Geometry(inputs, outputs, stride, skipped, dilation, dilation * skipped),
+                beta=variance**-0.5,
+                drop=Drop(rate, (1, 1, 1), scale) if cfg.stochastic_depth else None,
+                feature=b == depth - 1,
+            )
+            if b == 0:
+                variance = 1.0
+            variance += cfg.alpha**2
+            inputs, reached, dilation, index = outputs, reached * stride, dilation * skipped, index + 1
+
+
+@dataclass(frozen=True)
+class ResidualBlock(abc.ABC):
+    """`x -> shortcut + alpha * skip_gain * keep * residual`; a family says what the two branches are."""
+
+    layers: Layers
+    geometry: Geometry
+    middle: int
+    groups: int
+    attention: Attention
+    se_hidden: int
+    alpha: float
+
+    @abc.abstractmethod
+    def specs(self) -> Specs:
+        """The block's parameters."""
+
+    @abc.abstractmethod
+    def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+        """`(shortcut, residual)` of `(N, inputs, H, W)`; the residual before stochastic depth, skip gain and alpha."""
+
+    def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        shortcut, residual = self.branches(p, x, beta)
+        if keep is not None:
+            residual = residual * keep.to(residual.dtype)
+        if self.layers.rule.skip_gain:
+            residual = residual * p["skip_gain"].reshape(())
+        return residual * self.alpha + shortcut
+
+    def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
+        """`x`; on a transition a 1x1 kernel on the activated input `out`, average-pooled if the block downsamples."""
+        g = self.geometry
+        if not g.transition:
+            return x
+        if g.downsamples:
+            out = nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation)
+        return self.layers.conv(p, "shortcut.", out)
+
+    def strided_conv(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`conv1`, the 3x3 convolution that has the block's stride."""
+        g = self.geometry
+        return self.layers.conv(
+            p, "conv1.", x, stride=g.stride, skipped_stride=g.skipped_stride, dilation=g.dilation, groups=self.groups
+        )
+
+    def shortcut_specs(self) -> Specs:
+        """The shortcut's convolution, on a transition."""
+        g = self.geometry
+        return conv_specs("shortcut.", g.inputs, g.outputs, 1) if g.transition else {}
+
+    def skip_gain_specs(self) -> Specs:
+        """The skip gain, if the rules have one."""
+        return {"skip_gain": ParamSpec((1,), zeros, "skip_gain")} if self.layers.rule.skip_gain else {}
+
+    @property
+    def last_gain(self) -> Init:
+        """Initial gain of the branch's last convolution: 0 where no skip gain closes the branch."""
+        return ones if self.layers.rule.skip_gain else zeros
+
+    def block(self, site: Site) -> Block:
+        """This function at its place in the plan."""
+        return Block(
+            site.name, self, self.specs(), beta=site.beta, drop=site.drop, branches=self.branches, feature=site.feature
+        )
+
+
+# ---------------------------------------------------------------- stem and head
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A weight-standardised convolution, after an activation if `activated`."""
+
+    layers: Layers
+    activated: bool
+    stride: int = 1
+
+    def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        return self.layers.conv(p, "", self.layers.act(x) if self.activated else x, stride=self.stride)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`(N, C, H, W) -> (N, C)`: activation, then the mean over all pixels."""
+
+    layers: Layers
+
+    def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        return nf.global_mean(self.layers.act(x))
+
+
+def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+    """`(N, C) -> (N, classes)`: dropout, then a linear layer."""
+    if keep is not None:
+        x = x * keep.to(x.dtype)
+    return torch.nn.functional.linear(x, p["weight"], p["bias"])
+
+
+def head_blocks(cfg: ModelConfig, channels: int, init: Init = classifier_normal) -> tuple[Block, Block]:
+    """The two blocks that end every plan: `pool` gives the embedding, `head` the logits."""
+    drop = Drop(cfg.drop_rate, (channels,), 1 / (1 - cfg.drop_rate)) if cfg.drop_rate else None
+    specs: Specs = {
+        "weight": ParamSpec((cfg.num_classes, channels), init, "head"),
+        "bias": ParamSpec((cfg.num_classes,), zeros, "bias"),
+    }
+    return Block("pool", Pool(Layers.of(cfg)), {}), Block("head", classifier, specs, drop=drop)

@@ -1,0 +1,137 @@
+"""Convolutions of inference on a CPU by oneDNN, the activation in the same kernel, weights laid out for it once.
+
+Torch's own convolution lays its weights out anew in every call, passes over its output once more for the activation,
+and takes a slower kernel for a single image on a single core. The operator used here is the one that torch's compiler
+puts in the place of convolutions whose weights are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nfzoo.models import functional as nf
+from nfzoo.types import BlockFn
+
+# What oneDNN calls the activations, and its variant of GELU.
+_NAMES = {
+    None: ("none", ""),
+    "gelu_tanh": ("gelu", "tanh"),
+    "gelu": ("gelu", "none"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
+_C: Any = torch._C
+_HERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+_DTYPES = [torch.float32] * _HERE + [torch.bfloat16] * (_HERE and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class PackedWeight:
+    """A kernel `(out, in / groups, height, width)`, and what oneDNN makes of it when it is first used.
+
+    It is laid out anew for another size of batch or image, so that results depend on nothing but their input, and for a
+    weight that is written to or replaced. Changes through `.data` or numpy, and to weights that were made in inference
+    mode, are not noticed.
+    """
+
+    def __init__(self, plain: Tensor) -> None:
+        self.plain = plain
+        # What it was made of, that memory (so that no other weight comes to lie there unnoticed), and the result: one
+        # attribute, as other threads may compute with the same model.
+        self._made: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.plain.shape
+
+    def packed(self, images: torch.Size, padding: int, stride: int, dilation: int, groups: int) -> Tensor:
+        """The kernel as oneDNN wants it for a convolution of `images`."""
+        plain, made = self.plain, self._made
+        version = None if plain.is_inference() else plain._version
+        now = (plain.data_ptr(), version, plain.dtype, images, padding, stride, dilation, groups)
+        if made is None or made[0] != now:
+            source = plain.detach()
+            geometry = ([padding] * 2, [stride] * 2, [dilation] * 2)
+            packed = _C._nn.mkldnn_reorder_conv2d_weight(source.to_mkldnn(), *geometry, groups, list(images))
+            self._made = made = (now, source, packed)
+        return made[2]
+
+
+class PackedBlock:
+    """A block function of a folded plan whose kernels are laid out once."""
+
+    def __init__(self, fn: BlockFn) -> None:
+        self.fn = fn
+        self._weights: dict[str, PackedWeight] = {}
+
+    def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        if not takes(x):
+            if x.device.type != "cpu":
+                self._weights.clear()  # the model has left
+            return self.fn(params, x, beta, keep)
+        local: dict[str, Any] = dict(params)
+        for name, value in params.items():
+            if value.ndim == 4:
+                if name not in self._weights or self._weights[name].plain is not value:
+                    self._weights[name] = PackedWeight(value)
+                local[name] = self._weights[name]
+        return self.fn(local, x, beta, keep)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedBlock:
+        return PackedBlock(self.fn)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedBlock, (self.fn,)
+
+
+def takes(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
+    """Whether oneDNN's operator may compute with these: it knows no derivatives, transforms, tracing or autocast.
+
+    `alone` says of what is being compiled that no transform is around it.
+    """
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
+        return False
+    if any(t.dtype != x.dtype for t in weights):  # torch's own convolution says so
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():
+        return alone and not torch.compiler.is_exporting()
+    if _C._len_torch_dispatch_stack() > 0:  # somebody counts or records operators, or the tensors are fake
+        return False
+    return _C._functorch.maybe_current_level() is None and not _C._is_tracing() and forward_ad._current_level < 0
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor,
+    *,
+    activation: str | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    same: bool = True,
+    skipped_stride: int = 1,
+    alone: bool = False,
+) -> Tensor:
+    """`nfzoo.models.functional.conv2d`, and the activation behind it, without its gamma; by oneDNN where it can."""
+    x, padding = nf.conv_input(
+        x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
+    )
+    plain = weight.plain if isinstance(weight, PackedWeight) else weight
+    if not takes(x, plain, bias, alone=alone):
+        x = F.conv2d(x, plain, bias, stride, padding, dilation, groups)
+        return x if activation is None else nf.activate(x, activation)
+    if isinstance(weight, PackedWeight):
+        weight = weight.packed(x.shape, padding, stride, dilation, groups)
+    name, variant = _NAMES[activation]
+    pairs = ([padding] * 2, [stride] * 2, [dilation] * 2)
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *pairs, groups, name, [], variant)

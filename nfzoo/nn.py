@@ -1,0 +1,404 @@
+"""The `nn.Module` shell over a plan: parameters under the plan's keys, the forward pass of `nfzoo.model`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from nfzoo import model as functional_model
+from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
+from nfzoo.config import ModelConfig, Preprocessing
+from nfzoo.errors import ConfigError
+from nfzoo.model import fold
+from nfzoo.models.onednn import PackedBlock
+from nfzoo.runtime.compile import CompiledBlock, checkpointed, compile_blocks, compile_options
+from nfzoo.transforms.decode import open_image
+from nfzoo.transforms.preprocess import evaluation_transform
+from nfzoo.types import Block, BlockFn, Noise, Params
+from nfzoo.variants import VARIANTS, variant
+
+logger = logging.getLogger("nfzoo")
+
+
+class BlockModule(nn.Module):
+    """One block of a plan as a module: its parameters, and its pure function as `forward`.
+
+    Attributes:
+        fn: the block's function, or its compiled form.
+        checkpointed: whether the backward pass computes the block's intermediate values again.
+    """
+
+    def __init__(self, block: Block, params: Params) -> None:
+        super().__init__()
+        self.block = block
+        self.fn: BlockFn = block.fn
+        self.checkpointed = False
+        self._paths = {name: name.split(".") for name in params}
+        for name, value in params.items():
+            *path, leaf = self._paths[name]
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(leaf, nn.Parameter(value))
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpointed(self._compute, x, keep)
+        return self._compute(x, keep)
+
+    def _compute(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        params = {}
+        for name, path in self._paths.items():
+            value: Any = self
+            for part in path:
+                value = getattr(value, part)
+            params[name] = value
+        return self.fn(params, x, self.block.beta, keep)
+
+    def extra_repr(self) -> str:
+        return type(self.block.fn).__name__
+
+
+class NFNet(nn.Module):
+    """A Normalizer-Free network of any family.
+
+    In training mode `forward` draws its own dropout and stochastic depth unless it is given `noise`. A model whose
+    configuration is folded (see `for_inference`) stays in evaluation mode and wants no gradients.
+
+    Args:
+        config: the architecture.
+        preprocessing: what turns an image into the input; by default that of the zoo's variant of this configuration,
+            or of 224 pixels.
+        labels: class names.
+        name: a name to save with the weights.
+        generator, device, dtype: as for `nfzoo.model.init`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        preprocessing: Preprocessing | None = None,
+        labels: Sequence[str] | None = None,
+        name: str | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if labels is not None and len(labels) != config.num_classes:
+            raise ConfigError(f"{len(labels)} labels for {config.num_classes} classes")
+        self.config = config
+        self.name = name
+        self.labels = None if labels is None else tuple(labels)
+        if preprocessing is None:
+            known = VARIANTS.get(name or "")
+            preprocessing = known.preprocessing if known else Preprocessing(train_size=224, test_size=224)
+            preprocessing = preprocessing.for_channels(config.in_channels)
+        preprocessing.check_channels(config)
+        self.preprocessing = preprocessing
+        self.provenance: dict[str, Any] | None = None
+        self._register(functional_model.init(config, generator=generator, device=device, dtype=dtype))
+
+    @classmethod
+    def from_params(cls, description: Description, params: Params) -> Self:
+        """A module around existing parameters, which it does not copy."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.config, self.preprocessing, self.name, self.labels, provenance = description
+        self.provenance = None if provenance is None else dict(provenance)
+        self._register(params)
+        return self
+
+    def _register(self, params: Params) -> None:
+        self.plan = functional_model.plan(self.config)
+        for block in self.plan:
+            module = BlockModule(block, {k: params[f"{block.name}.{k}"] for k in block.specs})
+            *path, leaf = block.name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.ModuleList() if part == "stages" or part.isdigit() else nn.Module())
+                owner = owner.get_submodule(part)
+            owner.add_module(leaf, module)
+        if self.config.folded:
+            self.eval().requires_grad_(False)
+
+    def _block_module(self, block: Block) -> nn.Module:
+        module: Any = self
+        for part in block.name.split("."):
+            module = getattr(module, part)
+        return module
+
+    @property
+    def description(self) -> Description:
+        """What is saved beside the weights."""
+        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance)
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Parameter name -> kind: `weight`, `gain`, `bias`, `skip_gain`, or `head` for the classifier's weight."""
+        self._check_trainable()
+        return {name: kind for name, (_, kind) in functional_model.specs(self.config).items()}
+
+    def sample_noise(self, batch: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Dropout and stochastic depth masks for one step, on the parameters' device."""
+        self._check_trainable()
+        p = next(self.parameters())
+        return functional_model.sample_noise(self.config, batch, generator=generator, device=p.device, dtype=p.dtype)
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """Logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`."""
+        self._check_input(x)
+        if noise is not None:
+            self._check_trainable()
+        if self.training and noise is None:
+            noise = functional_model.sample_noise(self.config, x.shape[0], device=x.device, dtype=x.dtype)
+        return self._run(x, self.plan, noise)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Pooled features `(N, F)` of normalised images, without noise."""
+        self._check_input(x)
+        return self._run(x, self.plan[:-1], None)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the stem (stride 2) and of each stage, as `nfzoo.model.features`."""
+        self._check_input(x)
+        maps = []
+        for block in functional_model.feature_blocks(self.config):
+            x = self._block_module(block)(x)
+            if block.feature:
+                maps.append(x)
+        return maps
+
+    def for_inference(self) -> NFNet:
+        """A model of the same function in plain convolutions, with parameters of its own: see `nfzoo.model.fold`.
+
+        It is saved, loaded, compiled and exported as any other, and cannot be trained: `train()`, noise, another
+        classifier and a second folding are a `ConfigError`.
+        """
+        config, params = fold(self.config, {name: p.detach() for name, p in self.named_parameters()})
+        return NFNet.from_params(self.description._replace(config=config), params)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or evaluation mode, which a folded model never leaves."""
+        if mode:
+            self._check_trainable()
+        return super().train(mode)
+
+    def _check_trainable(self) -> None:
+        if self.config.folded:
+            raise ConfigError(
+                "the model is folded for inference: it takes no training, no noise and no other classifier; "
+                "use the trained model that it was made from"
+            )
+
+    def compile_blocks(
+        self,
+        *,
+        enabled: bool = True,
+        backend: str | Callable[..., Any] = "inductor",
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        dynamic: bool | None = False,
+    ) -> Self:
+        """Compile the model block by block, one graph for each distinct block, and return it.
+
+        For training on a CPU one more pair of graphs standardises the weights of all blocks. The time to compile does
+        not grow with depth. Nothing falls back to eager: a block that cannot be compiled whole raises. The keys of
+        `state_dict` stay as they are.
+
+        Args:
+            enabled: `False` goes back to eager.
+            backend, mode, options, dynamic: as for `torch.compile`. By default every shape of input has its own graphs.
+        """
+        compile_blocks(self, compile_options(backend, mode, options, dynamic) if enabled else None)
+        return self
+
+    def prepack(self, *, enabled: bool = True) -> Self:
+        """Let oneDNN lay out the weights of a folded model for the CPU once, not in every call; returns the model.
+
+        It pays where one size of batch comes again and again; there it outruns `compile_blocks`, whose place it takes.
+        Where sizes alternate, it costs. The weights need as much memory again. Where gradients are asked for, torch's
+        own convolution computes. `state_dict` stays as it is. Weights that change are laid out again, but call this
+        again after changes through `.data` or numpy, and to weights that were made in inference mode.
+
+        Raises:
+            ConfigError: if the model is not folded; see `for_inference`.
+        """
+        if not self.config.folded:
+            raise ConfigError("prepack is for models folded for inference: call for_inference() first")
+        for module in self.modules():
+            if isinstance(module, BlockModule):
+                module.fn = PackedBlock(module.block.fn) if enabled else module.block.fn
+        return self
+
+    def checkpoint_blocks(self, *, enabled: bool = True) -> Self:
+        """Keep only what passes between blocks for the backward pass and compute the rest again; returns the model.
+
+        This costs one more forward pass and saves most of the memory of activations.
+        """
+        for module in self.modules():
+            if isinstance(module, BlockModule):
+                module.checkpointed = enabled
+        return self
+
+    def _run(self, x: Tensor, blocks: Sequence[Block], noise: Noise | None) -> Tensor:
+        for block in blocks:
+            x = self._block_module(block)(x, None if noise is None else noise.get(block.name))
+        return x
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"the input must be (N, {self.config.in_channels}, H, W), not {tuple(x.shape)}; "
+                "a single image needs x[None]"
+            )
+
+    def preprocess(self, image: str | Path | BinaryIO | Image.Image | np.ndarray, *, size: int | None = None) -> Tensor:
+        """Turn one image into the input `(in_channels, size, size)`: see `nfzoo.transforms.preprocess`."""
+        opened = open_image(image, channels=self.config.in_channels)
+        return evaluation_transform(opened, self.preprocessing, size=size)
+
+    def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
+        """A fresh classifier for another number of classes."""
+        self._check_trainable()
+        if labels is not None and len(labels) != num_classes:
+            raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
+        p = next(self.parameters())
+        self.config = self.config.replace(num_classes=num_classes)
+        self.labels = None if labels is None else tuple(labels)
+        self.plan = functional_model.plan(self.config)
+        head = self.plan[-1]
+        params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
+        old = self.head
+        self.head = BlockModule(head, params)
+        if isinstance(old, BlockModule):
+            self.head.checkpointed = old.checkpointed
+            if isinstance(old.fn, CompiledBlock):
+                compile_blocks(self.head, old.fn.options)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `config.json` and `model.safetensors` into `folder`, atomically."""
+        return save_checkpoint(folder, self.description, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> NFNet:
+        """A pretrained model, in evaluation mode: see `nfzoo.hub.from_pretrained`, which has the same options."""
+        from nfzoo.hub import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        license: str = "apache-2.0",
+    ) -> str:
+        """Publish the model with its card as one commit of a Hub repository; the commit's URL.
+
+        See `nfzoo.hub.push`.
+        """
+        from nfzoo.hub import push
+
+        with tempfile.TemporaryDirectory() as scratch:
+            return push(
+                self.save_pretrained(Path(scratch) / "model"),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                license=license,
+            )
+
+
+def create(
+    name: str,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    labels: Sequence[str] | None = None,
+    **changes: Any,
+) -> NFNet:
+    """A zoo model with random weights: `create("nfnet-f0", num_classes=10)`.
+
+    Args:
+        name: a name of `nfzoo.list_models()`; an unknown one is an `UnknownModelError` with the nearest names.
+        changes: configuration fields to change, such as `num_classes`, `in_channels`, `output_stride`, `drop_rate`.
+    """
+    row = variant(name)
+    config = row.config.replace(**changes) if changes else row.config
+    if labels is not None and "num_classes" not in changes:
+        config = config.replace(num_classes=len(labels))
+    preprocessing = row.preprocessing.for_channels(config.in_channels)
+    return NFNet(
+        config, preprocessing=preprocessing, labels=labels, name=name, generator=generator, device=device, dtype=dtype
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> NFNet:
+    """The model, in evaluation mode, of a checkpoint folder or weight file; another `num_classes` draws a new head.
+
+    Raises:
+        CheckpointError: see `nfzoo.checkpoint.model_folder.load_checkpoint`.
+    """
+    check_num_classes(num_classes)
+    description, params = load_checkpoint(path, device=device)
+    return assemble(description, params, num_classes=num_classes, dtype=dtype, source=path)
+
+
+def check_num_classes(num_classes: int | None) -> None:
+    """A `ConfigError` for a number of classes that no model has, before anything is read or fetched."""
+    if num_classes is not None and (
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
+    ):
+        raise ConfigError(f"num_classes must be a positive integer, not {num_classes!r}")
+
+
+def assemble(
+    description: Description,
+    params: Params,
+    *,
+    num_classes: int | None = None,
+    dtype: torch.dtype | None = None,
+    source: str | Path,
+) -> NFNet:
+    """The model, in evaluation mode, of parameters that were read; `source` is named if its classifier is replaced."""
+    check_num_classes(num_classes)
+    if dtype is not None:
+        params = {key: value.to(dtype) for key, value in params.items()}
+    model = NFNet.from_params(description, params)
+    if num_classes is not None and num_classes != description.config.num_classes:
+        model._check_trainable()
+        logger.warning(
+            "%s has %d classes: its classifier is replaced by a fresh one of %d, which must be trained",
+            source,
+            description.config.num_classes,
+            num_classes,
+        )
+        model.reset_classifier(num_classes)
+    return model.eval()

@@ -1,0 +1,321 @@
+"""The pure optimizer as a `torch.optim.Optimizer`, for training loops that want one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfzoo.optim.clipping import check_clip, clip_all, clip_unitwise
+from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, ema_, ema_decay, sgd, sgd_
+from nfzoo.runtime.compile import compile_of_any_shape
+from nfzoo.runtime.distributed import full_tensor, is_dtensor
+from nfzoo.types import Params
+
+# The lists of parameters for which an optimizer keeps what `triton_update` prepares.
+MOST_LISTS = 64
+
+
+class AGCSGD(torch.optim.Optimizer):
+    """AGC, then weight decay, then Nesterov SGD: the papers' optimizer.
+
+    A shell over `nfzoo.agc` and `nfzoo.optim.sgd.sgd`.
+
+    Args:
+        params: parameters or groups; `param_groups(model)` gives the papers' groups.
+        lr: learning rate; the papers' is 0.1 * batch / 256.
+        momentum, nesterov, weight_decay: of SGD.
+        clip: AGC threshold, `None` for no clipping; a group option.
+        eps: floor of the parameter norm in AGC.
+        ema_decay: keep a moving average of the parameters, as `nfzoo.optim.sgd.ema` defines it: see `averages`.
+        compiled: compile the update: on CUDA devices, with Triton, to a few kernels for all parameters
+            (`nfzoo.optim.triton_update`), elsewhere to a graph for kernels of all shapes.
+
+    Attributes:
+        clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first.
+        gate: a 0-dimensional boolean tensor on the parameters' device, or `None`. Set it before `step`. Where it is
+            false nothing changes, and the host does not wait. `norm.isfinite()` of the gradients' norm skips broken
+            steps.
+
+    Raises:
+        ValueError: for a learning rate, momentum or decay that is negative or no number, or a clip or eps that is not
+            positive; by `step`, for a gate of another kind.
+    """
+
+    gate: Tensor | None = None
+    clipped_fraction: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        clip: float | None = 0.01,
+        eps: float = 1e-3,
+        ema_decay: float | None = None,
+        compiled: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "clip": clip,
+            "eps": eps,
+            "ema_decay": ema_decay,
+            "compiled": compiled,
+            "steps": 0,
+        }
+        super().__init__(params, defaults)
+        self._fused: dict[Any, Any] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fused = {}
+        for group in self.param_groups:
+            for name, value in (("ema_decay", None), ("compiled", False), ("steps", 0)):
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        options = {**self.defaults, **param_group}
+        for name in ("lr", "momentum", "weight_decay"):
+            if not 0 <= options[name] < float("inf"):
+                raise ValueError(f"{name} must be a number that is not negative, not {options[name]!r}")
+        if options["ema_decay"] is not None and not 0 <= options["ema_decay"] < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), not {options['ema_decay']!r}; None keeps no average")
+        check_clip(1.0 if options["clip"] is None else options["clip"], options["eps"])
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Clip, decay, and take one step on every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.gate is not None and (self.gate.dtype != torch.bool or self.gate.ndim):
+            raise ValueError(f"the gate must be a boolean tensor without dimensions, not {self.gate!r}")
+        counts: list[Tensor] = []
+        units = 0
+        for group in self.param_groups:
+            group["steps"] += 1
+            for bundle in self._bundles(group):
+                for count, of in self._update(group, bundle):
+                    if count is not None:
+                        counts.append(count)
+                        units += of
+        here = [count.to(counts[0].device) for count in counts]
+        self.clipped_fraction = torch.stack(here).sum() / units if here else None
+        return loss
+
+    def averages(self, named: Mapping[str, Tensor]) -> Params:
+        """The moving averages of named parameters, such as `dict(model.named_parameters())`; not copied.
+
+        A parameter that was never updated is its own average.
+
+        Raises:
+            ValueError: if the optimizer keeps no averages.
+        """
+        if all(group["ema_decay"] is None for group in self.param_groups):
+            raise ValueError("this optimizer keeps no moving average; pass ema_decay")
+        return {name: self.state.get(p, {}).get("ema", p.detach()) for name, p in named.items()}
+
+    def _bundles(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
+        """The group's parameters that have gradients, in lists of one device and dtype, sharded ones apart.
+
+        A CPU gains nothing from long lists: there each kernel goes alone, while it is in the cache.
+        """
+        bundles: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                alone = p if p.device.type == "cpu" and p.ndim > 1 and not group["compiled"] else None
+                bundles.setdefault((p.device, p.dtype, p.grad.dtype, is_dtensor(p), alone), []).append(p)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                if group["ema_decay"] is not None and "ema" not in state:
+                    state["ema"] = p.detach().clone()
+        return bundles.values()
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[Tensor | None, int]]:
+        """One step on one bundle, in parts: how many units of each were clipped, and of how many."""
+        if not group["compiled"] or is_dtensor(params[0]):
+            return [self._update_eager(group, params)]
+        one_kernel = has_fused(params[0].device)
+        takes, update = (_rowwise, self._update_fused) if one_kernel else (_matrix, self._update_compiled)
+        chosen = [p for p in params if takes(p, p.grad, *self.state[p].values())]
+        kept = set(chosen)
+        rest = [p for p in params if p not in kept]
+        return [run(group, some) for run, some in ((update, chosen), (self._update_eager, rest)) if some]
+
+    def _update_eager(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        count, units = None, 0
+        if group["clip"] is not None:
+            if is_dtensor(params[0]):  # the norm of a vector is over all of its shards
+                pairs = [
+                    clip_unitwise(g, p, clip=group["clip"], eps=group["eps"])
+                    for g, p in zip(grads, params, strict=True)
+                ]
+                grads = [grad for grad, _ in pairs]
+                count, units = (
+                    torch.stack([full_tensor(mask.sum()) for _, mask in pairs]).sum(),
+                    sum(mask.numel() for _, mask in pairs),
+                )
+            else:
+                grads, count, units = clip_all(grads, params, clip=group["clip"], eps=group["eps"])
+        sgd_(
+            params,
+            grads,
+            [self.state[p]["momentum_buffer"] for p in params],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            gate=self.gate,
+            overwrite=group["clip"] is not None,
+        )
+        if group["ema_decay"] is not None:
+            average = {str(i): self.state[p]["ema"] for i, p in enumerate(params)}
+            live = {str(i): p for i, p in enumerate(params)}
+            ema_(average, live, group["steps"] - 1, decay=group["ema_decay"], gate=self.gate)
+        return count, units
+
+    def _update_fused(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+        """One step on one bundle in a few Triton kernels."""
+        from nfzoo.optim.triton_update import FusedUpdate
+
+        key = (params[0].device, tuple(p.shape for p in params))
+        if key not in self._fused:
+            while len(self._fused) >= MOST_LISTS:  # where other parameters have gradients in every step
+                self._fused.pop(next(iter(self._fused)))
+            self._fused[key] = FusedUpdate(params)
+        fused = self._fused[key]
+        lr, weight = self._numbers(group, params[0].device)
+        count = fused(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["momentum_buffer"] for p in params],
+            None if weight is None else [self.state[p]["ema"] for p in params],
+            lr=lr,
+            weight=weight,
+            gate=self.gate,
+            **{name: group[name] for name in ("clip", "eps", "momentum", "nesterov", "weight_decay")},
+        )
+        return count, 0 if count is None else fused.units
+
+    def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+        """One step on kernels and linears, a graph for all shapes: see `compile_of_any_shape`."""
+        constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
+        update = _compiled_update(*constants)
+        lr, weight = self._numbers(group, params[0].device)
+        masks = []
+        for p in params:
+            m, average = self.state[p]["momentum_buffer"], self.state[p].get("ema")
+            rows = (None if t is None else t.flatten(1) for t in (p, p.grad, m, average))
+            masks.append(update(*rows, lr, weight, self.gate))
+            # The compiled function writes without autograd's knowledge.
+            torch.autograd.graph.increment_version([t for t in (p, m, average) if t is not None])
+        if group["clip"] is None:
+            return None, 0
+        return torch.cat([mask.flatten() for mask in masks]).sum(), sum(len(p) for p in params)
+
+    def _numbers(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Learning rate, and the share of the new parameters in the moving average, on the device."""
+        decay = group["ema_decay"]
+        weight = None if decay is None else _number(1 - ema_decay(group["steps"] - 1, decay), device)
+        return _number(group["lr"], device), weight
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_update(
+    clip: float | None, eps: float, momentum: float, nesterov: bool, weight_decay: float
+) -> Callable[..., Tensor | None]:
+    """The whole update of one kernel `(out, fan_in)` as one graph."""
+    # As text: of numbers Dynamo makes inputs, which compiled code would read and convert for every element.
+    limit = None if clip is None else repr(float(clip))
+    floor, keep, decay = (repr(float(value)) for value in (eps, momentum, weight_decay))
+
+    def update(
+        p: Tensor,
+        grad: Tensor,
+        m: Tensor,
+        average: Tensor | None,
+        lr: Tensor,
+        weight: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor | None:
+        mask = None
+        if limit is not None:
+            grad, mask = clip_unitwise(grad, p, clip=float(limit), eps=float(floor))
+        new, state = sgd(
+            {"p": p},
+            {"p": grad},
+            SGDState({"p": m}),
+            lr=lr,
+            momentum=float(keep),
+            nesterov=nesterov,
+            weight_decay=float(decay),
+        )
+        new_p, new_m = new["p"], state.momentum["p"]
+        if gate is not None:
+            new_p, new_m = torch.where(gate, new_p, p), torch.where(gate, new_m, m)
+            weight = None if weight is None else torch.where(gate, weight, 0.0)
+        p.copy_(new_p)
+        m.copy_(new_m)
+        if average is not None and weight is not None:
+            average.copy_(average + weight * (new_p - average))
+        return mask  # to be counted outside: inductor fails on the sum beside in-place updates
+
+    return compile_of_any_shape(update)
+
+
+@functools.cache
+def has_fused(device: torch.device) -> bool:
+    """Return whether `triton_update` runs on a device: CUDA, where torch's compiler brings Triton."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _matrix(*tensors: Tensor | None) -> bool:
+    """Kernels and linears, with all that belongs to them, whose rows `_update_compiled` can see as a matrix."""
+    return all(t is None or (t.ndim > 1 and t.is_contiguous()) for t in tensors)
+
+
+def _rowwise(*tensors: Tensor | None) -> bool:
+    """What `_update_fused` takes: float32, one memory layout for all, and units one after another in it."""
+    found = [t for t in tensors if t is not None]
+    if not all(t.dtype == torch.float32 and t.numel() for t in found):
+        return False
+    if all(t.is_contiguous() for t in found):
+        return True
+    return found[0].ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in found)
+
+
+def _number(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), value, device=device, dtype=torch.float32)
+
+
+def param_groups(model: nn.Module, *, weight_decay: float = 2e-5, clip: float | None = 0.01) -> list[dict[str, Any]]:
+    """The papers' parameter groups: no decay on gains, biases and skip gains, no clipping of the classifier's weight.
+
+    Frozen parameters (`requires_grad=False`) are left out. Source: arXiv 2102.06171, sections 4.1 and 5.
+    """
+    kinds = model.parameter_kinds()  # type: ignore[operator]
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kind = kinds[name]
+            groups.setdefault((kind in DECAYED, kind in CLIPPED), []).append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "clip": clip if clipped else None}
+        for (decayed, clipped), params in groups.items()
+    ]

@@ -1,0 +1,206 @@
+"""Adaptive Gradient Clipping: each output unit's gradient is limited to a fraction of its weights' norm.
+
+Source: arXiv 2102.06171, section 4.1 and equation 3; `agc` of the code released with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nfzoo.types import Params
+
+foreach: Any = torch  # `_foreach_*`, many tensors in one kernel, are not among the names that torch lists
+
+GRADIENT_FLOOR = 1e-6  # keeps the division finite, as in the released code
+
+
+def unitwise_norm(x: Tensor) -> Tensor:
+    """L2 norm per output unit, broadcastable to `x`.
+
+    Kernels `(out, in, h, w)` and linears `(out, in)` have one norm for each `out`; a vector or scalar is one unit.
+    """
+    if x.ndim <= 1:
+        return torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """One gradient clipped, and the boolean mask of the units that were: see `agc`."""
+    limit = clip * unitwise_norm(param).clamp(min=eps)
+    norm = unitwise_norm(grad)
+    clipped = norm > limit
+    return torch.where(clipped, grad * (limit / norm.clamp(min=GRADIENT_FLOOR)), grad), clipped
+
+
+class Clipped(NamedTuple):
+    """What `clip_all` gives: the gradients, how many units were clipped (0-dimensional), and of how many."""
+
+    grads: list[Tensor]
+    clipped: Tensor
+    units: int
+
+
+def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = 1e-3) -> Clipped:
+    """`clip_unitwise` of many gradients, at least one, of one device and dtype, in few kernels: see `agc`.
+
+    A kernel or linear costs two norms and a product; all vectors together cost as much as one, and so do the limits of
+    all units. The inputs stay as they are.
+    """
+    wide = [i for i, p in enumerate(params) if p.ndim > 1]
+    flat = [i for i, p in enumerate(params) if p.ndim <= 1]
+
+    def norms(tensors: Sequence[Tensor]) -> Tensor:
+        rows = [torch.linalg.vector_norm(tensors[i].flatten(1), dim=1) for i in wide]
+        whole = foreach._foreach_norm([tensors[i] for i in flat]) if flat else ()
+        return torch.cat([*rows, torch.stack(list(whole))] if flat else rows)
+
+    limit = clip * norms(params).clamp_(min=eps)
+    norm = norms(grads)
+    clipped = norm > limit
+    factor = torch.where(clipped, limit / norm.clamp(min=GRADIENT_FLOOR), 1.0)
+    out: list[Tensor] = [*grads]
+    sizes = [params[i].shape[0] for i in wide]
+    parts = factor.split([*sizes, len(flat)])
+    for i, part in zip(wide, parts, strict=False):
+        out[i] = grads[i] * part.reshape(-1, *[1] * (grads[i].ndim - 1))
+    if flat:
+        counts = [params[i].numel() for i in flat]
+        joined = torch.cat([grads[i].reshape(-1) for i in flat])
+        joined = joined * parts[-1][_unit_of_element(tuple(counts), joined.device)]
+        for i, piece in zip(flat, joined.split(counts), strict=True):
+            out[i] = piece.reshape(grads[i].shape)
+    return Clipped(out, clipped.sum(), len(factor))
+
+
+@functools.lru_cache(maxsize=64)
+def _unit_of_element(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """`[0] * counts[0] + [1] * counts[1] + ...`, kept on the device: a copy each step would hold it up."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
+
+
+def agc(
+    grads: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    *,
+    clip: float = 0.01,
+    eps: float = 1e-3,
+    where: Callable[[str], bool] | None = None,
+) -> Params:
+    """Clipped gradients: `g * limit / max(|g|, 1e-6)` where `|g| > limit = clip * max(|p|, eps)`, per output unit.
+
+    Args:
+        grads, params: tensors under the same keys.
+        clip: the largest allowed ratio of gradient to parameter norm; 0.01 for batches of 1024 to 4096, more for less.
+        eps: floor of the parameter norm, so that zero-initialised parameters can move.
+        where: the keys to clip, all by default. The papers leave out the classifier's weight alone.
+
+    Raises:
+        ValueError: if `clip` or `eps` is not positive.
+
+    Source: arXiv 2102.06171, equation 3.
+    """
+    check_clip(clip, eps)
+    return {
+        name: clip_unitwise(grad, params[name], clip=clip, eps=eps)[0] if where is None or where(name) else grad
+        for name, grad in grads.items()
+    }
+
+
+def clipped_fraction(
+    grads: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    *,
+    clip: float = 0.01,
+    eps: float = 1e-3,
+    where: Callable[[str], bool] | None = None,
+) -> Tensor:
+    """Fraction of the output units that `agc` would clip, a 0-dimensional float32 tensor."""
+    check_clip(clip, eps)
+    masks = [
+        clip_unitwise(grad, params[name], clip=clip, eps=eps)[1].flatten()
+        for name, grad in grads.items()
+        if where is None or where(name)
+    ]
+    return torch.cat(masks).float().mean() if masks else torch.zeros(())
+
+
+def check_clip(clip: float, eps: float) -> None:
+    """Raise a `ValueError` unless both are positive numbers."""
+    for name, value in (("clip", clip), ("eps", eps)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, not {value!r}; to train without clipping, leave AGC out")
+
+
+@torch.no_grad()
+def agc_(
+    parameters: nn.Module | Iterable[Tensor],
+    *,
+    clip: float = 0.01,
+    eps: float = 1e-3,
+    exclude: Iterable[Tensor] = (),
+) -> None:
+    """Clip the `.grad` of parameters in place: call it between `backward` and `optimizer.step`.
+
+    With a `GradScaler`, call `scaler.unscale_(optimizer)` first: AGC compares gradients with weights, so their scale
+    matters.
+
+    Args:
+        parameters: a module, or its parameters. Of an nfzoo model the classifier's weight is left out by itself.
+        clip, eps: see `agc`.
+        exclude: parameters not to clip, such as the classifier's weight of another library's model.
+    """
+    check_clip(clip, eps)
+    excluded = {id(p) for p in exclude}
+    if isinstance(parameters, nn.Module):
+        kinds = getattr(parameters, "parameter_kinds", dict)()
+        named = parameters.named_parameters()
+        parameters = [p for name, p in named if kinds.get(name) != "head"]
+    for p in parameters:
+        if p.grad is not None and id(p) not in excluded:
+            p.grad.copy_(clip_unitwise(p.grad, p, clip=clip, eps=eps)[0])
+
+
+def with_agc(
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip: float = 0.01,
+    eps: float = 1e-3,
+    exclude: Iterable[Tensor] = (),
+) -> torch.optim.Optimizer:
+    """Put AGC in front of any torch optimizer: `optimizer = with_agc(AdamW(model.parameters()), clip=0.01)`.
+
+    Every `step` clips the gradients first; gradients that a `GradScaler` left scaled are unscaled before. A parameter
+    group's own `"clip"` replaces `clip`, and `None` there leaves the group alone. The clipping is a hook, which torch
+    does not copy or pickle: call this again on a copied optimizer (`load_state_dict` needs nothing).
+
+    Args:
+        exclude: parameters not to clip; the papers leave out the classifier's weight alone.
+
+    Returns:
+        The same optimizer.
+    """
+    check_clip(clip, eps)
+    excluded = {id(p) for p in exclude}
+
+    @torch.no_grad()
+    def clip_before_step(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        scale = getattr(opt, "grad_scale", None)  # set by GradScaler for optimizers that unscale by themselves
+        for group in opt.param_groups:
+            limit = group.get("clip", clip)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if scale is not None:
+                    p.grad.div_(scale)
+                if limit is not None and id(p) not in excluded:
+                    p.grad.copy_(clip_unitwise(p.grad, p, clip=limit, eps=eps)[0])
+        if scale is not None:
+            opt.grad_scale = None  # type: ignore[attr-defined]
+
+    optimizer.register_step_pre_hook(clip_before_step)
+    return optimizer

@@ -1,0 +1,226 @@
+"""Compilation of a plan: one graph for each distinct block, so that the time to compile does not grow with depth.
+
+Blocks of one shape differ in `beta` alone, which compiled code takes as a tensor. For training on a CPU one more pair
+of graphs standardises the weights of all blocks. Nothing falls back to eager: a graph break is an error, and so is
+reaching the limit of recompilations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nfzoo.config import ModelConfig
+from nfzoo.model import plan
+from nfzoo.models.layers import Layers
+from nfzoo.models.weight_standardization import PLAIN_ROWS, RowKernels
+from nfzoo.runtime.device import backend as device_backend
+from nfzoo.types import Block, BlockFn, Noise
+
+RECOMPILE_LIMIT = 64
+"""Graphs that one block shape may need: for each image size, batch, dtype, training or not. torch's own limit is 8."""
+
+
+INDUCTOR = "inductor"
+STANDARDIZED_APART: set[str | Callable[..., Any]] = {INDUCTOR}
+"""The backends for which `CompiledBlock` standardises weights apart from the block."""
+
+
+class CompileOptions(NamedTuple):
+    """Arguments of `torch.compile`; `options` as sorted pairs, so that equal ones share their graphs."""
+
+    backend: str | Callable[..., Any] = INDUCTOR
+    mode: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    dynamic: bool | None = False
+
+
+class CompiledBlock:
+    """A block function, compiled; `graph_of` gives equal blocks the same one, also when copied or unpickled.
+
+    For training on a CPU torch's own compiler gets the standardisation of weights apart from the block, as one pair of
+    graphs for the kernels of all blocks. That is faster, also to compile; for inference it would be slower.
+    """
+
+    def __init__(self, fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> None:
+        self.fn, self.shapes, self.options = fn, shapes, options
+        self._compiled = _compiled_function(fn, options)
+        layers = getattr(fn, "layers", None)
+        self._layers = layers if isinstance(layers, Layers) and options.backend in STANDARDIZED_APART else None
+        if self._layers is not None:
+            ready: Any = dataclasses.replace(fn, layers=dataclasses.replace(layers, ready=True))  # type: ignore[type-var]
+            self._ready = _compiled_function(ready, options)
+
+    def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():  # inside the graph of a whole model, or an export
+            return self.fn(params, x, beta, keep)
+        if not isinstance(beta, Tensor):
+            beta = _scalar(beta, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        with _whole_under_ddp():
+            if self._layers is None or x.device.type != "cpu" or not torch.is_grad_enabled():
+                return self._compiled(params, x, beta, keep)
+            params = self._layers.standardized(params, compiled_rows(self.options))
+            if self.options.dynamic is not False:  # a parameter's sizes are constants to Dynamo, but not its result's
+                for value in params.values():
+                    if value.ndim == 4:
+                        torch._dynamo.mark_static(value)
+            return self._ready(params, x, beta, keep)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlock:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return graph_of, (self.fn, self.shapes, self.options)
+
+
+@functools.cache
+def graph_of(fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> CompiledBlock:
+    """The one compiled form, in this process, of equal block functions with parameters of equal shapes."""
+    return CompiledBlock(fn, shapes, options)
+
+
+def _compiled_function(fn: BlockFn, options: CompileOptions) -> Callable[..., Tensor]:
+    inner: Any = fn.by_itself() if hasattr(fn, "by_itself") else fn  # type: ignore[attr-defined]
+
+    def block(params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        return inner(params, x, beta, keep)
+
+    return compile_alone(block, options)
+
+
+def compiled_rows(options: CompileOptions) -> RowKernels:
+    """The passes of standardisation over the rows of a kernel, compiled once for kernels of every shape."""
+    return _compiled_rows(options._replace(mode=None, dynamic=True))  # no mode has anything to tune here
+
+
+@functools.cache
+def _compiled_rows(options: CompileOptions) -> RowKernels:
+    return RowKernels(*(compile_of_any_shape(fn, options) for fn in PLAIN_ROWS))
+
+
+def compile_of_any_shape(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:
+    """`compile_alone` for tensors of every size in one graph; no autograd through it, nor through what it writes to.
+
+    Sizes of 0 and 1, and sizes that happened to be equal in the first call, lead to a further graph. Under a
+    `TorchDispatchMode`, under which Dynamo compiles nothing, it is `fn` that runs.
+    """
+    options = options or CompileOptions()
+    own = dict(options.options)
+    if options.backend == INDUCTOR:  # or the sizes of the first call decide for all whether threads share the work
+        own.setdefault("cpp.dynamic_threads", True)
+    compiled_fn = compile_alone(fn, options._replace(dynamic=True, options=tuple(sorted(own.items()))))
+
+    def call(*args: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return fn(*args)
+        # Dynamo also guards the shape of what a tensor is a view of.
+        return compiled_fn(*(arg.data if isinstance(arg, Tensor) else arg for arg in args))
+
+    return call
+
+
+def compile_alone(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:
+    """`torch.compile(fn, fullgraph=True)`, with a limit of recompilations that is `fn`'s own; past it, it raises."""
+    options = options or CompileOptions()
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, RECOMPILE_LIMIT)
+    assert isinstance(fn, types.FunctionType)
+    # Dynamo keeps graphs, and counts them against the limit, by code object: functions of one source get one each.
+    own = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    return torch.compile(
+        own,
+        fullgraph=True,
+        dynamic=options.dynamic,
+        backend=options.backend,
+        mode=options.mode,
+        options=dict(options.options) or None,
+    )
+
+
+def compiled(block: Block, options: CompileOptions) -> CompiledBlock:
+    """The compiled function of a block, which all blocks of its shape share."""
+    return graph_of(block.fn, tuple(spec.shape for spec in block.specs.values()), options)
+
+
+def compile_options(
+    backend: str | Callable[..., Any] = INDUCTOR,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = False,
+) -> CompileOptions:
+    """`CompileOptions` from arguments as `torch.compile` takes them."""
+    return CompileOptions(backend, mode, tuple(sorted((options or {}).items())), dynamic)
+
+
+def compile_blocks(module: nn.Module, options: CompileOptions | None) -> int:
+    """Let each block module of a model run its compiled function, or its plain one for `options=None`.
+
+    A block module has a `block` of a plan and calls its attribute `fn`. Nothing is compiled before the first call, and
+    `state_dict` stays as it is.
+
+    Returns:
+        The number of distinct functions. Each has one graph per image size, batch, dtype and mode it meets.
+
+    Raises:
+        ValueError: if the module has no blocks.
+    """
+    modules = [m for m in module.modules() if isinstance(getattr(m, "block", None), Block)]
+    if not modules:
+        raise ValueError(f"{type(module).__name__} has no blocks of a plan; use torch.compile on the whole module")
+    for m in modules:
+        block: Any = m.block
+        m.fn = block.fn if options is None else compiled(block, options)  # type: ignore[assignment]
+    return len({id(m.fn) for m in modules})
+
+
+def compiled_apply(
+    cfg: ModelConfig,
+    *,
+    backend: str | Callable[..., Any] = INDUCTOR,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = False,
+) -> Callable[..., Tensor]:
+    """`nfzoo.model.apply` of one configuration with compiled blocks: `f(params, x, noise=None) -> logits`.
+
+    Its gradient is `torch.autograd.grad`'s; under `torch.func` transforms compile the transformed function instead.
+    """
+    chosen = compile_options(backend, mode, options, dynamic)
+    stages = [(block, compiled(block, chosen)) for block in plan(cfg)]
+
+    def run(params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
+        for block, fn in stages:
+            local = {k: params[f"{block.name}.{k}"] for k in block.specs}
+            x = fn(local, x, block.beta, None if noise is None else noise.get(block.name))
+        return x
+
+    return run
+
+
+def checkpointed(fn: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`fn(*args)`, its intermediate values computed again in the backward pass; the first of `args` is a tensor."""
+    return device_backend(args[0].device).checkpoint(fn, *args)
+
+
+@functools.cache
+def _scalar(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # one tensor for all modes: autograd could not save an inference tensor
+        return torch.full((), value, device=device, dtype=dtype)
+
+
+def _whole_under_ddp() -> contextlib.AbstractContextManager[Any]:
+    """Keep Dynamo from cutting a block's graph at DDP's buckets: a block hands on its gradients early enough."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.nn.parallel import DistributedDataParallel
+
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            return torch._dynamo.config.patch(optimize_ddp=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,167 @@
+"""Several processes as one: sharded parameters, whole tensors out of them, and agreement on when to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether the tensor is a `DTensor`, of which this process holds a shard."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, or all of a `DTensor`."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shard(model: Model, device: torch.device) -> Model:
+    """Shard parameters along dimension 0 over all processes with FSDP2: each residual block apart, then the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for name, module in model.named_modules():
+        if name.startswith("stages.") and hasattr(module, "block"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def full_tensors(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return detached full tensors under the same keys."""
+    return {name: full_tensor(p.detach()) for name, p in params.items()}
+
+
+@torch.no_grad()
+def copy_(target: Tensor, value: Tensor) -> None:
+    """Copy a full tensor into one that may be a `DTensor`."""
+    if is_dtensor(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        device = target.to_local().device  # type: ignore[attr-defined]
+        value = distribute_tensor(
+            value.to(device, target.dtype),
+            target.device_mesh,  # type: ignore[attr-defined]
+            target.placements,  # type: ignore[attr-defined]
+        )
+    target.copy_(value)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The state of every named parameter under `"parameter::entry"`, whole."""
+    found = {}
+    for p, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                found[f"{names[p]}::{key}"] = full_tensor(value.detach())
+    return found
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; entries of a parameter's shape are sharded as the parameter is."""
+    params = {name: p for p, name in names.items()}
+    for full_key, value in tensors.items():
+        name, _, key = full_key.partition("::")
+        p = params[name]
+        if value.shape == p.shape and value.ndim:
+            entry = torch.zeros_like(p)
+            copy_(entry, value)
+        else:
+            entry = value.clone()  # such as Adam's step, which stays on the CPU
+        optimizer.state[p][key] = entry
+
+
+T = TypeVar("T")
+
+
+def gather(items: list[T]) -> list[T]:
+    """The items of all processes one after the other, which all of them have to ask for."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return items
+    found: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, items)
+    return [item for part in found for item in part]
+
+
+class Agreement:
+    """All processes' answer to "has anyone been asked to stop?", and the signals that ask it.
+
+    The first SIGTERM or Ctrl-C asks; the second ends the process as it would have without this. The end of `accelerate
+    launch` asks as well, which passes no SIGTERM on to a single process.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._launcher = _launcher()
+        self._before: dict[int, Any] = {}
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # Flags travel on the CPU, where reading them does not wait for the accelerator.
+        self._group = dist.new_group(backend="gloo") if several else None
+
+    def __enter__(self) -> Agreement:
+        try:
+            for number in STOPPING:
+                self._before[number] = signal.signal(number, self._ask)
+        except ValueError:  # not the main thread, which alone may
+            self._before.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._give_back()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def reached(self, count: int = 0) -> tuple[int | None, int]:
+        """The signal that any process was asked to stop with, and the sum of all processes' `count`.
+
+        All processes call this together.
+        """
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.asked = self.asked or signal.SIGTERM
+        if self._group is None:
+            return self.asked, count
+        flags = torch.tensor([*(int(self.asked == number) for number in STOPPING), count])
+        dist.all_reduce(flags, group=self._group)
+        *asked, total = flags.tolist()
+        return next((int(number) for number, times in zip(STOPPING, asked, strict=True) if times), None), total
+
+
+def _launcher() -> int | None:
+    """The parent process, if it is Accelerate's launcher."""
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # no Linux
+        return None
+    names = {os.path.basename(word) for word in words[:4]}
+    return parent if names & {b"accelerate", b"accelerate.commands.launch"} else None
+
+
+def gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients there are."""
+    return [p.grad for p in params if p.grad is not None]

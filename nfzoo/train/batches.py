@@ -1,0 +1,117 @@
+"""What the steps of a training run are given: images, targets and masks on the device, and the held-out images.
+
+All of it depends on the seed, the epoch, the step and the image alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nfzoo.data.loader import DIGITS, Split, TrainingBatch, evaluation_batches, training_batches
+from nfzoo.model import sample_noise
+from nfzoo.nn import NFNet
+from nfzoo.runtime.device import backend, default_workers
+from nfzoo.train.config import TrainConfig
+from nfzoo.transforms.mixing import GENTLE, Augment, augment_batch, draw
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
+
+
+class Inputs(NamedTuple):
+    """What a forward and backward pass takes, on the device.
+
+    Attributes:
+        images: `(n, C, S, S)`, mixed, varied and normalised.
+        targets: labels `(n,)`, or where images are mixed shares of classes `(n, classes)`.
+        noise: masks of dropout and stochastic depth; `None` without either.
+    """
+
+    images: Tensor
+    targets: Tensor
+    noise: dict[str, Tensor] | None
+
+
+class InputPipeline:
+    """This process's share of a run's data."""
+
+    def __init__(self, config: TrainConfig, split: Split, model: NFNet, accelerator: Accelerator) -> None:
+        self.config, self.split, self.device = config, split, accelerator.device
+        self.backend = backend(self.device)
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.cfg, self.preprocessing = model.config, model.preprocessing
+        self.augment = config.augment or (GENTLE if config.data == DIGITS else Augment())
+        self.workers = _workers(config, self.world)
+
+    def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
+        """The parts of the epoch's batches, from a position on that counts the samples of all processes."""
+        if len(self.split.train) - start < self.config.batch_size:  # resumed between last step and evaluation
+            return iter(())
+        return training_batches(
+            self.split.train,
+            self.preprocessing,
+            epoch=epoch,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            rank=self.rank,
+            world=self.world,
+            accumulation=self.config.accumulation,
+            start=start,
+            augment=self.augment,
+            workers=self.workers,
+        )
+
+    def noise(self, step: int) -> dict[str, Tensor]:
+        """The masks of a step for the whole batch, of which each process takes its rows."""
+        seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
+        return sample_noise(self.cfg, self.config.batch_size, generator=torch.Generator().manual_seed(seed))
+
+    def inputs(self, part: TrainingBatch, epoch: int, noise: Mapping[str, Tensor]) -> Inputs:
+        """A part of a batch on the device, with its rows of the `noise` of the step."""
+        draws = draw(
+            self.augment,
+            seed=self.config.seed,
+            epoch=epoch,
+            indices=part.indices.numpy(),
+            offset=part.offset,
+            size=part.pixels.shape[-1],
+        )
+        # A lazy device would compile anew for each grouping of images by operation.
+        place = torch.device("cpu") if self.device.type == "xla" else self.device
+        images, targets = augment_batch(
+            part.pixels.to(place, non_blocking=True),
+            part.labels.to(place, non_blocking=True),
+            draws,
+            self.augment,
+            num_classes=self.cfg.num_classes,
+            preprocessing=self.preprocessing,
+        )
+        images, targets = self.backend.images(images), targets.to(self.device)
+        rows = slice(part.offset, part.offset + len(part.labels))
+        masks = {name: mask[rows].to(self.device) for name, mask in noise.items()} if noise else None
+        return Inputs(images, targets, masks)
+
+    def held_out(self, broken: list[str] | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches to evaluate on; `broken` as `evaluation_batches` takes it."""
+        return evaluation_batches(
+            self.split.validation,
+            self.preprocessing,
+            batch_size=max(1, self.config.batch_size // self.world),
+            rank=self.rank,
+            world=self.world,
+            workers=self.workers,
+            broken=broken,
+        )
+
+
+def _workers(config: TrainConfig, processes: int) -> int:
+    if config.workers is not None:
+        return config.workers
+    if config.data == DIGITS:
+        return 0
+    return default_workers(processes)

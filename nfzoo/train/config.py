@@ -1,0 +1,201 @@
+"""What a training run is, as data: its options, from the command line and from YAML recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+from nfzoo.data.loader import HELD_OUT
+from nfzoo.errors import ConfigError
+from nfzoo.transforms.mixing import Augment
+
+MOST_SEED = 1 << 63
+MOST_WORKERS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer: clipping, weight decay, momentum, a warm-up and a cosine, a moving average of the weights.
+
+    Attributes:
+        name: "sgd", the papers'; "adamw"; or the import path of another, such as torch.optim.NAdam.
+        options: further arguments of an optimizer other than "sgd", such as {betas: [0.9, 0.95]}.
+        lr: peak learning rate; by default of SGD 0.1 for batches of 64 to 256, in proportion to the batch outside, of
+            others 0.001; and a tenth of that from pretrained weights.
+        momentum: of SGD.
+        nesterov: whether momentum is Nesterov's.
+        weight_decay: of kernels and linears; SGD adds it to their gradients.
+        clip: AGC threshold; null trains without. The papers' 0.01 is for batches of 1024 and more.
+        clip_norm: largest norm of the whole gradient, the classic alternative to AGC; null clips none.
+        sam_rho: radius of sharpness-aware minimisation; null trains without. The papers' F6 has 0.05.
+        sam_fraction: part of each process's batch that finds SAM's ascent.
+        warmup_epochs: epochs of linear warm-up.
+        min_lr: learning rate at the end of the cosine.
+        label_smoothing: of the cross-entropy.
+        ema_decay: of the moving average, which is what is saved; null keeps none and saves the live weights.
+    """
+
+    name: str = "sgd"
+    options: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 2e-5
+    clip: float | None = 0.1
+    clip_norm: float | None = None
+    sam_rho: float | None = None
+    sam_fraction: float = 0.2
+    warmup_epochs: float = 1.0
+    min_lr: float = 0.0
+    label_smoothing: float = 0.1
+    ema_decay: float | None = 0.9999
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "optim.")
+        for name in ("weight_decay", "warmup_epochs", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name} must not be negative, is {getattr(self, name)!r}")
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"optim.{name} must be in [0, 1), not {value!r}")
+        for name in ("lr", "clip", "clip_norm", "sam_rho"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"optim.{name} must be positive, not {value!r}; null is the default or none")
+        if not 0 < self.sam_fraction <= 1:
+            raise ConfigError(f"optim.sam_fraction must be in (0, 1], not {self.sam_fraction!r}")
+        if self.options and self.name == "sgd":
+            raise ConfigError(f"optim.options {self.options!r} are for other optimizers; sgd has options of its own")
+        if not isinstance(self.options, dict) or set(self.options) & {"params", "lr", "weight_decay"}:
+            raise ConfigError(f"optim.options must be a mapping without lr and weight_decay, not {self.options!r}")
+
+
+def _check_fields(config: Any, prefix: str) -> None:
+    """Raise a `ConfigError` for a null where a value has to be, and for a number that is not finite."""
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value is None and type(None) not in get_args(hints[f.name]):
+            raise ConfigError(f"{prefix}{f.name} must have a value, not null; leave it out for the default")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{f.name} must be a finite number, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: a zoo name, a Hub repository, a checkpoint folder or a weight file.
+        data: "digits", the embedded handwritten digits; a folder with one subfolder of images per class, or of tar
+            shards, or of parquet files, or with such folders in train/ and val/; or hub:ORG/NAME, a Hub data set.
+        output: the folder to write: the model, metrics.jsonl, curves.png, train.yaml, and checkpoints/ to resume from.
+        epochs: passes over the training images.
+        batch_size: images per step, over all processes.
+        accumulation: parts in which each process works its share of a batch off, to save memory.
+        seed: of everything random.
+        pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
+        tune: "all" weights, or the classifier's ("head") alone.
+        train_size: side of the training images in pixels; by default the model's.
+        test_size: side of the held-out images in pixels; by default the model's.
+        drop_rate: dropout rate; by default the model's.
+        stochastic_depth: stochastic depth rate; by default the model's.
+        validation_fraction: part of each class that is held out where the data have no such part.
+        augment: random crops and flips, RandAugment, MixUp and CutMix; by default gentle crops for the digits, and
+            the papers' crops and flips for others. Naming any of its options starts from the papers' crops and flips.
+        augmented_sheet: a PNG file to draw the first augmented batch into.
+        max_broken: images that may turn out unreadable. Each is named; in training the next one takes its place.
+        workers: loader processes per training process; by default as many as there are processors, up to 8.
+        mixed_precision: "no", "bf16" or "fp16"; by default as Accelerate is configured.
+        compile: compile the model block by block, which takes a minute once and makes steps faster.
+        activation_checkpointing: forget each block's activations and compute them again in the backward pass.
+        sharding: "none" gives every process all parameters; "fsdp2" shards them over the processes.
+        nonfinite: what to do when a gradient is not finite: "stop", or "skip" the step and count it.
+        resume: go on from the newest checkpoint in the output folder; from the start if there is none.
+        save_steps: steps between checkpoints; by default one at the end of each epoch alone.
+        keep_checkpoints: checkpoints to keep, the newest ones.
+        tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
+        overwrite: write into an output folder that holds a model already.
+        optim: the optimizer.
+    """
+
+    model: str
+    data: str
+    output: str
+    epochs: int = 15
+    batch_size: int = 32
+    accumulation: int = 1
+    seed: int = 0
+    pretrained: bool | None = None
+    tune: Literal["all", "head"] = "all"
+    train_size: int | None = None
+    test_size: int | None = None
+    drop_rate: float | None = None
+    stochastic_depth: float | None = None
+    validation_fraction: float = HELD_OUT
+    augment: Augment | None = None
+    augmented_sheet: str | None = None
+    max_broken: int = 0
+    workers: int | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    compile: bool = False
+    activation_checkpointing: bool = False
+    sharding: Literal["none", "fsdp2"] = "none"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    resume: bool = False
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    tracker: str | None = None
+    overwrite: bool = False
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "")
+        for name in ("epochs", "batch_size", "accumulation", "train_size", "test_size", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"keep_checkpoints must be at least 1, not {self.keep_checkpoints!r}")
+        if self.max_broken < 0:
+            raise ConfigError(f"max_broken must not be negative, is {self.max_broken!r}")
+        for name in ("model", "data", "output"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"{name} must not be empty")
+        if not 0 <= self.seed < MOST_SEED:
+            raise ConfigError(f"seed must not be negative, and below 2**63; is {self.seed!r}")
+        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"workers must not be negative, and at most {MOST_WORKERS}; is {self.workers!r}")
+        if not isinstance(self.optim, OptimConfig):
+            raise ConfigError(f"optim must be a mapping of options such as lr, not {self.optim!r}")
+        if self.sharding != "none" and self.optim.sam_rho is not None:
+            raise ConfigError(f"SAM ascends in each process by itself, which sharding {self.sharding!r} does not allow")
+        if self.mixed_precision == "fp16" and self.optim.sam_rho is not None:
+            raise ConfigError("SAM does not go with mixed_precision 'fp16'; take 'bf16'")
+        if self.sharding != "none" and self.mixed_precision == "fp16":
+            raise ConfigError(f"sharding {self.sharding!r} does not go with mixed_precision 'fp16'; take 'bf16'")
+
+    def to_yaml(self) -> str:
+        """The run as a recipe that `parse` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, ready for JSON and YAML."""
+        return _plain(dataclasses.asdict(self))
+
+
+def default_lr(batch_size: int, pretrained: bool, name: str = "sgd") -> float:
+    """The peak learning rate where none is given: see `OptimConfig`."""
+    lr = max(0.1 * min(batch_size / 64, 1.0), 0.1 * batch_size / 256) if name == "sgd" else 1e-3
+    return lr / 10 if pretrained else lr
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,319 @@
+"""Training and fine-tuning with Accelerate: `accelerate launch -m nfzoo.train --model … --data … --output …`.
+
+Exit status: 0 when the model is trained, 2 for bad input, 1 when training or the disk gave out, 143 after SIGTERM and
+130 after Ctrl-C, when the run has saved where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
+from nfzoo.checkpoint.run_state import Saved, latest_state
+from nfzoo.config import Preprocessing
+from nfzoo.data.loader import BrokenImageError, Split, open_split
+from nfzoo.errors import CheckpointError, ConfigError, DataError, NfzooError
+from nfzoo.nn import NFNet, create
+from nfzoo.runtime import device, program
+from nfzoo.train.config import TrainConfig
+from nfzoo.train.recipes import parse
+from nfzoo.train.trainer import LOGS, STATES, LostError, Result, Run, Start, Stopped, TrainingError, identity
+from nfzoo.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
+
+logger = logging.getLogger("nfzoo")
+
+__all__ = ["Result", "TrainConfig", "TrainingError", "main", "train"]
+
+# What a resumed run may change without becoming another run.
+FREE = frozenset(
+    [
+        "output",
+        "data",  # compared by what it holds
+        "accumulation",
+        "workers",
+        "compile",
+        "activation_checkpointing",
+        "sharding",
+        "resume",
+        "save_steps",
+        "keep_checkpoints",
+        "tracker",
+        "overwrite",
+        "augmented_sheet",
+        "max_broken",
+        "nonfinite",
+    ]
+)
+
+
+def train(config: TrainConfig) -> Result:
+    """Run a training to its end; save the model, and a checkpoint to resume from, after each epoch.
+
+    Nothing is written before the first checkpoint.
+
+    Raises:
+        NfzooError: for bad input; see `nfzoo.errors`.
+        TrainingError: if a gradient stops being finite, the disk fills up, or another process is lost.
+        Stopped: after SIGTERM or Ctrl-C; the run has saved where it was.
+    """
+    with _alone(Path(config.output)):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Result:
+    output = Path(config.output)
+    saved = _open_saved(config)
+    _check_writable(output, config.data)
+    torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
+    # The same images are held out whatever the seed of the run, so that runs compare and `evaluate` finds them again.
+    split = open_split(config.data, validation_fraction=config.validation_fraction)
+    if len(split.train.classes) < 2:
+        raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
+    accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
+    device.check_processes(accelerator.num_processes)
+    _check_shares(config, split, accelerator)
+    start = _resumed(config, split, saved) if saved else _fresh(config, split.train.classes)
+    accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
+    if saved is None and accelerator.is_main_process:
+        shutil.rmtree(output / STATES, ignore_errors=True)  # with --overwrite: those of the run that is overwritten
+    run = Run(config, split, accelerator, start)
+    accelerator.wait_for_everyone()
+    try:
+        return run.to_end()
+    except RuntimeError as error:
+        if isinstance(error, NfzooError) or not _lost(error, accelerator):
+            raise
+        reason = str(error).splitlines()[0]
+        raise LostError(
+            f"process {accelerator.process_index} lost the others at step {run.step + 1} ({reason}); "
+            f"{run.whereabouts()}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other runs of this machine out of a folder; a `ConfigError` if one is writing into it.
+
+    The lock lies elsewhere, since nothing is written before the first checkpoint, and goes with the process.
+    """
+    with contextlib.ExitStack() as stack:
+        name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:32]
+        # No lock where there are none, nor where its file cannot be made: the disk is full, or it is another user's.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            if program.first():
+                file = stack.enter_context((Path(tempfile.gettempdir()) / f"nfzoo-{name}.lock").open("a"))
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loaders
+                except BlockingIOError as error:
+                    raise ConfigError(
+                        f"another run is writing into {str(output)!r}; wait for its end, or choose another output"
+                    ) from error
+        yield
+
+
+def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:
+    """Whether an error came from another process that is gone."""
+    text = str(error)
+    return accelerator.num_processes > 1 and (
+        isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))
+    )
+
+
+def _open_saved(config: TrainConfig) -> Saved | None:
+    """The checkpoint to go on from, if that is asked for and there is one; an error where it may not be begun anew."""
+    output = Path(config.output)
+    if config.resume:
+        saved = latest_state(output / STATES)
+        if saved is not None:
+            return saved
+        if not config.overwrite and any((output / STATES).glob("step_*")):
+            raise CheckpointError(
+                f"no checkpoint in {str(output / STATES)!r} is intact; pass --overwrite true to begin anew, or "
+                "choose another output"
+            )
+    if not config.overwrite:
+        if (output / CONFIG_FILE).exists():
+            raise ConfigError(
+                f"{config.output!r} holds a model already; choose another output, or pass --overwrite true"
+            )
+        if latest_state(output / STATES) is not None:
+            raise ConfigError(
+                f"{config.output!r} holds an unfinished run; pass --resume true to go on, or --overwrite true"
+            )
+    return None
+
+
+def _check_writable(output: Path, data: str) -> None:
+    """Raise a `ConfigError` now where saving would fail after the first epoch, or mix with the data."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{str(output)!r} is a file; the output must be a folder")
+    existing = output.resolve()
+    if Path(data).is_dir() and existing.is_relative_to(Path(data).resolve()):
+        raise ConfigError(f"the output {str(output)!r} would lie in {data!r}, among the data; choose another output")
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{str(existing)!r} is a file")
+        with tempfile.TemporaryDirectory(prefix=".nfzoo-", dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"the output {str(output)!r} cannot be written: {error}") from error
+
+
+def _check_shares(config: TrainConfig, split: Split, accelerator: Accelerator) -> None:
+    """Raise a `ConfigError` where a batch does not divide among processes and their parts."""
+    world, parts = accelerator.num_processes, config.accumulation
+    if config.batch_size % (world * parts):
+        raise ConfigError(
+            f"batch_size {config.batch_size} does not divide among {world} processes"
+            f"{f' with accumulation {parts}' if parts > 1 else ''}; make it a multiple of {world * parts}"
+        )
+    share = config.batch_size // (world * parts)
+    if config.augment is not None and config.augment.mixes and share % 2:
+        raise ConfigError(
+            f"images are mixed in pairs, and {world * parts} shares of batch_size {config.batch_size} are "
+            f"{share} images each; make it a multiple of {2 * world * parts}"
+        )
+    if len(split.train) < config.batch_size:
+        raise DataError(
+            f"{len(split.train)} training images do not fill a batch of {config.batch_size}; pass a smaller one"
+        )
+    if config.sharding == "fsdp2" and not dist.is_initialized():
+        raise ConfigError(
+            "sharding 'fsdp2' needs processes to shard over: start nfzoo.train with torchrun or accelerate"
+        )
+
+
+def _tracker(config: TrainConfig) -> str | None:
+    if config.tracker is None:
+        return None
+    device.choose_xla()
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    if config.tracker not in known:
+        raise ConfigError(f"there is no tracker {config.tracker!r}; Accelerate knows {', '.join(known)}")
+    if config.tracker not in [str(name) for name in get_available_trackers()]:
+        extra = "nfzoo[track]" if config.tracker == "tensorboard" else config.tracker
+        raise ConfigError(f"the tracker {config.tracker!r} is not installed: pip install '{extra}'")
+    return config.tracker
+
+
+# ---------------------------------------------------------------- what a run begins with
+
+
+def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> Start:
+    from nfzoo import from_pretrained, list_models
+
+    in_zoo = config.model in VARIANTS and not Path(config.model).exists()
+    if config.pretrained is False and not in_zoo:
+        raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
+    if not in_zoo or config.pretrained or (config.pretrained is None and config.model in list_models(pretrained=True)):
+        try:
+            model = from_pretrained(config.model, num_classes=len(classes))
+        except CheckpointError as error:
+            hint = "; to start from random weights, pass --pretrained false" if in_zoo else ""
+            raise CheckpointError(f"{error}{hint}") from error
+        pretrained = True
+    else:
+        generator = torch.Generator().manual_seed(config.seed)
+        model = create(config.model, num_classes=len(classes), generator=generator)
+        pretrained = False
+    changes = {n: getattr(config, n) for n in ("drop_rate", "stochastic_depth") if getattr(config, n) is not None}
+    sizes = {n: getattr(config, n) for n in ("train_size", "test_size") if getattr(config, n) is not None}
+    preprocessing = Preprocessing.from_dict({**model.preprocessing.to_dict(), **sizes})
+    description = Description(model.config.replace(**changes), preprocessing, model.name, classes)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    return Start(NFNet.from_params(description, params), pretrained)
+
+
+def _resumed(config: TrainConfig, split: Split, saved: Saved) -> Start:
+    """The model of a checkpoint, if it is one of this very run."""
+    then, now = _flat(saved.facts["config"]), _flat(config.to_dict())
+    changed = sorted(k for k in then.keys() | now.keys() if k not in FREE and then.get(k) != now.get(k))
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{saved.folder} is of a run with {key} {json.dumps(then.get(key))}, not {json.dumps(now.get(key))}"
+            f"{f' ({len(changed) - 1} more options differ)' if changed[1:] else ''}; resume with the same options, or "
+            "choose another output"
+        )
+    found, before = identity(split), saved.facts["data"]
+    if before != found:
+        raise DataError(
+            f"{config.data!r} has {found['images']} training images of {len(found['classes'])} classes; the run that "
+            f"{saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume with "
+            "the same data, or start anew in another output"
+        )
+    description = describe(saved.facts["description"], saved.folder)
+    return Start(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], saved)
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see the module for its exit status."""
+    try:
+        train(parse(argv))
+    except Stopped as stop:
+        if _speaks():
+            print(f"nfzoo train: {stop}", file=sys.stderr)
+        return 128 + stop.number
+    except TrainingError as error:
+        return _fail(error, 1)
+    except NfzooError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run() -> int:
+    """`main` as a program: leaves the group of processes at the end."""
+    try:
+        return main()
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(error: Exception, status: int) -> int:
+    if _speaks() or isinstance(error, BrokenImageError | LostError):
+        print(f"nfzoo train: error: {error}", file=sys.stderr)
+    return status

@@ -1,0 +1,413 @@
+"""The Accelerate loop of a training run: steps, epochs, checkpoints, and what stops them.
+
+Every random choice depends on the seed, the epoch, the step and the image alone, and the position in the data is
+counted in samples over all processes. So a run that was interrupted goes on as if it had not been, with any number of
+processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from nfzoo.analysis.figures import augmentation_sheet
+from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
+from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state
+from nfzoo.data.loader import Split, TrainingBatch
+from nfzoo.errors import NfzooError
+from nfzoo.evaluate import Score, score
+from nfzoo.model import apply
+from nfzoo.nn import NFNet
+from nfzoo.optim.agc_sgd import AGCSGD
+from nfzoo.optim.sgd import warmup_cosine
+from nfzoo.runtime.device import backend
+from nfzoo.runtime.distributed import Agreement, full_tensors, gather
+from nfzoo.train.batches import InputPipeline, Inputs
+from nfzoo.train.config import TrainConfig, default_lr
+from nfzoo.train.learner import Trainee
+from nfzoo.train.metrics import Meters
+from nfzoo.train.run_folder import write_run
+from nfzoo.train.unreadable_images import BrokenImages
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
+
+STATES = "checkpoints"
+LOGS = "logs"
+LOG_STEPS = 10
+SKIPS_IN_A_ROW = 20  # then it is the weights that are ruined, and not a batch
+
+
+class TrainingError(NfzooError, RuntimeError):
+    """Training that cannot go on, such as a loss that is no longer a number."""
+
+
+class LostError(TrainingError):
+    """Another process of the run is gone."""
+
+
+class Stopped(NfzooError):
+    """A run that was asked to stop, and has saved where it was."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Result(NamedTuple):
+    """What a run gave: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training."""
+
+    folder: Path
+    accuracy: float
+    ema_accuracy: float | None
+    training_seconds: float
+
+
+class Start(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        model: the network, its weights those to begin with.
+        pretrained: whether they are somebody's, and not random.
+        saved: the checkpoint to go on from.
+    """
+
+    model: NFNet
+    pretrained: bool
+    saved: Saved | None = None
+
+
+def identity(split: Split) -> dict[str, Any]:
+    """What the data of a run are, to notice others: classes, number, and a hash of all names and labels."""
+    digest = hashlib.sha256()
+    for images in split:
+        digest.update(np.ascontiguousarray(images.labels).tobytes())
+        for i in range(len(images)):
+            digest.update(Path(images.name(i)).name.encode("utf-8", "surrogatepass") + b"\0")
+    return {"images": len(split.train), "classes": list(split.train.classes), "digest": digest.hexdigest()}
+
+
+class Run:
+    """One training run: what its epochs share."""
+
+    def __init__(self, config: TrainConfig, split: Split, accelerator: Accelerator, start: Start) -> None:
+        self.config, self.split, self.accelerator = config, split, accelerator
+        self.rank = accelerator.process_index
+        self.backend = backend(accelerator.device)
+        self.backend.start()
+        self.pretrained, model = start.pretrained, start.model
+        self.cfg, self.preprocessing, self.description = model.config, model.preprocessing, model.description
+        self.steps_per_epoch = len(split.train) // config.batch_size
+        self.peak_lr = config.optim.lr or default_lr(config.batch_size, start.pretrained, config.optim.name)
+        self.pipeline = InputPipeline(config, split, model, accelerator)
+        self.trainee = Trainee(config, model, accelerator, peak_lr=self.peak_lr)
+        self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
+        self.seconds = 0.0  # of this epoch's training
+        self.rows: list[dict[str, Any]] = []
+        self.meters = Meters(accelerator.device)
+        self.broken = BrokenImages(config.max_broken)
+        self.last_saved: Path | None = None
+        self._data = identity(split)
+        if start.saved is not None:
+            self._restore(start.saved)
+        self.backend.step_mark()  # what was prepared is no part of the first step
+        self._start_tracker()
+        origin = "pretrained" if self.pretrained else "random"
+        if start.saved is not None:
+            origin = f"step {self.step}'s"
+        self._say(
+            f"{config.model}: {sum(p.numel() for p in self.trainee.live.values()):,} parameters, {origin} weights; "
+            f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
+            f"{len(split.train.classes)} classes; {accelerator.num_processes} process(es) on "
+            f"{accelerator.device.type}, peak learning rate {self.peak_lr:g}"
+        )
+
+    # ------------------------------------------------------------ the run
+
+    def to_end(self) -> Result:
+        seconds = 0.0
+        row: dict[str, Any] = self.rows[-1] if self.rows else {}
+        with Agreement() as self.agreement:
+            self._preview()
+            for epoch in range(self.epoch, self.config.epochs):
+                row = self._epoch(epoch)
+                row["images_per_second"] = self.consumed / self.seconds
+                seconds += self.seconds
+                row |= self._evaluate()
+                self.rows.append(row)
+                self._save_model()
+                self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
+                self.meters.clear()
+                self._report(row)
+                if epoch + 1 < self.config.epochs:
+                    self._heed()
+        self._say(f"saved to {self.config.output}")
+        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it goes after the group.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
+        return Result(Path(self.config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        config = self.config
+        parts: list[TrainingBatch] = []
+        last = time.perf_counter()
+        self.trainee.model.train()
+        with self._bar(epoch) as bar:
+            for batch in self.pipeline.batches(epoch, self.consumed):
+                parts.append(batch)
+                if len(parts) < config.accumulation:
+                    continue
+                self._step(parts)
+                parts = []
+                self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
+                self.consumed += config.batch_size
+                bar.update()
+                if self.step % LOG_STEPS == 0:
+                    self._log(bar)
+                if self.consumed + config.batch_size <= len(self.split.train):  # the last step's follows the epoch
+                    if config.save_steps is not None and self.step % config.save_steps == 0:
+                        self._save_state()
+                    self._heed()
+        row = self._row(epoch)
+        self._save_state()
+        return row
+
+    # ------------------------------------------------------------ one step
+
+    def _step(self, parts: list[TrainingBatch]) -> None:
+        self.trainee.set_learning_rate(self._learning_rate(self.step))
+        noise = self.pipeline.noise(self.step)
+        last: Inputs | None = None
+        for i, part in enumerate(parts):
+            self.broken.replace(part.broken)
+            last = self.pipeline.inputs(part, self.epoch, noise)
+            loss, logits = self.trainee.backward(*last, parts=len(parts), last=i + 1 == len(parts))
+            self.meters.add(loss, logits, last.targets)
+        assert last is not None
+        self.meters.norm, finite = self.trainee.update(self.step)
+        if (clipped := self.trainee.clipped) is not None:
+            self.meters.clipped = self.meters.clipped + clipped
+        self.backend.step_mark()
+        if finite is not None and not bool(finite):
+            self._not_finite(last)
+        else:
+            self.in_a_row = 0
+        self.trainee.inner.zero_grad()
+        self.step += 1
+
+    def _learning_rate(self, step: int) -> float:
+        optim = self.config.optim
+        warmup = round(optim.warmup_epochs * self.steps_per_epoch)
+        total = self.config.epochs * self.steps_per_epoch
+        return warmup_cosine(step, peak=self.peak_lr, warmup=warmup, total=total, minimum=optim.min_lr)
+
+    def _not_finite(self, last: Inputs) -> None:
+        found = first_not_finite(self.cfg, self.trainee.live, *last, autocast=self.trainee.autocast)
+        where = next(filter(None, gather([found])), "") or bad_gradient(self.trainee.live)
+        self.in_a_row += 1
+        if self.config.nonfinite == "skip" and self.in_a_row < SKIPS_IN_A_ROW:
+            self.skipped += 1
+            self._say(f"step {self.step + 1} skipped: {where} is not finite ({self.skipped} so far)")
+            return
+        row = f", the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
+        raise TrainingError(
+            f"{where} is not finite{row}, at step {self.step + 1} (epoch {self.epoch + 1}), learning rate "
+            f"{self._learning_rate(self.step):g}; {self.whereabouts()}; lower optim.lr or "
+            "optim.clip, or pass --nonfinite skip"
+        )
+
+    def _heed(self) -> None:
+        """Stop where any process was asked to, or where all of them together met too many broken images."""
+        number, broken = self.agreement.reached(self.broken.unknown())
+        self.broken.check(broken)
+        if number is not None:
+            self._save_state()
+            name = signal.Signals(number).name
+            raise Stopped(f"stopped by {name} after step {self.step}; {self.whereabouts()}", number)
+
+    def whereabouts(self) -> str:
+        if self.last_saved is None:
+            return "nothing was saved"
+        return f"{self.last_saved} holds the last checkpoint; to go on from it, pass --resume true"
+
+    # ------------------------------------------------------------ figures
+
+    def _row(self, epoch: int) -> dict[str, Any]:
+        loss, correct, seen = self._sum(self.meters.sums())
+        seen = seen or math.nan  # if every step was skipped
+        row = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": self._learning_rate(max(self.step - 1, 0)),
+            "train_loss": loss / seen,
+            "train_accuracy": correct / seen,
+            "clipped": float(self.meters.clipped) / self.steps_per_epoch,
+        }
+        if self.skipped:
+            row["skipped"] = self.skipped
+        self.broken.share()
+        if self.broken.known:
+            row["broken"] = len(self.broken.known)
+        return row
+
+    def _evaluate(self) -> dict[str, float]:
+        live = self._score(self.trainee.live)
+        row = {"loss": live.loss, "accuracy": live.top1}
+        if self.trainee.average is not None:
+            averaged = self._score(self.trainee.average)
+            row |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.top1}
+        return row
+
+    def _score(self, params: Mapping[str, Tensor]) -> Score:
+        whole_ones = full_tensors(params)
+        broken: list[str] = []
+        batches = self.pipeline.held_out(broken if self.config.max_broken else None)
+
+        def logits(images: Tensor) -> Tensor:
+            with self.trainee.autocast():
+                return apply(self.cfg, whole_ones, images)
+
+        found = score(logits, batches, device=self.accelerator.device)
+        self.broken.leave_out(broken)
+        return found
+
+    def _sum(self, values: Tensor) -> list[float]:
+        reduced = self.accelerator.reduce(values, reduction="sum")
+        return reduced.tolist()  # type: ignore[union-attr]
+
+    def _log(self, bar: tqdm[Any]) -> None:
+        loss, correct, seen = self.meters.sums().tolist()
+        if seen:
+            bar.set_postfix_str(f"loss {loss / seen:.3f}, accuracy {correct / seen:.1%}")
+        if self.config.tracker is not None:
+            values = {"train/loss": float(self.meters.loss), "train/lr": self._learning_rate(self.step - 1)}
+            values["train/gradient_norm"] = float(self.meters.norm)
+            if (clipped := self.trainee.clipped) is not None:
+                values["train/clipped"] = float(clipped)
+            self.accelerator.log(values, step=self.step)
+
+    def _report(self, row: Mapping[str, Any]) -> None:
+        ema = "" if self.trainee.average is None else f", {row['ema_accuracy']:.2%} averaged"
+        clipped = f"  clipped {row['clipped']:.1%}" if isinstance(self.trainee.inner, AGCSGD) else ""
+        skipped = f"  skipped {self.skipped}" if self.skipped else ""
+        broken = f"  broken images {len(self.broken.known)}" if self.broken.known else ""
+        self._say(
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
+            f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}  {row['images_per_second']:.0f} images/s"
+        )
+        if self.config.tracker is not None:
+            values = {f"epoch/{key}": value for key, value in row.items() if isinstance(value, float)}
+            self.accelerator.log(values, step=self.step)
+
+    def _start_tracker(self) -> None:
+        if self.config.tracker is None:
+            return
+        flat = {k: v for k, v in self.config.to_dict().items() if isinstance(v, bool | int | float | str)}
+        flat |= {
+            f"optim.{k}": v for k, v in self.config.to_dict()["optim"].items() if isinstance(v, bool | int | float)
+        }
+        self.accelerator.init_trackers("nfzoo", config=flat)
+
+    def _preview(self) -> None:
+        if self.config.augmented_sheet is None or not self.accelerator.is_main_process or self.step:
+            return
+        first = next(self.pipeline.batches(0, 0))
+        images, targets, _ = self.pipeline.inputs(first, 0, {})
+        augmentation_sheet(
+            images.cpu(),
+            Path(self.config.augmented_sheet),
+            preprocessing=self.preprocessing,
+            targets=targets.cpu(),
+            classes=self.split.train.classes,
+        )
+
+    # ------------------------------------------------------------ files
+
+    def _save_model(self) -> None:
+        trainee = self.trainee
+        params = full_tensors(trainee.live if trainee.average is None else trainee.average)
+
+        def write() -> None:
+            on_cpu = self.backend.to_cpu(params)
+            write_run(self.config, self.description, on_cpu, self.rows, pretrained=self.pretrained)
+
+        self._main_writes(write)
+
+    def _save_state(self) -> None:
+        """A checkpoint to resume from; all processes call this together."""
+        tensors = self.trainee.tensors()
+        sums = self._sum(self.meters.sums())
+        facts = {
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "meters": [*sums, float(self.meters.clipped)],
+            "rows": self.rows,
+            "broken": self.broken.gathered(),
+            "rng": gather([rng_state()]),
+            "pretrained": self.pretrained,
+            "data": self._data,
+            "config": self.config.to_dict(),
+            "description": self.description.to_dict(),
+        }
+        root = Path(self.config.output) / STATES
+        on_cpu = {name: self.backend.to_cpu(content) for name, content in tensors.items()}
+
+        def write() -> None:
+            save_state(root, self.step, on_cpu, facts, keep=self.config.keep_checkpoints)
+
+        self._main_writes(write)
+        self.last_saved = root / f"step_{self.step:08d}"
+
+    def _main_writes(self, write: Any) -> None:
+        """Let the main process write; what the disk says to it, all processes hear."""
+        failure: list[str] = []
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except OSError as error:
+                failure = [str(error)]
+        failure = gather(failure)
+        if failure:
+            raise TrainingError(f"could not save after step {self.step}: {failure[0]}; {self.whereabouts()}")
+
+    def _restore(self, saved: Saved) -> None:
+        facts = saved.facts
+        self.trainee.restore(saved)
+        self.epoch, self.consumed, self.step = facts["epoch"], facts["consumed"], saved.step
+        self.skipped, self.rows, self.broken.known = facts["skipped"], facts["rows"], set(facts["broken"])
+        self.seconds = facts["seconds"]
+        *sums, clipped = facts["meters"]
+        self.meters.restore(sums if self.rank == 0 else [0.0] * len(sums), clipped)
+        if self.rank < len(facts["rng"]):
+            set_rng_state(facts["rng"][self.rank])
+        self.last_saved = saved.folder
+
+    # ------------------------------------------------------------ the terminal
+
+    def _bar(self, epoch: int) -> tqdm[Any]:
+        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        return tqdm(
+            desc=f"epoch {epoch + 1}/{self.config.epochs}",
+            total=self.steps_per_epoch,
+            initial=self.consumed // self.config.batch_size,
+            unit="step",
+            leave=False,
+            disable=hidden,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, flush=True)

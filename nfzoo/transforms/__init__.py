@@ -1,0 +1,1 @@
+"""Turn images into tensors: decoding, evaluation and training transforms, augmentation."""

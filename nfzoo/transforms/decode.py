@@ -1,0 +1,175 @@
+"""Decode images: any source to an upright 8-bit Pillow image."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from nfzoo.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+"""Lower-case endings of the files that a folder of images is taken to hold."""
+
+# Formats that are pixels. Left out are those that Pillow hands to other programs, such as EPS to Ghostscript.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+# EXIF tag 0x0112. Source: CIPA DC-008, table of "Orientation".
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def open_image(
+    source: str | Path | BinaryIO | Image.Image | np.ndarray, *, channels: int = 3, least: int | None = None
+) -> Image.Image:
+    """An upright 8-bit image, fully loaded, of mode `RGB` (three channels) or `L` (one).
+
+    Transparent pixels are laid over white, 16-bit values are scaled by 255 / 65535, the EXIF orientation is applied,
+    and of an animation the first frame is taken. The result carries no metadata.
+
+    Args:
+        source: a path, a binary file, a Pillow image, or a `uint8` array of `(H, W)` or `(H, W, 1 | 3 | 4)`.
+        least: let the decoder of a JPEG file give a half, a quarter or an eighth of its size, the smallest whose
+            shorter side has as many pixels: Pillow's draft mode.
+
+    Raises:
+        DataError: for what is absent, damaged, no image, or beyond Pillow's limit of 179 million pixels.
+    """
+    if channels not in MODES:
+        raise DataError(
+            f"images are read with 1 or 3 channels, not {channels}; prepare the input of such a model yourself"
+        )
+    if isinstance(source, np.ndarray):
+        return _convert(_from_array(source), channels)
+    name = _name(source)
+    try:
+        with _silent():
+            if isinstance(source, Image.Image):
+                return _convert(source, channels)
+            Image.init()  # finds the formats that this Pillow was built with
+            with Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+                if least is not None:
+                    image.draft(None, (least, least))  # does nothing in other formats
+                return _convert(image, channels)
+    except Exception as error:  # a damaged file makes the decoders raise almost anything
+        raise DataError(f"{name} {_reason(source, error)}") from error
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    image.load()
+    turn = _turn(image)
+    plain = image.copy() if turn is None else image.transpose(turn)
+    if plain.mode.startswith("I"):
+        plain = _from_16_bit(plain)
+    elif plain.mode == "F":
+        raise DataError("holds floating-point pixels; save it with 8 or 16 bits a channel")
+    elif plain.has_transparency_data:
+        plain = plain.convert("RGBA")
+        plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
+    plain = plain if plain.mode == MODES[channels] else plain.convert(MODES[channels])
+    plain.info = {}  # an orientation that stayed would be applied again
+    return plain
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata is no reason to refuse the pixels
+        return None
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Modes `I;16*`, and `I`, as which Pillow before 11 opens 16-bit PNG files."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError("holds 32-bit pixels; save it with 8 or 16 bits a channel")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    shape = tuple(array.shape)
+    if array.dtype != np.uint8:
+        raise DataError(
+            f"an image array must be uint8 with values from 0 to 255, not {array.dtype}; "
+            "if yours runs from 0 to 1, pass (255 * array).round().astype('uint8')"
+        )
+    if not (array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))) or 0 in shape:
+        hint = "; move the channels last: array.transpose(1, 2, 0)" if array.ndim == 3 and shape[0] in (1, 3, 4) else ""
+        raise DataError(f"an image array must be (H, W) or (H, W, 1 | 3 | 4), not {shape}{hint}")
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if shape[2:] == (1,) else array))
+
+
+def _name(source: object) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source)
+    if isinstance(source, Image.Image):
+        return os.fsdecode(getattr(source, "filename", "") or "the image")
+    if hasattr(source, "read"):
+        return str(getattr(source, "name", "the image"))
+    kind = type(source).__name__
+    raise DataError(f"an image is a path, a binary file, a Pillow image or a uint8 array, not a {kind}")
+
+
+def _reason(source: object, error: Exception) -> str:
+    match error:
+        case DataError():
+            return str(error)
+        case FileNotFoundError():
+            return "does not exist"
+        case IsADirectoryError():
+            return "is a folder, not an image"
+        case PermissionError():
+            return "may not be read: permission denied"
+        case UnidentifiedImageError():
+            empty = isinstance(source, str | os.PathLike) and not os.stat(source).st_size
+            return "is empty" if empty else "is no image of a known format, or its beginning is damaged"
+        case Image.DecompressionBombError():
+            return f"is too large ({error}); scale it down first"
+        case MemoryError():
+            return "does not fit into memory; scale it down first"
+    text = " ".join(str(error).split())
+    return f"cannot be decoded ({text or type(error).__name__}); it may be damaged or cut off"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Pillow's warnings (large images, broken metadata) held back; those of others pass."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        yield

@@ -1,0 +1,251 @@
+"""The command: what it prints, where it writes, and how it fails."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nfzoo.cli.main
+from nfzoo.cli.main import main
+from nfzoo.model import mac_count, parameter_count
+from nfzoo.nn import create
+from nfzoo.variants import VARIANTS
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = create("nfnet-test", labels=["cat", "dog", "\x1b[31mfish"])
+    return model.save_pretrained(tmp_path_factory.mktemp("models") / "pets")
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, name in enumerate(("b.png", "a.png")):
+        Image.fromarray(np.full((20, 30, 3), 90 * i, np.uint8)).save(folder / name)
+    return folder
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nfzoo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"nfzoo: error: [^\n]+\n", err)
+    return err
+
+
+# -- list
+
+
+def test_list_shows_every_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "family", "parameters", "train", "test", "top-1", "source"]
+    assert [row.split()[0] for row in rows] == list(VARIANTS)
+    assert re.split(r"\s{2,}", rows[0]) == ["nfnet-f0", "nfnet", "71.5 M", "192", "256", "83.6", "arXiv 2102.06171"]
+
+
+def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == list(VARIANTS)
+    assert rows["nfnet-f0"] == {
+        "name": "nfnet-f0",
+        "family": "nfnet",
+        "parameters": 71_489_284,
+        "train_size": 192,
+        "test_size": 256,
+        "top1": 83.6,
+        "source": "arXiv 2102.06171",
+    }
+    assert rows["nf-resnet-50"]["top1"] is None
+
+
+# -- info
+
+
+@pytest.mark.parametrize("name", ["nfnet-f0", "nf-resnet-50", "nf-regnet-b0", "eca-nfnet-l0", "timm-nf-regnet-b1"])
+def test_info_adds_up(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", name, "--json"]) == 0
+    found, row = json.loads(capsys.readouterr().out), VARIANTS[name]
+    assert found["parameters"] == parameter_count(row.config) == sum(s["parameters"] for s in found["stages"])
+    assert found["macs"]["test"] == sum(s["macs"] for s in found["stages"])
+    assert found["macs"]["train"] == mac_count(row.config, row.preprocessing.train_size)
+    stages = {s["name"]: s for s in found["stages"]}
+    assert [stages[f"stages.{i}"]["blocks"] for i in range(4)] == list(row.config.depths)
+    names = list(stages)
+    assert (names[0], names[-1]) == ("stem", "head")
+    assert stages["head"]["output"] == [1000]
+
+
+def test_info_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "nfnet-f0"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^parameters: +71,489,284$", out, re.M)
+    assert re.search(r"^test input: +256 x 256 pixels, 12\.38 G multiply-accumulates$", out, re.M)  # arXiv 2102.06171
+    assert re.search(r"^stages\.2 +6 +1536 x 16 x 16 +38,991,366 +6\.66 G$", out, re.M)
+    assert re.search(r"^total +19 +71,489,284 +12\.38 G$", out, re.M)
+
+
+def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for path in (checkpoint, checkpoint / "model.safetensors", checkpoint / "config.json"):
+        assert main(["info", str(path)]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert re.search(r"^labels: +cat, dog, �\[31mfish$", texts[0], re.M)
+    assert re.search(r"^classes: +3$", texts[0], re.M)
+
+
+# -- predict
+
+
+def test_predict(checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["predict", str(checkpoint), "photos", "photos/b.png", "--topk", "2", "--sheet", "predictions.png"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[i] for i in (0, 3, 6)] == ["photos/a.png", "photos/b.png", "photos/b.png"]
+    assert all(re.match(r"  +\d+\.\d %  (cat|dog|�\[31mfish)", lines[i]) for i in (1, 2, 4, 5, 7, 8))
+    assert lines[9:] == ["wrote predictions.png"]
+    with Image.open("predictions.png") as sheet:
+        assert sheet.width > 800
+
+
+def test_predict_as_json(checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(checkpoint), "photos", "--json", "--sheet", "out/s.png", "--batch-size", "1"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [f["path"] for f in found] == ["photos/a.png", "photos/b.png"]
+    assert {p["label"] for p in found[0]["predictions"]} == {"cat", "dog", "\x1b[31mfish"}
+    assert abs(sum(p["probability"] for p in found[0]["predictions"]) - 1) < 1e-5
+    assert err == "wrote out/s.png\n"
+    assert Path("out/s.png").is_file()
+
+
+def test_no_sheet(checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(checkpoint), "photos"]) == 0
+    assert "wrote" not in capsys.readouterr().out
+    assert [p.name for p in Path.cwd().iterdir()] == ["photos"]
+
+
+def test_a_second_run_does_not_look_at_the_first_ones_sheet(
+    checkpoint: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(images)
+    texts = []
+    for _ in range(2):
+        assert main(["predict", str(checkpoint), ".", "--sheet", "sheet.png"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+# -- failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "nfnet-f00"], "did you mean .*'nfnet-f0'"),
+        (["info", "photos"], "there is no config.json in photos"),
+        (["info", "photos/a.png"], "neither a checkpoint folder nor"),
+        (["predict", "nfnet-test", "photos"], "no weights are published for 'nfnet-test'"),
+        (["predict", "nonsense", "photos"], "'nonsense' is no folder"),
+        (["predict", "MODEL", "absent.png"], "absent.png does not exist"),
+        (["predict", "MODEL", "text.png"], "text.png is no image"),
+        (["predict", "MODEL", "photos", "--sheet", "s.jpg"], "must end in .png"),
+        (["predict", "MODEL", "photos", "--sheet", "text.png/s.png"], "text.png"),
+        (["predict", "MODEL", "photos/a.png", "--sheet", "photos/a.png"], "would overwrite"),
+        (["predict", "MODEL", "photos", "--device", "nonsense"], "device 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], message: str, checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.png").write_text("no image")
+    assert main([str(checkpoint) if a == "MODEL" else a for a in arguments]) == 2
+    assert re.search(message, error_line(capsys))
+    assert not Path("predictions.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["list", "--nonsense"], ["predict", "m"], ["predict", "m", "i", "--topk", "0"], ["info"]],
+)
+def test_wrong_usage_is_argparses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: nfzoo" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "examples:" in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"], ["info", "--help"], ["predict", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert "usage: nfzoo" in capsys.readouterr().out
+
+
+def test_train_gets_all_further_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nfzoo.train.run
+
+    seen: list[object] = []
+    monkeypatch.setattr(nfzoo.train, "main", lambda argv: seen.append(argv) or 7)
+    assert main(["train", "--help", "--model", "x", "list"]) == 7
+    assert seen == [["--help", "--model", "x", "list"]]
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nfzoo.cli.main, "_run", interrupted)
+    assert main(["list"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+# -- as a process
+
+
+def test_version_and_module() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"nfzoo {nfzoo.cli.main.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"]])
+def test_a_reader_that_goes_away(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "nfzoo", *arguments]
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_terminal_that_knows_ascii_alone(checkpoint: Path) -> None:
+    done = run("info", str(checkpoint), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\ufffd[31mfish" in done.stdout

@@ -1,0 +1,197 @@
+"""The module shell: it is `nfzoo.model.apply`, and it behaves as torch expects of a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import nfzoo
+from nfzoo import ConfigError, NFNet, Preprocessing, model
+from nfzoo.checkpoint.model_folder import Description
+from tests.support.helpers import FAMILIES, SMALL, assert_same, generator, images, random_params, relative
+
+FLOAT32 = 1e-5  # a few dozen layers in float32, in another order
+small = pytest.mark.parametrize("name", SMALL)
+
+
+def shell(name: str = "nfnet", **changes) -> NFNet:
+    made = NFNet(SMALL[name].replace(**changes))
+    made.load_state_dict(random_params(made.config))
+    return made
+
+
+@small
+def test_shell_equals_apply(name):
+    module, x = shell(name).eval(), images(SMALL[name])
+    params = dict(module.named_parameters())
+    assert torch.equal(module(x), model.apply(module.config, params, x))
+    assert torch.equal(module.embed(x), model.embed(module.config, params, x))
+    for a, b in zip(module.features(x), model.features(module.config, params, x), strict=True):
+        assert torch.equal(a, b)
+
+
+@small
+def test_keys_are_the_plans_and_all_state_is_parameters(name):
+    module = shell(name)
+    assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == {
+        k: s for k, (s, _) in model.specs(module.config).items()
+    }
+    assert list(module.buffers()) == []
+    assert module.parameter_kinds().keys() == module.state_dict().keys()
+
+
+def test_init_is_that_of_the_model():
+    cfg = SMALL["nf-regnet"]
+    assert_same(NFNet(cfg, generator=generator(2)).state_dict(), model.init(cfg, generator=generator(2)))
+    assert {p.dtype for p in NFNet(cfg, dtype=torch.float64).parameters()} == {torch.float64}
+
+
+@small
+def test_without_rates_training_is_evaluation(name):
+    module, x = shell(name), images(SMALL[name])
+    assert module.training
+    assert torch.equal(module(x), module.eval()(x))
+
+
+def test_training_draws_noise_and_evaluation_does_not():
+    module = shell("nfnet", stochastic_depth=0.5, drop_rate=0.5)
+    x = images(module.config, 8)
+    torch.manual_seed(0)
+    first, second = module(x), module(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(module(x), first)
+    noise = module.sample_noise(8, generator=generator())
+    expected = model.apply(module.config, dict(module.named_parameters()), x, noise)
+    assert torch.equal(module(x, noise), expected)
+    module.eval()
+    assert torch.equal(module(x), module(x))
+    assert torch.equal(module(x, noise), expected)  # noise that is given is used
+
+
+def test_sample_noise_is_that_of_the_model():
+    module = shell("nfnet", stochastic_depth=0.5, drop_rate=0.5)
+    expected = model.sample_noise(module.config, 4, generator=generator(1))
+    assert_same(module.sample_noise(4, generator=generator(1)), expected)
+    assert {v.dtype for v in module.bfloat16().sample_noise(4).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_and_pickles_compute_the_same(name):
+    module = shell(name).eval()
+    module.labels = tuple("abcde")
+    x = images(module.config)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), module(x))
+        assert twin.description == module.description
+        assert not twin.training
+        with torch.no_grad():
+            next(twin.parameters()).add_(1)
+        assert not torch.equal(twin(x), module(x))  # its own parameters
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("assign", [True, False])
+def test_from_meta_nothing_is_lost(name, assign):
+    """All that a module is stands in its configuration and its state dict."""
+    cfg, params = SMALL[name], random_params(SMALL[name])
+    empty = NFNet(cfg, device="meta")
+    assert all(p.is_meta for p in empty.parameters())
+    module = empty if assign else empty.to_empty(device="cpu")
+    module.load_state_dict(params, assign=assign)
+    x = images(cfg)
+    assert torch.equal(module.eval()(x), model.apply(cfg, params, x))
+    assert all(isinstance(p, torch.nn.Parameter) and p.requires_grad for p in module.parameters())
+
+
+def test_under_the_meta_device_context():
+    with torch.device("meta"):
+        module = NFNet(SMALL["nfnet"])
+    assert all(p.is_meta for p in module.parameters())
+
+
+def test_load_state_dict_is_strict():
+    module, params = shell(), random_params(SMALL["nfnet"])
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
+        module.load_state_dict({k: v for k, v in params.items() if k != "head.bias"})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        module.load_state_dict({**params, "extra": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("bad", [(3, 32, 32), (1, 1, 32, 32), (1, 32, 32, 3), (1, 3, 32)])
+def test_a_wrong_input_is_a_value_error(bad):
+    module = shell()
+    for call in (module, module.embed, module.features):
+        with pytest.raises(ValueError, match=r"must be \(N, 3, H, W\)"):
+            call(torch.zeros(bad))
+
+
+def test_reset_classifier():
+    module = shell()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    module.reset_classifier(7, labels=list("abcdefg"))
+    x = images(module.config)
+    assert module(x).shape == (2, 7)
+    assert module.config.num_classes == 7
+    assert module.labels == tuple("abcdefg")
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], before[k]) for k in before if not k.startswith("head."))
+    assert torch.equal(module(x), model.apply(module.config, dict(module.named_parameters()), x))
+    module.reset_classifier(3)
+    assert module.labels is None
+    with pytest.raises(ConfigError, match="2 labels for 3"):
+        module.reset_classifier(3, labels=["a", "b"])
+    with pytest.raises(ConfigError, match="num_classes"):
+        module.reset_classifier(0)
+    assert module(x).shape == (2, 3)  # an error leaves the module as it was
+
+
+def test_labels_must_fit():
+    with pytest.raises(ConfigError, match="2 labels for 5 classes"):
+        NFNet(SMALL["nfnet"], labels=["a", "b"])
+
+
+def test_preprocessing_comes_from_the_name():
+    row = nfzoo.variant("nfnet-test")
+    assert nfzoo.create("nfnet-test").preprocessing == row.preprocessing
+    assert NFNet(row.config, name="nfnet-test").preprocessing == row.preprocessing
+    own = Preprocessing(train_size=1, test_size=2)
+    assert NFNet(row.config, name="nfnet-test", preprocessing=own).preprocessing == own
+
+
+def test_from_params_shares_the_tensors():
+    params = random_params(SMALL["nfnet"])
+    module = NFNet.from_params(Description(SMALL["nfnet"], Preprocessing(train_size=8, test_size=8)), params)
+    assert module.get_parameter("stem.conv0.weight").data_ptr() == params["stem.conv0.weight"].data_ptr()
+
+
+@small
+def test_channels_last_is_only_a_layout(name):
+    module, x = shell(name).eval(), images(SMALL[name])
+    expected = module(x)
+    module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    got = module(x.to(memory_format=torch.channels_last))
+    assert relative(got, expected) < FLOAT32
+
+
+def test_the_module_prints_its_blocks():
+    text = repr(shell())
+    assert "FBlock" in text
+    assert "stem" in text
+
+
+def test_state_dict_hooks_of_submodules_work():
+    """Blocks are found by name, as fine-tuning scripts freeze them."""
+    module = shell()
+    for p in module.get_submodule("stages.1").parameters():
+        p.requires_grad_(False)
+    module(images(module.config)).sum().backward()
+    assert all((p.grad is None) == k.startswith("stages.1.") for k, p in module.named_parameters())

@@ -1,0 +1,142 @@
+"""The table of variants: golden counts, and every row runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import nfzoo
+from nfzoo import ConfigError, UnknownModelError, list_models, model
+from nfzoo.variants import VARIANTS, variant
+from tests.support.helpers import REFERENCE, TIMM, timm_golden
+
+COUNTS: dict[str, int] = json.loads((REFERENCE / "parameter_counts.json").read_text())
+
+# arXiv 2102.06171, table 1 and appendix; the test sizes are those of the table.
+PAPER_PARAMETERS = {0: 71.5e6, 1: 132.6e6, 2: 193.8e6, 3: 254.9e6, 4: 316.1e6, 5: 377.2e6, 6: 438.4e6}
+PAPER_FLOPS = {0: 12.38e9, 1: 35.54e9, 2: 62.59e9, 3: 114.76e9, 4: 215.24e9, 5: 289.76e9, 6: 377.28e9}
+PARAMETER_DIGITS = 0.05e6  # half of the last digit printed
+FLOP_DIGITS = 0.005e9
+MACS = {
+    0: 12_384_198_656,
+    1: 35_538_968_576,
+    2: 62_592_978_944,
+    3: 114_763_501_568,
+    4: 215_241_187_328,
+    5: 289_757_106_176,
+    6: 377_280_307_200,
+    7: 478_781_640_704,
+}
+STEM_STRIDES = [2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameter_count(name):
+    assert name in COUNTS, f"add {name} to parameter_counts.json"
+    assert model.parameter_count(VARIANTS[name].config) == COUNTS[name]
+
+
+def test_no_count_without_a_variant():
+    assert COUNTS.keys() == VARIANTS.keys()
+
+
+@pytest.mark.parametrize("level", PAPER_PARAMETERS)
+def test_the_papers_parameter_counts(level):
+    assert COUNTS[f"nfnet-f{level}"] == pytest.approx(PAPER_PARAMETERS[level], abs=PARAMETER_DIGITS)
+
+
+def test_f0_has_the_parameters_of_the_released_code():
+    assert COUNTS["nfnet-f0"] == 71_489_284
+
+
+@pytest.mark.parametrize("arch", TIMM)
+def test_timm_counts_the_same(arch):
+    config = VARIANTS[TIMM[arch]].config
+    for classes, count in timm_golden()["architectures"][arch]["parameters"].items():
+        assert model.parameter_count(config.replace(num_classes=int(classes))) == count
+
+
+def test_all_of_timms_models_are_compared():
+    # timm's own test model is in the golden data too; the zoo has no such row, test_reference.py builds it.
+    assert TIMM.keys() == timm_golden()["architectures"].keys() - {"test_nfnet"}
+
+
+@pytest.mark.parametrize("level", MACS)
+def test_multiply_accumulates_at_the_test_size(level):
+    row = VARIANTS[f"nfnet-f{level}"]
+    macs = model.mac_count(row.config, row.preprocessing.test_size)
+    assert macs == MACS[level]
+    if level in PAPER_FLOPS:
+        assert macs == pytest.approx(PAPER_FLOPS[level], abs=FLOP_DIGITS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_runs_on_shapes(name):
+    """Meta tensors: init, logits and five feature maps at strides 2 to 32."""
+    cfg, preprocessing, source = VARIANTS[name].config, VARIANTS[name].preprocessing, VARIANTS[name].source
+    params = model.init(cfg, device="meta")
+    assert {k: tuple(v.shape) for k, v in params.items()} == {k: s for k, (s, _) in model.specs(cfg).items()}
+    assert all(p.is_meta and p.dtype == torch.float32 for p in params.values())
+    x = torch.empty((2, cfg.in_channels, 64, 96), device="meta")
+    assert model.apply(cfg, params, x).shape == (2, cfg.num_classes)
+    maps = model.features(cfg, params, x)
+    assert [m.shape[-2:] for m in maps] == [(64 // s, 96 // s) for s in STEM_STRIDES]
+    assert len(preprocessing.mean) == cfg.in_channels
+    assert source
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_every_variant_keeps_a_smaller_stride(name, output_stride):
+    cfg = VARIANTS[name].config
+    assert model.specs(cfg.replace(output_stride=output_stride)) == model.specs(cfg)
+    # The third and later blocks of a stage are the second again, so two of each say all.
+    cfg = cfg.replace(output_stride=output_stride, depths=tuple(min(d, 2) for d in cfg.depths))
+    params = model.init(cfg, device="meta")
+    x = torch.empty((1, cfg.in_channels, 75, 53), device="meta")
+    maps = model.features(cfg, params, x)
+    strides = [min(s, output_stride) for s in STEM_STRIDES]
+    assert [m.shape[-2:] for m in maps] == [(-(-75 // s), -(-53 // s)) for s in strides]
+    assert model.apply(cfg, params, x).shape == (1, cfg.num_classes)
+
+
+def test_names_and_rows_agree():
+    assert list_models() == list(VARIANTS)
+    assert all(name == row.name for name, row in VARIANTS.items())
+    assert all(variant(name) is VARIANTS[name] for name in VARIANTS)
+    assert len({(row.config, row.preprocessing) for row in VARIANTS.values()}) == len(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("nfnet-f8", "nfnet-f"), ("NFNet-F0", "'nfnet-f0'"), ("nf_resnet50", "nf-")]
+)
+def test_an_unknown_name_gives_the_nearest(name, near):
+    for look in (variant, nfzoo.create):
+        with pytest.raises(UnknownModelError, match="did you mean") as caught:
+            look(name)
+        assert near in str(caught.value)
+        assert repr(name) in str(caught.value)
+
+
+def test_a_name_like_no_other_gives_none():
+    with pytest.raises(UnknownModelError) as caught:
+        variant("zzz")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_create_changes_fields():
+    made = nfzoo.create("nfnet-test", num_classes=3, in_channels=1, output_stride=8)
+    assert made(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+    assert len(made.preprocessing.mean) == len(made.preprocessing.std) == 1
+    with pytest.raises(ConfigError, match="num_classes"):
+        nfzoo.create("nfnet-test", num_clases=3)
+
+
+def test_create_takes_labels():
+    made = nfzoo.create("nfnet-test", labels=["cat", "dog"])
+    assert made.config.num_classes == 2
+    assert made.labels == ("cat", "dog")
+    with pytest.raises(ConfigError, match="2 labels for 3 classes"):
+        nfzoo.create("nfnet-test", labels=["cat", "dog"], num_classes=3)

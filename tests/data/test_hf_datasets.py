@@ -1,0 +1,265 @@
+"""Parquet files and data sets of the Hub: which columns are images and labels, and what is refused."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from nfzoo.config import Preprocessing
+from nfzoo.data.hf_datasets import TableImages
+from nfzoo.data.loader import training_batches
+from nfzoo.data.source import has_held_out, open_held_out, open_split
+from nfzoo.errors import DataError
+from nfzoo.transforms.decode import open_image
+from tests.support.data_hub import DataHub
+from tests.support.pictures import check_source, picture
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No test reads or leaves anything in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    yield tmp_path / "cache"
+    if shown:
+        datasets.enable_progress_bars()
+
+
+def cells(count: int) -> list[dict[str, Any]]:
+    return [{"bytes": picture(i), "path": f"{i}.png"} for i in range(count)]
+
+
+def write_parquet(path: Path, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def wrap(columns: dict[str, Any], features: Any = None, **options: Any) -> TableImages:
+    return TableImages.wrap(datasets.Dataset.from_dict(columns, features=features), "the table", **options)
+
+
+def content(images: TableImages, index: int) -> bytes:
+    found = images[index][0]
+    assert isinstance(found, io.BytesIO)
+    return found.read()
+
+
+def test_a_table_keeps_the_laws() -> None:
+    images = wrap({"image": cells(5), "label": [2, 0, 1, 1, 0]})
+    check_source(images)
+    assert images.labels.tolist() == [2, 0, 1, 1, 0]
+    assert images.classes == ("0", "1", "2")
+    assert [content(images, i) for i in range(5)] == [picture(i) for i in range(5)]
+    again = pickle.loads(pickle.dumps(images.subset([3])))
+    assert content(again, 0) == picture(3)
+
+
+@pytest.mark.parametrize("stored", ["bytes and path", "bytes", "paths", "feature"])
+def test_images_are_stored_in_every_usual_way(tmp_path: Path, stored: str) -> None:
+    features = None
+    column: list[Any] = cells(3)
+    match stored:
+        case "bytes":
+            column = [picture(i) for i in range(3)]
+        case "paths":
+            column = [str(tmp_path / f"{i}.png") for i in range(3)]
+            for i in range(3):
+                (tmp_path / f"{i}.png").write_bytes(picture(i))
+        case "feature":
+            features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    images = wrap({"image": column, "label": [0, 1, 0]}, features)
+    for i in range(3):
+        with Image.open(io.BytesIO(picture(i))) as expected:
+            np.testing.assert_array_equal(open_image(images[i][0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        ({"img": 0, "fine_label": 1, "coarse_label": 2}, {}),
+        ({"jpg": 0, "cls": 1, "__key__": 2}, {}),
+        ({"other": 2, "picture": 0, "labels": 1}, {}),
+        ({"scan": 0, "image": 2, "kind": 1, "label": 2}, {"image": "scan", "label": "kind"}),
+    ],
+)
+def test_columns_are_found(columns: dict[str, int], options: dict[str, str]) -> None:
+    kinds = [cells(2), [1, 0], [7, 7]]
+    images = wrap({name: kinds[kind] for name, kind in columns.items()}, **options)
+    assert content(images, 1) == picture(1)
+    assert images.labels.tolist() == [1, 0]
+
+
+def test_columns_are_found_by_their_kind() -> None:
+    features = datasets.Features(
+        {"scan": datasets.Image(), "text": datasets.Value("string"), "species": datasets.ClassLabel(names=["a", "b"])}
+    )
+    images = wrap({"scan": cells(2), "text": ["x", "y"], "species": [1, 0]}, features)
+    assert images.classes == ("a", "b")
+    assert images.labels.tolist() == [1, 0]
+
+
+def test_labels_by_name_are_numbered_in_order_of_the_alphabet() -> None:
+    train = wrap({"image": cells(3), "label": ["dog", "cat", "dog"]})
+    assert train.classes == ("cat", "dog")
+    assert train.labels.tolist() == [1, 0, 1]
+    assert wrap({"image": cells(1), "label": ["dog"]}, classes=train.classes).labels.tolist() == [1]
+    with pytest.raises(DataError, match="'eel', which the training images do not have"):
+        wrap({"image": cells(1), "label": ["eel"]}, classes=train.classes)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"image": cells(1)}, {}, r"no column of labels known by name; its columns are image: add \?label="),
+        ({"label": [0], "x": [1]}, {}, r"no column of images known by name; its columns are label, x"),
+        ({"image": cells(1), "label": [0]}, {"label": "kind"}, r"no column 'kind' for \?label="),
+        ({"image": cells(1), "label": [0]}, {"image": "img"}, r"no column 'img' for \?image="),
+        ({"image": [0.5], "label": [0]}, {}, "holds no encoded images"),
+        ({"image": cells(1), "label": [-1]}, {}, "holds -1, which stands for no class"),
+        ({"image": cells(1), "label": [0.5]}, {}, "neither class numbers nor names"),
+        ({"image": cells(1), "label": [True]}, {}, "neither class numbers nor names"),
+        ({"image": cells(1), "label": [[1, 2]]}, {}, "neither class numbers nor names"),
+        ({"image": cells(2), "label": [0, None]}, {}, "1 rows without a 'label'"),
+        ({"image": cells(2), "label": [0, 5]}, {"classes": ("a", "b")}, "holds 5, beyond the 2 classes"),
+        ({"image": [], "label": []}, {}, "the table is empty"),
+    ],
+)
+def test_unusable_tables_are_explained(columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        wrap(columns, **options)
+    assert "the table" in str(caught.value)
+
+
+def test_other_class_names_than_the_training_images_are_refused() -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    with pytest.raises(DataError, match="2 classes where 2 are expected; they differ in 'b', 'c'"):
+        wrap({"image": cells(1), "label": [0]}, features, classes=("a", "c"))
+
+
+def test_a_row_without_an_image_is_a_broken_image() -> None:
+    images = wrap({"image": [*cells(3), None], "label": [0, 1, 0, 1]})
+    rule = Preprocessing(train_size=8, test_size=8)
+    (batch,) = training_batches(images, rule, epoch=0, seed=0, batch_size=4)
+    assert batch.broken == ("row 3 of the table holds no image",)
+    assert sorted(batch.indices.tolist()) == [0, 0, 1, 2]
+
+
+# -- parquet files
+
+
+def test_one_parquet_file(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "pets.parquet", image=cells(8), label=[0, 1] * 4)
+    train, validation = open_split(str(path), validation_fraction=0.25)
+    assert (len(train), len(validation)) == (6, 2)
+    assert not has_held_out(str(path))
+    found = open_held_out(str(path))
+    assert (found.dataset, found.split, len(found.images)) == ("pets.parquet", None, 8)
+    assert found.images.name(3) == f"row 3 of {str(path)!r}"
+
+
+def test_parts_of_a_folder_as_the_hub_stores_them(tmp_path: Path) -> None:
+    for k in range(2):
+        write_parquet(tmp_path / "data" / f"train-0000{k}-of-00002.parquet", img=cells(3), fine_label=[k, 0, 2])
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", img=cells(2), fine_label=[1, 1])
+    train, validation = open_split(str(tmp_path / "data"))
+    assert train.labels.tolist() == [0, 0, 2, 1, 0, 2]
+    assert validation.labels.tolist() == [1, 1]
+    assert validation.classes == ("0", "1", "2")
+    named = open_split(f"{tmp_path / 'data'}?image=img&label=fine_label")
+    assert named.train.labels.tolist() == train.labels.tolist()
+
+
+def test_folders_of_parquet_files_with_workers(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train" / "a.parquet", image=cells(8), label=[0, 1] * 4)
+    write_parquet(tmp_path / "val" / "a.parquet", image=cells(2), label=[0, 1])
+    images = open_split(str(tmp_path)).train
+    rule = Preprocessing(train_size=8, test_size=8)
+    alone, helped = (
+        list(training_batches(images, rule, epoch=0, seed=0, batch_size=4, workers=workers)) for workers in (0, 2)
+    )
+    for one, other in zip(alone, helped, strict=True):
+        assert one.indices.tolist() == other.indices.tolist()
+        assert (one.pixels == other.pixels).all()
+
+
+def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "pets.parquet", image=cells(8), label=[0, 1] * 4)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"pets\.parquet' cannot be opened \(.*\); check the files") as caught:
+        open_split(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "pets.parquet", image=cells(2), label=[0, 1])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'nfzoo\[data\]'"):
+        open_split(str(path))
+
+
+# -- the Hub
+
+
+OPENED = """
+import sys
+from nfzoo.errors import DataError
+from nfzoo.data.source import open_held_out, open_split
+train, validation = open_split("hub:org/pets")
+print(train.labels.tolist(), validation.labels.tolist(), train.classes, train.name(1))
+sys.stdout.flush()
+sys.stdout.buffer.write(validation[1][0].read().hex().encode() + b"\\n")
+print(*open_held_out("hub:org/pets?validation=train&image=img")[1:])
+for source in sys.argv[1:]:
+    try:
+        open_split(source)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    train = write_parquet(tmp_path / "train.parquet", img=cells(4), label=[0, 1, 2, 1])
+    test = write_parquet(tmp_path / "test.parquet", img=cells(2)[::-1], label=[1, 0])
+    files = {
+        "README.md": b"---\nlicense: mit\n---\n",
+        "data/train-00000-of-00001.parquet": train.read_bytes(),
+        "data/test-00000-of-00001.parquet": test.read_bytes(),
+    }
+    bad = {
+        "hub:org/absent": "'hub:org/absent' cannot be opened",
+        "hub:org/pets:large": "'large' not found",
+        "hub:org/pets?revision=old": "cannot be opened",
+        "hub:org/pets?train=all": "has no part 'all' but train, test; add ?train=PART",
+        "hub:org/pets?label=kind": "no column 'kind' for ?label=; its columns are img, label",
+        "hub:org/pets/data": "names no data set of the Hub",
+    }
+    with DataHub("org/pets", files) as hub:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", OPENED, *bad],
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "[0, 1, 2, 1] [1, 0] ('0', '1', '2') row 1 of hub:org/pets (train)"
+    assert bytes.fromhex(lines[1]) == picture(0)
+    assert lines[2].startswith("org/pets train ")
+    assert len(lines) == 3 + len(bad)
+    for line, message in zip(lines[3:], bad.values(), strict=True):
+        assert message in line

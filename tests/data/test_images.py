@@ -1,0 +1,75 @@
+"""Sources of labelled images: the embedded digits, folders, and what all of them keep."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nfzoo.data.images import Digits, ImageFolder, Texts
+from nfzoo.errors import DataError
+from tests.support.pictures import check_source, write_images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "pets", {"cat": 10, "dog": 6})
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = Digits.embedded()
+    pixels, labels = load_digits(return_X_y=True)
+    assert np.array_equal(digits.images.reshape(1797, 64), pixels)
+    assert np.array_equal(digits.labels, labels)
+    image, label = digits[3]
+    assert (image.size, image.mode, label) == ((32, 32), "L", 3)
+    assert np.asarray(image).max() > 200
+
+
+def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
+    (folder / ".cache").mkdir()
+    (folder / "cat" / "notes.txt").write_text("not an image")
+    (folder / "cat" / ".hidden.png").write_bytes(b"")
+    (folder / "cat" / "deeper").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "cat" / "deeper" / "more.JPG", "jpeg")
+    assert len(ImageFolder.scan(folder)) == 17
+
+
+def test_no_folder_is_entered_twice(folder: Path) -> None:
+    (folder / "cat" / "loop").symlink_to(folder / "cat", target_is_directory=True)
+    (folder / "cat" / "other").symlink_to(folder / "cat" / "loop", target_is_directory=True)
+    assert len(ImageFolder.scan(folder)) == 16
+
+
+def test_every_source_keeps_the_laws(folder: Path) -> None:
+    check_source(ImageFolder.scan(folder))
+    check_source(Digits.embedded())
+
+
+def test_images_are_in_the_order_of_paths(folder: Path) -> None:
+    """`a/b` comes before `a-b`, as parts of a path compare."""
+    for name in ("a/0.png", "a-b.png", "a.png"):
+        (folder / "cat" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / "cat" / name)
+    paths = ImageFolder.scan(folder).paths
+    assert list(paths) == sorted(paths)
+
+
+def test_other_classes_than_expected_are_refused(folder: Path) -> None:
+    assert len(ImageFolder.scan(folder, ("cat", "dog"))) == 16
+    with pytest.raises(DataError, match="2 classes where 3 are expected; they differ in 'eel'"):
+        ImageFolder.scan(folder, ("cat", "dog", "eel"))
+    with pytest.raises(DataError, match="another order"):
+        ImageFolder.scan(folder, ("dog", "cat"))
+
+
+def test_texts() -> None:
+    names = ["", "a", "Ünï", "b/c.jpg", "\udcff", ""]
+    texts = Texts(names)
+    assert list(texts) == names
+    assert texts[-2] == "\udcff"
+    assert len(Texts([])) == 0
+    with pytest.raises(IndexError):
+        texts[6]

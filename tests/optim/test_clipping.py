@@ -1,0 +1,300 @@
+"""Adaptive gradient clipping: its laws, a restatement in loops, and AGC in front of torch's optimizers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import nfzoo
+from nfzoo import NFNet, agc, agc_, unitwise_norm, with_agc
+from nfzoo.optim.clipping import GRADIENT_FLOOR, clip_unitwise, clipped_fraction
+from nfzoo.optim.sgd import CLIPPED
+from tests.support.helpers import SMALL, assert_same, generator, images, random_params
+
+FLOAT64 = 1e-12
+FLOAT32 = 1e-6
+SHAPES = {"conv": (6, 4, 3, 3), "linear": (5, 7), "gain": (8,), "scalar": (1,), "zero-dim": (), "eca": (1, 1, 3)}
+
+
+def tensors(scale: float, seed: int) -> dict[str, torch.Tensor]:
+    g = generator(seed)
+    return {k: scale * torch.randn(s, generator=g, dtype=torch.float64) for k, s in SHAPES.items()}
+
+
+def clipped_by_loops(grad, param, clip, eps):
+    """Equation 3 of arXiv 2102.06171, unit by unit."""
+    units = [...] if grad.ndim < 2 else list(range(len(grad)))
+    out = grad.clone()
+    for u in units:
+        g, p = math.sqrt((grad[u] ** 2).sum()), math.sqrt((param[u] ** 2).sum())
+        limit = clip * max(p, eps)
+        if g > limit:
+            out[u] = grad[u] * limit / max(g, 1e-6)
+    return out
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.01, 0.5, 2.0])
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e6])
+def test_agc_is_equation_3(clip, scale):
+    params, grads = tensors(1.0, 0), tensors(scale, 1)
+    params["linear"][2] = 0  # eps is the floor of its norm
+    got = agc(grads, params, clip=clip)
+    assert got.keys() == grads.keys()
+    for key in grads:
+        torch.testing.assert_close(
+            got[key], clipped_by_loops(grads[key], params[key], clip, 1e-3), rtol=FLOAT64, atol=0
+        )
+
+
+def test_the_unit_is_the_output():
+    for name, expected in {
+        "conv": (6, 1, 1, 1),
+        "linear": (5, 1),
+        "gain": (),
+        "scalar": (),
+        "zero-dim": (),
+        "eca": (1, 1, 1),
+    }.items():
+        x = tensors(1.0, 0)[name]
+        norm = unitwise_norm(x)
+        assert norm.shape == expected, name
+        assert norm.square().sum().item() == pytest.approx(x.square().sum().item())
+
+
+def test_one_loud_output_does_not_touch_the_others():
+    param, grad = torch.ones(4, 9), torch.full((4, 9), 1e-3)
+    grad[2] = 100
+    out = agc({"w": grad}, {"w": param})["w"]
+    assert torch.equal(out[[0, 1, 3]], grad[[0, 1, 3]])
+    assert out[2].norm().item() == pytest.approx(0.01 * 3)
+
+
+def test_agc_is_idempotent():
+    params = tensors(1.0, 0)
+    once = agc(tensors(10.0, 1), params)
+    twice = agc(once, params)
+    for key in once:
+        torch.testing.assert_close(twice[key], once[key], rtol=FLOAT64, atol=0)
+
+
+def test_agc_is_nothing_below_the_limit():
+    params = tensors(1.0, 0)
+    grads = {k: 1e-4 * p for k, p in params.items()}
+    assert_same(agc(grads, params), grads)
+    assert clipped_fraction(grads, params) == 0
+
+
+def test_agc_limits_every_unit():
+    params = tensors(1.0, 0)
+    for key, grad in agc(tensors(1e3, 1), params).items():
+        assert (unitwise_norm(grad) <= 0.01 * unitwise_norm(params[key]) * (1 + FLOAT64)).all()
+
+
+def test_scaling_both_scales_the_result():
+    params, grads = tensors(1.0, 0), tensors(0.1, 1)
+    plain = agc(grads, params)
+    scaled = agc({k: 8 * g for k, g in grads.items()}, {k: 8 * p for k, p in params.items()})
+    for key in plain:
+        torch.testing.assert_close(scaled[key], 8 * plain[key], rtol=FLOAT64, atol=0)
+
+
+def test_above_the_limit_only_the_direction_counts():
+    params, grads = tensors(1.0, 0), tensors(10.0, 1)
+    louder = agc({k: 1000 * g for k, g in grads.items()}, params)
+    for key, value in agc(grads, params).items():
+        torch.testing.assert_close(louder[key], value, rtol=1e-9, atol=0)
+
+
+def test_zero_parameters_can_move_and_zero_gradients_stay():
+    out = agc({"skip": torch.ones(1)}, {"skip": torch.zeros(1)}, clip=0.01, eps=1e-3)["skip"]
+    assert out.item() == pytest.approx(1e-5)
+    assert agc({"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)})["w"].abs().max() == 0
+
+
+def test_the_gradient_floor():
+    """Norms between the limit and 1e-6 are divided by 1e-6, as DeepMind does."""
+    out = agc({"w": torch.tensor([5e-7])}, {"w": torch.zeros(1)}, clip=1e-4, eps=1e-3)["w"]
+    assert out.item() == pytest.approx(5e-7 * 1e-7 / GRADIENT_FLOOR)
+
+
+def test_where_chooses():
+    params, grads = tensors(1.0, 0), tensors(10.0, 1)
+    got = agc(grads, params, where=lambda name: name != "linear")
+    assert torch.equal(got["linear"], grads["linear"])
+    assert not torch.equal(got["conv"], grads["conv"])
+    assert_same(agc(grads, params, where=lambda name: False), grads)
+
+
+def test_clipped_fraction_counts_units():
+    params = {"a": torch.ones(4, 1), "b": torch.ones(3)}
+    grads = {"a": torch.tensor([[1.0], [1.0], [0.001], [1.0]]), "b": torch.zeros(3)}
+    assert clipped_fraction(grads, params).item() == pytest.approx(3 / 5)
+    assert clipped_fraction(grads, params, where=lambda n: n == "b").item() == 0
+    assert clipped_fraction(grads, params, where=lambda n: False).item() == 0
+
+
+@pytest.mark.parametrize("bad", [{"clip": 0}, {"clip": -1.0}, {"clip": math.nan}, {"eps": 0.0}, {"eps": -1e-3}])
+def test_bad_limits_are_refused(bad):
+    params = {"w": torch.ones(2, 2)}
+    leaf = nn.Parameter(torch.ones(2, 2))
+    for call in (
+        lambda: agc(params, params, **bad),
+        lambda: clipped_fraction(params, params, **bad),
+        lambda: agc_([leaf], **bad),
+        lambda: with_agc(torch.optim.SGD([leaf], lr=0.1), **bad),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be positive"):
+            call()
+
+
+# ---------------------------------------------------------------- in place
+
+
+def shell_with_gradients(scale: float = 1.0) -> NFNet:
+    cfg = SMALL["nfnet"]
+    shell = NFNet(cfg, generator=generator())
+    shell.load_state_dict(random_params(cfg))
+    (scale * shell(images(cfg)).square().sum()).backward()
+    return shell
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
+
+
+def test_agc_in_place_equals_agc_and_leaves_the_classifier():
+    shell = shell_with_gradients()
+    before, storage = gradients(shell), {k: p.grad for k, p in shell.named_parameters()}
+    kinds = shell.parameter_kinds()
+    expected = agc(before, dict(shell.named_parameters()), where=lambda n: kinds[n] in CLIPPED)
+    agc_(shell)
+    assert_same(gradients(shell), {k: v.detach() for k, v in expected.items()})
+    assert all(p.grad is storage[k] for k, p in shell.named_parameters())
+    assert torch.equal(gradients(shell)["head.weight"], before["head.weight"])
+    assert not torch.equal(gradients(shell)["head.bias"], before["head.bias"])
+
+
+def test_agc_in_place_on_parameters_takes_them_all_but_the_excluded():
+    shell = shell_with_gradients()
+    before = gradients(shell)
+    agc_(list(shell.parameters()), exclude=[shell.get_parameter("stem.conv0.weight")])
+    after = gradients(shell)
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    assert torch.equal(after["stem.conv0.weight"], before["stem.conv0.weight"])
+
+
+def test_agc_in_place_skips_what_has_no_gradient():
+    a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    a.grad = torch.ones(2, 2)
+    agc_(iter([a, b]))
+    assert a.grad.norm(dim=1).max().item() == pytest.approx(0.01 * 2**0.5)
+    assert b.grad is None
+
+
+def test_agc_in_place_serves_any_module():
+    linear = nn.Linear(3, 2)
+    linear(torch.ones(1, 3)).sum().backward()
+    agc_(linear)
+    assert linear.weight.grad is not None
+    assert (
+        linear.weight.grad.norm(dim=1) <= 0.01 * linear.weight.detach().norm(dim=1).clamp(min=1e-3) * (1 + FLOAT32)
+    ).all()
+
+
+# ---------------------------------------------------------------- in front of torch's optimizers
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "sgd-foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+}
+
+
+def leaves(seed: int = 0) -> list[nn.Parameter]:
+    g = generator(seed)
+    return [nn.Parameter(torch.randn(s, generator=g)) for s in SHAPES.values()]
+
+
+def give_gradients(parameters, step: int, scale: float = 1.0) -> None:
+    g = generator(100 + step)
+    for p in parameters:
+        p.grad = scale * torch.randn(p.shape, generator=g)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_agc_is_agc_then_step(name):
+    a, b = leaves(), leaves()
+    first, second = with_agc(OPTIMIZERS[name](a), exclude=[a[1]]), OPTIMIZERS[name](b)
+    for step in range(3):
+        give_gradients(a, step)
+        give_gradients(b, step)
+        agc_(b, exclude=[b[1]])
+        first.step()
+        second.step()
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_with_agc_returns_the_optimizer_and_clips_less_in_a_group():
+    a, b, c = (nn.Parameter(torch.ones(1, 4)) for _ in range(3))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "clip": None}, {"params": [c], "clip": 0.5}], lr=1.0)
+    assert with_agc(optimizer, clip=0.01) is optimizer
+    for p in (a, b, c):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, change in ((a, 0.01), (b, 1.0), (c, 0.5)):
+        torch.testing.assert_close(p.detach(), torch.full((1, 4), 1 - change))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_agc_under_a_grad_scaler(name):
+    """Scaled by a power of two, the gradients unscale to the same bits, so the steps agree exactly."""
+    a, b = leaves(), leaves()
+    first, second = with_agc(OPTIMIZERS[name](a)), with_agc(OPTIMIZERS[name](b))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(3):
+        scaler.scale(torch.zeros(()))  # a scaler makes its scale on first use
+        give_gradients(a, step, scale=scaler.get_scale())
+        give_gradients(b, step)
+        scaler.step(first)
+        scaler.update()
+        second.step()
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd-fused", "adamw-fused"])
+def test_an_overflow_is_skipped_with_agc_in_front(name):
+    parameters = leaves()
+    optimizer = with_agc(OPTIMIZERS[name](parameters))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(torch.zeros(()))
+    give_gradients(parameters, 0)
+    assert parameters[0].grad is not None
+    parameters[0].grad[0, 0] = math.inf
+    before = [p.detach().clone() for p in parameters]
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(x, y) for x, y in zip(before, parameters, strict=True))
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_a_simulated_grad_scale_is_undone_once():
+    (p,) = [nn.Parameter(torch.ones(1, 4))]
+    optimizer = with_agc(torch.optim.SGD([p], lr=1.0))
+    optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
+    p.grad = torch.full((1, 4), 4 * 1e-3)  # 1e-3 after unscaling: below the limit, so nothing is clipped
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((1, 4), 1 - 1e-3))
+    assert optimizer.grad_scale is None  # type: ignore[attr-defined]
+
+
+def test_clip_unitwise_says_what_it_clipped():
+    clipped, mask = clip_unitwise(torch.tensor([[1.0], [1e-4]]), torch.ones(2, 1), clip=0.01)
+    assert mask.flatten().tolist() == [True, False]
+    torch.testing.assert_close(clipped.flatten(), torch.tensor([0.01, 1e-4]))
+    assert nfzoo.agc is agc  # the function, though a module has the name too

@@ -1,0 +1,113 @@
+"""SGD, moving averages and schedules as pure functions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nfzoo.optim.sgd import ema, ema_, ema_decay, sgd, sgd_init, warmup_cosine
+from tests.support.helpers import assert_same, generator
+
+FLOAT64 = 1e-12
+
+
+def params(seed: int = 0) -> dict[str, torch.Tensor]:
+    g = generator(seed)
+    return {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in {"w": (3, 2), "b": (3,), "s": (1,)}.items()}
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_sgd_is_torchs(nesterov, weight_decay):
+    mine, state = params(), sgd_init(params())
+    theirs = {k: v.clone().requires_grad_() for k, v in params().items()}
+    optimizer = torch.optim.SGD(theirs.values(), lr=0.3, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
+    for step in range(4):
+        grads = params(step + 1)
+        mine, state = sgd(mine, grads, state, lr=0.3, nesterov=nesterov, weight_decay=weight_decay)
+        for k, p in theirs.items():
+            p.grad = grads[k]
+        optimizer.step()
+    for k in mine:
+        torch.testing.assert_close(mine[k], theirs[k].detach(), rtol=FLOAT64, atol=FLOAT64)
+
+
+def test_decay_only_where_it_is_wanted():
+    p = params()
+    zero = {k: torch.zeros_like(v) for k, v in p.items()}
+    new, _ = sgd(p, zero, sgd_init(p), lr=0.5, momentum=0.0, weight_decay=0.1, decay=lambda name: name == "w")
+    torch.testing.assert_close(new["w"], p["w"] * 0.95)
+    assert torch.equal(new["b"], p["b"])
+
+
+def test_sgd_changes_nothing_in_place():
+    p, g, state = params(), params(1), sgd_init(params())
+    sgd(p, g, state, lr=0.1, weight_decay=0.1)
+    assert_same(p, params())
+    assert_same(g, params(1))
+    assert all((m == 0).all() for m in state.momentum.values())
+
+
+def test_a_tensor_learning_rate_is_a_number():
+    a, _ = sgd(params(), params(1), sgd_init(params()), lr=0.25)
+    b, _ = sgd(params(), params(1), sgd_init(params()), lr=torch.tensor(0.25))
+    assert_same(a, b)
+
+
+def test_ema_by_hand():
+    average = {"w": torch.zeros(1, dtype=torch.float64)}
+    expected = 0.0
+    for step in range(20):
+        average = ema(average, {"w": torch.full((1,), step + 1.0, dtype=torch.float64)}, step, decay=0.5)
+        d = min(0.5, (1 + step) / (10 + step))
+        expected = expected * d + (step + 1) * (1 - d)
+    assert average["w"].item() == pytest.approx(expected, rel=FLOAT64)
+
+
+@pytest.mark.parametrize("step", [0, 1, 10, 10**6, 10**9])
+def test_ema_decay_of_tensors_and_numbers(step):
+    expected = min(0.99999, (1 + step) / (10 + step))
+    assert ema_decay(step) == pytest.approx(expected, rel=FLOAT64)
+    tensor = ema_decay(torch.tensor(float(step), dtype=torch.float64))
+    assert isinstance(tensor, torch.Tensor)
+    assert tensor.item() == pytest.approx(expected, rel=FLOAT64)
+
+
+def test_an_average_of_the_same_stays():
+    p = params()
+    new = ema({k: v.clone() for k, v in p.items()}, p, 3)
+    for k in p:
+        torch.testing.assert_close(new[k], p[k], rtol=FLOAT64, atol=0)
+
+
+def test_ema_in_place_is_ema():
+    average, now = params(), params(1)
+    kept = dict(average)
+    expected = ema(params(), now, 5)
+    ema_(average, now, 5)
+    for k in average:
+        torch.testing.assert_close(average[k], expected[k], rtol=FLOAT64, atol=FLOAT64)
+        assert average[k] is kept[k]
+    assert_same(now, params(1))
+
+
+def test_warmup_cosine():
+    def rate(step: int) -> float:
+        return warmup_cosine(step, peak=2.0, warmup=10, total=110, minimum=0.5)
+
+    assert rate(0) == 0
+    assert rate(5) == pytest.approx(1.0)
+    assert rate(10) == pytest.approx(2.0)
+    assert rate(60) == pytest.approx(1.25)  # half way: the middle of peak and minimum
+    assert rate(35) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert rate(110) == rate(10**6) == pytest.approx(0.5)
+    rates = [rate(s) for s in range(10, 111)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert warmup_cosine(0, peak=2.0, warmup=0, total=10) == 2.0
+    assert warmup_cosine(0, peak=2.0, warmup=0, total=0) == 2.0
+    assert warmup_cosine(1, peak=2.0, warmup=0, total=1) == pytest.approx(0.0)

@@ -1,0 +1,75 @@
+"""Several processes train what one does: plain, accumulated, with SAM, sharded, and with the work resumed by others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nfzoo
+from nfzoo.train import run as train
+from tests.support.processes import together
+
+# Five float32 steps with sums in another order; a parameter is of order one.
+TOLERANCE = 1e-5
+COMMON = ["--model", "nfnet-test", "--data", "digits", "--epochs", "1", "--batch_size", "284"]
+COMMON += ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.warmup_epochs", "0", "--optim.lr", "0.4"]
+COMMON += ["--optim.ema_decay", "0.9"]
+MIXED = ["--augment.layers", "2", "--augment.mixup", "0.2", "--augment.cutmix", "true", "--augment.flip", "0"]
+
+# What two processes run -> what one process runs to the same end.
+SAME = {
+    "plain": ([], []),
+    "accumulated": (["--accumulation", "2"], ["--accumulation", "2"]),
+    # SAM ascends in each process by itself: two processes are two parts of one.
+    "sam": (["--optim.sam_rho", "0.05"], ["--optim.sam_rho", "0.05", "--accumulation", "2"]),
+    "mixed": ([*MIXED, "--activation_checkpointing", "true"], MIXED),
+    "adamw": (["--optim.name", "adamw", "--optim.lr", "0.002"], ["--optim.name", "adamw", "--optim.lr", "0.002"]),
+    "norm": (
+        ["--optim.clip", "null", "--optim.clip_norm", "0.5"],
+        ["--optim.clip", "null", "--optim.clip_norm", "0.5"],
+    ),
+    "sharded": (["--sharding", "fsdp2"], []),
+    "sharded-accumulated": (["--sharding", "fsdp2", "--accumulation", "2"], []),
+    "sharded-norm": (["--sharding", "fsdp2", "--optim.clip_norm", "0.5"], ["--optim.clip_norm", "0.5"]),
+    "sharded-adamw": (
+        ["--sharding", "fsdp2", "--optim.name", "adamw", "--optim.lr", "0.002"],
+        ["--optim.name", "adamw", "--optim.lr", "0.002"],
+    ),
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the output of two processes for every case."""
+    folder = tmp_path_factory.mktemp("two")
+    together(folder, [[*COMMON, *options, "--output", str(folder / name)] for name, (options, _) in SAME.items()])
+    return folder
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_train_what_one_does(two: Path, tmp_path: Path, name: str) -> None:
+    assert train.main([*COMMON, *SAME[name][1], "--output", str(tmp_path)]) == 0
+    start = nfzoo.create("nfnet-test", generator=torch.Generator().manual_seed(0)).state_dict()
+    assert furthest(weights(tmp_path), start) > 500 * TOLERANCE
+    assert furthest(weights(tmp_path), weights(two / name)) < TOLERANCE
+    rows = [json.loads((folder / "metrics.jsonl").read_text()) for folder in (tmp_path, two / name)]
+    for key in ("train_loss", "train_accuracy", "clipped", "loss", "accuracy", "ema_accuracy"):
+        assert rows[0][key] == pytest.approx(rows[1][key], abs=1e-4), key
+    assert nfzoo.from_pretrained(two / name).labels == tuple("0123456789")
+
+
+def test_the_cases_differ(two: Path) -> None:
+    found = {name: weights(two / name) for name in ("plain", "sam", "mixed", "adamw", "norm")}
+    for name in ("sam", "mixed", "adamw", "norm"):
+        assert furthest(found["plain"], found[name]) > 100 * TOLERANCE, name

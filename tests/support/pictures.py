@@ -1,0 +1,65 @@
+"""Small data sets of noise in every form that is read, and what holds of every source of images."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nfzoo.data.images import Images
+
+
+def write_images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def picture(seed: int, ending: str = "png") -> bytes:
+    rng = np.random.default_rng(seed)
+    file = io.BytesIO()
+    kind = {"png": "PNG", "webp": "WEBP"}.get(ending, "JPEG")
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_shard(path: Path, labels: dict[str, int], seed: int = 0) -> Path:
+    """One image for each key, with its label."""
+    members = []
+    for i, (key, label) in enumerate(labels.items()):
+        members += [(f"{key}.png", picture(1000 * seed + i)), (f"{key}.cls", str(label).encode())]
+    return write_tar(path, members)
+
+
+def check_source(images: Images) -> None:
+    """What holds of every source: for tests of the others too."""
+    assert images.labels.dtype == np.int64
+    assert images.labels.shape == (len(images),)
+    assert [images[i][1] for i in range(len(images))] == images.labels.tolist()
+    chosen = [len(images) - 1, 0, 2]
+    part = images.subset(chosen)
+    assert [part.name(i) for i in range(3)] == [images.name(i) for i in chosen]
+    assert [part[i][1] for i in range(3)] == [images[i][1] for i in chosen]
+    assert part.classes == images.classes
+    again = part.subset(np.array([2]))
+    assert (again.name(0), len(again)) == (images.name(2), 1)
+    turned = images.relabelled(range(len(images.classes))[::-1])
+    assert turned.labels.tolist() == [len(images.classes) - 1 - label for label in images.labels.tolist()]
+    assert turned[0][1] == turned.labels[0]
+    assert turned.name(0) == images.name(0)

@@ -1,0 +1,416 @@
+"""Interrupted runs: whatever ends them, they go on from a complete checkpoint to the very same weights."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nfzoo
+from nfzoo.train import run as train
+from nfzoo.train import trainer as loop
+from tests.data.test_loader import write_images
+from tests.support.processes import ROOT, free_ports, together
+
+OPTIONS = ["--model", "nfnet-test", "--data", "digits", "--epochs", "2", "--batch_size", "280", "--save_steps", "2"]
+OPTIONS += ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.ema_decay", "0.9", "--optim.warmup_epochs", "0"]
+OPTIONS += ["--optim.lr", "0.4"]
+OPTIONS += ["--augment.layers", "1", "--augment.mixup", "0.2", "--augment.cutmix", "true"]
+# Ten float32 steps with sums in another order; a parameter is of order one.
+PROCESSES_TOLERANCE = 1e-5
+
+
+class Died(BaseException):
+    """Stands for the end of the process."""
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in found]
+
+
+def run(output: Path, *options: str) -> int:
+    return train.main([*OPTIONS, "--output", str(output), *options])
+
+
+def die_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = loop.Run._step
+
+    def dying(self: loop.Run, parts: list) -> None:
+        if self.step == step:
+            raise Died
+        take_step(self, parts)
+
+    monkeypatch.setattr(loop.Run, "_step", dying)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbed, in one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(folder) == 0
+    return folder
+
+
+def test_dead_in_an_epoch_and_between_two(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (3, 5, 8):  # after a save in the middle, after an epoch, in the middle of the second
+        with monkeypatch.context() as patch:
+            die_before_step(step, patch)
+            with pytest.raises(Died):
+                run(tmp_path / "run", "--resume", "true")
+    assert run(tmp_path / "run", "--resume", "true") == 0
+    assert same(tmp_path / "run", whole)
+    assert rows(tmp_path / "run") == rows(whole)
+    figures = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(tmp_path / "run", "--resume", "true") == 0  # there is nothing left to do
+    assert same(tmp_path / "run", whole)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == figures
+
+
+def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        die_before_step(1, patch)
+        with pytest.raises(Died):
+            run(tmp_path / "run")
+    assert run(tmp_path / "run", "--resume", "true") == 0
+    assert same(tmp_path / "run", whole)
+
+
+def test_other_numbers_of_processes_go_on(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1 -> 2 and 2 -> 1, with other parts for accumulation on the way.
+    one, two = tmp_path / "one", tmp_path / "two"
+    with monkeypatch.context() as patch:
+        die_before_step(3, patch)
+        with pytest.raises(Died):
+            run(one)
+    common = [*OPTIONS, "--resume", "true"]
+    together(
+        tmp_path,
+        [
+            [*common, "--output", str(one), "--accumulation", "2"],
+            [*OPTIONS, "--output", str(two)],
+        ],
+    )
+    first = two / "checkpoints"
+    for path in (two / "config.json", two / "model.safetensors", two / "metrics.jsonl"):
+        path.unlink()
+    newest = max(first.iterdir())
+    newest.rename(tmp_path / "aside")  # as if the last epoch's end had not been reached
+    assert run(two, "--resume", "true") == 0
+    start = nfzoo.create("nfnet-test", generator=torch.Generator().manual_seed(0)).state_dict()
+    for folder in (one, two):
+        found, wanted = weights(folder), weights(whole)
+        assert max(float((found[k] - wanted[k]).abs().max()) for k in found) < PROCESSES_TOLERANCE
+        assert max(float((found[k] - start[k]).abs().max()) for k in found) > 1000 * PROCESSES_TOLERANCE
+
+
+def test_a_run_goes_on_as_itself_alone(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        die_before_step(3, patch)
+        with pytest.raises(Died):
+            run(tmp_path / "run")
+    for options, said in (
+        (["--resume", "true", "--optim.lr", "0.3"], "optim.lr 0.4, not 0.3"),
+        (["--resume", "true", "--augment.mixup", "0.4"], "augment.mixup 0.2, not 0.4"),
+        (["--resume", "true", "--validation_fraction", "0.3"], "validation_fraction"),
+        ([], "--resume true"),
+    ):
+        assert run(tmp_path / "run", *options) == 2
+        assert said in capsys.readouterr().err
+    assert run(tmp_path / "run", "--overwrite", "true", "--seed", "1", "--epochs", "1", "--save_steps", "9") == 0
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000005"]
+
+
+def test_other_data_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "pets", {"cat": 10, "dog": 10})
+    options = ["--model", "nfnet-test", "--data", str(data), "--output", str(tmp_path / "run"), "--batch_size", "4"]
+    options += ["--workers", "0", "--save_steps", "1", "--epochs", "1"]
+    with monkeypatch.context() as patch:
+        die_before_step(2, patch)
+        with pytest.raises(Died):
+            train.main(options)
+    moved = data.rename(tmp_path / "moved")
+    options[3] = str(moved)
+    (moved / "cat" / "1.png").rename(moved / "cat" / "other.png")
+    assert train.main([*options, "--resume", "true"]) == 2
+    assert "others by name" in capsys.readouterr().err
+    (moved / "cat" / "other.png").rename(moved / "cat" / "1.png")
+    assert train.main([*options, "--resume", "true"]) == 0
+    write_images(moved, {"cow": 10})
+    assert train.main([*options, "--resume", "true"]) == 2
+    assert "24 training images of 3 classes" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- signals and dying processes
+
+
+def start(output: Path, *options: str, world: int) -> list[subprocess.Popen[str]]:
+    """The processes of a run, each in a group of its own, past their start."""
+    port = free_ports(1)[0]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if world > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "nfzoo.train", *OPTIONS, "--output", str(output), *options],
+            cwd=ROOT,
+            env={**environment, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(world)
+    ]
+    assert processes[0].stdout is not None
+    if not processes[0].stdout.readline():  # says what it begins with
+        raise AssertionError([process.communicate(timeout=60) for process in processes])
+    return processes
+
+
+def kill(processes: list[subprocess.Popen[str]]) -> bool:
+    """SIGKILL to all; whether any still ran."""
+    lived = any(process.poll() is None for process in processes)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate(timeout=60)
+    return lived
+
+
+def killed_often(output: Path, times: int, seed: int, *options: str) -> tuple[int, int]:
+    """Kill a run of two processes so often, then let it end: every other time at a random moment, else in a save."""
+    rng = random.Random(seed)
+    kills = in_saves = 0
+    while kills < times:
+        processes = start(output, "--resume", "true", "--save_steps", "1", *options, world=2)
+        if kills % 2:
+            time.sleep(rng.uniform(0, 1.5))
+        else:
+            before = set(output.glob("checkpoints/*"))
+            while set(output.glob("checkpoints/*")) <= before and processes[0].poll() is None:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.02))
+        kills += kill(processes)
+        in_saves += bool(list(output.glob("**/.*.partial")))
+        if (output / "model.safetensors").exists():
+            nfzoo.from_pretrained(output)  # what was saved last loads, whatever the moment
+    processes = start(output, "--resume", "true", "--save_steps", "1", *options, world=2)
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    return kills, in_saves
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    together(tmp_path, [[*OPTIONS, "--output", str(tmp_path / "whole")]])
+    kills, _ = killed_often(tmp_path / "run", 3, seed=0)
+    assert kills == 3
+    assert same(tmp_path / "run", tmp_path / "whole")
+    for found, wanted in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)  # an epoch's sums, which two processes share, are added anew
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    options = ["--epochs", "12"]
+    together(tmp_path, [[*OPTIONS, *options, "--output", str(tmp_path / "whole")]])
+    kills, in_saves = killed_often(tmp_path / "run", 20, 1, *options)
+    print(f"{kills} kills, {in_saves} of them in a save")
+    assert kills == 20
+    assert in_saves > 0
+    assert same(tmp_path / "run", tmp_path / "whole")
+    for found, wanted in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)  # an epoch's sums, which two processes share, are added anew
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: int) -> None:
+    options = ["--epochs", "200", "--save_steps", "100000"]
+    processes = start(tmp_path / "run", *options, world=2 if number == signal.SIGTERM else 1)
+    time.sleep(1)
+    processes[0].send_signal(number)  # to one of them alone
+    printed = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [status] * len(processes), printed
+    error = printed[0][1]
+    assert error.count("\n") == 1
+    assert f"stopped by {signal.Signals(number).name} after step" in error
+    assert "--resume true" in error
+    saved = loop.Path(tmp_path / "run" / "checkpoints")
+    assert len(list(saved.iterdir())) in (1, 2)
+    assert not list(saved.glob(".*"))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_the_others(tmp_path: Path, victim: int) -> None:
+    processes = start(tmp_path / "run", "--epochs", "500", "--save_steps", "5", world=2)
+    time.sleep(1)
+    processes[victim].kill()
+    survivor = processes[1 - victim]
+    _, error = survivor.communicate(timeout=60)
+    processes[victim].communicate(timeout=60)
+    assert survivor.returncode == 1, error
+    last = error.strip().splitlines()[-1]
+    assert f"process {1 - victim} lost the others at step" in last
+    assert "--resume true" in last or "nothing was saved" in last
+
+
+# ---------------------------------------------------------------- disks and numbers that give out
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = loop.save_state
+
+    def full(root: Path, step: int, *rest: object, **more: object) -> Path:
+        if step >= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(root, step, *rest, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", full)
+        assert run(tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "could not save after step 4: [Errno 28] No space left on device" in error
+    assert "step_00000002 holds the last checkpoint" in error
+    assert run(tmp_path / "run", "--resume", "true") == 0
+    assert same(tmp_path / "run", whole)
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> Path:
+    model = nfzoo.create("nfnet-test")
+    with torch.no_grad():
+        model.get_parameter("stages.1.0.skip_gain").fill_(1e30)
+        model.get_parameter("stages.1.0.conv2.gain").fill_(1e30)
+    return model.save_pretrained(tmp_path / "poisoned")
+
+
+def test_where_numbers_stop_being_finite(tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run", "--model", str(poisoned)) == 1
+    error = capsys.readouterr().err
+    assert "the output of 'stages.1.0' is not finite, at step 1 (epoch 1)" in error
+    assert "nothing was saved" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_are_not_finite_are_skipped_when_asked(
+    tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(poisoned), "--nonfinite", "skip", "--epochs", "1", "--optim.ema_decay", "null"]
+    assert run(tmp_path / "run", *options) == 0
+    assert "step 5 skipped: the output of 'stages.1.0' is not finite (5 so far)" in capsys.readouterr().out
+    assert rows(tmp_path / "run")[0]["skipped"] == 5
+    before, after = weights(poisoned), weights(tmp_path / "run")
+    assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("head."))
+
+
+def test_skipping_for_good_is_no_training(tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(poisoned), "--nonfinite", "skip", "--epochs", "9", "--batch_size", "140"]
+    assert run(tmp_path / "run", *options, "--save_steps", "100") == 1
+    assert f"is not finite, the {loop.SKIPS_IN_A_ROW}th time in a row, at step 20" in capsys.readouterr().err
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (row["train_loss"], row["skipped"]) == (None, 10)  # JSON has no NaN
+
+
+def test_the_last_good_checkpoint_is_named_when_training_diverges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take_step = loop.Run._step
+
+    def diverging(self: loop.Run, parts: list) -> None:
+        if self.step == 3:
+            with torch.no_grad():
+                self.trainee.live["stages.0.0.conv1.weight"].fill_(float("nan"))
+        take_step(self, parts)
+
+    monkeypatch.setattr(loop.Run, "_step", diverging)
+    assert run(tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "a weight of 'stages.0.0' is not finite, at step 4" in error
+    assert "step_00000002 holds the last checkpoint" in error
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from nfzoo.train.run import _alone
+with _alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            (tmp_path / "link").symlink_to(output)
+            for name in ("run", "link"):
+                assert run(tmp_path / name) == 2
+                assert "another run is writing into" in capsys.readouterr().err
+            assert not output.exists()
+        finally:
+            other.kill()
+    assert run(output) == 0  # the lock went with the process
+
+
+def test_a_lock_that_cannot_be_made_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.tempfile, "gettempdir", lambda: str(tmp_path / "absent"))
+    with train._alone(tmp_path / "run"):
+        pass
+
+
+LAUNCHER = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, *sys.argv[2:]]).wait())
+"""
+WORKER = """
+import time
+from nfzoo.runtime.distributed import Agreement
+with Agreement() as agreement:
+    assert agreement.reached() == (None, 0)
+    print("running", flush=True)
+    while agreement.reached()[0] is None:
+        time.sleep(0.05)
+    print("asked", int(agreement.reached()[0]), flush=True)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="only Linux has /proc, which says what started a process"
+)
+def test_the_end_of_accelerate_launch_is_heard(tmp_path: Path) -> None:
+    launcher = tmp_path / "accelerate"
+    launcher.write_text(LAUNCHER)
+    command = [sys.executable, str(launcher), "launch", "-c", WORKER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        process.terminate()
+        assert process.stdout.readline() == f"asked {int(signal.SIGTERM)}\n"

@@ -1,0 +1,400 @@
+"""The main job: training from the command line, one process and two, and everything it must refuse."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import nfzoo
+from nfzoo.cli import demo
+from nfzoo.data.loader import open_split
+from nfzoo.evaluate import evaluate
+from nfzoo.train import batches as inputs
+from nfzoo.train import config as recipe
+from nfzoo.train import recipes
+from nfzoo.train import run as train
+from tests.data.test_loader import write_images
+
+QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "142"]
+# Ten float32 steps with sums in another order; a parameter is of order one.
+PROCESSES_TOLERANCE = 1e-5
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def run(output: Path, *options: str, data: str = "digits") -> int:
+    return train.main([*QUICK, "--data", data, "--output", str(output), *options])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "pets", {"cat": 10, "dog": 10, "fish": 10})
+
+
+def test_result_is_a_model_with_its_record(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "run"
+    assert run(output, "--epochs", "2") == 0
+    model = nfzoo.from_pretrained(output)
+    assert model.labels == tuple("0123456789")
+    assert model.provenance is not None
+    assert model.provenance["weights"] == "ema"
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[-1]["step"] == 20
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert 0 < rows[0]["clipped"] < 1
+    assert yaml.safe_load((output / "train.yaml").read_text())["epochs"] == 2
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not [p for p in (tmp_path / "deep").iterdir() if p != output]
+
+    # The recorded accuracy is that of the saved weights.
+    validation = open_split("digits").validation
+    with torch.no_grad():
+        logits = model(torch.stack([model.preprocess(validation[i][0]) for i in range(len(validation))]))
+    accuracy = (logits.argmax(1) == torch.tensor(validation.labels)).float().mean()
+    assert float(accuracy) == pytest.approx(rows[-1]["ema_accuracy"], abs=1e-6)
+
+
+def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:
+    options = ["--drop_rate", "0.2", "--stochastic_depth", "0.2"]
+    for name in ("a", "b"):
+        assert run(tmp_path / name, *options) == 0
+    assert run(tmp_path / "c", *options, "--seed", "1") == 0
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    # Ten steps of 142 images, with dropout and stochastic depth, at the full learning rate from the first step on.
+    options = ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.warmup_epochs", "0"]
+    options += ["--optim.lr", "0.4"]
+    assert run(tmp_path / "one", *options) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1", "-m", "nfzoo.train"]
+    done = subprocess.run(
+        [*launch, *QUICK, "--data", "digits", "--output", str(tmp_path / "two"), *options],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = nfzoo.create("nfnet-test", generator=torch.Generator().manual_seed(0)).state_dict()
+    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
+    assert moved > 1000 * PROCESSES_TOLERANCE
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < PROCESSES_TOLERANCE
+    rows = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two")]
+    for key in ("train_loss", "train_accuracy", "loss", "accuracy", "ema_accuracy"):
+        assert rows[0][key] == pytest.approx(rows[1][key], abs=1e-5)
+
+
+def test_fine_tunes_a_checkpoint_for_other_classes(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = nfzoo.create("nfnet-test")
+    source.save_pretrained(tmp_path / "source")
+    with caplog.at_level(logging.WARNING, logger="nfzoo"):
+        options = ["--model", str(tmp_path / "source"), "--batch_size", "8", "--optim.lr", "1e-6", "--workers", "1"]
+        assert run(tmp_path / "tuned", *options, "--optim.ema_decay", "null", data=str(folder)) == 0
+    assert "10 classes" in caplog.text
+    tuned = nfzoo.from_pretrained(tmp_path / "tuned")
+    assert tuned.labels == ("cat", "dog", "fish")
+    key = "stages.0.0.conv1.weight"
+    assert torch.allclose(tuned.state_dict()[key], source.state_dict()[key], atol=1e-4)
+    assert tuned.provenance is not None
+    assert tuned.provenance["weights"] == "live"
+    assert tuned.provenance["data"] == "pets"
+    assert run(tmp_path / "again", *options, "--optim.ema_decay", "null", data=str(folder)) == 0
+    assert torch.equal(weights(tmp_path / "again")["head.weight"], weights(tmp_path / "tuned")["head.weight"])
+
+
+def test_recipe_with_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: nfnet-test\ndata: digits\nepochs: 7\noptim:\n  clip: 0.05\n  lr: 0.2\n")
+    config = recipes.parse(["--recipe", str(path), "--output", "x", "--optim.lr", "0.3", "--augment.flip", "0.25"])
+    assert (config.epochs, config.optim.clip, config.optim.lr) == (7, 0.05, 0.3)
+    assert config.augment is not None
+    assert config.augment.flip == 0.25
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--recipe", str(path), "--output", "x", "--print_config"])
+    assert stop.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert recipes.parse(["--recipe", str(printed)]) == recipes.parse(["--recipe", str(path), "--output", "x"])
+
+
+def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", "--augment.scale", "[0.5,1.0]") == 0
+    again = recipes.parse(["--recipe", str(tmp_path / "run" / "train.yaml")])
+    assert again.augment is not None
+    assert again.augment.scale == (0.5, 1.0)
+    assert again.batch_size == 142
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nfnet-tset"], "did you mean 'nfnet-test'"),
+        (["--data", "/no/such/folder"], "does not exist"),
+        (["--optim.learning_rate", "1"], "optim.learning_rate"),
+        (["--epoch", "three"], "epoch"),
+        (["--epochs", "three"], "epochs"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--batch_size", "5000"], "do not fill a batch of 5000"),
+        (["--optim.clip", "-1"], "clip must be positive"),
+        (["--optim.momentum", "1.5"], "momentum must be in"),
+        (["--seed", "-1"], "seed must not be negative"),
+        (["--drop_rate", "1"], "drop_rate must be in"),
+        (["--augment.flip", "3"], "flip must be a probability"),
+        (["--mixed_precision", "bf61"], "mixed_precision"),
+        (["--recipe", "/no/such/recipe.yaml"], "recipe"),
+        (["--pretrained", "true"], "no weights are published"),
+        (["--validation_fraction", "1.5"], "validation_fraction must be between"),
+        (["--seed", "99999999999999999999"], "seed must not be negative"),
+        (["--workers", "100000"], "at most 256"),
+        (["--data", ""], "data must not be empty"),
+        (["--output", ""], "output must not be empty"),
+        (["--output", "/proc/nowhere/run"], "cannot be written"),
+        (["--accumulation", "4"], "does not divide among 1 processes with accumulation 4; make it a multiple of 4"),
+        (["--batch_size", "71", "--augment.mixup", "0.2"], "mixed in pairs"),
+        (["--sharding", "fsdp2"], "needs processes to shard over"),
+        (["--sharding", "fsdp2", "--optim.sam_rho", "0.05"], "SAM ascends in each process"),
+        (["--optim.name", "torch.optim.Sgd"], "the optimizer 'torch.optim.Sgd'"),
+        (["--optim.name", "adamw", "--optim.options", "{beta: 1}"], "unexpected keyword argument 'beta'"),
+        (["--optim.options", "{betas: [0.9, 0.99]}"], "are for other optimizers"),
+        (["--optim.sam_fraction", "0"], "sam_fraction must be in (0, 1]"),
+        (["--max_broken", "-1"], "max_broken must not be negative"),
+        (["--keep_checkpoints", "0"], "keep_checkpoints must be at least 1"),
+        (["--tracker", "no_such_tracker"], "there is no tracker 'no_such_tracker'"),
+        (["--recipe", "nfnet-f1-finetun"], "there is no recipe 'nfnet-f1-finetun'"),
+    ],
+)
+def test_bad_options_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run(tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nfzoo train: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("optim", ["3", "null", "[1, 2]"])
+def test_a_recipe_whose_optimizer_is_no_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str], optim: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"optim: {optim}\n")
+    assert run(tmp_path / "out", "--recipe", str(tmp_path / "recipe.yaml")) == 2
+    error = capsys.readouterr().err
+    assert "optim" in error
+    assert "functools" not in error
+    assert error.count("\n") == 1
+
+
+def test_output_below_a_file_is_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file" / "run") == 2
+    output = capsys.readouterr()
+    assert "cannot be written" in output.err
+    assert "epoch" not in output.out
+
+
+def test_one_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out", "--batch_size", "2", data=str(write_images(tmp_path / "one", {"cat": 8}))) == 2
+    assert "one class alone" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs, "training_batches", interrupt)
+    assert run(tmp_path / "out") == 130
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--seed", "1"], ["--seed", "2", "--validation_fraction", "0.3"]])
+def test_evaluation_finds_the_images_that_training_held_out(tmp_path: Path, options: list[str]) -> None:
+    assert run(tmp_path / "out", *options) == 0
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    found = evaluate(nfzoo.from_pretrained(tmp_path / "out"), "digits", device="cpu")
+    assert found.top1 == pytest.approx(row["ema_accuracy"], abs=1e-9)
+    assert found.loss == pytest.approx(row["ema_loss"], abs=1e-6)
+    fraction = 0.2 if len(options) == 2 else 0.3
+    assert found.images == len(open_split("digits", validation_fraction=fraction).validation)
+
+
+def test_without_a_network_the_way_out_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run(tmp_path / "out", "--model", "nfnet-f0") == 2
+    assert "--pretrained false" in capsys.readouterr().err
+
+
+def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--model", "nfnet-test"]) == 2
+    assert "data, output" in capsys.readouterr().err
+
+
+def test_an_earlier_model_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nfzoo.create("nfnet-test").save_pretrained(tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert run(tmp_path / "run") == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert run(tmp_path / "run", "--overwrite", "true") == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_corrupt_image_is_fatal_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
+    data = tmp_path / "data"
+    write_images(data / "train", {"cat": 8, "dog": 8})
+    write_images(data / "val", {"cat": 2, "dog": 2})
+    broken = data / part / "dog" / "1.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200])
+    options = ["--batch_size", "8", "--workers", "1"]
+    assert run(tmp_path / "out", *options, data=str(data)) == 2
+    error = capsys.readouterr().err
+    assert str(broken) in error
+    assert error.count("\n") == 1
+    left = sorted(path.name for path in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    assert left == ([] if part == "train" else ["checkpoints"])  # once the image is mended, the run can go on
+    broken.write_bytes(whole)
+    assert run(tmp_path / "out", *options, "--resume", "true", data=str(data)) == 0
+
+
+def test_corrupt_images_are_left_out_when_asked(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = folder / "dog" / "1.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    options = ["--batch_size", "8", "--workers", "0", "--epochs", "2"]
+    with caplog.at_level(logging.WARNING, logger="nfzoo"):
+        assert run(tmp_path / "out", *options, "--max_broken", "1", data=str(folder)) == 0
+    assert caplog.text.count(str(broken)) == 1
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["broken"] == 1
+    (folder / "cat" / "1.png").write_bytes(b"")
+    (folder / "cat" / "2.png").write_bytes(b"")
+    assert run(tmp_path / "out3", *options, "--max_broken", "1", data=str(folder)) == 2
+    error = capsys.readouterr().err
+    assert "images cannot be read, and max_broken is 1" in error
+    for image in (folder / "dog").iterdir():
+        image.write_bytes(b"")
+    assert run(tmp_path / "out2", *options, "--max_broken", "4", data=str(folder)) == 2
+    assert not (tmp_path / "out2").exists()
+
+
+def test_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optim.lr", "1e12", "--optim.clip", "null", "--optim.warmup_epochs", "0"]
+    assert run(tmp_path / "out", *options) == 1
+    assert "nothing was saved" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_head_alone_is_tuned(tmp_path: Path) -> None:
+    source = nfzoo.create("nfnet-test")
+    source.save_pretrained(tmp_path / "source")
+    options = ["--model", str(tmp_path / "source"), "--tune", "head", "--optim.ema_decay", "null"]
+    assert run(tmp_path / "out", *options, "--optim.warmup_epochs", "0") == 0
+    before, after = source.state_dict(), weights(tmp_path / "out")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optim.name", "adamw", "--optim.options", "{betas: [0.9, 0.95]}"],
+        ["--optim.name", "torch.optim.NAdam"],
+        ["--mixed_precision", "bf16"],
+        ["--activation_checkpointing", "true", "--stochastic_depth", "0.3"],
+    ],
+)
+def test_other_ways_to_train_learn_too(tmp_path: Path, options: list[str]) -> None:
+    assert run(tmp_path / "out", *options, "--epochs", "2", "--optim.warmup_epochs", "0") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    for name, options in (("a", []), ("b", ["--activation_checkpointing", "true"])):
+        assert run(tmp_path / name, *options, "--drop_rate", "0.2", "--stochastic_depth", "0.3") == 0
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_training_is_the_same(tmp_path: Path) -> None:
+    options = ["--drop_rate", "0.2", "--stochastic_depth", "0.3", "--optim.warmup_epochs", "0"]
+    for name, more in (("a", []), ("b", ["--compile", "true"])):
+        assert run(tmp_path / name, *options, *more) == 0
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    # Ten float32 steps whose kernels add up in another order.
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
+
+
+def test_tracker_and_sheet(tmp_path: Path) -> None:
+    sheet = tmp_path / "first.png"
+    options = ["--tracker", "tensorboard", "--augmented_sheet", str(sheet), "--augment.mixup", "0.2"]
+    assert run(tmp_path / "out", *options) == 0
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "nfzoo"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "train/gradient_norm", "train/clipped", "epoch/accuracy"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("epoch/accuracy")] == [10]
+
+
+@pytest.mark.parametrize("inside", ["out", "."])
+def test_an_output_among_the_data_is_refused(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert run(folder / inside, "--batch_size", "8", data=str(folder)) == 2
+    assert "among the data" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_option_of_a_union_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out", "--augment.magnitude", "99") == 2
+    error = capsys.readouterr().err
+    assert "magnitude must be from 0 to 20, not 99" in error
+    assert "Union" not in error
+
+
+def test_default_learning_rate() -> None:
+    rates = {batch: recipe.default_lr(batch, pretrained=False) for batch in (16, 64, 256, 4096)}
+    assert rates == {16: 0.025, 64: 0.1, 256: 0.1, 4096: 1.6}  # the papers' is 0.1 * batch / 256
+    assert recipe.default_lr(64, pretrained=True) == pytest.approx(0.01)
+
+
+def test_demo_reads_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main([str(tmp_path / "demo")]) == 0
+    last = json.loads((tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["ema_accuracy"] >= demo.TARGET
+    printed = capsys.readouterr().out
+    for name in ("predictions.png", "curves.png", "metrics.jsonl"):
+        assert str(tmp_path / "demo" / name) in printed
+        assert (tmp_path / "demo" / name).stat().st_size > 0
