@@ -32,8 +32,8 @@ from PIL import Image
 from benchmarks.machine import machine
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import Preprocessing, Resize
-from nfzoo.data.images import ImageFolder
-from nfzoo.data.loader import Images, training_batches
+from nfzoo.data.images import ImageFolder, Images
+from nfzoo.data.loader import training_batches
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.mixing import Augment
@@ -90,7 +90,7 @@ def stored(files: list[bytes], folder: Path) -> dict[str, Images]:
         import pyarrow
         import pyarrow.parquet
 
-        from nfzoo.data.hf_datasets import TableImages
+        from nfzoo.data.hf_datasets import HFDataset
 
         datasets.disable_progress_bars()
         cells = [{"bytes": content, "path": None} for content in files]
@@ -98,7 +98,7 @@ def stored(files: list[bytes], folder: Path) -> dict[str, Images]:
         pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels}), folder / "images.parquet")
         table = datasets.Dataset.from_parquet(str(folder / "images.parquet"), cache_dir=str(folder / "cache"))
         assert isinstance(table, datasets.Dataset)
-        found["parquet"] = TableImages.wrap(table, "the parquet file")
+        found["parquet"] = HFDataset.labelled(table, "the parquet file")
     return found
 
 

@@ -40,7 +40,8 @@ from benchmarks.machine import machine
 from nfzoo.analysis.figures import INK, PAPER, QUIET
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
-from nfzoo.data.loader import DIGITS, Digits, open_split
+from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.source import open_split
 from nfzoo.model import apply, init, parameter_count, specs
 from nfzoo.optim.clipping import agc
 from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, sgd, warmup_cosine

@@ -1,7 +1,7 @@
 """Top labels or embeddings of many images, on one process or many: `nfzoo predict MODEL --data SOURCE --output DIR`.
 
 Results are written in parts of consecutive images. Processes share the parts that are not there yet, so that a run can
-be killed at any moment and taken up by any number of processes. What is in a part depends neither on them nor on the
+be killed at any moment and resumed by any number of processes. What is in a part depends neither on them nor on the
 loader's workers, since a batch never reaches into the next part.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -22,11 +22,11 @@ from tqdm import tqdm
 from nfzoo.checkpoint import part_files
 from nfzoo.checkpoint.part_files import Parts
 from nfzoo.data.images import DIGITS
-from nfzoo.data.loader import BrokenImageError
-from nfzoo.data.unlabelled import fingerprint, open_all
+from nfzoo.data.loader import BrokenImageError, load_batches
+from nfzoo.data.source import fingerprint, open_all
 from nfzoo.errors import ConfigError, DataError, NfzooError, printable
 from nfzoo.nn import NFNet
-from nfzoo.outputs import Wanted, columns, compute, load_batches, weights_hash
+from nfzoo.predict import check_finite, compute, embedding_columns, label_columns, weights_hash
 from nfzoo.runtime import program
 from nfzoo.runtime.device import default_workers, precision, processes, share_of
 
@@ -40,12 +40,12 @@ _Result = TypeVar("_Result")
 _PATIENCE = datetime.timedelta(days=7)  # the first process to be done waits for the last
 
 
-class Done(NamedTuple):
-    """What a run did.
+class Summary(NamedTuple):
+    """The work of a run.
 
     Attributes:
-        images: images that this run looked at, on all processes together, in `seconds`.
-        written: parts that this run wrote, of `parts` that there are.
+        images: images that this run read, on all processes together, in `seconds`.
+        written: parts that this run wrote, of `parts` in all.
         broken: images that cannot be read, in all parts.
     """
 
@@ -75,14 +75,14 @@ def predict_all(
     compile: bool = False,
     skip_broken: bool = False,
     overwrite: bool = False,
-    working: Callable[[], None] = lambda: None,
-) -> Done:
-    """Write what `model` sees in all images of `data` into a folder, or go on with what is there of it.
+    on_start: Callable[[], None] = lambda: None,
+) -> Summary:
+    """Write the labels or embeddings of all images of `data` into a folder, or resume a run that is there.
 
     Several processes (of Accelerate) share the work. The model is computed in its folded form.
 
     Args:
-        data, part: see `unlabelled.open_all`.
+        data, part: see `nfzoo.data.source.open_all`.
         output: the folder: see `nfzoo.checkpoint.part_files`.
         embeddings: write the pooled features `(N, F)` instead of the `topk` most probable labels.
         dtype: of the embeddings, `float32` or `float16`.
@@ -96,15 +96,15 @@ def predict_all(
         compile: compile the blocks; every batch is then filled up to one size.
         skip_broken: leave images out that cannot be read, and name them in the manifest, instead of stopping.
         overwrite: replace what an earlier run wrote.
-        working: called when this process goes on alone with its own parts.
+        on_start: called once the processes have agreed on the work, and this one begins its own parts.
 
     Raises:
         ConfigError: for a folder with the results of another run, and for options that do not go together.
         DataError: for data that cannot be read; the parts before stay.
         CheckpointError: if the outputs are not finite.
     """
-    counts = {"topk": topk, "shard_size": shard_size, "batch_size": batch_size}
-    for name, value in counts.items():
+    # Options.
+    for name, value in {"topk": topk, "shard_size": shard_size, "batch_size": batch_size}.items():
         if value < 1:
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
     if dtype not in DTYPES:
@@ -114,91 +114,94 @@ def predict_all(
     kind = "embeddings" if embeddings else "top-k"
     format = format or part_files.FORMATS[kind][0]
     part_files.check_format(kind, format)
-    low = precision(mixed_precision)
+    autocast = precision(mixed_precision)
     folder = Path(output)
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ConfigError(f"the results would lie in {str(folder)!r}, among the data; give a folder elsewhere")
 
+    # The parts that are missing, as the first process finds them.
     state = processes(cpu=str(device) == "cpu", patience=_PATIENCE)
-    place = share_of(state, device)
-    pictures = open_all(data, part=part)
-    parts = Parts(folder, len(pictures), shard_size, format)
+    target = share_of(state, device)
+    images = open_all(data, part=part)
+    parts = Parts(folder, len(images), shard_size, format)
     topk = min(topk, model.config.num_classes)
-    labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
-    wanted = Wanted(embeddings, topk, dtype, labels)
-    seen = fingerprint(pictures)
-    side = size or model.preprocessing.test_size
+    size = size or model.preprocessing.test_size
+    seen = fingerprint(images)
 
     def begin() -> tuple[str, list[int]]:
         identity = {
             "weights": weights_hash(model),
             "data": seen,
-            "images": len(pictures),
+            "images": len(images),
             "results": f"embeddings, {dtype}" if embeddings else f"top-{topk}",
             "shard_size": shard_size,
             "format": format,
-            "size": side,
-            "mixed_precision": low,
+            "size": size,
+            "mixed_precision": autocast,
         }
         facts = {"model": model.name, "source": data, **({"part_of_source": part} if part else {})}
-        todo = part_files.start(parts, identity, facts, _run(state, place, batch_size, compile), overwrite=overwrite)
-        return seen, todo
+        return seen, part_files.start(
+            parts, identity, facts, _run(state, target, batch_size, compile), overwrite=overwrite
+        )
 
-    first, todo = _agreed(state, begin)
-    working()
+    first, missing = _agreed(state, begin)
+    on_start()
     if first != seen:
         raise DataError(f"{data!r} holds other images for process {state.process_index} than for the first")
-    own = todo[state.process_index :: state.num_processes]
+
+    # The model, in a shell of its own around the parameters: the caller's stays where and as it is.
+    own = missing[state.process_index :: state.num_processes]
+    labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
     if own:
         lean = model if model.config.folded else model.for_inference()
-        # A shell of our own around the parameters: the caller's model stays where and as it is.
-        model = NFNet.from_params(lean.description, dict(lean.named_parameters())).to(place)
+        model = NFNet.from_params(lean.description, dict(lean.named_parameters())).to(target)
     if own and compile:
         model.compile_blocks()
-    elif own and place.type == "cpu":
+    elif own and target.type == "cpu":
         model.prepack()
+
+    # Part by part.
     if workers is None:
         workers = 0 if data == DIGITS else default_workers(state.num_processes)
-    batches = [rows for k in own for rows in _batches(parts.rows(k), batch_size)]
-    fed = load_batches(pictures, model.preprocessing, side, batches, workers)
+    batches = {k: _batches(parts.rows(k), batch_size) for k in own}
+    loaded = load_batches(images, model.preprocessing, size, [rows for k in own for rows in batches[k]], workers)
     begun = time.perf_counter()
-    total = sum(len(parts.rows(k)) for k in todo)
+    total = sum(len(parts.rows(k)) for k in missing)
     with _bar(total, state) as bar:
         for k in own:
-            rows = parts.rows(k)
             outputs: list[Tensor] = []
             broken: dict[str, str] = {}
-            for batch in _batches(rows, batch_size):
-                pixels, problems = next(fed)
+            for rows in batches[k]:
+                pixels, _, problems = next(loaded)
                 if problems and not skip_broken:
-                    raise BrokenImageError(f"{problems[0][1]}; leave such images out with --skip-broken")
-                broken |= {pictures.name(batch[i]): problem for i, problem in problems}
+                    raise BrokenImageError(f"{next(iter(problems.values()))}; leave such images out with --skip-broken")
+                broken |= {images.name(rows[i]): problem for i, problem in problems.items()}
                 fill = batch_size - len(pixels) if compile else 0
                 if fill:  # one shape, one graph
                     pixels = torch.cat([pixels, pixels.new_zeros((fill, *pixels.shape[1:]))])
-                outputs.append(compute(model, pixels, place, low, embeddings=embeddings)[: len(batch)])
-                bar.update(min(len(batch) * state.num_processes, total - bar.n))
-            names = [pictures.name(i) for i in rows]
-            good = [i for i, name in enumerate(names) if name not in broken]
-            names = [names[i] for i in good]
-            found = columns(torch.cat(outputs)[good], names, wanted)
-            part_files.write_part(parts, k, names, found, broken)
-    _together(state)
+                outputs.append(compute(model, pixels, target, autocast, embeddings=embeddings)[: len(rows)])
+                bar.update(min(len(rows) * state.num_processes, total - bar.n))
+            names = [images.name(i) for i in parts.rows(k)]
+            readable = [i for i, name in enumerate(names) if name not in broken]
+            names = [names[i] for i in readable]
+            results = check_finite(torch.cat(outputs)[readable], names)
+            columns = embedding_columns(results, dtype) if embeddings else label_columns(results, topk, labels)
+            part_files.write_part(parts, k, names, columns, broken)
+    _wait_for_all(state)
     seconds = time.perf_counter() - begun
-    damaged = _agreed(state, lambda: part_files.finish(parts))
-    return Done(total, seconds, len(todo), len(parts), len(damaged))
+    unreadable = _agreed(state, lambda: part_files.finish(parts))
+    return Summary(total, seconds, len(missing), len(parts), len(unreadable))
 
 
-def _batches(rows: range, batch_size: int) -> Iterator[range]:
-    for first in range(0, len(rows), batch_size):
-        yield rows[first : first + batch_size]
+def _batches(rows: range, batch_size: int) -> list[range]:
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
 
 
-def _run(state: PartialState, place: torch.device, batch_size: int, compile: bool) -> dict[str, Any]:
+def _run(state: PartialState, device: torch.device, batch_size: int, compile: bool) -> dict[str, Any]:
     from nfzoo import __version__
 
     versions = {"nfzoo": __version__, "torch": str(torch.__version__)}
-    return {**versions, "device": place.type, "processes": state.num_processes, "batch_size": batch_size} | (
+    return {**versions, "device": device.type, "processes": state.num_processes, "batch_size": batch_size} | (
         {"compile": True} if compile else {}
     )
 
@@ -207,37 +210,36 @@ def _run(state: PartialState, place: torch.device, batch_size: int, compile: boo
 
 
 class _ElsewhereError(NfzooError):
-    """What went wrong in the first process, which tells of it."""
+    """An error of the first process, which reports it."""
 
 
 def _agreed(state: PartialState, make: Callable[[], _Result]) -> _Result:
-    """What the first process makes, or its error, in every process."""
-    box: list[Any] = [None, None]
+    """Return what the first process makes, or raise its error, in every process."""
+    from accelerate.utils import broadcast_object_list
+
+    message: list[Any] = [None, None]  # result, error
     problem: Exception | None = None
     if state.is_main_process:
         try:
-            box[0] = make()
+            message[0] = make()
         except (NfzooError, OSError) as error:
-            problem, box[1] = error, str(error)
-    from accelerate.utils import broadcast_object_list
-
-    _call(state, lambda: broadcast_object_list(box))
+            problem, message[1] = error, str(error)
+    _exchange(state, lambda: broadcast_object_list(message))
     if problem is not None:
         raise problem
-    if box[1] is not None:
-        raise _ElsewhereError(box[1])
-    return box[0]
+    if message[1] is not None:
+        raise _ElsewhereError(message[1])
+    return message[0]
 
 
-def _together(state: PartialState) -> None:
-    """Wait until every process is done."""
+def _wait_for_all(state: PartialState) -> None:
     from accelerate.utils import gather_object
 
-    _call(state, lambda: gather_object([True]))
+    _exchange(state, lambda: gather_object([True]))
 
 
-def _call(state: PartialState, exchange: Callable[[], object]) -> None:
-    """What several processes have to do together."""
+def _exchange(state: PartialState, exchange: Callable[[], object]) -> None:
+    """Communicate with the other processes, if there are any."""
     if state.num_processes == 1:
         return
     try:
@@ -311,20 +313,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
-    alone: list[bool] = []  # filled once this process works on its own parts, and tells of its own errors
+    started: list[bool] = []  # filled once this process works on its own parts, and reports its own errors
     return program.run(
         "nfzoo predict",
-        lambda: _main(_parser().parse_args(argv), lambda: alone.append(True)),
-        speaks=lambda error: not isinstance(error, _ElsewhereError) and (bool(alone) or program.first()),
+        lambda: _main(_parser().parse_args(argv), lambda: started.append(True)),
+        speaks=lambda error: not isinstance(error, _ElsewhereError) and (bool(started) or program.first()),
     )
 
 
-def _main(options: argparse.Namespace, working: Callable[[], None]) -> None:
+def _main(options: argparse.Namespace, on_start: Callable[[], None]) -> None:
     from nfzoo import from_pretrained
 
-    given = dict(vars(options))
-    model = from_pretrained(given.pop("model"))
-    done = predict_all(model, given.pop("data"), given.pop("output"), working=working, **given)
+    keywords = dict(vars(options))
+    model = from_pretrained(keywords.pop("model"))
+    done = predict_all(model, keywords.pop("data"), keywords.pop("output"), on_start=on_start, **keywords)
     if not processes(cpu=options.device == "cpu").is_main_process:
         return
     output = printable(options.output)

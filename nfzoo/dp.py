@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from nfzoo.config import ModelConfig
-from nfzoo.data.loader import DIGITS, Digits, open_split
+from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.source import open_split
 from nfzoo.errors import ConfigError, NfzooError
 from nfzoo.model import apply, init
 from nfzoo.optim.sgd import sgd, sgd_init

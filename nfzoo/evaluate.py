@@ -20,19 +20,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nfzoo.config import Preprocessing
+from nfzoo.data.images import DIGITS, Digits, ImageFolder, Images
 from nfzoo.data.labels import match_classes
-from nfzoo.data.loader import (
-    DIGITS,
-    HELD_OUT,
-    BrokenImageError,
-    Digits,
-    HeldOut,
-    ImageFolder,
-    Images,
-    evaluation_batches,
-    open_held_out,
-    open_split,
-)
+from nfzoo.data.loader import BrokenImageError, evaluation_batches
+from nfzoo.data.source import HELD_OUT, Part, open_held_out, open_split
 from nfzoo.errors import CheckpointError, DataError, printable
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
@@ -61,23 +52,23 @@ class Score(NamedTuple):
 def score(
     logits: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str
 ) -> Score:
-    """The score of a function from images to logits `(N, classes)`, over the batches of all processes together.
+    """Score a function from images to logits `(N, classes)`, over the batches of all processes together.
 
     An image is right among the k best if fewer than k classes come before its own, of equal logits the first in order;
     never if a logit is no number. The loss is the cross-entropy, NaN where there are no images.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     losses: list[Tensor] = []
-    where = backend(device)
+    target = backend(device)
     for images, labels in batches:
-        images, labels = where.images(images), labels.to(device)
-        found = logits(images).float()
-        own = found.gather(1, labels[:, None])
-        index = torch.arange(found.shape[1], device=device)
-        behind = (found < own) | ((found == own) & (index >= labels[:, None]))
+        images, labels = target.images(images), labels.to(device)
+        outputs = logits(images).float()
+        own = outputs.gather(1, labels[:, None])
+        index = torch.arange(outputs.shape[1], device=device)
+        behind = (outputs < own) | ((outputs == own) & (index >= labels[:, None]))
         rank = (~behind).sum(1)
         counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), rank.new_tensor(len(labels))])
-        losses.append(F.cross_entropy(found, labels, reduction="sum"))
+        losses.append(F.cross_entropy(outputs, labels, reduction="sum"))
     # Thousands of batches are added up in float64, which Apple's GPUs do not have.
     wide = torch.float32 if counts.device.type == "mps" else torch.float64
     loss = torch.stack(losses).to(wide).sum() if losses else torch.zeros((), dtype=wide, device=device)
@@ -95,7 +86,7 @@ class Labelled(NamedTuple):
 
     Attributes:
         dataset, split: names for the record; a split only where the data have one.
-        matched_by: what the folders' names were taken for.
+        matched_by: the names that those of the classes were found among.
     """
 
     images: Images
@@ -105,30 +96,30 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(source: str, classes: int, labels: Sequence[str] | None, *, held_out: float = HELD_OUT) -> Labelled:
-    """The images of a source, see `splits.open_split`, for a model of `classes` outputs named `labels`.
+    """Open the images of a source, see `nfzoo.data.source`, for a model of `classes` outputs named `labels`.
 
     Of a source with its own held-out part, such as a folder with `train/` and `val/` inside, that part is taken; of
-    others all images; `"digits"` is the part of the embedded digits, `held_out` of them, that training does not see.
+    others all images; of `"digits"` the part, `held_out` of them, that training does not see.
 
     Raises:
         DataError: see `open_split` and `match_classes`.
     """
     if source == DIGITS:
         digits = open_split(DIGITS, validation_fraction=held_out).validation
-        data = HeldOut(digits, DIGITS, "held out", "the digits")
+        part = Part(digits, DIGITS, "held out", "the digits")
     else:
-        data = open_held_out(source)
-    names = data.images.classes
-    numbered = not isinstance(data.images, ImageFolder) and names == tuple(map(str, range(len(names))))
+        part = open_held_out(source)
+    names = part.images.classes
+    numbered = not isinstance(part.images, ImageFolder) and names == tuple(map(str, range(len(names))))
     if numbered and len(names) <= classes and not {*names} & {*(labels or ())}:
         index, matched_by = tuple(range(len(names))), "numbers"  # labels without names are numbers of outputs
     else:
-        index, matched_by = match_classes(names, classes, labels, source=data.where)
-    return Labelled(data.images.relabelled(index), data.dataset, data.split, matched_by)
+        index, matched_by = match_classes(names, classes, labels, source=part.source)
+    return Labelled(part.images.relabelled(index), part.dataset, part.split, matched_by)
 
 
 class Evaluation(NamedTuple):
-    """What a model scored on what, ready for a model card.
+    """The score of a model on a data set, ready for a model card.
 
     Attributes:
         model: name of the model, or of its folder.
@@ -160,7 +151,7 @@ class Evaluation(NamedTuple):
     date: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `evaluation.json`, without what is not known."""
+        """Return the content of `evaluation.json`, without fields that are `None`."""
         return {key: value for key, value in self._asdict().items() if value is not None}
 
 
@@ -194,8 +185,9 @@ def evaluate(
     """
     from nfzoo import __version__
 
+    # The images that count for this model.
     state = processes(cpu=str(device) == "cpu")
-    place = share_of(state, device)
+    target = share_of(state, device)
     trained = model.provenance or {}
     held_out = trained.get("validation_fraction") if trained.get("data") == Path(data).name else None
     labelled = open_labelled(data, model.config.num_classes, model.labels, held_out=held_out or HELD_OUT)
@@ -204,7 +196,9 @@ def evaluate(
     images = labelled.images
     if workers is None:
         workers = 0 if isinstance(images, Digits) else default_workers(state.num_processes)
-    model = model.to(place)
+
+    # This process's share of them, in the trained form: the same bits as in training.
+    model = model.to(target)
     params = dict(model.named_parameters())
     dtype = next(iter(params.values())).dtype
     broken: list[str] = []
@@ -218,18 +212,20 @@ def evaluate(
         workers=workers,
         broken=broken if skip_broken else None,
     )
-    found = score(
+    result = score(
         lambda x: apply(model.config, params, x.to(dtype)),
         _with_bar(batches, len(images), state),
-        device=place,
+        device=target,
     )
+
+    # The result of all processes.
     problems = sorted(gather(broken))
     if state.is_main_process:
         for problem in problems:
             logger.warning("left out: %s", problem)
-    if not found.images:
+    if not result.images:
         raise DataError(f"none of the {len(images)} images can be read, such as: {problems[0]}")
-    if not np.isfinite(found.loss):
+    if not np.isfinite(result.loss):
         raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
     return Evaluation(
         model=name or model.name or "model",
@@ -237,11 +233,11 @@ def evaluate(
         split=labelled.split,
         matched_by=labelled.matched_by,
         classes=len(images.classes),
-        images=found.images,
+        images=result.images,
         skipped=len(problems),
-        top1=found.top1,
-        top5=found.top5,
-        loss=found.loss,
+        top1=result.top1,
+        top5=result.top5,
+        loss=result.loss,
         size=size or model.preprocessing.test_size,
         resize=resize_rule(model.preprocessing),
         nfzoo=__version__,
@@ -251,7 +247,7 @@ def evaluate(
 
 
 def resize_rule(preprocessing: Preprocessing) -> str:
-    """The evaluation resize in words."""
+    """Describe the evaluation resize."""
     if preprocessing.resize == "deepmind":
         return f"deepmind, margin {preprocessing.margin} pixels"
     return f"{preprocessing.resize}, crop {preprocessing.crop:g}"
@@ -268,7 +264,7 @@ def _with_bar(
 
 
 def table(found: Evaluation) -> str:
-    """An evaluation as lines of text."""
+    """Return an evaluation as lines of text."""
     rows = [
         ("model", found.model),
         ("data", found.dataset if found.split is None else f"{found.dataset}, {found.split}"),
@@ -290,10 +286,9 @@ def _parser() -> argparse.ArgumentParser:
         "  nfzoo evaluate nfnet-f0 --data imagenet/val --json evaluation.json\n"
         "  accelerate launch -m nfzoo.evaluate runs/pets --data pets/val",
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file")
+    add(
         "--data",
         required=True,
         metavar="FOLDER",
@@ -301,32 +296,15 @@ def _parser() -> argparse.ArgumentParser:
         "such folders in train/ and val/, of which val/ is taken; or tar shards, parquet files, hub:ORG/NAME; or "
         "'digits', those that training holds out",
     )
-    parser.add_argument(
-        "--size", type=program.positive, metavar="N", help="side of the input in pixels (default: the model's)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=program.positive,
-        default=32,
-        metavar="N",
-        help="images at a time per process (default: 32)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=program.count,
-        metavar="N",
-        help="loader processes per process (default: the processors, up to 8)",
-    )
-    parser.add_argument(
-        "--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)"
-    )
-    parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
-    parser.add_argument(
-        "--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them"
-    )
-    parser.add_argument(
-        "--date", type=_date, metavar="YYYY-MM-DD", help="the day to note in the result (default: none)"
-    )
+    add("--size", type=program.positive, metavar="N", help="side of the input in pixels (default: the model's)")
+    images = "images at a time per process (default: 32)"
+    add("--batch-size", type=program.positive, default=32, metavar="N", help=images)
+    workers = "loader processes per process (default: the processors, up to 8)"
+    add("--workers", type=program.count, metavar="N", help=workers)
+    add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
+    add("--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them")
+    add("--date", type=_date, metavar="YYYY-MM-DD", help="the day to note in the result (default: none)")
     return parser
 
 

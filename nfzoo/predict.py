@@ -1,11 +1,14 @@
-"""From image files to labels with probabilities."""
+"""Labels with probabilities for image files, and the outputs of a model for batches of very many."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 from nfzoo.analysis.figures import SHEET_LIMIT, SheetEntry, check_png, prediction_sheet, thumbnail
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet
-from nfzoo.runtime.device import backend, usable_device
+from nfzoo.runtime.device import AUTOCAST, backend, usable_device
 from nfzoo.transforms.decode import IMAGE_SUFFIXES, open_image
 from nfzoo.transforms.preprocess import evaluation_transform
 
@@ -21,7 +24,7 @@ _BLANK = Image.new("RGB", (1, 1))
 
 
 class Prediction(NamedTuple):
-    """What a model sees in an image: (label, probability) pairs, the most probable first."""
+    """(label, probability) pairs for an image, the most probable first."""
 
     path: Path
     top: list[tuple[str, float]]
@@ -30,7 +33,7 @@ class Prediction(NamedTuple):
 def classify(
     model: NFNet, images: Sequence[Tensor], *, batch_size: int = 32, topk: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """The `topk` most probable labels of each image `(C, H, W)`, with their softmax probabilities.
+    """Return the `topk` most probable labels of each image `(C, H, W)`, with their softmax probabilities.
 
     Computes without noise whatever mode the model is in, on the device of its parameters. Images of one batch have one
     size. A model without labels has "class 0", "class 1", …; one with fewer classes than `topk` gives them all.
@@ -40,10 +43,10 @@ def classify(
     """
     _check_counts(batch_size=batch_size, topk=topk)
     p = next(model.parameters())
-    where = backend(p.device)
+    target = backend(p.device)
     results: list[list[tuple[str, float]]] = []
     for start in range(0, len(images), batch_size):
-        x = where.images(torch.stack(list(images[start : start + batch_size])), p.dtype)
+        x = target.images(torch.stack(list(images[start : start + batch_size])), p.dtype)
         with torch.inference_mode():
             logits = model(x, None if model.config.folded else {}).float()  # no noise
             if not logits.isfinite().all():
@@ -63,7 +66,7 @@ def predict(
     batch_size: int = 32,
     device: torch.device | str | None = None,
 ) -> list[Prediction]:
-    """What `model` sees in image files, prepared by its own evaluation rule.
+    """Return the most probable labels of image files, prepared by the model's own evaluation rule.
 
     Args:
         sheet: a PNG file to write, which shows the images with their labels (of many, the first `SHEET_LIMIT`).
@@ -106,7 +109,7 @@ def predict(
 
 
 def image_files(sources: Sequence[str | Path], *, without: str | Path | None = None) -> list[Path]:
-    """The files meant by paths of images and of folders; a folder stands for the images directly inside, sorted.
+    """List the image files of paths; a folder stands for the images directly inside, sorted.
 
     Args:
         without: a file to pass over in folders, such as the sheet of an earlier run.
@@ -115,12 +118,12 @@ def image_files(sources: Sequence[str | Path], *, without: str | Path | None = N
         DataError: for a path that does not exist, or a folder without images.
     """
     skipped = None if without is None else Path(without).resolve()
-    found: list[Path] = []
+    files: list[Path] = []
     for source in map(Path, sources):
         if not source.is_dir():
             if not source.exists():
                 raise DataError(f"{source} does not exist; give an image or a folder of images")
-            found.append(source)
+            files.append(source)
             continue
         inside = sorted(
             path
@@ -132,8 +135,8 @@ def image_files(sources: Sequence[str | Path], *, without: str | Path | None = N
         )
         if not inside:
             raise DataError(f"the folder {source} holds no images (folders inside it are not searched)")
-        found += inside
-    return found
+        files += inside
+    return files
 
 
 def _label(model: NFNet, index: int) -> str:
@@ -144,3 +147,55 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+
+
+# -- very many images, see `nfzoo.bulk`
+
+
+@torch.inference_mode()
+def compute(model: NFNet, pixels: Tensor, device: torch.device, precision: str, *, embeddings: bool) -> Tensor:
+    """Return pooled features or logits of a batch, float32, on the device, which need not have finished."""
+    target = backend(device)
+    x = target.images(pixels, next(model.parameters()).dtype)
+    with target.autocast(AUTOCAST[precision]):
+        outputs = model.embed(x) if embeddings else model(x)
+    target.step_mark()
+    return outputs.float()
+
+
+def embedding_columns(features: Tensor, dtype: str) -> dict[str, Any]:
+    """Return what is written of pooled features `(n, F)`."""
+    values = features.cpu().numpy()
+    with np.errstate(over="ignore"):
+        embeddings = values.astype(dtype)
+    if not np.isfinite(embeddings).all():
+        raise ConfigError(f"embeddings up to {np.abs(values).max():.3g} do not fit into {dtype}; take --dtype float32")
+    return {"embeddings": embeddings}
+
+
+@torch.inference_mode()
+def label_columns(logits: Tensor, topk: int, labels: Sequence[str]) -> dict[str, Any]:
+    """Return what is written of logits `(n, classes)`: the most probable labels first."""
+    top = logits.softmax(1).topk(topk, dim=1)
+    classes = top.indices.cpu().numpy()
+    names = [[labels[i] for i in row] for row in classes.tolist()]
+    return {"classes": classes, "labels": names, "probabilities": top.values.cpu().numpy()}
+
+
+def check_finite(outputs: Tensor, names: Sequence[str]) -> Tensor:
+    """Return the outputs `(n, F)` for images of these names, or raise a `CheckpointError` if one is not finite."""
+    wrong = outputs.isfinite().all(1).logical_not().nonzero()
+    if len(wrong):
+        name = names[int(wrong[0])]
+        raise CheckpointError(f"the outputs for {name!r} are not finite; the model's weights are damaged, or overflow")
+    return outputs
+
+
+def weights_hash(model: NFNet) -> str:
+    """Return the SHA-256 of the weights, the architecture, the preprocessing and the labels."""
+    about = {**model.description.to_dict(), "name": None, "provenance": None}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {p.dtype}".encode())
+        digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nfzoo import from_pretrained
 from nfzoo.analysis.figures import SheetEntry, prediction_sheet, thumbnail
-from nfzoo.data.loader import DIGITS, Digits, open_split
+from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.source import open_split
 from nfzoo.predict import classify
 from nfzoo.train.run import TrainConfig, train
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE

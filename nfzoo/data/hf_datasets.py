@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfzoo.data.images import Indices, check_classes
+from nfzoo.data.images import UNLABELLED, Images, check_classes
 from nfzoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,23 +22,23 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "cat
 
 
 @dataclass(frozen=True, eq=False)
-class TableImages:
-    """Images and labels in two columns of a table, of which one row is read at a time.
+class HFDataset(Images[Path | io.BytesIO]):
+    """Images in a column of a table, of which one row is read at a time.
 
     Attributes:
         table: the image column alone, as stored bytes and path.
-        source: what error messages call the table.
-        rows: which rows count, in order.
+        prefixes: what stands before `row 17` in the names of images, for each of the tables joined into this one.
+        ends: number of rows up to the end of each of them.
+        facts: see `stamp`.
     """
 
     table: datasets.Dataset
-    source: str
-    rows: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    ends: np.ndarray
+    facts: str = ""
 
     @classmethod
-    def wrap(
+    def labelled(
         cls,
         table: datasets.Dataset,
         source: str,
@@ -46,12 +46,14 @@ class TableImages:
         *,
         image: str | None = None,
         label: str | None = None,
-    ) -> TableImages:
-        """The images of a table with a column of images (encoded bytes or paths) and one of class numbers or names.
+    ) -> HFDataset:
+        """Return the images of a table with a column of images and one of class numbers or names.
 
         Args:
+            table: its images are encoded bytes or paths.
+            source: what error messages call the table.
             classes: the class names to expect, where they are known already.
-            image, label: names of the columns; by default they are found by their kind and name.
+            image, label: names of the columns; by default they are found by their type and name.
 
         Raises:
             DataError: if there are no such columns, or a label is missing or no class.
@@ -60,69 +62,89 @@ class TableImages:
 
         if not len(table):
             raise DataError(f"{source} is empty")
-        image, label = _columns(table.features, source, image, label)
+        image = _column(table, source, "image", image, datasets.Image, IMAGE_COLUMNS)
+        label = _column(table, source, "label", label, datasets.ClassLabel, LABEL_COLUMNS)
         rows: Any = table.select_columns([label]).with_format("arrow")[:]
         column = rows.column(label)
         if column.null_count:
             raise DataError(f"{source} has {column.null_count:,} rows without a {label!r}; leave them out")
         numbers, names = _labels(column.to_numpy(), table.features[label], f"{source}, column {label!r},", classes)
-        try:
-            pictures = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        except Exception as error:  # pyarrow's and datasets' own errors, of many kinds
-            raise DataError(
-                f"the column {image!r} of {source} holds no encoded images (bytes, or bytes and path) but "
-                f"{table.features[image]}; name another with ?image=COLUMN"
-            ) from error
-        return cls(pictures, source, np.arange(len(table)), numbers, names)
+        ends = np.array([len(table)])
+        return cls(np.arange(len(table)), numbers, names, _images(table, source, image), (f"{source}, ",), ends)
 
-    def subset(self, indices: Indices) -> TableImages:
-        chosen = np.asarray(indices, np.int64)
-        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+    @classmethod
+    def unlabelled(
+        cls, tables: Mapping[str, datasets.Dataset], source: str, *, image: str | None = None, facts: str
+    ) -> HFDataset:
+        """Return the images of several tables, one after the other.
 
-    def relabelled(self, index: Indices) -> TableImages:
-        return replace(self, labels=np.asarray(index, np.int64)[self.labels])
+        Args:
+            tables: by what stands before `row 17` in the names of their images.
+            source, image: see `labelled`.
+            facts: see `stamp`.
 
-    def name(self, index: int) -> str:
-        return f"row {self.rows[index]} of {self.source}"
+        Raises:
+            DataError: if there is no column of images, or no row.
+        """
+        import datasets
 
-    def __len__(self) -> int:
-        return len(self.rows)
+        columns = [
+            _images(table, source, _column(table, source, "image", image, datasets.Image, IMAGE_COLUMNS))
+            for table in tables.values()
+        ]
+        ends = np.cumsum([len(table) for table in columns])
+        if not ends[-1]:
+            raise DataError(f"{source} is empty")
+        table = datasets.concatenate_datasets(columns)
+        return cls(np.arange(ends[-1]), np.full(ends[-1], UNLABELLED), (), table, tuple(tables), ends, facts)
 
-    def __getitem__(self, index: int) -> tuple[Path | io.BytesIO, int]:
-        label = int(self.labels[index])
-        (cell,) = self.table[int(self.rows[index])].values()
+    def row_name(self, row: int) -> str:
+        k = int(np.searchsorted(self.ends, row, side="right"))
+        return f"{self.prefixes[k]}row {row - (int(self.ends[k - 1]) if k else 0)}"
+
+    def stamp(self) -> str:
+        return self.facts
+
+    def read_row(self, row: int) -> Path | io.BytesIO:
+        (cell,) = self.table[row].values()
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            raise DataError(f"{self.name(index)} holds no image")
+            raise DataError(f"{self.row_name(row)} holds no image")
         if cell["bytes"] is None:
-            return Path(cell["path"]), label
-        picture = io.BytesIO(cell["bytes"])
-        picture.name = self.name(index)  # for messages of `open_image`
-        return picture, label
+            return Path(cell["path"])
+        image = io.BytesIO(cell["bytes"])
+        image.name = self.row_name(row)  # for messages of `open_image`
+        return image
 
 
-def _columns(features: Any, source: str, image: str | None, label: str | None) -> tuple[str, str]:
+def _column(
+    table: datasets.Dataset, source: str, key: str, name: str | None, feature: type, usual: tuple[str, ...]
+) -> str:
+    """Return the column that is asked for, or else that of the type, which has a usual name where there are several."""
+    names = ", ".join(table.features)
+    if name is not None:
+        if name not in table.features:
+            raise DataError(f"{source} has no column {name!r} for ?{key}=; its columns are {names}")
+        return name
+    typed = [name for name, kind in table.features.items() if isinstance(kind, feature)]
+    named = [name for name in usual if name in table.features]
+    choices = [name for name in named if name in typed] or (typed[:1] if len(typed) == 1 else named)
+    if not choices:
+        raise DataError(f"{source} has no column of {key}s known by name; its columns are {names}: add ?{key}=COLUMN")
+    return choices[0]
+
+
+def _images(table: datasets.Dataset, source: str, column: str) -> datasets.Dataset:
+    """Return one column as stored bytes and path, under the same name for every table."""
     import datasets
 
-    there = ", ".join(features)
-    for key, value in (("image", image), ("label", label)):
-        if value is not None and value not in features:
-            raise DataError(f"{source} has no column {value!r} for ?{key}=; its columns are {there}")
-    found = []
-    for key, value, kind, usual in (
-        ("image", image, datasets.Image, IMAGE_COLUMNS),
-        ("label", label, datasets.ClassLabel, LABEL_COLUMNS),
-    ):
-        named = [name for name in usual if name in features]
-        typed = [name for name, feature in features.items() if isinstance(feature, kind)]
-        choices = (
-            [value] if value else [name for name in named if name in typed] or (typed[:1] if len(typed) == 1 else named)
-        )
-        if not choices:
-            raise DataError(
-                f"{source} has no column of {key}s known by name; its columns are {there}: add ?{key}=COLUMN"
-            )
-        found.append(choices[0])
-    return found[0], found[1]
+    try:
+        images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow's and datasets' own errors, of many kinds
+        raise DataError(
+            f"the column {column!r} of {source} holds no encoded images (bytes, or bytes and path) but "
+            f"{table.features[column]}; name another with ?image=COLUMN"
+        ) from error
+    return images if column == "image" else images.rename_column(column, "image")
 
 
 def _labels(

@@ -1,13 +1,17 @@
-"""Labelled images read at random: what every source of them offers, the embedded digits, and folders of images."""
+"""Images read at random: the interface of every source, the embedded digits, and folders of image files."""
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO, Protocol, Self, TypeAlias
+from typing import BinaryIO, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,43 +20,68 @@ from nfzoo.errors import DataError
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
 DIGITS = "digits"
+UNLABELLED = -1
+"""The label of images that have none."""
 
 _DIGITS_SIZE = 32
 
-Picture: TypeAlias = Path | Image.Image | BinaryIO
-"""What `preprocess.open_image` reads."""
+ImageSource: TypeAlias = Path | Image.Image | BinaryIO
+"""What `open_image` reads."""
 Indices: TypeAlias = Sequence[int] | np.ndarray
 
+_Source_co = TypeVar("_Source_co", bound=ImageSource, covariant=True)
 
-class Images(Protocol):
-    """Labelled images, read at random: `images[i]` is `(what open_image reads, label)`.
+
+@dataclass(frozen=True, eq=False)
+class Images(ABC, Generic[_Source_co]):
+    """Images read at random, with or without labels: `images[i]` is `(what open_image reads, label)`.
+
+    Sources differ in how a row is read and named. Choosing and relabelling images is the same for all.
 
     Attributes:
-        classes: the name of each label.
-        labels: the label of each image, int64 `(len,)`, known without reading any.
+        rows: the rows of the source that count, in order, int64 `(len,)`.
+        labels: the label of each, int64 `(len,)`, known without reading any image; `UNLABELLED` if there are none.
+        classes: the name of each label; empty if there are none.
     """
 
-    @property
-    def classes(self) -> tuple[str, ...]: ...
+    rows: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
 
-    @property
-    def labels(self) -> np.ndarray: ...
+    @abstractmethod
+    def read_row(self, row: int) -> _Source_co:
+        """Return a row of the source, subset or not, in a form that `open_image` reads.
 
-    def __len__(self) -> int: ...
+        Raises:
+            DataError: if it cannot be read.
+        """
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]: ...
+    @abstractmethod
+    def row_name(self, row: int) -> str:
+        """Return the name of a row, which no other row of the source has."""
+
+    @abstractmethod
+    def stamp(self) -> str:
+        """Return what is known of the contents, beside names and number, without reading any image."""
 
     def name(self, index: int) -> str:
-        """What error messages call the image."""
-        ...
+        """Return the image's name, for messages and for joining results."""
+        return self.row_name(int(self.rows[index]))
 
     def subset(self, indices: Indices) -> Self:
-        """These images alone, in this order."""
-        ...
+        """Return these images alone, in this order."""
+        chosen = np.asarray(indices, np.int64)
+        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
 
     def relabelled(self, index: Indices) -> Self:
-        """The same images with the labels `index[label]`; the names of the classes stay those of the source."""
-        ...
+        """Return the same images with the labels `index[label]`; the names of the classes stay those of the source."""
+        return replace(self, labels=np.asarray(index, np.int64)[self.labels])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[_Source_co, int]:
+        return self.read_row(int(self.rows[index])), int(self.labels[index])
 
 
 class Texts(Sequence[str]):
@@ -73,54 +102,53 @@ class Texts(Sequence[str]):
 
 
 @dataclass(frozen=True, eq=False)
-class Digits:
-    """The embedded 1,797 handwritten digits, as 32x32 greyscale images with white strokes on black."""
+class Digits(Images[Image.Image]):
+    """The embedded 1,797 handwritten digits, as 32x32 greyscale images with white strokes on black.
 
-    images: np.ndarray
-    labels: np.ndarray
-    rows: np.ndarray
-    classes: tuple[str, ...] = tuple("0123456789")
+    Attributes:
+        pixels: all of them, 0 to 16, `(1797, 8, 8)`.
+    """
+
+    pixels: np.ndarray
 
     @classmethod
     def embedded(cls) -> Digits:
+        """Return all digits."""
         with files("nfzoo").joinpath("assets/digits.npz").open("rb") as file, np.load(file) as arrays:
             labels = arrays["labels"].astype(np.int64)
-            return cls(arrays["images"], labels, np.arange(len(labels)))
+            return cls(np.arange(len(labels)), labels, tuple("0123456789"), arrays["images"])
 
-    def subset(self, indices: Indices) -> Digits:
-        return replace(self, images=self.images[indices], labels=self.labels[indices], rows=self.rows[indices])
+    @property
+    def images(self) -> np.ndarray:
+        """The pixels of the digits that count, `(len, 8, 8)`."""
+        return self.pixels[self.rows]
 
-    def relabelled(self, index: Indices) -> Digits:
-        return replace(self, labels=np.asarray(index, np.int64)[self.labels])
+    def read_row(self, row: int) -> Image.Image:
+        grey = np.round(self.pixels[row] * (255 / 16)).astype(np.uint8)
+        return Image.fromarray(grey).resize((_DIGITS_SIZE, _DIGITS_SIZE), Image.Resampling.BICUBIC)
 
-    def name(self, index: int) -> str:
-        return f"digit {self.rows[index]}"
+    def row_name(self, row: int) -> str:
+        return f"digit {row}"
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        grey = np.round(self.images[index] * (255 / 16)).astype(np.uint8)
-        image = Image.fromarray(grey).resize((_DIGITS_SIZE, _DIGITS_SIZE), Image.Resampling.BICUBIC)
-        return image, int(self.labels[index])
+    def stamp(self) -> str:
+        return DIGITS
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFolder:
-    """Images in one folder per class.
+class ImageFolder(Images[Path]):
+    """Image files.
 
     Attributes:
-        files: every file that was found; `rows` are those that count, in order.
+        root: the folder that the paths start from; empty where they are whole.
+        paths: path of every file, which is also its name.
     """
 
-    files: Texts
-    rows: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
+    root: Path
+    paths: Texts
 
     @classmethod
     def scan(cls, folder: str | Path, classes: tuple[str, ...] | None = None) -> ImageFolder:
-        """All images below `folder/CLASS/`, sorted; hidden entries and files that are not images are passed over.
+        """Find all images below `folder/CLASS/`, sorted; hidden entries and files that are no images are passed over.
 
         Args:
             classes: the class names to expect, where they are known already.
@@ -130,47 +158,40 @@ class ImageFolder:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            kind = "is not a folder" if folder.exists() else "does not exist"
-            raise DataError(f"the data folder {str(folder)!r} {kind}; give one with a subfolder of images per class")
-        found = tuple(sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".")))
-        if not found:
+            problem = "is not a folder" if folder.exists() else "does not exist"
+            raise DataError(f"the data folder {str(folder)!r} {problem}; give one with a subfolder of images per class")
+        names = tuple(sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".")))
+        if not names:
             raise DataError(f"{str(folder)!r} has no subfolders; put the images of each class into a folder of its own")
-        for name in found:
+        for name in names:
             if any("\ud800" <= c <= "\udfff" for c in name):  # bytes that are no UTF-8, which no file of ours can hold
                 raise DataError(f"the class folder {str(folder / name)!r} has a name that is no text; rename it")
         if classes is not None:
-            check_classes(repr(str(folder)), found, classes)
+            check_classes(repr(str(folder)), names, classes)
         paths: list[str] = []
         counts: list[int] = []
-        for name in found:
-            images = sorted(files_below(folder / name, tuple(IMAGE_SUFFIXES)), key=lambda path: path.split("/"))
+        for name in names:
+            images = files_below(folder / name, tuple(IMAGE_SUFFIXES))
             if not images:
                 raise DataError(f"the class folder {str(folder / name)!r} holds no images; remove it or fill it")
             paths += (os.path.join(folder, name, image) for image in images)
             counts.append(len(images))
-        labels = np.repeat(np.arange(len(found), dtype=np.int64), counts)
-        return cls(Texts(paths), np.arange(len(paths)), labels, found)
+        labels = np.repeat(np.arange(len(names), dtype=np.int64), counts)
+        return cls(np.arange(len(paths)), labels, names, Path(), Texts(paths))
 
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files that count, in order."""
-        return tuple(self[i][0] for i in range(len(self)))
+    @classmethod
+    def unlabelled(cls, root: Path, paths: Sequence[str]) -> ImageFolder:
+        """Return the files of these paths below `root`, by which they are named, without labels."""
+        return cls(np.arange(len(paths)), np.full(len(paths), UNLABELLED), (), root, Texts(paths))
 
-    def subset(self, indices: Indices) -> ImageFolder:
-        chosen = np.asarray(indices, np.int64)
-        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+    def read_row(self, row: int) -> Path:
+        return self.root / self.paths[row]
 
-    def relabelled(self, index: Indices) -> ImageFolder:
-        return replace(self, labels=np.asarray(index, np.int64)[self.labels])
+    def row_name(self, row: int) -> str:
+        return self.paths[row]
 
-    def name(self, index: int) -> str:
-        return self.files[self.rows[index]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Path, int]:
-        return Path(self.name(index)), int(self.labels[index])
+    def stamp(self) -> str:
+        return "files"
 
 
 def check_classes(source: str, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
@@ -181,29 +202,84 @@ def check_classes(source: str, found: tuple[str, ...], expected: tuple[str, ...]
         raise DataError(f"{source} has {len(found)} classes where {len(expected)} are expected; {differ}")
 
 
-def files_below(root: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    """The files below a folder, by their path from there with slashes, but those that are hidden.
+# -- lists of files
 
-    Links to folders are followed, none is entered twice. A `DataError` for a folder that cannot be read.
+
+def files_below(root: Path, endings: tuple[str, ...]) -> list[str]:
+    """List the files below a folder that are not hidden, by their path from there with slashes, part by part in order.
+
+    Links to folders are followed; none is entered twice.
+
+    Raises:
+        DataError: for a folder that cannot be read.
     """
+    return sorted(_walk(root, endings), key=lambda path: path.split("/"))
 
+
+def _walk(root: Path, endings: tuple[str, ...]) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
 
     seen: set[str] = set()
-    for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        inner[:] = [] if real in seen else sorted(name for name in inner if not name.startswith("."))
+        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
         if real in seen:
             continue
         seen.add(real)
         path = Path(folder).relative_to(root).as_posix()
-        below = "" if path == "." else path + "/"
-        for name in names:
-            if has_ending(name, endings):
-                yield below + name
+        yield from (name if path == "." else f"{path}/{name}" for name in names if has_ending(name, endings))
 
 
 def has_ending(name: str, endings: tuple[str, ...]) -> bool:
-    """Whether a file's name ends like that, in whatever case, and is not hidden."""
+    """Return whether a file's name ends in one of these, in whatever case, and is not hidden."""
     return name.lower().endswith(endings) and not name.startswith(".")
+
+
+def is_pattern(path: str) -> bool:
+    """Return whether a name has `*`, `?`, `[…]` or braces."""
+    return re.search(r"[*?\[]|\{[^{}]*\}", path) is not None
+
+
+def expand(pattern: str, endings: tuple[str, ...]) -> list[Path]:
+    """List the files of a pattern with `*`, `?`, `[…]`, `{a,b}` and `{000..146}` that have one of the endings.
+
+    Raises:
+        DataError: if there are none, or a name that the braces alone make is missing.
+    """
+    missing: list[str] = []
+    files: list[Path] = []
+    for name in _braces(pattern):
+        if glob.has_magic(name):
+            files += [Path(path) for path in sorted(glob.glob(name))]
+        elif os.path.exists(name):
+            files.append(Path(name))
+        else:
+            missing.append(name)
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{missing[0]!r} of {pattern!r} is missing{more}")
+    files = [path for path in files if path.name.lower().endswith(endings)]
+    if not files:
+        raise DataError(f"{pattern!r} matches no files that end in one of {', '.join(endings)}")
+    twice = next((path for path, count in Counter(files).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{pattern!r} names {str(twice)!r} twice")
+    return files
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expand the first pair of braces, and so on; numbers keep their leading zeros."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if bounds is None:
+        inner = match[1].split(",")
+    else:
+        low, high = int(bounds[1]), int(bounds[2])
+        if not 0 <= high - low < 1_000_000:
+            raise DataError(f"{match[0]!r} in {pattern!r} does not count upwards; write {{000..146}}")
+        inner = [f"{n:0{len(bounds[1])}}" for n in range(low, high + 1)]
+    texts = [text for part in inner for text in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
+    return list(dict.fromkeys(texts))  # pairs inside of pairs give some more than once

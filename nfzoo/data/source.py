@@ -1,29 +1,49 @@
-"""Which images to train on and which to hold out: `open_split` reads what the user names as data."""
+"""Open what the user names as data: split for training, a held-out part to evaluate on, or all images.
+
+A source is one of
+
+- `"digits"`: the embedded handwritten digits;
+- a folder with a subfolder of images per class;
+- a folder of tar files, or their names with `*` and `{000..146}`: see `TarShards`;
+- a folder of parquet files, or their names;
+- `hub:ORG/NAME` or `hub:ORG/NAME:CONFIG`: a data set of the Hugging Face Hub.
+
+Parquet and Hub take options behind a `?`, such as `?image=img&label=fine_label`: the columns, the names of the parts
+(`train`, `validation`), and for the Hub the `revision`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from urllib.parse import parse_qsl
 
 import numpy as np
 
-from nfzoo.data.hf_datasets import TableImages, open_hub, open_parquet
-from nfzoo.data.images import DIGITS, Digits, ImageFolder, Images
-from nfzoo.data.patterns import expand, is_pattern, only, split_options
+from nfzoo.data.hf_datasets import HFDataset, open_hub, open_parquet
+from nfzoo.data.images import DIGITS, Digits, ImageFolder, Images, expand, files_below, is_pattern
 from nfzoo.data.tar_shards import COMPRESSED, TarShards
 from nfzoo.errors import ConfigError, DataError
+from nfzoo.transforms.decode import IMAGE_SUFFIXES
+
+if TYPE_CHECKING:
+    import datasets
 
 HELD_OUT = 0.2
 """Part of each class that is held out by default."""
 HUB = "hub:"
 
 _VALIDATION_NAMES = ("val", "validation", "valid", "dev", "test")
-_FILES = (".tar", ".parquet", ".tgz", *(f".tar{ending}" for ending in COMPRESSED))
+_ARCHIVES = (".tar", ".parquet", ".tgz", *(f".tar{ending}" for ending in COMPRESSED))
+_OPTIONS = ("image", "label", "train", "validation", "revision")
 
 Opener: TypeAlias = Callable[[tuple[str, ...] | None], Images]
+"""From the class names to expect, if they are known, to images."""
 
 
 class Split(NamedTuple):
@@ -33,206 +53,263 @@ class Split(NamedTuple):
     validation: Images
 
 
-class HeldOut(NamedTuple):
-    """Images to judge a model by: the part that a source holds out, or all that it has.
+class Part(NamedTuple):
+    """Images to evaluate a model on: the part that a source holds out, or all that it has.
 
     Attributes:
         dataset: name of the data, for the record.
         split: name of the part, where the data have one.
-        where: what messages call it.
+        source: what messages call it.
     """
 
     images: Images
     dataset: str
     split: str | None
-    where: str
+    source: str
 
 
-class _Parts(NamedTuple):
-    """What a source offers: one part, or one to train on and one held out. Each is opened when wanted."""
+class _Source(NamedTuple):
+    """The parts of a source, to be opened on demand: one, or one to train on and one held out."""
 
     first: Opener
     held_out: Opener | None = None
-    name: str | None = None
+    name: str | None = None  # of the held-out part
 
 
 def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int = 0) -> Split:
-    """The two parts of a data set.
-
-    A source is one of
-
-    - `"digits"`: the embedded handwritten digits;
-    - a folder with a subfolder of images per class;
-    - a folder of tar files, or their names with `*` and `{000..146}`, of the WebDataset layout: see `TarShards`;
-    - a folder of parquet files, or their names;
-    - `hub:ORG/NAME` or `hub:ORG/NAME:CONFIG`: a data set of the Hugging Face Hub.
-
-    Parquet and Hub take options behind a `?`, such as `?image=img&label=fine_label`: the columns, the names of the
-    parts (`train`, `validation`), and for the Hub the `revision`.
+    """Open a source as training and held-out images.
 
     A folder with `train/` and `val/` (or `validation/`, `test/`) inside, tar or parquet files with such names, and a
-    data set of the Hub with such parts are split already; of any other source `validation_fraction` of each class is
+    data set of the Hub with such parts are split already. Of any other source `validation_fraction` of each class is
     held out, the same part for the same `seed`.
 
     Raises:
         DataError: for data that are not there or cannot be read: see `ImageFolder.scan`, `TarShards.index`,
-            `TableImages.wrap`; also if a class is too small to be split.
+            `HFDataset.labelled`; also if a class is too small to be split.
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction must be between 0 and 1, not {validation_fraction!r}")
     parts = _parts(source)
-    whole = parts.first(None)
+    images = parts.first(None)
     if parts.held_out is not None:
-        return Split(whole, parts.held_out(whole.classes))
-    held = _stratified(np.asarray(whole.labels), whole.classes, validation_fraction, seed)
-    return Split(whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held)))
+        return Split(images, parts.held_out(images.classes))
+    held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
+    return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
 
 
 def has_held_out(source: str) -> bool:
-    """Whether the source brings its own held-out part."""
+    """Return whether the source brings its own held-out part."""
     return _parts(source).held_out is not None
 
 
-def open_held_out(source: str) -> HeldOut:
-    """The part that a source holds out itself, or else all of its images.
+def open_held_out(source: str) -> Part:
+    """Open the part that a source holds out itself, or else all of its images.
 
     Raises:
         DataError: as `open_split`.
     """
     parts = _parts(source)
     images = (parts.held_out or parts.first)(None)
-    place = Path(source)
-    if not place.is_dir():
+    folder = Path(source)
+    if not folder.is_dir():
         plain = split_options(source)[0]
         name = plain.removeprefix(HUB) if source.startswith(HUB) else Path(plain).name
-        return HeldOut(images, name, parts.name, repr(source))
-    if parts.name is not None and (place / parts.name).is_dir():
-        place = place / parts.name
-    place = place.resolve()
-    if place.name in ("train", *_VALIDATION_NAMES):
-        return HeldOut(images, place.parent.name, place.name, repr(str(place)))
-    return HeldOut(images, place.name, parts.name, repr(str(place)))
+        return Part(images, name, parts.name, repr(source))
+    if parts.name is not None and (folder / parts.name).is_dir():
+        folder = folder / parts.name
+    folder = folder.resolve()
+    if folder.name in ("train", *_VALIDATION_NAMES):
+        return Part(images, folder.parent.name, folder.name, repr(str(folder)))
+    return Part(images, folder.name, parts.name, repr(str(folder)))
 
 
-def _parts(source: str) -> _Parts:
+def open_all(source: str, *, part: str | None = None) -> Images:
+    """Open every image of a source, whatever labels and parts it has, in an order that is the same each time.
+
+    - Digits are named `digit 17`.
+    - Of a folder, every image at any depth is meant, named by its path from there. A folder without images stands for
+      the tar or parquet files below it.
+    - Of tar files, every image member, with a label or without, named by its file and its own name.
+    - Of parquet files, every row, named `row 17`, counted over the files in the order of their names.
+    - Of the Hub, every row, named `train, row 17`.
+
+    Hidden files and folders are passed over.
+
+    Args:
+        part: open this part of a Hub data set alone.
+
+    Raises:
+        DataError: for data that are not there, hold no images, or cannot be opened.
+    """
+    if part is not None and not source.startswith(HUB):
+        raise DataError(f"{source!r} has no parts to choose from, as {HUB}ORG/NAME has; leave the part {part!r} out")
     if source == DIGITS:
-        return _Parts(lambda _: Digits.embedded())
+        return Digits.embedded()
+    if source.startswith(HUB):
+        path, options, dataset = _hub(source, ("image", "revision"))
+        if part is not None and part not in dataset:
+            raise DataError(f"{source!r} has no part {part!r} but {', '.join(map(str, dataset))}")
+        names = [part] if part is not None else sorted(map(str, dataset))
+        facts = f"{path} {options.get('revision')} {[len(dataset[name]) for name in names]}"
+        tables = {f"{name}, ": dataset[name] for name in names}
+        return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), facts=facts)
+    path, options = split_options(source)
+    root = Path(path)
+    if root.is_dir():
+        images = files_below(root, tuple(IMAGE_SUFFIXES))
+        if images:
+            _check_options(options, (), source)
+            return ImageFolder.unlabelled(root, images)
+        base, archives = root, [root / name for name in files_below(root, _ARCHIVES)]
+        if not archives:
+            raise DataError(f"the folder {source!r} holds no images, nor tar or parquet files; name one that does")
+    elif not root.exists() and is_pattern(path):
+        archives = [file.absolute() for file in expand(path, _ARCHIVES)]
+        base = Path(os.path.commonpath([file.parent for file in archives]))
+    elif not root.is_file():
+        raise DataError(f"the data {source!r} do not exist; give a folder, a tar or parquet file, or {HUB}ORG/NAME")
+    elif not root.name.lower().endswith(_ARCHIVES):
+        raise DataError(f"{source!r} is no folder, tar file or parquet file; give single images without --data")
+    else:
+        base, archives = root.parent, [root]
+    if _are_parquet(archives, source):
+        _check_options(options, ("image",), source)
+        facts = " ".join(f"{file.relative_to(base).as_posix()} {file.stat().st_size}" for file in archives)
+        tables = {"": open_parquet(archives, repr(source))}
+        return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), facts=facts)
+    _check_options(options, (), source)
+    return TarShards.unlabelled(archives, base)
+
+
+def fingerprint(images: Images) -> str:
+    """Return the SHA-256 of names and stamp: other images, or another order of them, have another one."""
+    digest = hashlib.sha256(images.stamp().encode())
+    for i in range(len(images)):
+        digest.update(b"\0" + os.fsencode(images.name(i)))
+    return digest.hexdigest()
+
+
+# -- the parts of a source
+
+
+def _parts(source: str) -> _Source:
+    if source == DIGITS:
+        return _Source(lambda _: Digits.embedded())
     if source.startswith(HUB):
         return _hub_parts(source)
     path, options = split_options(source)
     root = Path(path)
-    held_out = held_out_folder(root)
+    held_out = _held_out_folder(root)
     if held_out is not None:
-        return _Parts(_opener(root / "train", options), _opener(held_out, options), held_out.name)
+        return _Source(_open_folder(root / "train", options), _open_folder(held_out, options), held_out.name)
     if root.is_dir():
-        files = _data_files(root)
-        return _file_parts(files, source, options) if files else _Parts(_opener(root, options))
+        files = _archives_in(root)
+        return _file_parts(files, source, options) if files else _Source(_open_folder(root, options))
     if not root.exists() and is_pattern(path):
-        return _file_parts(expand(path, _FILES), source, options)
-    if root.name.lower().endswith(_FILES):
+        return _file_parts(expand(path, _ARCHIVES), source, options)
+    if root.name.lower().endswith(_ARCHIVES):
         return _file_parts([root], source, options)
-    only(options, (), source)
-    return _Parts(partial(ImageFolder.scan, root))
+    _check_options(options, (), source)
+    return _Source(partial(ImageFolder.scan, root))
 
 
-def _opener(folder: Path, options: dict[str, str]) -> Opener:
-    """A folder without parts: of tar files, of parquet files, or of classes."""
-    files = _data_files(folder)
+def _held_out_folder(root: Path) -> Path | None:
+    """Return the part beside `root/train/` that is not trained on; `None` if there is no `train/`."""
+    if not (root / "train").is_dir():
+        return None
+    name = _first(_VALIDATION_NAMES, {name for name in _VALIDATION_NAMES if (root / name).is_dir()})
+    if name is None:
+        raise DataError(f"{str(root)!r} has train/ but none of {', '.join(n + '/' for n in _VALIDATION_NAMES)}")
+    return root / name
+
+
+def _open_folder(folder: Path, options: dict[str, str]) -> Opener:
+    """Open a folder without parts: of tar files, of parquet files, or of classes."""
+    files = _archives_in(folder)
     if files:
-        return _files_opener(files, str(folder), options)
-    only(options, (), str(folder))
+        return _open_files(files, str(folder), options)
+    _check_options(options, (), str(folder))
     return partial(ImageFolder.scan, folder)
 
 
-def _data_files(folder: Path) -> list[Path]:
-    """The tar and parquet files directly in a folder, by name; none if there are subfolders, which are then classes."""
+def _archives_in(folder: Path) -> list[Path]:
+    """List the tar and parquet files directly in a folder; none if there are subfolders, which are then classes."""
     entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(path.is_dir() for path in entries):
         return []
-    return sorted(path for path in entries if path.name.lower().endswith(_FILES))
+    return sorted(path for path in entries if path.name.lower().endswith(_ARCHIVES))
 
 
-def _file_parts(files: list[Path], source: str, options: dict[str, str]) -> _Parts:
-    """Files are parts where names such as `train-00000.tar` and `data_val.parquet` say so of all of them."""
+def _file_parts(files: list[Path], source: str, options: dict[str, str]) -> _Source:
+    """Split files where names such as `train-00000.tar` and `data_val.parquet` say of all of them what they are."""
     words = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
-    names = {
-        "train": options.get("train", "train"),
-        "validation": options.get("validation") or _first(_VALIDATION_NAMES, set().union(*words.values())),
-    }
-    train = [path for path in files if names["train"] in words[path]]
-    held_out = [path for path in files if names["validation"] in words[path]]
-    if not train or not held_out:
+    train = options.get("train", "train")
+    validation = options.get("validation") or _first(_VALIDATION_NAMES, set().union(*words.values()))
+    trained = [path for path in files if train in words[path]]
+    held_out = [path for path in files if validation in words[path]]
+    if not trained or not held_out:
         if "train" in options or "validation" in options:
             raise DataError(f"no files of {source!r} have the names that it asks for as parts")
-        return _Parts(_files_opener(files, source, options))
-    strange = [path for path in files if not words[path] & {names["train"], *_VALIDATION_NAMES, names["validation"]}]
+        return _Source(_open_files(files, source, options))
+    strange = [path for path in files if not words[path] & {train, validation, *_VALIDATION_NAMES}]
     if strange:
-        raise DataError(f"{str(strange[0])!r} names no part, as train and {names['validation']} do; move it elsewhere")
-    return _Parts(_files_opener(train, source, options), _files_opener(held_out, source, options), names["validation"])
+        raise DataError(f"{str(strange[0])!r} names no part, as train and {validation} do; move it elsewhere")
+    return _Source(_open_files(trained, source, options), _open_files(held_out, source, options), validation)
 
 
-def _files_opener(files: list[Path], source: str, options: dict[str, str]) -> Opener:
-    if all(path.suffix.lower() == ".parquet" for path in files):
-        only(options, ("image", "label", "train", "validation"), source)
-        return lambda classes: TableImages.wrap(
-            open_parquet(files, repr(source)),
-            repr(source),
-            classes,
-            image=options.get("image"),
-            label=options.get("label"),
-        )
-    if any(path.suffix.lower() == ".parquet" for path in files):
+def _open_files(files: list[Path], source: str, options: dict[str, str]) -> Opener:
+    if not _are_parquet(files, source):
+        _check_options(options, ("train", "validation"), source)
+        return partial(TarShards.index, files)
+    _check_options(options, ("image", "label", "train", "validation"), source)
+    image, label = options.get("image"), options.get("label")
+    return lambda classes: HFDataset.labelled(
+        open_parquet(files, repr(source)), repr(source), classes, image=image, label=label
+    )
+
+
+def _are_parquet(files: list[Path], source: str) -> bool:
+    kinds = {path.suffix.lower() == ".parquet" for path in files}
+    if len(kinds) > 1:
         raise DataError(f"{source!r} holds tar files and parquet files; name the ones to read, such as {source}/*.tar")
-    only(options, ("train", "validation"), source)
-    return partial(TarShards.index, files)
+    return kinds == {True}
 
 
-def _hub_parts(source: str) -> _Parts:
+def _hub(source: str, known: tuple[str, ...]) -> tuple[str, dict[str, str], datasets.DatasetDict]:
+    """Return the name, the options and the parts of a data set on the Hub."""
     path, options = split_options(source)
+    _check_options(options, known, source)
     repository, _, config = path.removeprefix(HUB).partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
-        raise DataError(f"{source!r} names no data set of the Hub; write hub:ORG/NAME or hub:ORG/NAME:CONFIG")
-    found = open_hub(repository, config or None, options.get("revision"), repr(source))
-    names = [str(name) for name in found]
+        raise DataError(f"{source!r} names no data set of the Hub; write {HUB}ORG/NAME or {HUB}ORG/NAME:CONFIG")
+    return path, options, open_hub(repository, config or None, options.get("revision"), repr(source))
+
+
+def _hub_parts(source: str) -> _Source:
+    path, options, dataset = _hub(source, _OPTIONS)
+    names = [str(name) for name in dataset]
     train = options.get("train") or ("train" if "train" in names or len(names) > 1 else names[0])
     validation = options.get("validation") or _first(_VALIDATION_NAMES, set(names) - {train})
     for key, name in (("train", train), ("validation", validation)):
         if name and name not in names:
             raise DataError(f"{source!r} has no part {name!r} but {', '.join(names)}; add ?{key}=PART")
+    image, label = options.get("image"), options.get("label")
 
     def opener(name: str) -> Opener:
-        return lambda classes: TableImages.wrap(
-            found[name],
-            f"{path} ({name})",
-            classes,
-            image=options.get("image"),
-            label=options.get("label"),
-        )
+        source = f"{path} ({name})"
+        return lambda classes: HFDataset.labelled(dataset[name], source, classes, image=image, label=label)
 
-    return _Parts(opener(train), opener(validation) if validation else None, validation)
+    return _Source(opener(train), opener(validation) if validation else None, validation)
 
 
 def _first(names: tuple[str, ...], present: set[str]) -> str | None:
     return next((name for name in names if name in present), None)
 
 
-def held_out_folder(root: Path) -> Path | None:
-    """The part beside `root/train/` that is not trained on; `None` if there is no `train/`.
-
-    Raises:
-        DataError: if there is `train/` and no such part.
-    """
-    if not (root / "train").is_dir():
-        return None
-    found = [root / name for name in _VALIDATION_NAMES if (root / name).is_dir()]
-    if not found:
-        raise DataError(f"{str(root)!r} has train/ but none of {', '.join(n + '/' for n in _VALIDATION_NAMES)}")
-    return found[0]
-
-
 def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, seed: int) -> np.ndarray:
+    """Choose a part of each class at random; `(len(labels),)` bool."""
     rng = np.random.default_rng([seed, 0x5EED])
-    held = np.zeros(len(labels), dtype=bool)
+    held_out = np.zeros(len(labels), dtype=bool)
     for label, name in enumerate(classes):
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
@@ -241,5 +318,27 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
                 "into train/ and val/ yourself"
             )
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        held[rng.permutation(members)[:count]] = True
-    return held
+        held_out[rng.permutation(members)[:count]] = True
+    return held_out
+
+
+# -- the names of sources
+
+
+def split_options(source: str) -> tuple[str, dict[str, str]]:
+    """Split a name from its options `?image=…&label=…`; a `?` of a file pattern begins none."""
+    path, mark, query = source.rpartition("?")
+    if not mark or not re.fullmatch(r"\w+=[^&=]*(&\w+=[^&=]*)*", query):
+        return source, {}
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    _check_options(options, _OPTIONS, source)
+    if not all(options.values()):
+        raise DataError(f"{source!r} leaves an option empty")
+    return path, options
+
+
+def _check_options(options: dict[str, str], known: tuple[str, ...], source: str) -> None:
+    for name in options:
+        if name not in known:
+            remedy = f"there {', '.join(known)} can stand" if known else "it takes none"
+            raise DataError(f"{source!r} does not take the option {name!r}; {remedy}")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+import tarfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from nfzoo.data.images import Indices, Texts
-from nfzoo.data.tar_index import LONGEST_TEXT, Member, members, open_to_read, read_at
+from nfzoo.data.images import UNLABELLED, Images, Texts, has_ending
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
@@ -23,8 +25,18 @@ CLASSES_FILE = "classes.txt"
 COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 """Endings of what is no plain tar file and has no members that could be read at random."""
 
+_LONGEST_LABEL = 1 << 20  # bytes of a label file
 _OPEN_FILES = 128
 _READERS = 16  # files indexed at a time: on a network disk the headers cost waiting, not work
+_LOCK = threading.Lock()
+
+
+class Member(NamedTuple):
+    """A file inside a tar file: its name, first byte and number of bytes."""
+
+    name: str
+    offset: int
+    size: int
 
 
 class _Shard(NamedTuple):
@@ -35,36 +47,33 @@ class _Shard(NamedTuple):
     modified: int  # ns
 
 
-class _Sample(NamedTuple):
-    name: str
-    offset: int
-    size: int
-    label: int
+_Index = tuple[_Shard, list[tuple[Member, int]]]  # images with their labels
 
 
 @dataclass(frozen=True, eq=False)
-class TarShards:
-    """Images and labels in tar files: members `KEY.jpg` (or another image) and `KEY.cls`, or `KEY.json` with a `label`.
+class TarShards(Images[io.BytesIO]):
+    """Images in tar files.
 
-    `KEY` is the member's name up to the first dot of its last part, as in WebDataset. Reading needs no position and no
-    lock, so threads and processes share the object, forked or pickled.
+    Reading moves no position and takes no lock, so threads and processes share the object, forked or pickled.
 
     Attributes:
         shards: the files.
-        names: the image members of all of them; `rows` are those that count, in order.
-        places: shard, first byte and number of bytes of each member, int64 `(len(names), 3)`.
+        prefixes: what stands before the names of their members in the names of images.
+        names: the image members of all files.
+        ranges: shard, first byte and number of bytes of each member, int64 `(len(names), 3)`.
     """
 
     shards: tuple[_Shard, ...]
+    prefixes: tuple[str, ...]
     names: Texts
-    places: np.ndarray
-    rows: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
+    ranges: np.ndarray
 
     @classmethod
     def index(cls, paths: Sequence[str | Path], classes: tuple[str, ...] | None = None) -> TarShards:
         """Read the headers and labels of all files, and of the images nothing.
+
+        The label of `KEY.jpg` (or another image) is the number in `KEY.cls`, or `label` in `KEY.json`. `KEY` is the
+        member's name up to the first dot of its last part, as in WebDataset.
 
         Args:
             classes: the class names, where they are known already. Else they are the lines of a `classes.txt` beside
@@ -79,56 +88,70 @@ class TarShards:
         files = [os.fspath(path) for path in paths]
         if classes is None:
             classes = _class_names(Path(files[0]))
-        with ThreadPoolExecutor(min(_READERS, len(files))) as pool:
-            found = list(pool.map(_samples, files))
-        samples = [(k, sample) for k, (_, part) in enumerate(found) for sample in part]
+        indices = _read_indices(files, labelled=True)
+        samples = [(path, *sample) for path, (_, part) in zip(files, indices, strict=True) for sample in part]
         if not samples:
-            raise DataError(f"{files[0]!r}{_more(files)} holds no images; expected are members KEY.jpg and KEY.cls")
-        labels = np.array([sample.label for _, sample in samples], np.int64)
+            raise DataError(f"{_all(files)} holds no images; expected are members KEY.jpg and KEY.cls")
+        path, member, greatest = max(samples, key=lambda sample: sample[2])
         if classes is None:
-            classes = tuple(map(str, range(int(labels.max()) + 1)))
-        elif labels.max() >= len(classes):
-            k, sample = samples[int(labels.argmax())]
+            classes = tuple(map(str, range(greatest + 1)))
+        elif greatest >= len(classes):
             raise DataError(
-                f"{sample.name!r} in {files[k]!r} has label {sample.label}, beyond the {len(classes)} classes; labels "
+                f"{member.name!r} in {path!r} has label {greatest}, beyond the {len(classes)} classes; labels "
                 f"count from 0, and {CLASSES_FILE} names one class a line"
             )
-        places = np.array([(k, sample.offset, sample.size) for k, sample in samples], np.int64)
-        names = Texts(sample.name for _, sample in samples)
-        return cls(tuple(shard for shard, _ in found), names, places, np.arange(len(names)), labels, classes)
+        return cls._of(indices, [f"{path}, " for path in files], classes)
 
-    def subset(self, indices: Indices) -> TarShards:
-        chosen = np.asarray(indices, np.int64)
-        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+    @classmethod
+    def unlabelled(cls, paths: Sequence[Path], base: Path) -> TarShards:
+        """Read the headers of all files; images are named by the file's path from `base` and the member's name.
 
-    def relabelled(self, index: Indices) -> TarShards:
-        return replace(self, labels=np.asarray(index, np.int64)[self.labels])
+        Raises:
+            DataError: as `index`, but for labels.
+        """
+        files = [str(path) for path in paths]
+        indices = _read_indices(files, labelled=False)
+        if not any(samples for _, samples in indices):
+            raise DataError(f"{_all(files)} holds no images")
+        return cls._of(indices, [f"{path.relative_to(base).as_posix()}/" for path in paths], ())
 
-    def name(self, index: int) -> str:
-        row = self.rows[index]
-        return f"{self.shards[self.places[row, 0]].path}, {self.names[row]}"
+    @classmethod
+    def _of(cls, indices: Sequence[_Index], prefixes: Sequence[str], classes: tuple[str, ...]) -> TarShards:
+        samples = [(k, *sample) for k, (_, part) in enumerate(indices) for sample in part]
+        return cls(
+            np.arange(len(samples)),
+            np.array([label for _, _, label in samples], np.int64),
+            classes,
+            tuple(shard for shard, _ in indices),
+            tuple(prefixes),
+            Texts(member.name for _, member, _ in samples),
+            np.array([(k, member.offset, member.size) for k, member, _ in samples], np.int64),
+        )
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def row_name(self, row: int) -> str:
+        return self.prefixes[self.ranges[row, 0]] + self.names[row]
 
-    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-        shard, offset, size = self.places[self.rows[index]].tolist()
+    def stamp(self) -> str:
+        return hashlib.sha256(self.ranges.tobytes()).hexdigest()
+
+    def read_row(self, row: int) -> io.BytesIO:
+        shard, offset, size = self.ranges[row].tolist()
         try:
-            content = read_at(_opened(self.shards[shard]).descriptor, size, offset)
+            content = _read_at(_opened(self.shards[shard]).descriptor, size, offset)
         except OSError as error:
-            raise DataError(f"{self.name(index)} cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{self.row_name(row)} cannot be read: {error.strerror or error}") from error
         if len(content) < size:
-            raise DataError(f"{self.name(index)} is cut off: the tar file became shorter while it was read")
-        picture = io.BytesIO(content)
-        picture.name = self.name(index)  # for messages of `open_image`
-        return picture, int(self.labels[index])
+            raise DataError(f"{self.row_name(row)} is cut off: the tar file became shorter while it was read")
+        image = io.BytesIO(content)
+        image.name = self.row_name(row)  # for messages of `open_image`
+        return image
 
 
 class _Opened:
     """A file descriptor that is closed with its last user."""
 
     def __init__(self, shard: _Shard) -> None:
-        self.descriptor = open_to_read(shard.path)
+        self.descriptor = os.open(shard.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         status = os.fstat(self.descriptor)
         if (status.st_size, status.st_mtime_ns) != (shard.size, shard.modified):
             raise DataError(f"{shard.path!r} was changed after it was indexed; start again with files that stay")
@@ -142,25 +165,87 @@ class _Opened:
 _opened = functools.lru_cache(maxsize=_OPEN_FILES)(_Opened)
 
 
-def _samples(path: str) -> tuple[_Shard, list[_Sample]]:
-    """The labelled images of one tar file, in its order."""
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _LOCK:  # Windows has no such call, and no fork
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+# -- the index
+
+
+def list_members(file: BinaryIO, path: str) -> Iterator[Member]:
+    """List the regular files of an open tar file, in its order.
+
+    `tarfile` ends its list without an error at a damaged or missing header. So the end mark is looked for where it
+    stopped.
+
+    Raises:
+        DataError: for a file that is no tar file, damaged, cut off before its end mark, or has sparse members.
+    """
+    length = os.fstat(file.fileno()).st_size
+    try:
+        tar = tarfile.TarFile(fileobj=file)  # uncompressed
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{path!r} is no tar file; make it again with `tar -cf`, or fetch it again") from error
+    while True:
+        try:
+            member = tar.next()
+        except (tarfile.TarError, ValueError):  # of the header after the last good member
+            break
+        if member is None:
+            if _read_at(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(tarfile.BLOCKSIZE):
+                return
+            break
+        tar.members.clear()  # type: ignore[attr-defined]  # else all are kept
+        if member.issparse():
+            raise DataError(f"{path!r} holds sparse members; make it again without `tar --sparse`")
+        if member.size < 0:
+            tar.offset = member.offset
+            break
+        if member.isreg():
+            if member.offset_data + member.size > length:
+                break
+            yield Member(member.name, member.offset_data, member.size)
+    if tar.offset + tarfile.BLOCKSIZE > length:
+        raise DataError(f"{path!r} is cut off: it ends before the end mark of a tar file; copy or make it again")
+    raise DataError(f"{path!r} is damaged at byte {tar.offset:,}; make it again with `tar -cf`, or fetch it again")
+
+
+def _read_indices(files: list[str], *, labelled: bool) -> list[_Index]:
+    with ThreadPoolExecutor(min(_READERS, len(files))) as pool:
+        return list(pool.map(functools.partial(_read_index, labelled=labelled), files))
+
+
+def _read_index(path: str, *, labelled: bool) -> _Index:
+    """Read the index of one tar file."""
     if path.lower().endswith(COMPRESSED):
         raise DataError(f"{path!r} is compressed, so its members cannot be read at random; decompress it to a .tar")
     try:
-        descriptor = open_to_read(path)
-        try:
-            return _indexed(descriptor, path)
-        finally:
-            os.close(descriptor)
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            members = list_members(file, path)
+            images = _labelled_images(file, path, members) if labelled else _all_images(path, members)
+            return _Shard(path, status.st_size, status.st_mtime_ns), images
     except OSError as error:
         raise DataError(f"the tar file {path!r} cannot be read: {error.strerror or error}") from error
 
 
-def _indexed(descriptor: int, path: str) -> tuple[_Shard, list[_Sample]]:
+def _all_images(path: str, members: Iterable[Member]) -> list[tuple[Member, int]]:
+    suffixes = tuple(IMAGE_SUFFIXES)
+    images = {}
+    for member in members:
+        if has_ending(member.name.rpartition("/")[2], suffixes) and images.setdefault(member.name, member) != member:
+            raise DataError(f"{path!r} holds {member.name!r} twice; make it again with one name for each image")
+    return [(member, UNLABELLED) for member in images.values()]
+
+
+def _labelled_images(file: BinaryIO, path: str, members: Iterable[Member]) -> list[tuple[Member, int]]:
     images: dict[str, Member] = {}
     texts: dict[tuple[str, str], Member] = {}
-    status = os.fstat(descriptor)
-    for member in members(descriptor, path, status.st_size):
+    for member in members:
         folder, _, base = member.name.rpartition("/")
         key, _, ending = base.partition(".")
         ending = ending.rpartition(".")[2].lower()
@@ -168,40 +253,39 @@ def _indexed(descriptor: int, path: str) -> tuple[_Shard, list[_Sample]]:
         if not base or base.startswith("."):
             continue
         if f".{ending}" in IMAGE_SUFFIXES:
-            other = images.setdefault(key, member)
+            first = images.setdefault(key, member)
         elif ending in ("cls", "json"):
-            other = texts.setdefault((key, ending), member)
+            first = texts.setdefault((key, ending), member)
         else:
             continue
-        if other is not member:
+        if first is not member:
             raise DataError(
-                f"{path!r} holds {other.name!r} and {member.name!r}, both for the key {key!r}; a key, the name up to "
+                f"{path!r} holds {first.name!r} and {member.name!r}, both for the key {key!r}; a key, the name up to "
                 "its first dot, belongs to one image and one label"
             )
     for key, ending in texts:
         if ending == "cls" and key not in images:
             raise DataError(f"{path!r} holds {texts[key, ending].name!r} and no image {key + '.jpg'!r} to go with it")
-    found = [
-        _Sample(image.name, image.offset, image.size, _label(descriptor, path, key, image, texts))
-        for key, image in images.items()
-    ]
-    return _Shard(path, status.st_size, status.st_mtime_ns), found
+    samples = []
+    for key, image in images.items():
+        text = texts.get((key, "cls")) or texts.get((key, "json"))
+        if text is None:
+            raise DataError(
+                f"{image.name!r} in {path!r} has no label; beside it belongs {key + '.cls'!r}, which holds the number "
+                "of its class"
+            )
+        samples.append((image, _label(file, path, text)))
+    return samples
 
 
-def _label(descriptor: int, path: str, key: str, image: Member, texts: dict[tuple[str, str], Member]) -> int:
-    member = texts.get((key, "cls")) or texts.get((key, "json"))
-    if member is None:
-        raise DataError(
-            f"{image.name!r} in {path!r} has no label; beside it belongs {key + '.cls'!r}, which holds the number of "
-            "its class"
-        )
-    if member.size > LONGEST_TEXT:
+def _label(file: BinaryIO, path: str, member: Member) -> int:
+    if member.size > _LONGEST_LABEL:
         raise DataError(f"{member.name!r} in {path!r} is {member.size:,} bytes long, and no label")
-    whole = len(member.beginning) >= member.size
-    content = member.beginning[: member.size] if whole else read_at(descriptor, member.size, member.offset)
+    content = _read_at(file.fileno(), member.size, member.offset)
+    is_json = member.name.lower().endswith(".json")
     try:
         text = content.decode()
-        label = json.loads(text) if member.name.lower().endswith(".json") else int(text)
+        label = json.loads(text) if is_json else int(text)
         if isinstance(label, dict):
             label = label["label"]
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 1 << 31:
@@ -210,13 +294,13 @@ def _label(descriptor: int, path: str, key: str, image: Member, texts: dict[tupl
         shown = content[:40].decode(errors="replace")
         raise DataError(
             f"{member.name!r} in {path!r} holds {shown!r} where a class number from 0 on is expected"
-            + (", under 'label'" if member.name.lower().endswith(".json") else "")
+            + (", under 'label'" if is_json else "")
         ) from error
     return label
 
 
 def _class_names(shard: Path) -> tuple[str, ...] | None:
-    """The lines of `classes.txt`; empty ones at the end do not count."""
+    """Read the lines of `classes.txt`; empty ones at the end do not count."""
     for folder in (shard.parent, shard.absolute().parent.parent):
         path = folder / CLASSES_FILE
         if path.is_file():
@@ -230,5 +314,5 @@ def _class_names(shard: Path) -> tuple[str, ...] | None:
     return None
 
 
-def _more(files: list[str]) -> str:
-    return f" and {len(files) - 1} more" if len(files) > 1 else ""
+def _all(files: list[str]) -> str:
+    return repr(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")

@@ -24,7 +24,8 @@ from torch.export import Dim, ExportedProgram
 
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.config import MOST
-from nfzoo.data.loader import evaluation_batches, open_split
+from nfzoo.data.loader import evaluation_batches
+from nfzoo.data.source import open_split
 from nfzoo.errors import CheckpointError, ConfigError, printable
 from nfzoo.export.quantize import quantize_onnx
 from nfzoo.nn import NFNet

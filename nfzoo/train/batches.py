@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfzoo.data.loader import DIGITS, Split, TrainingBatch, evaluation_batches, training_batches
+from nfzoo.data.images import DIGITS
+from nfzoo.data.loader import TrainingBatch, evaluation_batches, training_batches
+from nfzoo.data.source import Split
 from nfzoo.model import sample_noise
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from nfzoo.data.loader import HELD_OUT
+from nfzoo.data.source import HELD_OUT
 from nfzoo.errors import ConfigError
 from nfzoo.transforms.mixing import Augment
 

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
-from nfzoo.data.loader import BrokenImageError, Split, open_split
+from nfzoo.data.loader import BrokenImageError, share_of_batch
+from nfzoo.data.source import Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, NfzooError
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
@@ -181,17 +182,12 @@ def _check_writable(output: Path, data: str) -> None:
 
 def _check_shares(config: TrainConfig, split: Split, accelerator: Accelerator) -> None:
     """Raise a `ConfigError` where a batch does not divide among processes and their parts."""
-    world, parts = accelerator.num_processes, config.accumulation
-    if config.batch_size % (world * parts):
-        raise ConfigError(
-            f"batch_size {config.batch_size} does not divide among {world} processes"
-            f"{f' with accumulation {parts}' if parts > 1 else ''}; make it a multiple of {world * parts}"
-        )
-    share = config.batch_size // (world * parts)
+    share = share_of_batch(config.batch_size, world=accelerator.num_processes, accumulation=config.accumulation)
     if config.augment is not None and config.augment.mixes and share % 2:
+        parts = config.batch_size // share
         raise ConfigError(
-            f"images are mixed in pairs, and {world * parts} shares of batch_size {config.batch_size} are "
-            f"{share} images each; make it a multiple of {2 * world * parts}"
+            f"images are mixed in pairs, and {parts} shares of batch_size {config.batch_size} are {share} images "
+            f"each; make it a multiple of {2 * parts}"
         )
     if len(split.train) < config.batch_size:
         raise DataError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from nfzoo.analysis.figures import training_curves
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
-from nfzoo.data.loader import has_held_out
+from nfzoo.data.source import has_held_out
 from nfzoo.train.config import TrainConfig
 
 logger = logging.getLogger("nfzoo")

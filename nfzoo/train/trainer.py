@@ -23,7 +23,8 @@ from tqdm import tqdm
 from nfzoo.analysis.figures import augmentation_sheet
 from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
 from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state
-from nfzoo.data.loader import Split, TrainingBatch
+from nfzoo.data.loader import TrainingBatch
+from nfzoo.data.source import Split
 from nfzoo.errors import NfzooError
 from nfzoo.evaluate import Score, score
 from nfzoo.model import apply

@@ -16,10 +16,10 @@ from torch import Tensor
 import nfzoo
 from nfzoo.cli.main import main as cli
 from nfzoo.data.labels import imagenet, imagenet_wnids
-from nfzoo.data.loader import open_split
+from nfzoo.data.source import open_split
 from nfzoo.evaluate import Evaluation, evaluate, main, open_labelled, score, table
 from nfzoo.nn import NFNet
-from tests.data.test_loader import write_images
+from tests.support.pictures import write_images
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")
 # A batch of another size adds a convolution's terms in another order; a loss is of order one.
@@ -193,9 +193,10 @@ def test_imagenet_folders_are_wordnet_ids_or_labels(tmp_path: Path) -> None:
     for labels in (None, imagenet()):
         by_name = write_images(tmp_path / str(labels is None), {imagenet()[i]: 2 for i in indices})
         opened = open_labelled(str(by_name), 1000, labels)
-        assert {path.parent.name: label for path, label in zip(opened.images.paths, opened.images.labels)} == {  # type: ignore[union-attr]  # noqa: B905
-            imagenet()[i]: i for i in indices
+        found = {
+            Path(opened.images.name(i)).parent.name: label for i, label in enumerate(opened.images.labels.tolist())
         }
+        assert found == {imagenet()[i]: i for i in indices}
 
 
 @pytest.mark.parametrize(

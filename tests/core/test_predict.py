@@ -1,5 +1,6 @@
 """Classification of tensors and of files."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet, create
-from nfzoo.predict import classify, image_files, predict
+from nfzoo.predict import classify, embedding_columns, image_files, label_columns, predict, weights_hash
+from tests.core.test_evaluate import LABELS, make_model
 
 PROBABILITY = 1e-5  # other batches sum in another order
 
@@ -141,3 +143,38 @@ def test_image_files(folder: Path) -> None:
         image_files([folder, folder / "absent"])
     with pytest.raises(DataError, match="holds no images"):
         image_files([folder / "deeper.png"])
+
+
+# -- for very many images
+
+
+def test_the_hash_follows_all_that_the_results_depend_on(tmp_path: Path) -> None:
+    model = make_model()
+    first = weights_hash(model)
+    again = NFNet.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    again.name, again.provenance = "another", {"data": "another"}
+    assert weights_hash(again) == first
+    with torch.no_grad():
+        p = next(iter(again.parameters()))
+        p.view(-1)[0] = torch.nextafter(p.view(-1)[0], torch.tensor(9.0))
+    assert weights_hash(again) != first
+    assert weights_hash(make_model(labels=LABELS[::-1])) != first
+    assert weights_hash(make_model(labels=None)) != first
+    assert weights_hash(model.for_inference()) != first
+    other = make_model()
+    other.preprocessing = dataclasses.replace(other.preprocessing, test_size=64)
+    assert weights_hash(other) != first
+
+
+def test_top_labels_come_in_the_order_of_their_probabilities() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 1.0, 2.0]])
+    found = label_columns(logits, 2, ("x", "y", "z"))
+    assert found["classes"].tolist() == [[1, 2], [0, 2]]
+    assert found["labels"] == [["y", "z"], ["x", "z"]]
+    assert torch.equal(torch.from_numpy(found["probabilities"]), logits.softmax(1).sort(descending=True).values[:, :2])
+
+
+def test_half_precision_is_not_overflown() -> None:
+    assert embedding_columns(torch.tensor([[65504.0]]), "float16")["embeddings"].tolist() == [[65504.0]]
+    with pytest.raises(ConfigError, match="7e\\+04 do not fit into float16; take --dtype float32"):
+        embedding_columns(torch.tensor([[7e4]]), "float16")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from nfzoo.config import Preprocessing
-from nfzoo.data.hf_datasets import TableImages
+from nfzoo.data.hf_datasets import HFDataset
 from nfzoo.data.loader import training_batches
 from nfzoo.data.source import has_held_out, open_held_out, open_split
 from nfzoo.errors import DataError
@@ -48,11 +48,11 @@ def write_parquet(path: Path, **columns: Any) -> Path:
     return path
 
 
-def wrap(columns: dict[str, Any], features: Any = None, **options: Any) -> TableImages:
-    return TableImages.wrap(datasets.Dataset.from_dict(columns, features=features), "the table", **options)
+def wrap(columns: dict[str, Any], features: Any = None, **options: Any) -> HFDataset:
+    return HFDataset.labelled(datasets.Dataset.from_dict(columns, features=features), "the table", **options)
 
 
-def content(images: TableImages, index: int) -> bytes:
+def content(images: HFDataset, index: int) -> bytes:
     found = images[index][0]
     assert isinstance(found, io.BytesIO)
     return found.read()
@@ -154,7 +154,7 @@ def test_a_row_without_an_image_is_a_broken_image() -> None:
     images = wrap({"image": [*cells(3), None], "label": [0, 1, 0, 1]})
     rule = Preprocessing(train_size=8, test_size=8)
     (batch,) = training_batches(images, rule, epoch=0, seed=0, batch_size=4)
-    assert batch.broken == ("row 3 of the table holds no image",)
+    assert batch.broken == ("the table, row 3 holds no image",)
     assert sorted(batch.indices.tolist()) == [0, 0, 1, 2]
 
 
@@ -168,7 +168,7 @@ def test_one_parquet_file(tmp_path: Path) -> None:
     assert not has_held_out(str(path))
     found = open_held_out(str(path))
     assert (found.dataset, found.split, len(found.images)) == ("pets.parquet", None, 8)
-    assert found.images.name(3) == f"row 3 of {str(path)!r}"
+    assert found.images.name(3) == f"{str(path)!r}, row 3"
 
 
 def test_parts_of_a_folder_as_the_hub_stores_them(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "[0, 1, 2, 1] [1, 0] ('0', '1', '2') row 1 of hub:org/pets (train)"
+    assert lines[0] == "[0, 1, 2, 1] [1, 0] ('0', '1', '2') hub:org/pets (train), row 1"
     assert bytes.fromhex(lines[1]) == picture(0)
     assert lines[2].startswith("org/pets train ")
     assert len(lines) == 3 + len(bad)

@@ -1,4 +1,4 @@
-"""Sources of labelled images: the embedded digits, folders, and what all of them keep."""
+"""Images: the embedded digits, folders, what holds of every source, and patterns of file names."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfzoo.data.images import Digits, ImageFolder, Texts
+from nfzoo.data.images import Digits, ImageFolder, Texts, expand, is_pattern
 from nfzoo.errors import DataError
 from tests.support.pictures import check_source, write_images
 
@@ -53,8 +53,10 @@ def test_images_are_in_the_order_of_paths(folder: Path) -> None:
     for name in ("a/0.png", "a-b.png", "a.png"):
         (folder / "cat" / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / "cat" / name)
-    paths = ImageFolder.scan(folder).paths
-    assert list(paths) == sorted(paths)
+    images = ImageFolder.scan(folder)
+    paths = [images[i][0] for i in range(len(images))]
+    assert len(paths) == 19
+    assert paths == sorted(paths)
 
 
 def test_other_classes_than_expected_are_refused(folder: Path) -> None:
@@ -73,3 +75,32 @@ def test_texts() -> None:
     assert len(Texts([])) == 0
     with pytest.raises(IndexError):
         texts[6]
+
+
+# -- patterns of file names
+
+
+@pytest.mark.parametrize(("path", "found"), [("a/b.tar", False), ("a/*.tar", True), ("{0..3}", True), ("a[1]", True)])
+def test_patterns_are_known(path: str, found: bool) -> None:
+    assert is_pattern(path) == found
+
+
+def test_braces_and_stars(tmp_path: Path) -> None:
+    for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b-1.tar", "b-2.tar", "b-2.txt"):
+        (tmp_path / name).touch()
+
+    def names(pattern: str) -> list[str]:
+        return [path.name for path in expand(str(tmp_path / pattern), (".tar",))]
+
+    assert names("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert names("b-{2,1}.tar") == ["b-2.tar", "b-1.tar"]
+    assert sorted(names("{b-{1..2},a-08}.tar")) == ["a-08.tar", "b-1.tar", "b-2.tar"]
+    assert names("[ab]-?.*") == ["b-1.tar", "b-2.tar"]
+    with pytest.raises(DataError, match=r"a-11\.tar' of .* is missing, and 1 more"):
+        names("a-{08..12}.tar")
+    with pytest.raises(DataError, match=r"matches no files that end in one of \.tar"):
+        names("*.txt")
+    with pytest.raises(DataError, match=r"names '.*b-1\.tar' twice"):
+        names("b-{1,?}.tar")
+    with pytest.raises(DataError, match="does not count upwards"):
+        names("a-{0..9999999}.tar")

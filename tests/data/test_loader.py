@@ -10,20 +10,19 @@ import torch
 from PIL import Image
 
 from nfzoo.config import Preprocessing, Resize
+from nfzoo.data.images import UNLABELLED, ImageFolder, Images
 from nfzoo.data.loader import (
-    GENTLE,
-    Augment,
     BrokenImageError,
-    ImageFolder,
-    Images,
     TrainingBatch,
     epoch_order,
     evaluation_batches,
+    load_batches,
     training_batches,
 )
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.transforms.decode import open_image
+from nfzoo.transforms.mixing import GENTLE, Augment
 from nfzoo.transforms.preprocess import evaluation_transform, training_crop
 from tests.support.pictures import write_images, write_shard
 
@@ -87,7 +86,7 @@ def test_batches_are_crops_in_grey_levels(folder: Path, resize: Resize, dtype: t
         assert (batch.offset, batch.broken) == (0, ())
         for pixels, index in zip(batch.pixels, batch.indices.tolist(), strict=True):
             expected = training_crop(
-                open_image(data.paths[index]),
+                open_image(data[index][0]),
                 rule,
                 np.random.default_rng([3, 2, index]),
                 scale=augment.scale,
@@ -196,7 +195,7 @@ def test_a_broken_image_is_replaced_by_the_next(folder: Path, workers: int) -> N
     same = torch.tensor([i not in stand_in for i in turns])
     assert torch.equal(found.pixels[same], good.pixels[same])
     turn = turns.index(8)
-    crop = training_crop(open_image(data.paths[10]), PREPROCESSING, np.random.default_rng([0, 0, 8]))
+    crop = training_crop(open_image(data[10][0]), PREPROCESSING, np.random.default_rng([0, 0, 8]))
     assert torch.equal(found.pixels[turn], crop)
     assert len(found.broken) == 3  # each is told of once
     assert {Path(message.split(" ")[0]).relative_to(folder).as_posix() for message in found.broken} == {
@@ -233,7 +232,26 @@ def test_evaluation_names_a_broken_image(folder: Path, workers: int) -> None:
     assert "3.png" in broken[0]
 
 
-# -- evaluation
+# -- evaluation and prediction
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_leave_the_others_in_their_rows(folder: Path, workers: int) -> None:
+    damage(folder, "cat/1.png")
+    batches = [range(3), range(10, 12)]
+    data = ImageFolder.scan(folder)
+    loaded = list(load_batches(data, PREPROCESSING, 12, batches, workers))
+    for rows, (pixels, labels, broken) in zip(batches, loaded, strict=True):
+        assert pixels.shape == (len(rows), 3, 12, 12)
+        for i, row in enumerate(rows):
+            readable = row != 1
+            image = open_image(data[row][0]) if readable else None
+            assert torch.equal(
+                pixels[i], evaluation_transform(image, PREPROCESSING, size=12) if image else torch.zeros(3, 12, 12)
+            )
+            assert labels[i] == (data.labels[row] if readable else UNLABELLED)
+        assert list(broken) == ([1] if 1 in rows else [])
+        assert all(str(data.name(1)) in problem for problem in broken.values())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -250,8 +268,9 @@ def test_evaluation_sees_every_image_once(folder: Path, world: int) -> None:
 def test_evaluation_inputs_are_those_of_the_transform(folder: Path) -> None:
     data = ImageFolder.scan(folder)
     inputs = torch.cat([x for x, _ in evaluation_batches(data, PREPROCESSING, batch_size=3)])
-    for x, path in zip(inputs, data.paths, strict=True):
-        assert torch.equal(x, evaluation_transform(open_image(path), PREPROCESSING))
+    for i, x in enumerate(inputs):
+        assert torch.equal(x, evaluation_transform(open_image(data[i][0]), PREPROCESSING))
+    assert len(inputs) == 16
 
 
 # -- bad input
@@ -261,9 +280,9 @@ def test_unfillable_batches_are_refused(folder: Path) -> None:
     data = ImageFolder.scan(folder)
     with pytest.raises(DataError, match="do not fill a batch of 17"):
         epoch_of(data, batch_size=17)
-    with pytest.raises(ConfigError, match="4 cannot be shared by 3 processes; make it a multiple of 3"):
+    with pytest.raises(ConfigError, match="batch_size 4 does not divide among 3 processes; make it a multiple of 3"):
         epoch_of(data, world=3)
-    with pytest.raises(ConfigError, match=r"4 cannot be shared by 2 processes and 3 accumulated steps.*multiple of 6"):
+    with pytest.raises(ConfigError, match=r"among 2 processes and 3 accumulated steps.*multiple of 6"):
         epoch_of(data, world=2, accumulation=3)
 
 

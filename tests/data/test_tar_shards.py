@@ -1,5 +1,6 @@
 """Tar shards: read at random without unpacking, shared by processes, refused when they are damaged."""
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from nfzoo.data import tar_shards as shards
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.tar_shards import Member, TarShards, list_members
 from nfzoo.errors import DataError
 from nfzoo.evaluate import open_labelled
 from nfzoo.transforms.decode import open_image
@@ -265,3 +266,96 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     images = TarShards.index([path])
     with pytest.raises(DataError, match=r"x\.tar, a\.png cannot be decoded"):
         open_image(images[0][0])
+
+
+# -- members
+
+
+def members(path: Path) -> list[Member]:
+    with path.open("rb") as file:
+        return list(list_members(file, str(path)))
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_of_tarfile(tmp_path: Path, format: int) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=format, pax_headers={"comment": "for all members"}) as tar:
+        for name, size in (("empty", 0), ("block", 512), ("d/more", 513), ("l" * 99, 3), (f"{'p' * 90}/{'n' * 60}", 5)):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = size, 1.5 if format == tarfile.PAX_FORMAT else 1
+            tar.addfile(member, io.BytesIO(os.urandom(size)))
+            for kind, mark in ((tarfile.DIRTYPE, "dir"), (tarfile.SYMTYPE, "soft"), (tarfile.LNKTYPE, "hard")):
+                other = tarfile.TarInfo(f"{mark}-{size}")
+                other.type, other.linkname, other.size = kind, "empty", 700  # a size, and no content
+                tar.addfile(other)
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size, tar.extractfile(m).read()) for m in tar if m.isreg()]  # type: ignore[union-attr]
+    data = path.read_bytes()
+    found = members(path)
+    assert [(m.name, m.offset, m.size, data[m.offset : m.offset + m.size]) for m in found] == expected
+    assert len(found) == 5
+
+
+def test_a_size_in_an_extended_header_counts(tmp_path: Path) -> None:
+    """Files above 8 GiB have their size there; the header's own field then holds nothing of use."""
+    content = b"content of thirty bytes or so."
+    header = bytearray(tarfile.TarInfo("a").tobuf(tarfile.USTAR_FORMAT))
+    record = f"11 size={len(content)}\n".encode()
+    assert len(record) == 11
+    extended = tarfile.TarInfo("x")
+    extended.type, extended.size = tarfile.XHDTYPE, len(record)
+    data = extended.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + header + content.ljust(512, b"\0")
+    path = tmp_path / "x.tar"
+    path.write_bytes(data + bytes(1024))
+    assert members(path) == [Member("a", 1536, len(content))]
+
+
+@pytest.mark.parametrize("record", [b"junk", b"0 a=b\n", b"99999 a", b"11 size=-1\n", b"9 a b c\n\n"])
+@pytest.mark.parametrize("first", [True, False])
+def test_damaged_extended_headers_are_refused(tmp_path: Path, record: bytes, first: bool) -> None:
+    extended = tarfile.TarInfo("x")
+    extended.type, extended.size = tarfile.XHDTYPE, len(record)
+    before = b"" if first else tarfile.TarInfo("a").tobuf(tarfile.USTAR_FORMAT)
+    path = tmp_path / "x.tar"
+    path.write_bytes(before + extended.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + bytes(1024))
+    with pytest.raises(DataError, match="is no tar file" if first else "is damaged at byte 512"):
+        members(path)
+
+
+@pytest.mark.parametrize("size", [-1, -(10**6)])
+def test_a_negative_size_does_not_lead_back(tmp_path: Path, size: int) -> None:
+    record = f" size={size}\n".encode()
+    record = str(len(record) + 2).encode() + record
+    extended, member = tarfile.TarInfo("x"), tarfile.TarInfo("b")
+    extended.type, extended.size = tarfile.XHDTYPE, len(record)
+    blocks = [tarfile.TarInfo("a"), extended, record.ljust(512, b"\0"), member]
+    path = tmp_path / "x.tar"
+    data = b"".join(b if isinstance(b, bytes) else b.tobuf(tarfile.USTAR_FORMAT) for b in blocks)
+    path.write_bytes(data + bytes(1024))
+    with pytest.raises(DataError, match="is damaged at byte"):
+        members(path)
+
+
+def test_a_damaged_header_does_not_end_the_list(tmp_path: Path) -> None:
+    """Python's own reader ends there without an error."""
+    path = write_tar(
+        tmp_path / "x.tar", [(f"{i}{'n' * 120 * i}", bytes(600 * i)) for i in range(3)], tarfile.GNU_FORMAT
+    )
+    data = path.read_bytes()
+    assert len(members(path)) == 3
+    headers = [0, *(at for at in range(512, len(data), 512) if data[at + 257 : at + 262] == b"ustar")]
+    assert len(headers) == 5
+    for header in headers:
+        for at in (0, 99, 124, 148, 156, 260, 345):
+            path.write_bytes(overwrite(header + at, bytes([data[header + at] ^ 0x55]))(data))
+            with pytest.raises(DataError, match="is damaged at byte" if header else "is no tar file"):
+                members(path)
+
+
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("a")
+    member.type = tarfile.GNUTYPE_SPARSE
+    path = tmp_path / "x.tar"
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match="sparse members; make it again without `tar --sparse`"):
+        members(path)

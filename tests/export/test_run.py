@@ -14,7 +14,8 @@ import torch
 
 from nfzoo import CheckpointError, ConfigError, NFNet, Preprocessing, from_pretrained
 from nfzoo.config import config_from_dict
-from nfzoo.data.loader import evaluation_batches, open_split
+from nfzoo.data.loader import evaluation_batches
+from nfzoo.data.source import open_split
 from nfzoo.evaluate import score
 from nfzoo.export.quantize import quantize_onnx, quantize_torch
 from nfzoo.export.run import FORMATS, SHEET, export, main

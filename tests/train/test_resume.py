@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import nfzoo
 from nfzoo.train import run as train
 from nfzoo.train import trainer as loop
-from tests.data.test_loader import write_images
+from tests.support.pictures import write_images
 from tests.support.processes import ROOT, free_ports, together
 
 OPTIONS = ["--model", "nfnet-test", "--data", "digits", "--epochs", "2", "--batch_size", "280", "--save_steps", "2"]

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 import nfzoo
 from nfzoo.cli import demo
-from nfzoo.data.loader import open_split
+from nfzoo.data.source import open_split
 from nfzoo.evaluate import evaluate
 from nfzoo.train import batches as inputs
 from nfzoo.train import config as recipe
 from nfzoo.train import recipes
 from nfzoo.train import run as train
-from tests.data.test_loader import write_images
+from tests.support.pictures import write_images
 
 QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "142"]
 # Ten float32 steps with sums in another order; a parameter is of order one.
@@ -168,7 +168,7 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
         (["--data", ""], "data must not be empty"),
         (["--output", ""], "output must not be empty"),
         (["--output", "/proc/nowhere/run"], "cannot be written"),
-        (["--accumulation", "4"], "does not divide among 1 processes with accumulation 4; make it a multiple of 4"),
+        (["--accumulation", "4"], "does not divide among 1 processes and 4 accumulated steps; make it a multiple of 4"),
         (["--batch_size", "71", "--augment.mixup", "0.2"], "mixed in pairs"),
         (["--sharding", "fsdp2"], "needs processes to shard over"),
         (["--sharding", "fsdp2", "--optim.sam_rho", "0.05"], "SAM ascends in each process"),

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import nfzoo
-from nfzoo.data.loader import open_split
+from nfzoo.data.source import open_split
 from tests.support.helpers import relative
 
 ROOT = Path(__file__).resolve().parents[2]
