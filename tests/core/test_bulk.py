@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.nn import NFNet
 from nfzoo.predict import image_files, predict
 from tests.core.test_evaluate import make_model
+from tests.support.forks import FORK, run_in_group
 from tests.support.helpers import relative
 from tests.support.pictures import picture, write_images, write_tar
-from tests.support.processes import ROOT, free_ports
 
 # The folded model rounds its weights once more, and batches of another size add in another order.
 TOLERANCE = 1e-4
@@ -73,30 +73,6 @@ def manifest(output: Path) -> dict[str, Any]:
 def contents(output: Path) -> dict[str, bytes]:
     """The parts, and whatever else lies there but the manifest."""
     return {path.name: path.read_bytes() for path in output.iterdir() if path.name != "manifest.json"}
-
-
-def launch(arguments: Sequence[str], *, world: int = 2) -> list[tuple[int, str, str]]:
-    """Status, output and errors of each process."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
-    environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "nfzoo.bulk", *arguments],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        printed = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(started, printed, strict=True)]
 
 
 # -- what is written
@@ -247,17 +223,15 @@ def test_a_killed_run_leaves_whole_parts_and_is_taken_up(checkpoint: Path, tmp_p
     data = write_images(tmp_path / "photos", {"a": 240})
     command = [str(checkpoint), "--data", str(data), "--shard-size", "2", "--workers", "0", "--device", "cpu"]
     output = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nfzoo.bulk", *command, "--output", str(output)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = FORK.Process(target=main, args=([*command, "--output", str(output)],))
+    process.start()
     end = time.monotonic() + 300
-    while process.poll() is None and len(list(output.glob("part-*"))) < 5:
+    while process.is_alive() and len(list(output.glob("part-*"))) < 5:
         assert time.monotonic() < end
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     left = {path.name: path.read_bytes() for path in output.glob("part-*")}
     assert 5 <= len(left) < 120
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
@@ -427,7 +401,7 @@ def test_two_processes_write_what_one_writes(checkpoint: Path, folder: Path, tmp
     for part in (0, 2, 3):
         (tmp_path / "two" / f"{PARTS[part]}.jsonl").unlink()
     before = (tmp_path / "two" / f"{PARTS[1]}.jsonl").stat().st_mtime_ns
-    (status, out, err), other = launch([*command, str(tmp_path / "two")])
+    (status, out, err), other = run_in_group(main, [*command, str(tmp_path / "two")], tmp_path)
     assert (status, other[0]) == (0, 0), err + other[2]
     assert "wrote 3 of 4 parts" in out
     assert other[1] == ""
@@ -439,12 +413,11 @@ def test_two_processes_write_what_one_writes(checkpoint: Path, folder: Path, tmp
     assert [entry["image"] for entry in one["broken"]] == ["bee/0.png"]
 
 
-@pytest.mark.slow
 def test_what_ends_one_process_is_told_once_and_the_rest_is_kept(
     checkpoint: Path, folder: Path, tmp_path: Path
 ) -> None:
     command = [str(checkpoint), "--data", str(folder), *SHARD, "--output"]
-    (status, _, err), other = launch([*command, str(folder / "inside")])
+    (status, _, err), other = run_in_group(main, [*command, str(folder / "inside")], tmp_path)
     assert (status, other[0]) == (2, 2)
     assert "among the data" in err
     assert other[2] == ""
@@ -453,7 +426,7 @@ def test_what_ends_one_process_is_told_once_and_the_rest_is_kept(
     broken = sorted(path.relative_to(data).as_posix() for path in data.rglob("*.png"))[22]
     (data / broken).write_bytes(b"")
     command = [str(checkpoint), "--data", str(data), *SHARD, "--output", str(tmp_path / "out")]
-    (status, out, err), other = launch(command)
+    (status, out, err), other = run_in_group(main, command, tmp_path)
     assert (status, other[0], out) == (2, 2, "")
     assert other[2].count(f"nfzoo predict: error: {data / broken}") == 1
     assert "another process has ended early; run the same again" in err
@@ -462,6 +435,22 @@ def test_what_ends_one_process_is_told_once_and_the_rest_is_kept(
     shutil.copy(folder / broken, data / broken)
     assert main(command) == 0
     assert len(rows(tmp_path / "out")) == 23
+
+
+@pytest.mark.slow
+def test_the_module_runs_under_accelerates_launcher(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1", "-m", "nfzoo.bulk"]
+    done = subprocess.run(
+        [*command, str(checkpoint), "--data", str(folder), *SHARD, "--output", str(tmp_path / "out")],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(contents(tmp_path / "out")) == [f"{part}.jsonl" for part in PARTS]
+    assert manifest(tmp_path / "out")["runs"][0]["processes"] == 2
 
 
 # -- the command

@@ -19,6 +19,7 @@ from nfzoo.data.labels import imagenet, imagenet_wnids
 from nfzoo.data.source import open_split
 from nfzoo.evaluate import Evaluation, evaluate, main, open_labelled, score, table
 from nfzoo.nn import NFNet
+from tests.support.forks import run_in_group
 from tests.support.pictures import write_images
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")
@@ -92,13 +93,23 @@ def test_batches_and_workers_do_not_matter(model: NFNet, folder: Path) -> None:
 def test_a_trained_model_is_scored_as_in_training(tmp_path: Path) -> None:
     from nfzoo.train.run import main as train
 
-    run = ["--model", "nfnet-test", "--data", "digits", "--epochs", "1", "--batch_size", "142"]
+    data = tmp_path / "pets"
+    write_images(data / "train", {"bee": 4, "cat": 4})
+    write_images(data / "val", {"bee": 6, "cat": 5}, seed=1)
+    run = ["--model", "nfnet-test", "--data", str(data), "--epochs", "1", "--batch_size", "4", "--workers", "0"]
     assert train([*run, "--output", str(tmp_path / "run")]) == 0
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    found = evaluate(nfzoo.from_pretrained(tmp_path / "run"), "digits")
+    found = evaluate(nfzoo.from_pretrained(tmp_path / "run"), str(data), workers=0)
     assert found.top1 == row["ema_accuracy"]
     assert found.loss == pytest.approx(row["ema_loss"], abs=LOSS_TOLERANCE)
-    assert (found.dataset, found.split, found.images) == ("digits", "held out", len(open_split("digits").validation))
+    assert (found.dataset, found.split, found.images) == ("pets", "val", 11)
+
+
+def test_of_the_digits_those_held_out_from_training_are_taken() -> None:
+    found, expected = open_labelled("digits", 10, None), open_split("digits").validation
+    assert (found.dataset, found.split, found.matched_by) == ("digits", "held out", "numbers")
+    assert np.array_equal(found.images.rows, expected.rows)
+    assert np.array_equal(found.images.labels, expected.labels)
 
 
 def test_equal_logits_go_to_the_first_class_and_no_number_is_right() -> None:
@@ -129,27 +140,15 @@ def test_no_images_give_no_score() -> None:
 # -- several processes
 
 
-def launch(*arguments: str, use_cpu: str = "true") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1", "-m", "nfzoo.evaluate"]
-    return subprocess.run(
-        [*command, *arguments],
-        env={**os.environ, "ACCELERATE_USE_CPU": use_cpu, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_two_processes_count_every_image_once(model: NFNet, checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     broken = write_images(tmp_path / "animals", {"bee": 11, "cat": 7, "gnu": 6}) / "gnu" / "5.png"  # for the second
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
     target = tmp_path / "two.json"
-    options = ["--batch-size", "4", "--workers", "0", "--skip-broken"]
-    done = launch(str(checkpoint), "--data", str(broken.parent.parent), *options, "--json", str(target))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("top-1") == 1
-    assert done.stderr.count(str(broken)) == 1
+    options = ["--batch-size", "4", "--workers", "0", "--skip-broken", "--json", str(target)]
+    first, second = run_in_group(main, [str(checkpoint), "--data", str(broken.parent.parent), *options], tmp_path)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert (first[1].count("top-1"), second[1]) == (1, "")
+    assert (first[2] + second[2]).count(str(broken)) == 1
     found, one = json.loads(target.read_text()), evaluate(model, str(folder), workers=0)
     assert (found["images"], found["skipped"]) == (23, 1)
     assert (found["top1"], found["top5"]) == (one.top1, one.top5)
@@ -158,26 +157,44 @@ def test_two_processes_count_every_image_once(model: NFNet, checkpoint: Path, fo
 
 def test_fewer_images_than_processes(model: NFNet, checkpoint: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "one", {"fox": 1})
-    done = launch(str(checkpoint), "--data", str(folder), "--json", "-")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    first, second = run_in_group(main, [str(checkpoint), "--data", str(folder), "--json", "-"], tmp_path)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    found = json.loads(first[1])
     assert (found["images"], found["top1"], found["top5"]) == plain_loop(model, folder, LABELS.index)
 
 
 def test_what_another_process_cannot_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "animals", {"bee": 1, "cat": 1})
     (folder / "cat" / "0.png").write_bytes(b"")
-    done = launch(str(checkpoint), "--data", str(folder), "--workers", "0")
-    assert done.returncode != 0
-    assert f"nfzoo evaluate: error: {folder / 'cat' / '0.png'} is empty" in done.stderr
-    assert "top-1" not in done.stdout
+    first, second = run_in_group(main, [str(checkpoint), "--data", str(folder), "--workers", "0"], tmp_path)
+    assert first[0]
+    assert second[0] == 2
+    assert f"nfzoo evaluate: error: {folder / 'cat' / '0.png'} is empty" in second[2]
+    assert "top-1" not in first[1]
 
 
-def test_processes_that_would_each_do_all_the_work_are_refused(checkpoint: Path, folder: Path) -> None:
-    done = launch(str(checkpoint), "--data", str(folder), use_cpu="false")
-    assert done.returncode != 0
-    assert done.stderr.count("nfzoo evaluate: error: 2 processes were launched and do not find each other") == 1
-    assert "top-1" not in done.stdout
+def test_processes_that_would_each_do_all_the_work_are_refused(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    arguments = [str(checkpoint), "--data", str(folder)]
+    first, second = run_in_group(main, arguments, tmp_path, use_cpu="false")
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].count("nfzoo evaluate: error: 2 processes were launched and do not find each other") == 1
+    assert (first[1], *second[1:]) == ("", "", "")
+
+
+@pytest.mark.slow
+def test_accelerates_launcher_shares_the_work(model: NFNet, checkpoint: Path, folder: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1", "-m", "nfzoo.evaluate"]
+    done = subprocess.run(
+        [*command, str(checkpoint), "--data", str(folder), "--json", "-"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found, one = json.loads(done.stdout), evaluate(model, str(folder), workers=0)
+    assert (found["images"], found["top1"], found["top5"]) == (one.images, one.top1, one.top5)
 
 
 # -- classes

@@ -143,11 +143,11 @@ def test_two_interrupted_epochs_are_uninterrupted_ones(
 ) -> None:
     images = sources(folder, tmp_path)[source]
     full = len(images) // 4 * 4
-    expected = run(images, before, {0: (0, full), 1: (0, full)}, workers=2)
+    expected = run(images, before, {0: (0, full), 1: (0, full)})
     assert len(expected) == 2 * (full // 4)
     assert not torch.equal(expected[0].indices, expected[full // 4].indices)
     # Stopped after two batches of the first epoch and, taken up again, after one of the second.
-    found = run(images, before, {0: (0, 8)}, workers=1)
+    found = run(images, before, {0: (0, 8)})
     found += run(images, after, {0: (8, full), 1: (0, 4)}, workers=2)
     found += run(images, before, {1: (4, full)}, workers=1)
     assert len(found) == len(expected)
