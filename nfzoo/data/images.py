@@ -26,7 +26,7 @@ UNLABELLED = -1
 _DIGITS_SIZE = 32
 
 ImageSource: TypeAlias = Path | Image.Image | BinaryIO
-"""What `open_image` reads."""
+"""An image that `open_image` reads."""
 Indices: TypeAlias = Sequence[int] | np.ndarray
 
 _Source_co = TypeVar("_Source_co", bound=ImageSource, covariant=True)

@@ -1,4 +1,4 @@
-"""The names of the ImageNet classes, and which class of a model the name of a folder means."""
+"""The names of the ImageNet classes, and the matching of class names to the outputs of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _table() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def imagenet() -> tuple[str, ...]:
-    """The 1,000 labels of ILSVRC-2012, in the order of the logits; no two are alike, even without regard to case.
+    """Return the 1,000 labels of ILSVRC-2012, in the order of the logits; no two are alike, even without regard to case.
 
     Source: WordNet 3.0, the first word of each class; see `assets/README.md`.
     """
@@ -27,18 +27,18 @@ def imagenet() -> tuple[str, ...]:
 
 
 def imagenet_wnids() -> tuple[str, ...]:
-    """The WordNet ids of the same classes, such as `n01440764`: the names of ImageNet's folders, in sorted order."""
+    """Return the WordNet ids of the same classes, such as `n01440764`, sorted: the names of ImageNet's folders."""
     return _table()[0]
 
 
 def match_classes(
     names: Sequence[str], classes: int, labels: Sequence[str] | None, *, source: str
 ) -> tuple[tuple[int, ...], str]:
-    """The model's output of each folder name, and what the names were taken for.
+    """Return the model's output for each folder name, and the table that matched them all.
 
-    In this order: the model's labels; for an ImageNet model the WordNet ids or the labels of ImageNet; for a model
-    without labels the numbers of its outputs; else, if there are as many folders as outputs, their sorted order. A part
-    of the classes is enough, but for the last.
+    Tried in this order: the model's labels; for an ImageNet model the WordNet ids, then the labels of ImageNet; for a
+    model without labels the numbers of its outputs; else, if there are as many folders as outputs, their sorted order.
+    The names may be a part of the classes, except for the last.
 
     Raises:
         DataError: for a name that is no class of the model, or two that are the same; `source` is named.

@@ -379,3 +379,17 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for source in ("hub:", "digits"):
         with pytest.raises(DataError):
             open_all(source, part="x" if source == "digits" else None)
+
+
+def test_the_results_of_earlier_runs_are_still_those_of_the_same_images(tmp_path: Path) -> None:
+    """Bulk prediction resumes a folder of results only if the fingerprint in its manifest is that of the images."""
+    write_tar(tmp_path / "a.tar", [("x/0.png", b"image"), ("1.jpg", b"image")])
+    for name in ("f/0.png", "f/a/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for source, expected in {
+        "digits": "22b429449ced37094080c0d9876cff80f8ba34522e6ede364dd2d7312aa85443",
+        f"{tmp_path}/a.tar": "35d93b03f9c1310931b93fd95d4f9aa5cccf59336f23a72152ac3d638f693fe6",
+        f"{tmp_path}/f": "94b8c6a10a963a18cdcf01e4bb1da4d2232ba87baa1e7258462d9e4f7886e4c6",
+    }.items():
+        assert fingerprint(open_all(source)) == expected, source
