@@ -263,17 +263,17 @@ def _with_bar(
             bar.update(min(len(labels) * state.num_processes, total - bar.n))
 
 
-def table(found: Evaluation) -> str:
+def table(result: Evaluation) -> str:
     """Return an evaluation as lines of text."""
     rows = [
-        ("model", found.model),
-        ("data", found.dataset if found.split is None else f"{found.dataset}, {found.split}"),
-        ("images", f"{found.images:,}" + (f" ({found.skipped:,} cannot be read)" if found.skipped else "")),
-        ("classes", f"{found.classes:,}, matched by {found.matched_by}"),
-        ("input", f"{found.size} x {found.size} pixels ({found.resize})"),
-        ("top-1", f"{found.top1:7.2%}"),
-        ("top-5", f"{found.top5:7.2%}"),
-        ("loss", f"{found.loss:7.4f}"),
+        ("model", result.model),
+        ("data", result.dataset if result.split is None else f"{result.dataset}, {result.split}"),
+        ("images", f"{result.images:,}" + (f" ({result.skipped:,} cannot be read)" if result.skipped else "")),
+        ("classes", f"{result.classes:,}, matched by {result.matched_by}"),
+        ("input", f"{result.size} x {result.size} pixels ({result.resize})"),
+        ("top-1", f"{result.top1:7.2%}"),
+        ("top-5", f"{result.top5:7.2%}"),
+        ("loss", f"{result.loss:7.4f}"),
     ]
     return "\n".join(f"{key + ':':<9} {printable(value)}" for key, value in rows)
 
@@ -330,7 +330,7 @@ def _main(options: argparse.Namespace) -> None:
     if options.json not in (None, "-"):
         program.check_output(Path(options.json))
     model = from_pretrained(options.model)
-    found = evaluate(
+    evaluation = evaluate(
         model,
         options.data,
         name=model.name or Path(options.model).resolve().name,
@@ -342,7 +342,7 @@ def _main(options: argparse.Namespace) -> None:
         date=options.date,
     )
     if processes(cpu=options.device == "cpu").is_main_process:
-        program.publish(options.json, found.to_dict(), table(found))
+        program.publish(options.json, evaluation.to_dict(), table(evaluation))
 
 
 if __name__ == "__main__":

@@ -150,17 +150,16 @@ def _images(table: datasets.Dataset, source: str, column: str) -> datasets.Datas
 def _labels(
     values: np.ndarray, feature: Any, where: str, classes: tuple[str, ...] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class numbers int64, and the names of the classes."""
+    """Return class numbers, int64, and the names of the classes."""
     names = getattr(feature, "names", None)
     if values.dtype.kind in "iu":
         numbers = values.astype(np.int64)
         least, most = int(numbers.min()), int(numbers.max())
         if least < 0:
             raise DataError(f"{where} holds {least}, which stands for no class; take a part that has labels")
-        found = tuple(names) if names is not None else None
-        if found is not None and classes is not None:
-            check_classes(where, found, classes)
-        known = found or classes or tuple(map(str, range(most + 1)))
+        if names is not None and classes is not None:
+            check_classes(where, tuple(names), classes)
+        known = tuple(names or ()) or classes or tuple(map(str, range(most + 1)))
         if most >= len(known):
             raise DataError(f"{where} holds {most}, beyond the {len(known)} classes; labels count from 0")
         return numbers, known
@@ -175,7 +174,7 @@ def _labels(
 
 
 def open_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
-    """The rows of parquet files, mapped into memory from a copy in the cache of `datasets`.
+    """Return the rows of parquet files, mapped into memory from a copy in the cache of `datasets`.
 
     Raises:
         DataError: for files that are damaged or do not fit each other, and if `datasets` is not installed.
@@ -189,7 +188,7 @@ def open_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
 
 @functools.lru_cache(maxsize=4)  # opening asks the Hub anew
 def open_hub(repository: str, config: str | None, revision: str | None, source: str) -> datasets.DatasetDict:
-    """The parts of a data set on the Hub, downloaded once into the cache of `datasets`.
+    """Return the parts of a data set on the Hub, downloaded once into the cache of `datasets`.
 
     Raises:
         DataError: for a data set that is not there, or not for you, and if `datasets` is not installed.

@@ -194,12 +194,12 @@ class ImageFolder(Images[Path]):
         return "files"
 
 
-def check_classes(source: str, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
+def check_classes(source: str, names: tuple[str, ...], expected: tuple[str, ...]) -> None:
     """Raise a `DataError` if the classes of `source` are not those expected."""
-    if found != expected:
-        odd = sorted(set(found) ^ set(expected))
+    if names != expected:
+        odd = sorted(set(names) ^ set(expected))
         differ = f"they differ in {', '.join(map(repr, odd[:5]))}" if odd else "the names are the same in another order"
-        raise DataError(f"{source} has {len(found)} classes where {len(expected)} are expected; {differ}")
+        raise DataError(f"{source} has {len(names)} classes where {len(expected)} are expected; {differ}")
 
 
 # -- lists of files

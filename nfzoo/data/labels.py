@@ -19,7 +19,7 @@ def _table() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def imagenet() -> tuple[str, ...]:
-    """Return the 1,000 labels of ILSVRC-2012, in the order of the logits; no two are alike, even without regard to case.
+    """Return the 1,000 labels of ILSVRC-2012, in the order of the logits; no two are alike, even if case is ignored.
 
     Source: WordNet 3.0, the first word of each class; see `assets/README.md`.
     """
