@@ -15,17 +15,37 @@ import torch
 
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import MOST
-from nfzoo.errors import ConfigError, NfzooError, printable
+from nfzoo.errors import ConfigError, NfzooError, nearest, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a `ConfigError` for bad arguments, keeps the lines of its texts and takes no abbreviated options."""
+    """Parse the options of a command as all commands of nfzoo do.
+
+    Bad arguments raise a `ConfigError`. Options cannot be abbreviated; `--batch_size` is `--batch-size`. Texts keep
+    their line breaks.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(_with_dashes, words[:end]), *words[end:]], namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], self._option_string_actions)}")
+        return options
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
+
+
+def _with_dashes(word: str) -> str:
+    option, equals, value = word.partition("=")
+    return option.replace("_", "-") + equals + value if option.startswith("--") else word
 
 
 def count(text: str) -> int:
