@@ -302,18 +302,18 @@ def _parser() -> argparse.ArgumentParser:
         "'digits', those that training holds out",
     )
     parser.add_argument(
-        "--size", type=program.positive, metavar="N", help="side of the input in pixels (default: the model's)"
+        "--size", type=program.positive_int, metavar="N", help="side of the input in pixels (default: the model's)"
     )
     parser.add_argument(
         "--batch-size",
-        type=program.positive,
+        type=program.positive_int,
         default=32,
         metavar="N",
         help="images at a time per process (default: 32)",
     )
     parser.add_argument(
         "--workers",
-        type=program.count,
+        type=program.nonnegative_int,
         metavar="N",
         help="loader processes per process (default: the processors, up to 8)",
     )
@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     return program.run(
         "nfzoo evaluate",
         lambda: _main(_parser().parse_args(argv)),
-        speaks=lambda error: program.first() or isinstance(error, BrokenImageError),
+        reports=lambda error: program.is_first_process() or isinstance(error, BrokenImageError),
     )
 
 
@@ -350,7 +350,7 @@ def _main(options: argparse.Namespace) -> None:
     from nfzoo import from_pretrained
 
     if options.json not in (None, "-"):
-        program.check_output(Path(options.json))
+        program.check_writable(Path(options.json))
     model = from_pretrained(options.model)
     found = evaluate(
         model,
@@ -364,7 +364,7 @@ def _main(options: argparse.Namespace) -> None:
         date=options.date,
     )
     if processes(cpu=options.device == "cpu").is_main_process:
-        program.publish(options.json, found.to_dict(), table(found))
+        program.write_result(options.json, found.to_dict(), table(found))
 
 
 if __name__ == "__main__":

@@ -140,11 +140,13 @@ def _parser() -> argparse.ArgumentParser:
         "--images", nargs="+", default=[], metavar="IMAGE", help="images or folders of them (default: Gaussian noise)"
     )
     sub.add_argument(
-        "--batch-size", type=program.positive, default=8, metavar="N", help="number of images (default: 8)"
+        "--batch-size", type=program.positive_int, default=8, metavar="N", help="number of images (default: 8)"
     )
-    sub.add_argument("--size", type=program.positive, metavar="N", help="side in pixels (default: that of training)")
     sub.add_argument(
-        "--seed", type=program.count, default=0, metavar="N", help="of what is drawn at random (default: 0)"
+        "--size", type=program.positive_int, metavar="N", help="side in pixels (default: that of training)"
+    )
+    sub.add_argument(
+        "--seed", type=program.nonnegative_int, default=0, metavar="N", help="of what is drawn at random (default: 0)"
     )
     sub.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
     sub.add_argument(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nfzoo.config import is_int
 from nfzoo.data.images import Indices, Texts
 from nfzoo.data.tar_index import LONGEST_TEXT, Member, members, open_to_read, read_at
 from nfzoo.errors import DataError
@@ -204,7 +205,7 @@ def _label(descriptor: int, path: str, key: str, image: Member, texts: dict[tupl
         label = json.loads(text) if member.name.lower().endswith(".json") else int(text)
         if isinstance(label, dict):
             label = label["label"]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 1 << 31:
+        if not is_int(label, 0, (1 << 31) - 1):
             raise ValueError
     except (ValueError, KeyError, RecursionError) as error:
         shown = content[:40].decode(errors="replace")
