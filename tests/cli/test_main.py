@@ -247,11 +247,10 @@ def test_version_and_module() -> None:
     assert done.stdout == f"nfzoo {nfzoo.cli.main.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"]])
-def test_a_reader_that_goes_away(arguments: list[str]) -> None:
+def test_a_reader_that_goes_away() -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "nfzoo", *arguments]
+    command = [sys.executable, "-m", "nfzoo", "list"]
     try:
         done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     finally:
