@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
+    """Run the command: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
     alone: list[bool] = []  # filled once this process works on its own parts, and tells of its own errors
     return program.run(
         "nfzoo bulk",

@@ -338,7 +338,7 @@ def _date(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
+    """Run the command: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
     return program.run(
         "nfzoo evaluate",
         lambda: _main(_parser().parse_args(argv)),

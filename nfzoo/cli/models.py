@@ -21,7 +21,7 @@ from nfzoo.variants import VARIANTS, variant
 
 
 def list_models(argv: list[str] | None = None) -> int:
-    """List the zoo."""
+    """List the models of the zoo: `nfzoo list`."""
     parser = program.Parser(
         prog="nfzoo list",
         description="List the models of the zoo: parameters, side of the square input in pixels when trained and when\n"
@@ -122,7 +122,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _lookup(source: str) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
-    """A zoo name or a checkpoint; what exists on disk comes first, as in `from_pretrained`."""
+    """Return configuration, preprocessing and facts of a zoo name or a checkpoint. A file comes before a name."""
     path = Path(source)
     if not path.exists() and "/" not in source:
         row = variant(source)
@@ -131,19 +131,23 @@ def _lookup(source: str) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
     if path.is_file() and path.suffix not in (".safetensors", ".json"):
         raise CheckpointError(f"{path} is neither a checkpoint folder nor a .safetensors file")
     if path.exists() and not (path.is_dir() and _is_foreign(path)):
-        found = read_description(path / CONFIG_FILE if path.is_dir() else path)
+        description = read_description(path / CONFIG_FILE if path.is_dir() else path)
     else:
-        found = from_pretrained(source).description  # a Hub repository, or a folder in timm's layout
+        description = from_pretrained(source).description  # a Hub repository, or a folder in timm's layout
     labels = None
-    if found.labels is not None:
-        more = ", …" if len(found.labels) > 8 else ""
-        labels = ", ".join(found.labels[:8]) + more
-    provenance = None if found.provenance is None else dict(found.provenance)
-    return found.config, found.preprocessing, {"name": found.name, "provenance": provenance, "labels": labels}
+    if description.labels is not None:
+        more = ", …" if len(description.labels) > 8 else ""
+        labels = ", ".join(description.labels[:8]) + more
+    provenance = None if description.provenance is None else dict(description.provenance)
+    return (
+        description.config,
+        description.preprocessing,
+        {"name": description.name, "provenance": provenance, "labels": labels},
+    )
 
 
 def _in_words(value: Any) -> str:
-    """A fact in one line; of a mapping, its entries that are not empty."""
+    """Return a fact in one line; of a mapping, the entries that are not `None`."""
     if not isinstance(value, Mapping):
         return str(value)
     parts = ((k, f"({_in_words(v)})" if isinstance(v, Mapping) else v) for k, v in value.items() if v is not None)
@@ -158,7 +162,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _stages(table: Sequence[BlockCost]) -> list[tuple[str, int, BlockCost]]:
-    """(name, number of blocks, costs) of the stem, each stage, the final convolution and the head with its pooling."""
+    """Return (name, number of blocks, costs) of stem, stages, final convolution, and head with pooling."""
     groups: dict[str, list[BlockCost]] = {}
     for cost in table:
         parts = cost.name.split(".")
@@ -207,7 +211,7 @@ def _convert(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         progress=sys.stderr.isatty(),
     )
-    found = weights.description
-    what = f"{found.name or found.config.family}, {found.config.num_classes} classes, "
-    what += f"{millions(parameter_count(found.config))} parameters, read as {weights.form}"
-    print(f"wrote {printable(str(options.target))}: {printable(what)}")
+    description = weights.description
+    summary = f"{description.name or description.config.family}, {description.config.num_classes} classes, "
+    summary += f"{millions(parameter_count(description.config))} parameters, read as {weights.form}"
+    print(f"wrote {printable(str(options.target))}: {printable(summary)}")

@@ -15,7 +15,7 @@ from nfzoo.runtime import program
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Label images."""
+    """Print the labels of a few images: `nfzoo predict`."""
     parser = program.Parser(
         prog="nfzoo predict",
         description="Print the most probable labels of images; --sheet draws them with the images.\n"
@@ -52,7 +52,7 @@ def _predict(options: argparse.Namespace) -> None:
         program.check_writable(options.sheet)
     files = image_files(options.images, without=options.sheet)
     model = from_pretrained(options.model)
-    found = predict(
+    predictions = predict(
         model,
         files,
         topk=options.topk,
@@ -61,10 +61,10 @@ def _predict(options: argparse.Namespace) -> None:
         device=options.device,
     )
     if options.json:
-        print_json([_as_json(p) for p in found])
+        print_json([_as_json(p) for p in predictions])
     else:
-        width = max(len(printable(label)) for p in found for label, _ in p.top)
-        for prediction in found:
+        width = max(len(printable(label)) for p in predictions for label, _ in p.top)
+        for prediction in predictions:
             print(printable(str(prediction.path)))
             for label, probability in prediction.top:
                 bar = "#" * round(30 * probability)

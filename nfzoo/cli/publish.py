@@ -70,9 +70,9 @@ def _push(options: argparse.Namespace) -> None:
         for url in publish.push_deepmind(options.all_deepmind, **send):
             print(f"published {printable(url)}", flush=True)
     elif options.dry_run:
-        found = publish.bundle(options.folder, options.repository, license=options.license)
-        print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in found.sizes().items())], "<>")
-        print("\n" + "\n".join(map(printable, found.card.splitlines())))
+        files = publish.bundle(options.folder, options.repository, license=options.license)
+        print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
+        print("\n" + "\n".join(map(printable, files.card.splitlines())))
     else:
         print(f"published {printable(publish.push(options.folder, options.repository, **send))}")
 

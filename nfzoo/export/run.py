@@ -264,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when the program is written, 2 for bad input, 1 when the disk or a compiler gave out."""
+    """Run the command: 0 when the program is written, 2 for bad input, 1 when the disk or a compiler gave out."""
     return program.run("nfzoo export", lambda: _main(_parser().parse_args(argv)), failures=(OSError, RuntimeError))
 
 

@@ -193,7 +193,7 @@ def _topology(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when it compiles, 1 when it does not, or ran out of time or disk, 2 for bad input."""
+    """Run the command: 0 when it compiles, 1 when it does not, or ran out of time or disk, 2 for bad input."""
     return program.run("nfzoo tpu-check", lambda: _main(_parser().parse_args(argv)))
 
 
