@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig
 from nfzoo.conversion.haiku import Tree, from_haiku, recognize, unflattened
 from nfzoo.conversion.source import open_source
-from nfzoo.errors import ConversionError, NfzooError
+from nfzoo.errors import ConversionError
 from nfzoo.model import plan, run_block
+from nfzoo.runtime import program
 
 Stages = dict[str, NDArray]
 """`stem`, `stage 1` … `stage 4` (NHWC), `pool`, `logits` -> float32."""
 
-MOST = 1e-5  # relative error that two float32 frameworks may have
+TOLERANCE = 1e-5  # relative error that two float32 frameworks may have
 
 
 class Comparison(NamedTuple):
@@ -250,27 +251,28 @@ def _read_tree(path: str, model: str | None) -> tuple[str, ModelConfig, dict[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m nfzoo.conversion.verify FILE`: 0 if all errors are below `MOST`, 1 if not, 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    """Compare a file in both frameworks: 0 if all errors are below `TOLERANCE`, 1 if not, 2 for bad input."""
+    parser = program.Parser(
         prog="python -m nfzoo.conversion.verify",
         description="Run a Haiku parameter file in Haiku and in nfzoo, and print their relative difference per stage.",
     )
     parser.add_argument("file", help="DeepMind's pickle, or another file that `nfzoo convert` reads")
     parser.add_argument("--model", metavar="NAME", help="the zoo's name, if names and shapes do not tell")
-    parser.add_argument("--size", type=int, default=64, metavar="N", help="side of the input image (default: 64)")
-    options = parser.parse_args(argv)
-    try:
-        _frameworks()
-        name, cfg, tree = _read_tree(options.file, options.model)
-        x = np.random.default_rng(0).standard_normal((2, options.size, options.size, cfg.in_channels), np.float32)
-        rows = compare(cfg, tree, x)
-    except (NfzooError, OSError) as error:
-        print(f"verify: error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument(
+        "--size", type=program.positive_int, default=64, metavar="N", help="side of the input image (default: 64)"
+    )
+    return program.run("verify", lambda: _verify(parser.parse_args(argv)))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    _frameworks()
+    name, cfg, tree = _read_tree(options.file, options.model)
+    x = np.random.default_rng(0).standard_normal((2, options.size, options.size, cfg.in_channels), np.float32)
+    rows = compare(cfg, tree, x)
     print(f"{name}, {cfg.num_classes} classes, {options.size} x {options.size} pixels, against Haiku")
     for row in rows:
         print(f"{row.stage:<8}  {row.error:.1e}")
-    return 0 if all(row.error < MOST for row in rows) else 1
+    return 0 if all(row.error < TOLERANCE for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Top labels or embeddings of many images, on one process or many: `nfzoo predict MODEL --data SOURCE --output DIR`.
+"""Top labels or embeddings of many images, on one process or many: `nfzoo bulk MODEL --data SOURCE --output DIR`.
 
 Results are written in parts of consecutive images. Processes share the parts that are not there yet, so that a run can
 be killed at any moment and resumed by any number of processes. What is in a part depends neither on them nor on the
@@ -258,11 +258,11 @@ def _bar(total: int, state: PartialState) -> tqdm:
 
 def _parser() -> argparse.ArgumentParser:
     parser = program.Parser(
-        prog="nfzoo predict",
+        prog="nfzoo bulk",
         description="Write the most probable labels of many images, or their embeddings, in parts of consecutive\n"
         "images. Run again to go on where a run was interrupted.\n\n"
         "examples:\n"
-        "  nfzoo predict nfnet-f0 --data photos --output labels\n"
+        "  nfzoo bulk nfnet-f0 --data photos --output labels\n"
         "  accelerate launch -m nfzoo.bulk nfnet-f0 --data 'laion/{000..146}.tar' --embeddings --output vectors",
     )
     add = parser.add_argument
@@ -278,26 +278,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", metavar="NAME", help="of a data set of the Hub that part alone (default: all parts)")
     add("--embeddings", action="store_true", help="the pooled features in front of the classifier, not labels")
     add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: float32)")
-    add("--topk", type=program.positive, default=5, metavar="K", help="labels for each image (default: 5)")
+    add("--topk", type=program.positive_int, default=5, metavar="K", help="labels for each image (default: 5)")
     add("--format", choices=("jsonl", "npz", "parquet"), help="default: jsonl for labels, npz for embeddings")
     add(
         "--shard-size",
-        type=program.positive,
+        type=program.positive_int,
         default=SHARD_SIZE,
         metavar="N",
         help=f"images a file (default: {SHARD_SIZE})",
     )
-    add("--size", type=program.positive, metavar="N", help="side of the input in pixels (default: the model's)")
+    add("--size", type=program.positive_int, metavar="N", help="side of the input in pixels (default: the model's)")
     add(
         "--batch-size",
-        type=program.positive,
+        type=program.positive_int,
         default=32,
         metavar="N",
         help="images at a time per process (default: 32)",
     )
     add(
         "--workers",
-        type=program.count,
+        type=program.nonnegative_int,
         metavar="N",
         help="loader processes per process (default: the processors, up to 8)",
     )
@@ -312,12 +312,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
+    """Run the command: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
     started: list[bool] = []  # filled once this process works on its own parts, and reports its own errors
     return program.run(
-        "nfzoo predict",
+        "nfzoo bulk",
         lambda: _main(_parser().parse_args(argv), lambda: started.append(True)),
-        speaks=lambda error: not isinstance(error, _ElsewhereError) and (bool(started) or program.first()),
+        reports=lambda error: not isinstance(error, _ElsewhereError) and (bool(started) or program.is_first_process()),
     )
 
 

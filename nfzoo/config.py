@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeGuard, TypeVar, get_args
 
 from nfzoo.errors import ConfigError, nearest
 
@@ -18,8 +18,8 @@ Resize = Literal["deepmind", "shortest-edge"]
 T = TypeVar("T")
 
 # Far beyond any network. They keep a damaged configuration from asking for endless plans and overflowing numbers.
-MOST_BLOCKS = 1024  # of one stage
-MOST = 1 << 20  # channels, classes, pixels, ratios
+MAX_BLOCKS = 1024  # of one stage
+MAX_SIZE = 1 << 20  # channels, classes, pixels, ratios
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -121,19 +121,19 @@ class ModelConfig:
     folded: bool = False
 
     def __post_init__(self) -> None:
-        for name, most in (("depths", MOST_BLOCKS), ("widths", MOST)):
+        for name, most in (("depths", MAX_BLOCKS), ("widths", MAX_SIZE)):
             value = getattr(self, name)
             value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-            if not isinstance(value, tuple) or len(value) != 4 or not all(_is_int(v) and 0 < v <= most for v in value):
+            if not isinstance(value, tuple) or len(value) != 4 or not all(is_int(v, 1, most) for v in value):
                 raise ConfigError(f"{name} must be four positive integers up to {most}, not {value!r}")
             object.__setattr__(self, name, value)
         _one_of("activation", self.activation, get_args(Activation))
         _one_of("rules", self.rules, RULES)
         for name in ("num_classes", "in_channels"):
             value = getattr(self, name)
-            if not _is_int(value) or not 1 <= value <= MOST:
-                raise ConfigError(f"{name} must be a positive integer up to {MOST}, not {value!r}")
-        if not _is_int(self.output_stride) or self.output_stride not in (8, 16, 32):
+            if not is_int(value, 1, MAX_SIZE):
+                raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
+        if not is_int(self.output_stride, 8) or self.output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride must be 8, 16 or 32, not {self.output_stride!r}")
         for name in ("drop_rate", "stochastic_depth"):
             value = getattr(self, name)
@@ -190,7 +190,7 @@ class NFNetConfig(ModelConfig):
         _one_of("attention", self.attention, ("none", "se", "eca"))
         for name in ("bottleneck", "se_ratio", "head_ratio"):
             _positive(self, name)
-        if not _is_int(self.stem_width) or not 8 <= self.stem_width <= MOST or self.stem_width % 8:
+        if not is_int(self.stem_width, 8, MAX_SIZE) or self.stem_width % 8:
             raise ConfigError(f"stem_width must be a multiple of 8, not {self.stem_width!r}")
         channels = self.rule.channels
         _check_groups(self.group_width, min(channels(channels(w) * self.bottleneck) for w in self.widths))
@@ -218,8 +218,8 @@ class NFResNetConfig(ModelConfig):
         super().__post_init__()
         _one_of("attention", self.attention, ("none", "se", "eca"))
         _positive(self, "bottleneck")
-        if not _is_int(self.stem_width) or not 1 <= self.stem_width <= MOST:
-            raise ConfigError(f"stem_width must be a positive integer up to {MOST}, not {self.stem_width!r}")
+        if not is_int(self.stem_width, 1, MAX_SIZE):
+            raise ConfigError(f"stem_width must be a positive integer up to {MAX_SIZE}, not {self.stem_width!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,18 +277,18 @@ class Preprocessing:
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise ConfigError(f"{name} must be one number per channel, not {value!r}")
             value = tuple(value)
-            if not value or not all(_is_number(v) and abs(v) <= MOST for v in value):
+            if not value or not all(_is_number(v) and abs(v) <= MAX_SIZE for v in value):
                 raise ConfigError(f"{name} must be one number per channel, not {value!r}")
             object.__setattr__(self, name, value)
         if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
             raise ConfigError(f"std must be positive and as long as mean, not {self.std!r}")
         for name in ("train_size", "test_size"):
             value = getattr(self, name)
-            if not _is_int(value) or not 1 <= value <= MOST:
-                raise ConfigError(f"{name} must be a positive number of pixels up to {MOST}, not {value!r}")
+            if not is_int(value, 1, MAX_SIZE):
+                raise ConfigError(f"{name} must be a positive number of pixels up to {MAX_SIZE}, not {value!r}")
         _one_of("resize", self.resize, ("deepmind", "shortest-edge"))
-        if not _is_int(self.margin) or not 0 <= self.margin <= MOST:
-            raise ConfigError(f"margin must be a number of pixels up to {MOST}, not {self.margin!r}")
+        if not is_int(self.margin, 0, MAX_SIZE):
+            raise ConfigError(f"margin must be a number of pixels up to {MAX_SIZE}, not {self.margin!r}")
         if not _is_number(self.crop) or not 0 < self.crop <= 1:
             raise ConfigError(f"crop must be in (0, 1], not {self.crop!r}")
 
@@ -354,8 +354,9 @@ def _one_of(name: str, value: object, known: Iterable[str]) -> None:
         )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_int(value: object, least: int, most: float = math.inf) -> TypeGuard[int]:
+    """Return true for an integer, which `True` is not, from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_number(value: object) -> bool:
@@ -366,12 +367,12 @@ def _is_number(value: object) -> bool:
 
 def _positive(config: ModelConfig, name: str) -> None:
     value = getattr(config, name)
-    if not _is_number(value) or not 0 < value <= MOST:
-        raise ConfigError(f"{name} must be positive, and at most {MOST}, not {value!r}")
+    if not _is_number(value) or not 0 < value <= MAX_SIZE:
+        raise ConfigError(f"{name} must be positive, and at most {MAX_SIZE}, not {value!r}")
 
 
 def _check_groups(group_width: object, narrowest: int) -> None:
-    if not _is_int(group_width) or not 1 <= group_width <= narrowest:  # type: ignore[operator]
+    if not is_int(group_width, 1, narrowest):
         raise ConfigError(
             f"group_width must be between 1 and the narrowest bottleneck, {narrowest}; not {group_width!r}"
         )

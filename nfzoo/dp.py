@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m nfzoo.dp",
         description="Train nfnet-test on the embedded digits with differentially private SGD.",
     )
-    parser.add_argument("--steps", type=program.positive, default=STEPS, metavar="N", help=f"default: {STEPS}")
+    parser.add_argument("--steps", type=program.positive_int, default=STEPS, metavar="N", help=f"default: {STEPS}")
     parser.add_argument(
         "--batch", type=_positive, default=BATCH, metavar="N", help=f"mean size of a batch (default: {BATCH:g})"
     )

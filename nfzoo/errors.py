@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class NfzooError(Exception):
-    """Base of all errors below."""
+    """Base of all errors below.
+
+    Attributes:
+        exit_status: of a command that this error ends. From 129 on, a signal ended it, and the message is no error's.
+    """
+
+    exit_status = 2
 
 
 class ConfigError(NfzooError, ValueError):
@@ -35,11 +41,11 @@ class DataError(NfzooError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'a' or 'b'?`, or nothing when no known name is near."""
+    """Return `; did you mean 'a' or 'b'?`, or nothing when no known name is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def printable(text: str) -> str:
-    """`text` without control characters and lone surrogates, which file names and labels may hold."""
+    """Return `text` without control characters and lone surrogates, which file names and labels may hold."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

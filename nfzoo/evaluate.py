@@ -296,11 +296,11 @@ def _parser() -> argparse.ArgumentParser:
         "such folders in train/ and val/, of which val/ is taken; or tar shards, parquet files, hub:ORG/NAME; or "
         "'digits', those that training holds out",
     )
-    add("--size", type=program.positive, metavar="N", help="side of the input in pixels (default: the model's)")
+    add("--size", type=program.positive_int, metavar="N", help="side of the input in pixels (default: the model's)")
     images = "images at a time per process (default: 32)"
-    add("--batch-size", type=program.positive, default=32, metavar="N", help=images)
+    add("--batch-size", type=program.positive_int, default=32, metavar="N", help=images)
     workers = "loader processes per process (default: the processors, up to 8)"
-    add("--workers", type=program.count, metavar="N", help=workers)
+    add("--workers", type=program.nonnegative_int, metavar="N", help=workers)
     add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     add("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
     add("--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them")
@@ -316,11 +316,11 @@ def _date(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
+    """Run the command: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
     return program.run(
         "nfzoo evaluate",
         lambda: _main(_parser().parse_args(argv)),
-        speaks=lambda error: program.first() or isinstance(error, BrokenImageError),
+        reports=lambda error: program.is_first_process() or isinstance(error, BrokenImageError),
     )
 
 
@@ -328,7 +328,7 @@ def _main(options: argparse.Namespace) -> None:
     from nfzoo import from_pretrained
 
     if options.json not in (None, "-"):
-        program.check_output(Path(options.json))
+        program.check_writable(Path(options.json))
     model = from_pretrained(options.model)
     evaluation = evaluate(
         model,
@@ -342,7 +342,7 @@ def _main(options: argparse.Namespace) -> None:
         date=options.date,
     )
     if processes(cpu=options.device == "cpu").is_main_process:
-        program.publish(options.json, evaluation.to_dict(), table(evaluation))
+        program.write_result(options.json, evaluation.to_dict(), table(evaluation))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nfzoo import model as functional_model
 from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
-from nfzoo.config import ModelConfig, Preprocessing
+from nfzoo.config import ModelConfig, Preprocessing, is_int
 from nfzoo.errors import ConfigError
 from nfzoo.model import fold
 from nfzoo.models.onednn import PackedBlock
@@ -373,9 +373,7 @@ def load(
 
 def check_num_classes(num_classes: int | None) -> None:
     """A `ConfigError` for a number of classes that no model has, before anything is read or fetched."""
-    if num_classes is not None and (
-        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
-    ):
+    if num_classes is not None and not is_int(num_classes, 1):
         raise ConfigError(f"num_classes must be a positive integer, not {num_classes!r}")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from nfzoo.analysis.figures import SHEET_LIMIT, SheetEntry, check_png, prediction_sheet, thumbnail
+from nfzoo.config import is_int
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import AUTOCAST, backend, usable_device
@@ -145,7 +146,7 @@ def _label(model: NFNet, index: int) -> str:
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_int(value, 1):
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
 
 

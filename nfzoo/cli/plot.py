@@ -28,7 +28,7 @@ _METRICS, _CURVES = "metrics.jsonl", "curves.png"
 
 
 class Signal(NamedTuple):
-    """The statistics of a model's activations, and what they were measured on.
+    """Statistics of a model's activations, and the input they were measured on.
 
     Attributes:
         model: its name.
@@ -45,12 +45,12 @@ class Signal(NamedTuple):
     blocks: list[SignalMetrics]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a number that is not finite becomes `None`."""
+        """Return JSON-ready fields, with `None` for numbers that are not finite."""
         rows = [{k: _number(v) for k, v in m._asdict().items() if v is not None} for m in self.blocks]
         return {**self._asdict(), "input": list(self.input), "blocks": rows}
 
     def title(self) -> str:
-        """One line."""
+        """Return the title of the plot, in one line."""
         n, _, height, width = self.input
         return f"{self.model}, {self.weights} weights; {n} {self.images} of {height} x {width}"
 
@@ -85,7 +85,7 @@ def measure(
     """
     if trained and silent:
         raise ConfigError("trained weights are as they are; branches can be left silent only in random ones")
-    place = usable_device(device)
+    target = usable_device(device)
     files = image_files(images)[:batch] if images else []
     model = _open(source, trained=trained)
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +102,7 @@ def measure(
     else:
         x, what = torch.randn((batch, cfg.in_channels, side, side), generator=generator), "Gaussian inputs"
     dtype = next(iter(params.values())).dtype
-    blocks = signal_metrics(cfg, {k: p.detach().to(place) for k, p in params.items()}, x.to(place, dtype))
+    blocks = signal_metrics(cfg, {k: p.detach().to(target) for k, p in params.items()}, x.to(target, dtype))
     return Signal(model.name or Path(source).resolve().name, weights, what, tuple(x.shape), blocks)
 
 
@@ -122,7 +122,7 @@ def _number(value: object) -> object:
 
 def _parser() -> argparse.ArgumentParser:
     parser = program.Parser(prog="nfzoo plot", description="Pictures of models and of training runs.")
-    commands = parser.add_subparsers(dest="command", metavar="WHAT", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="PICTURE", required=True)
     sub = commands.add_parser(
         "signal",
         help="how the statistics of a model's activations evolve with depth",
@@ -140,11 +140,13 @@ def _parser() -> argparse.ArgumentParser:
         "--images", nargs="+", default=[], metavar="IMAGE", help="images or folders of them (default: Gaussian noise)"
     )
     sub.add_argument(
-        "--batch-size", type=program.positive, default=8, metavar="N", help="number of images (default: 8)"
+        "--batch-size", type=program.positive_int, default=8, metavar="N", help="number of images (default: 8)"
     )
-    sub.add_argument("--size", type=program.positive, metavar="N", help="side in pixels (default: that of training)")
     sub.add_argument(
-        "--seed", type=program.count, default=0, metavar="N", help="of what is drawn at random (default: 0)"
+        "--size", type=program.positive_int, metavar="N", help="side in pixels (default: that of training)"
+    )
+    sub.add_argument(
+        "--seed", type=program.nonnegative_int, default=0, metavar="N", help="of what is drawn at random (default: 0)"
     )
     sub.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
     sub.add_argument(
@@ -163,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when the picture is drawn, 2 for bad input, 1 when the disk gave out."""
+    """Run the command: 0 when the picture is drawn, 2 for bad input, 1 when the disk gave out."""
 
     def work() -> None:
         options = _parser().parse_args(argv)
@@ -174,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _signal(options: argparse.Namespace) -> None:
     check_png(options.output)
-    found = measure(
+    signal = measure(
         options.model,
         trained=options.trained,
         silent=options.silent,
@@ -184,8 +186,8 @@ def _signal(options: argparse.Namespace) -> None:
         seed=options.seed,
         device=options.device,
     )
-    signal_propagation(found.blocks, options.output, title=found.title())
-    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    signal_propagation(signal.blocks, options.output, title=signal.title())
+    text = json.dumps(signal.to_dict(), indent=2, ensure_ascii=False) + "\n"
     if options.json == "-":
         print(text, end="")
     elif options.json is not None:

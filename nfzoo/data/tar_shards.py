@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from nfzoo.config import is_int
 from nfzoo.data.images import UNLABELLED, Images, Texts, has_ending
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
@@ -288,7 +289,7 @@ def _label(file: BinaryIO, path: str, member: Member) -> int:
         label = json.loads(text) if is_json else int(text)
         if isinstance(label, dict):
             label = label["label"]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 1 << 31:
+        if not is_int(label, 0, (1 << 31) - 1):
             raise ValueError
     except (ValueError, KeyError, RecursionError) as error:
         shown = content[:40].decode(errors="replace")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from nfzoo.config import MOST
+from nfzoo.config import MAX_SIZE
 from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet
 
@@ -91,7 +91,7 @@ def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:
             get_default_x86_inductor_quantization_config,
         )
 
-        shapes = ({0: Dim("batch", min=1, max=MOST)},)
+        shapes = ({0: Dim("batch", min=1, max=MAX_SIZE)},)
         # The quantiser finds convolutions by the names that only a strict export keeps.
         graph = torch.export.export(model, (batches[0],), dynamic_shapes=shapes, strict=True).module()
         quantizer: Any = X86InductorQuantizer()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.config import MOST
+from nfzoo.config import MAX_SIZE, is_int
 from nfzoo.data.loader import evaluation_batches
 from nfzoo.data.source import open_split
 from nfzoo.errors import CheckpointError, ConfigError, printable
@@ -63,10 +63,10 @@ def exported_program(
         batch: a fixed number of images; by default any number.
         step: leave height and width open, in multiples of this many pixels; by default they are those of `images`.
     """
-    shape: dict[int, Any] = {} if batch else {0: Dim("batch", min=1, max=MOST)}
+    shape: dict[int, Any] = {} if batch else {0: Dim("batch", min=1, max=MAX_SIZE)}
     if step:
         for axis, name in ((2, "height"), (3, "width")):
-            shape[axis] = Dim(name, min=1, max=MOST) * step if step > 1 else Dim(name)
+            shape[axis] = Dim(name, min=1, max=MAX_SIZE) * step if step > 1 else Dim(name)
     # Without the first, a size for which some map shrinks to one pixel would be left out; without the second, sizes
     # that are not a multiple of the network's stride.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
@@ -161,8 +161,8 @@ def export(
             f"int8 is for onnx, not {format}; nfzoo.export.quantize.quantize_torch quantises for torch.compile"
         )
     for name, value in (("size", size), ("batch", batch)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST):
-            raise ConfigError(f"{name} must be a positive integer up to {MOST}, not {value!r}")
+        if value is not None and not is_int(value, 1, MAX_SIZE):
+            raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
     missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigError(f"{format} needs {' and '.join(missing)}: pip install 'nfzoo[export]'")
@@ -248,10 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", required=True, choices=[*FORMATS, STABLEHLO], help="the kind of program")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
     parser.add_argument(
-        "--size", type=program.positive, metavar="N", help="side of the images in pixels (default: the model's)"
+        "--size", type=program.positive_int, metavar="N", help="side of the images in pixels (default: the model's)"
     )
     parser.add_argument(
-        "--batch", type=program.positive, metavar="N", help="a fixed number of images (default: any; stablehlo: 1)"
+        "--batch", type=program.positive_int, metavar="N", help="a fixed number of images (default: any; stablehlo: 1)"
     )
     parser.add_argument("--device", help="what aoti compiles for, such as cuda (default: cpu)")
     parser.add_argument(
@@ -265,8 +265,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when the program is written, 2 for bad input, 1 when the disk or a compiler gave out."""
-    return program.run("nfzoo export", lambda: _main(_parser().parse_args(argv)), faults=(OSError, RuntimeError))
+    """Run the command: 0 when the program is written, 2 for bad input, 1 when the disk or a compiler gave out."""
+    return program.run("nfzoo export", lambda: _main(_parser().parse_args(argv)), failures=(OSError, RuntimeError))
 
 
 def _main(options: argparse.Namespace) -> None:
@@ -278,7 +278,7 @@ def _main(options: argparse.Namespace) -> None:
         raise ConfigError(f"--int8 is for onnx, not {options.format}")
     if options.format != STABLEHLO and options.training:
         raise ConfigError(f"--training is for {STABLEHLO}; {options.format} is for inference")
-    program.check_output(Path(options.output), folder=True)
+    program.check_writable(Path(options.output), folder=True)
     model = from_pretrained(options.model)
     if options.format == STABLEHLO:
         from nfzoo.export.stablehlo import export_stablehlo

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.config import MOST, ModelConfig
+from nfzoo.config import MAX_SIZE, ModelConfig, is_int
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import apply, sample_noise
 from nfzoo.optim.sgd import SGDState
@@ -64,8 +64,8 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
         ConfigError: for a size or batch out of range, a folded model's training step, or no torch-xla.
     """
     for name, value in (("batch", batch), ("size", size)):
-        if value is not None and not 1 <= value <= MOST:
-            raise ConfigError(f"{name} must be a positive integer up to {MOST}, not {value!r}")
+        if value is not None and not is_int(value, 1, MAX_SIZE):
+            raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
     if training:
         model._check_trainable()
     params = {name: p.detach().cpu() for name, p in model.state_dict().items()}

@@ -133,12 +133,16 @@ def _parser() -> argparse.ArgumentParser:
         help="the chips, such as v5e:1x1, v6e:2x2, v4:2x2x1, v5p:2x2x2; the batch is divided among them",
     )
     parser.add_argument(
-        "--batch", required=True, type=program.positive, metavar="N", help="images in a step, over all chips together"
+        "--batch",
+        required=True,
+        type=program.positive_int,
+        metavar="N",
+        help="images in a step, over all chips together",
     )
     parser.add_argument("--train", action="store_true", help="the whole training step, not the forward pass alone")
     parser.add_argument(
         "--size",
-        type=program.positive,
+        type=program.positive_int,
         metavar="N",
         help="side of the input in pixels (default: the model's, for --train or not)",
     )
@@ -149,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--largest", action="store_true", help="look for the largest batch that fits, from --batch on by factors of two"
     )
     parser.add_argument(
-        "--multiple", type=program.positive, metavar="N", help="with --largest: to the nearest multiple of N"
+        "--multiple", type=program.positive_int, metavar="N", help="with --largest: to the nearest multiple of N"
     )
     parser.add_argument(
         "--timeout",
@@ -189,7 +193,7 @@ def _topology(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 when it compiles, 1 when it does not, or ran out of time or disk, 2 for bad input."""
+    """Run the command: 0 when it compiles, 1 when it does not, or ran out of time or disk, 2 for bad input."""
     return program.run("nfzoo tpu-check", lambda: _main(_parser().parse_args(argv)))
 
 
@@ -265,7 +269,7 @@ def _print(target: str | None, found: Check, *, name: str, tried: Sequence[Check
         largest = best(tried)
         fields["largest"] = None if largest is None else largest.request.batch
         fields["tried"] = [c.to_dict() for c in tried]
-    program.publish(target, fields, report(found, name=name, tried=tried))
+    program.write_result(target, fields, report(found, name=name, tried=tried))
 
 
 if __name__ == "__main__":

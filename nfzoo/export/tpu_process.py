@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from nfzoo.config import MOST
+from nfzoo.config import MAX_SIZE
 from nfzoo.errors import ConfigError
 from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, REQUIRED, Request
 
@@ -234,7 +234,7 @@ def largest_batch(
 
     with contextlib.suppress(_Undecided):
         good, batch = 0, start
-        while batch <= MOST and fits(batch):
+        while batch <= MAX_SIZE and fits(batch):
             good, batch = batch, 2 * batch
         bad = batch
         while not good and bad > chips:
@@ -242,7 +242,7 @@ def largest_batch(
             good, bad = (batch, bad) if fits(batch) else (good, batch)
         while multiple and good:
             first, last = good // multiple + 1, (bad - 1) // multiple
-            if first > last or good >= MOST:
+            if first > last or good >= MAX_SIZE:
                 break
             batch = (first + last) // 2 * multiple
             good, bad = (batch, bad) if fits(batch) else (good, batch)

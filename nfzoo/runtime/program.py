@@ -1,4 +1,4 @@
-"""What the programs of the command line share: their options, exit statuses, one line for an error, and JSON output."""
+"""Options, exit statuses, error messages and JSON output, as all commands have them."""
 
 from __future__ import annotations
 
@@ -14,36 +14,56 @@ from typing import Any, NoReturn
 import torch
 
 from nfzoo.checkpoint.atomic import replaced
-from nfzoo.config import MOST
-from nfzoo.errors import ConfigError, NfzooError, printable
+from nfzoo.config import MAX_SIZE
+from nfzoo.errors import ConfigError, NfzooError, nearest, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a `ConfigError` for bad arguments, keeps the lines of its texts and takes no abbreviated options."""
+    """Parse the options of a command as all commands of nfzoo do.
+
+    Bad arguments raise a `ConfigError`. Options cannot be abbreviated; `--batch_size` is `--batch-size`. Texts keep
+    their line breaks.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(_with_dashes, words[:end]), *words[end:]], namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], self._option_string_actions)}")
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
-def count(text: str) -> int:
-    """A whole number from 0 on, as the `type` of an option."""
+def _with_dashes(word: str) -> str:
+    option, equals, value = word.partition("=")
+    return option.replace("_", "-") + equals + value if option.startswith("--") else word
+
+
+def nonnegative_int(text: str) -> int:
+    """Read an integer from 0 on, as the `type` of an option."""
     if not re.fullmatch("[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 to `config.MOST`, as the `type` of an option."""
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST}")
+def positive_int(text: str) -> int:
+    """Read an integer from 1 to `config.MAX_SIZE`, as the `type` of an option."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_SIZE}")
     return int(text)
 
 
-def first(_: object = None) -> bool:
-    """Whether this is the first of the processes that were launched, which speaks for all."""
+def is_first_process(_: object = None) -> bool:
+    """Return true in the first of the processes that were launched, which reports for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -51,47 +71,47 @@ def run(
     program: str,
     work: Callable[[], int | None],
     *,
-    faults: tuple[type[Exception], ...] = (OSError,),
-    speaks: Callable[[Exception], bool] = first,
+    failures: tuple[type[Exception], ...] = (OSError,),
+    reports: Callable[[Exception], bool] = is_first_process,
 ) -> int:
-    """Do the work and give the exit status: its own (0 for `None`), 2 for bad input, 1 for a fault, 130 for Ctrl-C.
+    """Do the work and return its exit status: 0 for `None`, an error's `exit_status`, 1 for a failure, 130 for Ctrl-C.
 
     Args:
-        program: what an error message begins with, such as `nfzoo evaluate`.
-        faults: what is no fault of the input: the disk, a compiler.
-        speaks: whether this process tells of an error, in one line on standard error.
+        program: the beginning of an error message, such as `nfzoo evaluate`.
+        failures: errors that are not the input's: of the disk, of a compiler.
+        reports: returns true where this process has to print the error, in one line on standard error.
     """
     try:
         return work() or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        raise  # the reader went away: `nfzoo` makes nothing of it
-    except (NfzooError, *faults) as error:
-        if speaks(error):
+        raise  # the reader of the output went away, which `nfzoo` handles
+    except (NfzooError, *failures) as error:
+        status = error.exit_status if isinstance(error, NfzooError) else 1
+        if reports(error):
             text = printable(" ".join(str(error).split())) or type(error).__name__
-            print(f"{program}: error: {text}", file=sys.stderr)
-        return 2 if isinstance(error, NfzooError) else 1
+            print(f"{program}: {'' if status > 128 else 'error: '}{text}", file=sys.stderr)
+        return status
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def check_output(path: Path, *, folder: bool = False) -> None:
-    """Raise a `ConfigError` now where a file or folder could not be written after all the work."""
-    given, path = path, path.resolve()
-    if folder and path.exists() and not path.is_dir():
-        raise ConfigError(f"{str(given)!r} is a file; give a folder")
-    if not folder and path.is_dir():
-        raise ConfigError(f"{str(given)!r} is a folder; give a file in it")
-    places = (path, *path.parents) if folder else path.parents
-    above = next(place for place in places if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"{str(given)!r} cannot be written: {str(above)!r} is no folder that takes files")
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Raise a `ConfigError` before the work whose result could not be written to this file or folder."""
+    target = path.resolve()
+    if folder and target.exists() and not target.is_dir():
+        raise ConfigError(f"{str(path)!r} is a file; give a folder")
+    if not folder and target.is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder; give a file in it")
+    parent = next(p for p in ((target, *target.parents) if folder else target.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{str(path)!r} cannot be written: {str(parent)!r} is no folder that takes files")
 
 
-def publish(target: str | None, fields: Mapping[str, Any], text: str) -> None:
-    """Print a result and write it as JSON; with `-` as the target the JSON is printed instead."""
+def write_result(target: str | None, fields: Mapping[str, Any], text: str) -> None:
+    """Print a result as text and write it as JSON to a file. For the target `-`, print the JSON instead."""
     written = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
     if target == "-":
         print(written, end="")

@@ -2,134 +2,185 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import itertools
 import re
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
-from nfzoo.errors import ConfigError, NfzooError, nearest
+from nfzoo.errors import ConfigError, nearest
+from nfzoo.runtime import program
 from nfzoo.train.config import OptimConfig, TrainConfig
 from nfzoo.transforms.mixing import Augment
 
+Fields = dict[str, Any]  # arguments of `TrainConfig`; those of its groups are dictionaries of their own
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="nfzoo train",
-        description="Train or fine-tune a model of the zoo.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--recipe",
-        action="config",
-        help="YAML file of options, or the name of one of nfzoo's; options after it override it.",
-    )
-    parser.add_class_arguments(TrainConfig)
-    return parser
+_GROUPS: dict[str, type] = {"optim": OptimConfig, "augment": Augment}
+_OPTIMIZER_OPTIONS = "--optim.options."
+_REQUIRED = ("model", "data", "output")
+_METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", dict: "YAML", tuple: "[X,X]"}
 
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
-    """A configuration from command-line arguments. A `ConfigError` for anything that does not fit."""
-    arguments = _with_files(sys.argv[1:] if argv is None else argv)
+    """Read a training run from command-line arguments, in which options override the recipes before them.
+
+    Raises:
+        ConfigError: for an unknown option or recipe, and for a value that does not fit; names the recipe it comes from.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    options = _parser(arguments).parse_args(arguments, argparse.Namespace(fields={}, recipes=[]))
+    fields: Fields = options.fields
+    missing = [name for name in _REQUIRED if name not in fields]
     try:
-        return _read(arguments)
+        if options.print_config:
+            config = _train_config({**dict.fromkeys(missing, "x"), **fields})
+            print(yaml.safe_dump({**config.to_dict(), **dict.fromkeys(missing)}, sort_keys=False), end="")
+            raise SystemExit(0)
+        if missing:
+            raise ConfigError(f"--{missing[0]} is missing; give it as an option or in a recipe")
+        return _train_config(fields)
     except ConfigError as error:
-        raise ConfigError(_of_recipe(arguments, str(error))) from error
-
-
-def _read(arguments: list[str]) -> TrainConfig:
-    parser = _parser()
-    try:
-        namespace = parser.parse_args(arguments)
-        if not isinstance(namespace.get("optim"), Namespace):
-            raise ConfigError(f"optim must be a mapping of options such as lr, not {namespace.get('optim')!r}")
-        fields = dict(parser.instantiate(namespace))
-        fields.pop("recipe", None)
-        return TrainConfig(**fields)
-    except NfzooError:
+        for name, content in options.recipes:  # that which is refused for the same reason when it is read alone
+            try:
+                _train_config({**dict.fromkeys(_REQUIRED, "x"), **content})
+            except ConfigError as same:
+                if str(same) == str(error):
+                    raise ConfigError(f"the recipe {name!r}: {error}") from error
         raise
-    except Exception as error:  # jsonargparse raises many kinds; all mean that the arguments do not fit
-        raise ConfigError(_reason(str(error))) from error
-
-
-def _of_recipe(arguments: list[str], reason: str) -> str:
-    """The reason, with the recipe file that gives the same one when it is read alone."""
-    given = [a.partition("=") for a in arguments]
-    files = [b[0] for a, b in itertools.pairwise(given) if a[0] == "--recipe" and not a[1]]
-    files += [value for flag, equals, value in given if flag == "--recipe" and equals]
-    for file in files:
-        try:
-            _read(["--recipe", file, "--model", "m", "--data", "d", "--output", "o"])
-        except ConfigError as error:
-            if str(error) == reason:
-                return f"the recipe {file!r}: {reason}"
-    return reason
-
-
-def _reason(text: str) -> str:
-    """An error of jsonargparse in one line; of a value that fits none of several types, what the first says."""
-    text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(text.split())).replace("typing.", "")
-    one = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
-    several = re.search(
-        r'Parser key "([^"]+)": .*Union subtypes Subtypes: .*? Errors: - Expected an? (.+?) - .*Given value: (.*)$',
-        text,
-    )
-    found = one or several
-    if found is not None:
-        return f"{found[1]}: expected {found[2]}, not {found[3]!r}"
-    inside = re.search(
-        r'^Parser key "([^"]+)": .*? Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*?) - ', text
-    )
-    if inside is not None:
-        return f"{inside[1]}.{inside[2]}: expected {inside[3]}, not {inside[4]!r}"
-    inner = re.search(r"Union subtypes Subtypes: .*? Errors: - (.*?)(?: - |$)", text)
-    if inner is None:
-        return text
-    place = re.search(r'Parser key "([^"]+)"', text)
-    return f"{place[1]}: {inner[1]}" if place else inner[1]
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with nfzoo: name -> YAML file."""
+    """Return the recipes that come with nfzoo: name -> YAML file."""
     folder = resources.files("nfzoo.recipes")
     return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if f.name.endswith(".yaml")}
 
 
-def _with_files(argv: list[str]) -> list[str]:
-    """The arguments with the names of shipped recipes replaced by their files. A file of that name here comes first."""
-    found = list(argv)
-    for i, argument in enumerate(found):
-        flag, equals, value = argument.partition("=")
-        if flag != "--recipe" or (not equals and i + 1 == len(found)):
-            continue
-        name = value if equals else found[i + 1]
-        if Path(name).is_file():
-            _check_file(Path(name))
-            continue
-        known = shipped()
-        if name not in known and ("/" in name or name.endswith((".yaml", ".yml"))):
-            inside = Path(name) / "train.yaml"
-            hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""
-            kind = "is a folder, no recipe file" if Path(name).is_dir() else "is no recipe file"
-            raise ConfigError(f"{name!r} {kind}{hint}")
-        if name not in known:
-            near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
-            raise ConfigError(f"there is no recipe {name!r}, neither a file nor one of nfzoo's{near}")
-        if equals:
-            found[i] = f"--recipe={known[name]}"
-        else:
-            found[i + 1] = str(known[name])
-    return found
+def _train_config(fields: Fields) -> TrainConfig:
+    groups = {name: _GROUPS[name](**value) for name, value in fields.items() if name in _GROUPS and value is not None}
+    return TrainConfig(**{**fields, **groups})
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would take the last."""
+# ---------------------------------------------------------------- options
+
+
+def _parser(arguments: list[str]) -> program.Parser:
+    parser = program.Parser(
+        prog="nfzoo train",
+        description="Train or fine-tune a model of the zoo. An option overrides the recipes before it; BOOL is true\n"
+        "or false, and null is the default of an option that has no other value.",
+        argument_default=argparse.SUPPRESS,
+    )
+    text = "YAML file of options, or the name of one of nfzoo's; options after it override it"
+    parser.add_argument("--recipe", action=_Recipe, metavar="NAME", help=text)
+    text = "print all options as a recipe, and do nothing else"
+    parser.add_argument("--print-config", action="store_true", default=False, help=text)
+    for name, kind in get_type_hints(TrainConfig).items():
+        group = _GROUPS.get(name)
+        for inner, inner_kind in ({"": kind} if group is None else {"": dict, **get_type_hints(group)}).items():
+            key = f"{name}.{inner}" if inner else name
+            first = _first_kind(inner_kind)
+            metavar = (
+                "|".join(get_args(first)) if get_origin(first) is Literal else _METAVARS[get_origin(first) or first]
+            )
+            text = _documented(group, inner) if group and inner else _documented(TrainConfig, name)
+            parser.add_argument(f"--{key.replace('_', '-')}", action=_Option, dest=key, metavar=metavar, help=text)
+    for flag in {a.partition("=")[0] for a in arguments if a.startswith(_OPTIMIZER_OPTIONS)}:
+        key = flag.removeprefix("--").replace("-", "_")
+        parser.add_argument(flag.replace("_", "-"), action=_Option, dest=key, help=argparse.SUPPRESS)
+    return parser
+
+
+class _Option(argparse.Action):
+    """Set one field, such as `epochs` or `optim.lr`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        name, *inner = self.dest.split(".", 2)
+        content = values
+        if len(inner) == 2:  # optim.options.betas
+            options = namespace.fields.get(name, {}).get(inner[0], {})
+            content = {**options, inner[1]: _load(values)}
+        _update(namespace.fields, _converted(TrainConfig, {name: {inner[0]: content} if inner else content}))
+
+
+class _Recipe(argparse.Action):
+    """Set the fields of a recipe."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        content = _read(_find(values))
+        namespace.recipes.append((values, content))
+        _update(namespace.fields, content)
+
+
+def _update(fields: Fields, new: Fields) -> None:
+    for name, value in new.items():
+        old = fields.get(name)
+        fields[name] = {**old, **value} if name in _GROUPS and old and value else value
+
+
+def _documented(cls: type, name: str) -> str:
+    """Return what the docstring of a dataclass says about a field, with the default value, for `--help`."""
+    found = re.search(rf"^        {name}: (.*(?:\n            .*)*)", cls.__doc__ or "", re.MULTILINE)
+    text = " ".join(found[1].split()).rstrip(".") if found else ""
+    default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
+    if default is None or default is dataclasses.MISSING:
+        return text.replace("%", "%%")
+    return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})".replace("%", "%%")
+
+
+# ---------------------------------------------------------------- values
+
+
+def _first_kind(kind: Any) -> Any:
+    """`int` of `int | None`."""
+    return kind if get_origin(kind) in (None, Literal, tuple, dict) else get_args(kind)[0]
+
+
+def _converted(cls: type, content: Fields, prefix: str = "") -> Fields:
+    """Check names and types of fields, from YAML or from the text of options."""
+    kinds = get_type_hints(cls)
+    fields: Fields = {}
+    for key, value in content.items():
+        name, _, inner = str(key).partition(".")
+        if name not in kinds:
+            raise ConfigError(f"there is no option {prefix + str(key)!r}{nearest(str(key), kinds)}")
+        _update(fields, {name: _value(prefix + name, kinds[name], {inner: value} if inner else value)})
+    return fields
+
+
+def _value(name: str, kind: Any, value: Any) -> Any:
+    optional, kind = kind != _first_kind(kind), _first_kind(kind)
+    origin = get_origin(kind) or kind
+    if isinstance(value, str) and origin not in (str, Literal):
+        value = _load(value)
+    if value is None or (optional and value == "null"):
+        return None  # the dataclass refuses it where there has to be a value
+    if name in _GROUPS:
+        if not isinstance(value, dict):
+            options = min(get_type_hints(_GROUPS[name]))
+            raise ConfigError(f"{name} must be a mapping of options such as {options}, not {value!r}")
+        return _converted(_GROUPS[name], value, f"{name}.")
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(kind)):
+        return tuple(_value(name, inner, v) for inner, v in zip(get_args(kind), value, strict=True))
+    if origin is Literal and value is False and "no" in get_args(kind):
+        return "no"  # which YAML reads as false
+    if origin is Literal and value in get_args(kind):
+        return value
+    if origin is float and type(value) is int:
+        return float(value)
+    if type(value) is origin and origin is not tuple:
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    words[tuple] = f"a list of {len(get_args(kind))} numbers"
+    words[Literal] = f"one of {', '.join(map(str, get_args(kind)))}"
+    raise ConfigError(f"{name} must be {words[origin]}, not {value!r}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML would take the last, and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -141,10 +192,45 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_file(path: Path) -> None:
-    """Raise a `ConfigError` that names the file, for one that is not YAML or has options that there are not."""
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _load(text: str) -> Any:
+    """Read YAML; text that is none stays text, which is then refused as a value."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+        return yaml.load(text, _Loader)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+# ---------------------------------------------------------------- files
+
+
+def _find(name: str) -> Path:
+    """Return the file of a recipe: a file of that name comes before nfzoo's recipe."""
+    path, known = Path(name), shipped()
+    if path.is_file():
+        return path
+    if name in known:
+        return known[name]
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        inside = path / "train.yaml"
+        hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""
+        raise ConfigError(f"{name!r} {'is a folder, no recipe file' if path.is_dir() else 'is no recipe file'}{hint}")
+    near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
+    raise ConfigError(f"there is no recipe {name!r}, neither a file nor one of nfzoo's{near}")
+
+
+def _read(path: Path) -> Fields:
+    """Read a recipe.
+
+    Raises:
+        ConfigError: names the file, for one that is not YAML and for an option that is unknown or of the wrong type.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -153,18 +239,7 @@ def _check_file(path: Path) -> None:
     if not isinstance(content, dict):
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"the recipe {str(path)!r} holds {kind}, not options such as `model: nfnet-f0`")
-    levels: list[tuple[str, Any, Any]] = [("", content, TrainConfig)]
-    levels += [(f"{name}.", content.get(name), kind) for name, kind in (("optim", OptimConfig), ("augment", Augment))]
-    for prefix, given, kind in levels:
-        known = {f.name for f in dataclasses.fields(kind)}
-        if given is not None and not isinstance(given, dict):
-            raise ConfigError(
-                f"the recipe {str(path)!r}: {prefix[:-1]} must be a mapping of options such as "
-                f"{min(known)}, not {given!r}"
-            )
-        for key in given if isinstance(given, dict) else ():
-            if str(key).partition(".")[0] not in known:
-                near = nearest(str(key), known)
-                raise ConfigError(
-                    f"the recipe {str(path)!r} has the option {prefix + str(key)!r}, which there is not{near}"
-                )
+    try:
+        return _converted(TrainConfig, content)
+    except ConfigError as error:
+        raise ConfigError(f"the recipe {str(path)!r}: {error}") from error

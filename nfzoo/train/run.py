@@ -119,7 +119,7 @@ def _alone(output: Path) -> Iterator[None]:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            if program.first():
+            if program.is_first_process():
                 file = stack.enter_context((Path(tempfile.gettempdir()) / f"nfzoo-{name}.lock").open("a"))
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loaders

@@ -67,5 +67,5 @@ class BrokenImages:
     def _text(self, count: int) -> str:
         names = "; ".join(sorted(self.known | self.own)[-3:])
         if self.limit == 0:
-            return f"{names}; --max_broken N lets training go on with up to N such images"
+            return f"{names}; --max-broken N lets training go on with up to N such images"
         return f"{count} images cannot be read, and max_broken is {self.limit}; such as: {names}"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfzoo.config import Preprocessing
+from nfzoo.config import Preprocessing, is_int
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.transforms.randaugment import OPERATIONS, rand_augment, send
 
@@ -66,7 +66,7 @@ class Augment:
                 raise ConfigError(f"{name} must be two rising positive numbers, not {value!r}")
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"flip must be a probability, not {self.flip!r}")
-        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or not 0 <= self.layers <= MOST_LAYERS:
+        if not is_int(self.layers, 0, MOST_LAYERS):
             raise ConfigError(f"layers must be a whole number from 0 (none) to {MOST_LAYERS}, not {self.layers!r}")
         if not 0 <= self.magnitude <= MOST_MAGNITUDE:
             raise ConfigError(f"magnitude must be from 0 to {MOST_MAGNITUDE:g}, not {self.magnitude!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nfzoo.config import is_int
 from nfzoo.errors import DataError
 
 _TABLE = 1024  # TensorFlow, resize_bicubic_op.cc: kTableSize
@@ -74,6 +75,6 @@ def _kernel() -> tuple[np.ndarray, np.ndarray]:
 
 def check_size(size: int) -> int:
     """The side of an image in pixels; a `DataError` for what is no positive whole number."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not is_int(size, 1):
         raise DataError(f"the size must be a positive number of pixels, not {size!r}")
     return size

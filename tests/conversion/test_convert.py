@@ -358,7 +358,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert err == ""  # no bar: it is no terminal
     assert main(["convert", str(tmp_path / "in.npz"), str(tmp_path / "model")]) == 2
     assert re.fullmatch(
-        r"nfzoo: error: \S+model\.safetensors is there already; --overwrite replaces it\n", capsys.readouterr().err
+        r"nfzoo convert: error: \S+model\.safetensors is there already; --overwrite replaces it\n",
+        capsys.readouterr().err,
     )
     assert (
         main(["convert", "--overwrite", "--model", "nfnet-test", str(tmp_path / "in.npz"), str(tmp_path / "model")])
@@ -379,7 +380,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         assert main(["convert", str(tmp_path / name), str(tmp_path / "model")]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert re.fullmatch(rf"nfzoo: error: [^\n]*{told}[^\n]*\n", err)
+        assert re.fullmatch(rf"nfzoo convert: error: [^\n]*{told}[^\n]*\n", err)
         assert "\x1b" not in err
     assert not (tmp_path / "model").exists()
 

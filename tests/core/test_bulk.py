@@ -296,7 +296,7 @@ def test_results_of_two_runs_do_not_mix(
         capsys.readouterr()
         assert main([source, *command, *(option for option in options if option != "{other}")]) == 2, name
         err = capsys.readouterr().err
-        assert re.fullmatch(r"nfzoo predict: error: [^\n]+ --overwrite to replace them\n", err), name
+        assert re.fullmatch(r"nfzoo bulk: error: [^\n]+ --overwrite to replace them\n", err), name
         assert message in err
     assert {path: path.read_bytes() for path in output.iterdir()} == before
     # What changes the rounding alone does not make another run of it.
@@ -331,7 +331,7 @@ def test_broken_images_are_named_and_fatal_unless_asked(
         (data / name).write_bytes(picture(3)[:200])
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"nfzoo predict: error: [^\n]+; leave such images out with --skip-broken\n", err)
+    assert re.fullmatch(r"nfzoo bulk: error: [^\n]+; leave such images out with --skip-broken\n", err)
     assert str(data / broken[0]) in err
     assert sorted(contents(output)) == [f"{PARTS[0]}.jsonl"]
 
@@ -428,7 +428,7 @@ def test_what_ends_one_process_is_told_once_and_the_rest_is_kept(
     command = [str(checkpoint), "--data", str(data), *SHARD, "--output", str(tmp_path / "out")]
     (status, out, err), other = run_in_group(main, command, tmp_path)
     assert (status, other[0], out) == (2, 2, "")
-    assert other[2].count(f"nfzoo predict: error: {data / broken}") == 1
+    assert other[2].count(f"nfzoo bulk: error: {data / broken}") == 1
     assert "another process has ended early; run the same again" in err
     assert sorted(contents(tmp_path / "out")) == [f"{part}.jsonl" for part in PARTS[:3]]
 
@@ -486,7 +486,7 @@ def test_bad_input_ends_in_one_line(
     assert main([o.format(model=checkpoint, data=folder, out=output) for o in options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"nfzoo predict: error: [^\n]+\n", err)
+    assert re.fullmatch(r"nfzoo bulk: error: [^\n]+\n", err)
     assert message in err
     assert not output.exists()
 

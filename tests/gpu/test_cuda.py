@@ -219,7 +219,6 @@ def test_augmentation_is_the_cpus():
     "options", list(itertools.product(["no", "bf16", "fp16"], [[], ["--compile", "true"]])), ids=str
 )
 def test_the_main_job(options, tmp_path: Path, monkeypatch):
-    pytest.importorskip("jsonargparse")
     from nfzoo.train import run as train
 
     precision, more = options

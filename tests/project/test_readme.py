@@ -1,8 +1,12 @@
-"""The README is true: its commands run as they are written, its Python too, and its table is that of the code."""
+"""The README is true: its commands run as they are written, its Python too, and its table is that of the code.
+
+The fast tests run commands and code in this process, on the smallest model; the slow one runs all as a user would.
+"""
 
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +21,10 @@ from sklearn.datasets import load_sample_image
 import nfzoo
 import nfzoo.data.labels
 from nfzoo import model
+from nfzoo.cli.main import main
 from nfzoo.conversion.haiku import to_haiku
 from nfzoo.conversion.timm import write_timm
+from nfzoo.export import run as export
 from nfzoo.hub.registry import PUBLIC
 from nfzoo.variants import VARIANTS
 from tests.support.hub_server import HubServer
@@ -51,26 +57,87 @@ def test_links_lead_somewhere() -> None:
             assert target.startswith("https://") or (ROOT / target).exists(), f"{text}: {target}"
 
 
-# ---------------------------------------------------------------- the commands, run where a user would run them
-
-
 def shell_commands() -> list[str]:
     lines = [line.split("    #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("make ")]  # those, CI runs
 
 
+CODE = [text for kind, text in BLOCKS if kind == "python"]
+COMMANDS = shell_commands()
+
+
+def photographs(folder: Path) -> Path:
+    """Write a photograph and two classes of photographs."""
+    Image.fromarray(load_sample_image("china.jpg")).save(folder / "photo.jpg")
+    for name in ("china", "flower"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            picture = Image.fromarray(load_sample_image(f"{name}.jpg")).crop((20 * i, 0, 20 * i + 400, 400))
+            picture.save(folder / "photos" / name / f"{i}.jpg")
+    return folder
+
+
+def haiku_file(path: Path, network: nfzoo.NFNet) -> None:
+    path.write_bytes(pickle.dumps(to_haiku(network.config, dict(network.named_parameters()))))
+
+
+# ---------------------------------------------------------------- in this process, small
+
+
+def in_process(command: str) -> list[str]:
+    """Return the arguments of `nfzoo` that do what a command does, in one process, with the smallest model and work."""
+    words = [word for word in shlex.split(command, comments=True) if not re.fullmatch("[A-Z_]+=.*", word)]
+    if words[:2] == ["accelerate", "launch"]:
+        module = words.index("-m") + 1
+        words = ["nfzoo", words[module].removeprefix("nfzoo."), *words[module + 1 :]]
+    assert words.pop(0) == "nfzoo"
+    if words[0] == "train":
+        words += ["--epochs", "1"]
+        if "nfnet-f0-finetune" in words:
+            words += ["--model", "nfnet-test", "--pretrained", "null", "--train-size", "32", "--test-size", "32"]
+        else:
+            words += ["--validation-fraction", "0.8"]  # trains on fewer digits
+    if words[:3] == ["convert", "--to", "timm"]:
+        words[3] = "timm-model"  # timm has nothing as small as the model of the others
+    return [*words, "--size", "32"] if words[:2] == ["plot", "signal"] else words
+
+
+def test_every_command_does_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(photographs(tmp_path))
+    haiku_file(tmp_path / "F1_haiku.npz", nfzoo.create("nfnet-test"))
+    nfzoo.create("timm-nf-regnet-b0").save_pretrained("timm-model")
+    assert len(COMMANDS) >= 9
+    for command in COMMANDS:
+        words = in_process(command)
+        if words[0] == "export":  # whose compilers take long: tests/export runs each
+            assert export._parser().parse_args(words[1:])
+        else:
+            assert main(words) == 0, f"{command}\n{capsys.readouterr().err}"
+    assert all((tmp_path / name).exists() for name in ("predictions.png", "runs/digits/curves.png", "F1_again.npz"))
+
+
+@pytest.mark.parametrize("code", CODE[1:], ids=range(1, len(CODE)))
+def test_code_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec", dont_inherit=True), {})
+
+
+def test_stages_are_shown_as_info_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "nfnet-f1"]) == 0
+    assert section("Three uses").split("```\nstage ")[1].split("```")[0] in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- as a user runs them
+
+
 @pytest.fixture
 def user(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with a photograph, two classes of photographs and DeepMind's file of F1; and the environment.
+    """Return a folder with photographs and DeepMind's file of F1, and the environment.
 
     The Hub is a local server, and the weights on it are random: of F1, the same as in the file.
     """
-    Image.fromarray(load_sample_image("china.jpg")).save(tmp_path / "photo.jpg")
-    for name in ("china", "flower"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(12):
-            picture = Image.fromarray(load_sample_image(f"{name}.jpg")).crop((20 * i, 0, 20 * i + 400, 400))
-            picture.save(tmp_path / "photos" / name / f"{i}.jpg")
+    photographs(tmp_path)
     with HubServer() as hub:
         for n in (0, 1):
             network = nfzoo.create(f"nfnet-f{n}", generator=torch.Generator().manual_seed(n))
@@ -80,8 +147,7 @@ def user(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             hub.add(PUBLIC[f"nfnet-f{n}"].repo_id, files)
             shutil.rmtree(folder)
             if n == 1:
-                tree = to_haiku(network.config, dict(network.named_parameters()))
-                (tmp_path / "F1_haiku.npz").write_bytes(pickle.dumps(tree))
+                haiku_file(tmp_path / "F1_haiku.npz", network)
         home = str(tmp_path / "home")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         yield (
@@ -96,18 +162,16 @@ def run(command: list[str], where: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_commands_and_code_run_as_written(user: tuple[Path, dict[str, str]]) -> None:
     folder, environment = user
-    code = [text for kind, text in BLOCKS if kind == "python"]
-    commands = shell_commands()
-    assert len(code) >= 3
-    assert len(commands) >= 9
-    printed = run([sys.executable, "-c", code[0]], folder, environment)
+    assert len(CODE) >= 3
+    printed = run([sys.executable, "-c", CODE[0]], folder, environment)
     assert printed.strip() in nfzoo.data.labels.imagenet()
-    for text in code[1:]:
+    for text in CODE[1:]:
         run([sys.executable, "-c", text], folder, environment)
-    output = {command: run(["bash", "-c", command], folder, environment) for command in commands}
+    output = {command: run(["bash", "-c", command], folder, environment) for command in COMMANDS}
     shown = section("Three uses").split("```\nstage ")[1].split("```")[0]
     assert shown in output["nfzoo info nfnet-f1"]
     assert all((folder / name).exists() for name in ("predictions.png", "runs/digits/curves.png", "F1_again.npz"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nfzoo.config import MOST
+from nfzoo.config import MAX_SIZE
 from nfzoo.errors import ConfigError
 from nfzoo.runtime import program as command
 
@@ -35,7 +35,7 @@ def test_an_error_is_one_line_and_a_status(error, status, line, capsys):
 def test_what_is_no_fault_of_input_or_disk_shows_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         command.run("prog", fail(RuntimeError("a bug")))
-    assert command.run("prog", fail(RuntimeError("a compiler")), faults=(RuntimeError,)) == 1
+    assert command.run("prog", fail(RuntimeError("a compiler")), failures=(RuntimeError,)) == 1
     with pytest.raises(BrokenPipeError):
         command.run("prog", fail(BrokenPipeError()))
 
@@ -44,7 +44,7 @@ def test_the_first_process_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert command.run("prog", fail(ConfigError("x"))) == 2
     assert capsys.readouterr().err == ""
-    assert command.run("prog", fail(ConfigError("x")), speaks=lambda error: True) == 2
+    assert command.run("prog", fail(ConfigError("x")), reports=lambda error: True) == 2
     assert capsys.readouterr().err == "prog: error: x\n"
 
 
@@ -55,23 +55,23 @@ def test_the_status_of_the_work():
 
 @pytest.mark.parametrize("text", ["-1", "1.0", "", " 1", "²", "1e3", "1_0", "9" * 10])
 def test_numbers_that_are_none(text):
-    for kind in (command.count, command.positive):
+    for kind in (command.nonnegative_int, command.positive_int):
         with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
             kind(text)
 
 
 def test_numbers():
-    assert command.count("0") == 0
-    assert command.count("999999999") == 999999999
-    assert command.positive(str(MOST)) == MOST
-    for text in ("0", str(MOST + 1)):
+    assert command.nonnegative_int("0") == 0
+    assert command.nonnegative_int("999999999") == 999999999
+    assert command.positive_int(str(MAX_SIZE)) == MAX_SIZE
+    for text in ("0", str(MAX_SIZE + 1)):
         with pytest.raises(argparse.ArgumentTypeError, match="from 1 to"):
-            command.positive(text)
+            command.positive_int(text)
 
 
 def test_options_are_not_abbreviated_and_errors_are_raised():
     parser = command.Parser(prog="prog", description="two\nlines")
-    parser.add_argument("--size", type=command.positive)
+    parser.add_argument("--size", type=command.positive_int)
     assert parser.parse_args(["--size", "3"]).size == 3
     assert "two\nlines" in parser.format_help()
     for arguments in (["--si", "3"], ["--size", "0"], ["more"]):
@@ -82,26 +82,26 @@ def test_options_are_not_abbreviated_and_errors_are_raised():
 def test_outputs_are_looked_at_before_the_work(tmp_path: Path):
     file = tmp_path / "file"
     file.touch()
-    command.check_output(file)
-    command.check_output(tmp_path / "a" / "b.json")
-    command.check_output(tmp_path, folder=True)
-    command.check_output(tmp_path / "a" / "b", folder=True)
+    command.check_writable(file)
+    command.check_writable(tmp_path / "a" / "b.json")
+    command.check_writable(tmp_path, folder=True)
+    command.check_writable(tmp_path / "a" / "b", folder=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(ConfigError, match="is a folder; give a file"):
-        command.check_output(tmp_path)
+        command.check_writable(tmp_path)
     with pytest.raises(ConfigError, match="is a file; give a folder"):
-        command.check_output(file, folder=True)
+        command.check_writable(file, folder=True)
     for folder in (True, False):
         with pytest.raises(ConfigError, match="no folder that takes files"):
-            command.check_output(file / "below", folder=folder)
+            command.check_writable(file / "below", folder=folder)
 
 
 def test_a_result_is_printed_or_written(tmp_path: Path, capsys):
-    command.publish(None, {"a": "é"}, "text")
+    command.write_result(None, {"a": "é"}, "text")
     assert capsys.readouterr().out == "text\n"
-    command.publish("-", {"a": "é"}, "text")
+    command.write_result("-", {"a": "é"}, "text")
     assert capsys.readouterr().out == '{\n  "a": "é"\n}\n'
     target = tmp_path / "new" / "a.json"
-    command.publish(str(target), {"a": "é"}, "text")
+    command.write_result(str(target), {"a": "é"}, "text")
     assert capsys.readouterr().out == f"text\nwrote {target}\n"
     assert json.loads(target.read_text("utf-8")) == {"a": "é"}

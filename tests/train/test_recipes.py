@@ -105,8 +105,8 @@ def test_an_unknown_recipe_has_near_ones_named() -> None:
 
 @pytest.mark.parametrize("name", ["nfnet-f6-sam-imagenet", "nfnet-f1-finetune", "head"])
 def test_recipes_run(name: str, tmp_path: Path) -> None:
-    small = ["--model", "nfnet-test", "--train_size", "32", "--test_size", "32", "--epochs", "1"]
-    small += ["--batch_size", "144", "--accumulation", "2", "--pretrained", "null"]
+    small = ["--model", "nfnet-test", "--train-size", "32", "--test-size", "32", "--epochs", "1"]
+    small += ["--batch-size", "144", "--accumulation", "2", "--pretrained", "null", "--validation-fraction", "0.8"]
     assert train.main(["--recipe", name, "--data", "digits", "--output", str(tmp_path / "run"), *small]) == 0
 
 
@@ -114,9 +114,9 @@ def test_recipes_run(name: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("model: [a\nx", "line 2: expected"),
-        ("modell: nfnet-f0", "'modell', which there is not; did you mean 'model'"),
-        ("optim: {lrr: 3}", "'optim.lrr', which there is not; did you mean 'lr'"),
-        ("augment:\n  layer: 4", "'augment.layer', which there is not; did you mean 'layers'"),
+        ("modell: nfnet-f0", "no option 'modell'; did you mean 'model'"),
+        ("optim: {lrr: 3}", "no option 'optim.lrr'; did you mean 'lr'"),
+        ("augment:\n  layer: 4", "no option 'augment.layer'; did you mean 'layers'"),
         ("just text", "holds a str, not options"),
         ("- 1", "holds a list, not options"),
         ("augment: 3", "augment must be a mapping of options such as cutmix, not 3"),
@@ -137,14 +137,18 @@ def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("epochs: abc", "epochs: expected int, not 'abc'"),
-        ("optim:\n  lr: big", "optim.lr: expected float, not 'big'"),
+        ("epochs: abc", "epochs must be a whole number, not 'abc'"),
+        ("optim:\n  lr: big", "optim.lr must be a number, not 'big'"),
         ("epochs: null", "epochs must have a value, not null; leave it out for the default"),
         ("optim: {momentum: null}", "optim.momentum must have a value, not null; leave it out for the default"),
         ("optim: {min_lr: .inf}", "optim.min_lr must be a finite number, not inf"),
         ("batch_size: 0", "batch_size must be at least 1, not 0"),
-        ("augment: {mixup: yes please}", "augment.mixup: expected float, not 'yes please'"),
-        ("mixed_precision: half", "mixed_precision: expected Literal['no', 'bf16', 'fp16'], not 'half'"),
+        ("resume: 1", "resume must be true or false, not 1"),
+        ("model: 3", "model must be text, not 3"),
+        ("augment: {scale: [0.5]}", "augment.scale must be a list of 2 numbers, not [0.5]"),
+        ("optim: {options: 3}", "optim.options must be a mapping, not 3"),
+        ("augment: {mixup: yes please}", "augment.mixup must be a number, not 'yes please'"),
+        ("mixed_precision: half", "mixed_precision must be one of no, bf16, fp16, not 'half'"),
     ],
 )
 @pytest.mark.parametrize("flag", [["--recipe", "RECIPE"], ["--recipe=RECIPE"]], ids=["two words", "one word"])
@@ -155,5 +159,64 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_recipe(content, message, fl
     with pytest.raises(ConfigError) as raised:
         recipes.parse([*(word.replace("RECIPE", str(path)) for word in flag), *others])
     assert str(raised.value) == f"the recipe {str(path)!r}: {message}"
-    with pytest.raises(ConfigError, match=r"^epochs: expected int, not '1\.5'$"):
+    with pytest.raises(ConfigError, match=r"^epochs must be a whole number, not 1\.5$"):
         recipes.parse(["--recipe", "nfnet-f0-finetune", *others, "--epochs", "1.5"])
+
+
+def test_dashes_and_underscores_are_the_same() -> None:
+    needed = ["--model", "nfnet-test", *NEEDED]
+    for options in (
+        ["--batch-size", "8", "--optim.weight-decay", "1e-3"],
+        ["--batch_size=8", "--optim.weight_decay=1e-3"],
+    ):
+        config = recipes.parse([*needed, *options])
+        assert (config.batch_size, config.optim.weight_decay) == (8, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--optim", "{lr: 3}", "--optim.clip", "null"], {"lr": 3.0, "clip": None}),
+        (
+            ["--optim.name", "adamw", "--optim.options", "{eps: 1e-8, foreach: no}"],
+            {"options": {"eps": 1e-8, "foreach": False}},
+        ),
+        (["--optim.name", "adamw", "--optim.options.weight_betas", "[1, 2]"], {"options": {"weight_betas": [1, 2]}}),
+        (["--optim.options", "{a: 1}", "--optim.options", "{b: 1}", "--optim.name", "adamw"], {"options": {"b": 1}}),
+    ],
+)
+def test_options_of_the_optimizer(options: list[str], expected: dict[str, object]) -> None:
+    found = vars(recipes.parse(["--model", "nfnet-test", *NEEDED, *options]).optim)
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_naming_one_option_of_augment_keeps_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("model: nfnet-test\nmixed_precision: no\naugment: {layers: 3, mixup: 0.2}\n")
+    config = recipes.parse(["--recipe", str(path), *NEEDED, "--augment.layers", "4"])
+    assert config.augment is not None
+    assert (config.augment.layers, config.augment.mixup, config.mixed_precision) == (4, 0.2, "no")
+    assert recipes.parse(["--recipe", str(path), *NEEDED, "--augment", "null"]).augment is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "^--data is missing; give it as an option or in a recipe$"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
+        (["--epochs"], "--epochs: expected one argument"),
+        (["--optim.lr", "[1"], r"^optim.lr must be a number, not '\[1'$"),
+    ],
+)
+def test_bad_options(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipes.parse(["--model", "nfnet-test", *options])
+
+
+def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipes.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size N images per step, over all processes (default: 32)" in text
+    assert "--optim.momentum X of SGD (default: 0.9)" in text
+    assert "_" not in "".join(word for word in text.split() if word.startswith("--"))

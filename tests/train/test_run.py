@@ -129,7 +129,7 @@ def test_recipe_with_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert config.augment is not None
     assert config.augment.flip == 0.25
     with pytest.raises(SystemExit) as stop:
-        train.main(["--recipe", str(path), "--output", "x", "--print_config"])
+        train.main(["--recipe", str(path), "--output", "x", "--print-config"])
     assert stop.value.code == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
@@ -149,8 +149,8 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
     [
         (["--model", "nfnet-tset"], "did you mean 'nfnet-test'"),
         (["--data", "/no/such/folder"], "does not exist"),
-        (["--optim.learning_rate", "1"], "optim.learning_rate"),
-        (["--epoch", "three"], "epoch"),
+        (["--optim.learning_rate", "1"], "unrecognized arguments: --optim.learning-rate 1"),
+        (["--epoch", "three"], "did you mean '--epochs'"),
         (["--epochs", "three"], "epochs"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch_size", "5000"], "do not fill a batch of 5000"),

@@ -1,0 +1,217 @@
+"""Commands about models and their weights: `nfzoo list`, `nfzoo info`, `nfzoo convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nfzoo import from_pretrained
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, read_description
+from nfzoo.cli.tables import giga, millions, print_json, print_table
+from nfzoo.config import ModelConfig, Preprocessing
+from nfzoo.conversion import convert as conversion
+from nfzoo.errors import CheckpointError, printable
+from nfzoo.model import BlockCost, costs, parameter_count
+from nfzoo.runtime import program
+from nfzoo.variants import VARIANTS, variant
+
+
+def list_models(argv: list[str] | None = None) -> int:
+    """List the models of the zoo: `nfzoo list`."""
+    parser = program.Parser(
+        prog="nfzoo list",
+        description="List the models of the zoo: parameters, side of the square input in pixels when trained and when\n"
+        "tested, the ImageNet top-1 accuracy in percent that the source reports, and the source.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return program.run(parser.prog, lambda: _list(parser.parse_args(argv)))
+
+
+def _list(options: argparse.Namespace) -> None:
+    rows = [
+        {
+            "name": v.name,
+            "family": v.config.family,
+            "parameters": parameter_count(v.config),
+            "train_size": v.preprocessing.train_size,
+            "test_size": v.preprocessing.test_size,
+            "top1": v.top1,
+            "source": v.source,
+        }
+        for v in VARIANTS.values()
+    ]
+    if options.json:
+        print_json(rows)
+        return
+    header = ("name", "family", "parameters", "train", "test", "top-1", "source")
+    cells = [
+        (
+            row["name"],
+            row["family"],
+            millions(row["parameters"]),
+            str(row["train_size"]),
+            str(row["test_size"]),
+            "" if row["top1"] is None else f"{row['top1']:.1f}",
+            row["source"],
+        )
+        for row in rows
+    ]
+    print_table([header, *cells], "<<>>>><")
+
+
+def info(argv: list[str] | None = None) -> int:
+    """Show what a model is and costs."""
+    parser = program.Parser(
+        prog="nfzoo info",
+        description="Show what a model is and costs: parameters, multiply-accumulates of one image, and its stages.\n\n"
+        "example: nfzoo info nfnet-f0",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name from `nfzoo list`, a checkpoint folder or its weight file"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return program.run(parser.prog, lambda: _info(parser.parse_args(argv)))
+
+
+def _info(options: argparse.Namespace) -> None:
+    config, preprocessing, facts = _lookup(options.model)
+    size = preprocessing.test_size
+    table = costs(config, size)
+    train_macs = sum(c.macs for c in costs(config, preprocessing.train_size))
+    stages = _stages(table)
+    macs = sum(c.macs for c in table)
+    parameters = sum(c.parameters for c in table)
+    if options.json:
+        print_json(
+            {
+                **facts,
+                "parameters": parameters,
+                "macs": {"train": train_macs, "test": macs},
+                "architecture": config.to_dict(),
+                "preprocessing": preprocessing.to_dict(),
+                "stages": [
+                    {"name": n, "blocks": b, "output": list(c.output), "parameters": c.parameters, "macs": c.macs}
+                    for n, b, c in stages
+                ],
+            }
+        )
+        return
+    for key, value in facts.items():
+        if value is not None:
+            print(f"{key + ':':<22}{printable(_in_words(value))}")
+    resize = f"{preprocessing.resize}, margin {preprocessing.margin} pixels"
+    if preprocessing.resize == "shortest-edge":
+        resize = f"{preprocessing.resize}, crop {preprocessing.crop:g}"
+    print(f"{'family:':<22}{config.family}, {config.activation}, {config.rules} rules")
+    print(f"{'classes:':<22}{config.num_classes}")
+    print(f"{'parameters:':<22}{parameters:,}")
+    for use, side, count in (
+        ("train", preprocessing.train_size, train_macs),
+        ("test", size, macs),
+    ):
+        print(f"{use + ' input:':<22}{side} x {side} pixels, {giga(count)} multiply-accumulates")
+    print(f"{'evaluation resize:':<22}{resize}")
+    print()
+    total = ("total", str(sum(b for _, b, _ in stages)), "", f"{parameters:,}", giga(macs))
+    cells = [(n, str(b), " x ".join(map(str, c.output)), f"{c.parameters:,}", giga(c.macs)) for n, b, c in stages]
+    print_table([("stage", "blocks", f"output at {size}", "parameters", "MACs"), *cells, total], "<>>>>")
+
+
+def _lookup(source: str) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
+    """Return configuration, preprocessing and facts of a zoo name or a checkpoint. A file comes before a name."""
+    path = Path(source)
+    if not path.exists() and "/" not in source:
+        row = variant(source)
+        top1 = None if row.top1 is None else f"{row.top1:.1f} % on ImageNet, as the source reports"
+        return row.config, row.preprocessing, {"name": row.name, "source": row.source, "top-1": top1}
+    if path.is_file() and path.suffix not in (".safetensors", ".json"):
+        raise CheckpointError(f"{path} is neither a checkpoint folder nor a .safetensors file")
+    if path.exists() and not (path.is_dir() and _is_foreign(path)):
+        description = read_description(path / CONFIG_FILE if path.is_dir() else path)
+    else:
+        description = from_pretrained(source).description  # a Hub repository, or a folder in timm's layout
+    labels = None
+    if description.labels is not None:
+        more = ", …" if len(description.labels) > 8 else ""
+        labels = ", ".join(description.labels[:8]) + more
+    provenance = None if description.provenance is None else dict(description.provenance)
+    return (
+        description.config,
+        description.preprocessing,
+        {"name": description.name, "provenance": provenance, "labels": labels},
+    )
+
+
+def _in_words(value: Any) -> str:
+    """Return a fact in one line; of a mapping, the entries that are not `None`."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    parts = ((k, f"({_in_words(v)})" if isinstance(v, Mapping) else v) for k, v in value.items() if v is not None)
+    return ", ".join(f"{k} {v}" for k, v in parts)
+
+
+def _is_foreign(folder: Path) -> bool:
+    try:
+        return "library_name" not in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False  # `read_description` says what is wrong
+
+
+def _stages(table: Sequence[BlockCost]) -> list[tuple[str, int, BlockCost]]:
+    """Return (name, number of blocks, costs) of stem, stages, final convolution, and head with pooling."""
+    groups: dict[str, list[BlockCost]] = {}
+    for cost in table:
+        parts = cost.name.split(".")
+        name = ".".join(parts[:2]) if parts[0] == "stages" else "head" if parts[0] == "pool" else parts[0]
+        groups.setdefault(name, []).append(cost)
+    return [
+        (name, len(g), BlockCost(name, g[-1].output, sum(c.parameters for c in g), sum(c.macs for c in g)))
+        for name, g in groups.items()
+    ]
+
+
+def convert(argv: list[str] | None = None) -> int:
+    """Convert weights of DeepMind, timm and nfzoo."""
+    parser = program.Parser(
+        prog="nfzoo convert",
+        description="Convert weights between DeepMind's JAX code, timm and nfzoo. The model is recognised by names\n"
+        "and shapes. Nothing in a pickle is executed. What is written appears whole or not at all.\n\n"
+        "examples:\n"
+        "  nfzoo convert F1_haiku.npz models/f1           DeepMind's file, which is a pickle\n"
+        "  nfzoo convert dm:F1 models/f1                  the same, fetched from DeepMind's server (dm:F0 to dm:F6)\n"
+        "  nfzoo convert dm_nfnet_f1/ models/f1           a folder of timm's, or its weight file\n"
+        "  nfzoo convert --to haiku models/f1 F1.npz      a pickle for DeepMind's code\n"
+        "  nfzoo convert --to timm models/f1 timm_f1/     a folder for timm",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a Haiku pickle or .npz archive; dm:F0 to dm:F6; a folder or weight file of timm's or nfzoo's; a Hub "
+        "repository",
+    )
+    parser.add_argument("target", type=Path, metavar="OUT", help="the folder to write, or with --to haiku the file")
+    parser.add_argument(
+        "--to", choices=("nfzoo", "haiku", "timm"), default="nfzoo", help="what to write (default: nfzoo)"
+    )
+    parser.add_argument("--model", metavar="NAME", help="the model that the weights are of, if they do not tell")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is at OUT")
+    return program.run(parser.prog, lambda: _convert(parser.parse_args(argv)))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    weights = conversion.convert(
+        options.source,
+        options.target,
+        to=options.to,
+        model=options.model,
+        overwrite=options.overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    description = weights.description
+    summary = f"{description.name or description.config.family}, {description.config.num_classes} classes, "
+    summary += f"{millions(parameter_count(description.config))} parameters, read as {weights.form}"
+    print(f"wrote {printable(str(options.target))}: {printable(summary)}")

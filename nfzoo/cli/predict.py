@@ -1,0 +1,78 @@
+"""`nfzoo predict`: labels of a few images, printed and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from nfzoo import from_pretrained
+from nfzoo.cli.tables import print_json
+from nfzoo.errors import ConfigError, printable
+from nfzoo.predict import Prediction, image_files, predict
+from nfzoo.runtime import program
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the labels of a few images: `nfzoo predict`."""
+    parser = program.Parser(
+        prog="nfzoo predict",
+        description="Print the most probable labels of images; --sheet draws them with the images.\n"
+        "For very many images, with files as the result, use `nfzoo bulk`.\n\n"
+        "example: nfzoo predict runs/digits cat.jpg photos/ --topk 3 --sheet cats.png",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, its weight file, or a Hub repository")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder of images")
+    parser.add_argument(
+        "--topk", type=program.positive_int, default=5, metavar="K", help="labels per image (default: 5)"
+    )
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="PNG",
+        help="draw the images with their labels; replaces what is there",
+    )
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument(
+        "--batch-size", type=program.positive_int, default=32, metavar="N", help="images at a time (default: 32)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--data", action=_UseBulk, help=argparse.SUPPRESS)
+    return program.run(parser.prog, lambda: _predict(parser.parse_args(argv)))
+
+
+class _UseBulk(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        raise ConfigError("--data is no option of predict; use `nfzoo bulk MODEL --data SOURCE --output FOLDER`")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if options.sheet is not None:
+        program.check_writable(options.sheet)
+    files = image_files(options.images, without=options.sheet)
+    model = from_pretrained(options.model)
+    predictions = predict(
+        model,
+        files,
+        topk=options.topk,
+        sheet=options.sheet,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+    if options.json:
+        print_json([_as_json(p) for p in predictions])
+    else:
+        width = max(len(printable(label)) for p in predictions for label, _ in p.top)
+        for prediction in predictions:
+            print(printable(str(prediction.path)))
+            for label, probability in prediction.top:
+                bar = "#" * round(30 * probability)
+                print(f"  {100 * probability:5.1f} %  {printable(label):<{min(width, 40)}}  {bar}".rstrip())
+    if options.sheet is not None:
+        print(f"wrote {printable(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)
+
+
+def _as_json(prediction: Prediction) -> dict[str, Any]:
+    top = [{"label": label, "probability": probability} for label, probability in prediction.top]
+    return {"path": str(prediction.path), "predictions": top}

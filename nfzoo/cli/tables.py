@@ -1,0 +1,28 @@
+"""Print tables, numbers and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+
+def print_json(value: object) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(rows: Sequence[Sequence[str]], alignment: str) -> None:
+    """Print rows of cells, with one of `<` and `>` for each column."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
+    for row in rows:
+        print("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)).rstrip())
+
+
+def millions(count: int) -> str:
+    """Return `71.5 M` for 71 489 284."""
+    return f"{count / 1e6:.1f} M"
+
+
+def giga(count: int) -> str:
+    """Return `12.38 G`, or below a tenth of that unit `12.38 M`."""
+    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.2f} M"
