@@ -91,10 +91,14 @@ def sample_noise(
     return noise
 
 
+def block_params(block: Block, params: Mapping[str, Tensor]) -> Params:
+    """Return a block's part of the full parameter dictionary, under the block's own names."""
+    return {name: params[f"{block.name}.{name}"] for name in block.specs}
+
+
 def run_block(block: Block, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
     """One block of a plan on its part of the full parameter dictionary."""
-    local = {k: params[f"{block.name}.{k}"] for k in block.specs}
-    return block.fn(local, x, block.beta, None if noise is None else noise.get(block.name))
+    return block.fn(block_params(block, params), x, block.beta, None if noise is None else noise.get(block.name))
 
 
 def apply(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
@@ -189,7 +193,7 @@ def fold(cfg: ModelConfig, params: Mapping[str, Tensor]) -> tuple[ModelConfig, P
     _check_params(cfg, params)
     result: Params = {}
     for block in plan(cfg):
-        local = {name: params[f"{block.name}.{name}"] for name in block.specs}
+        local = block_params(block, params)
         for name, value in fold_block(block, {k: _wide(v) for k, v in local.items()}).items():
             like = local.get(name, next(iter(local.values())))
             result[f"{block.name}.{name}"] = value.to(like.dtype).contiguous(memory_format=_layout(like))

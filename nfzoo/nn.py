@@ -42,32 +42,37 @@ class BlockModule(nn.Module):
         self.block = block
         self.fn: BlockFn = block.fn
         self.checkpointed = False
-        self._paths = {name: name.split(".") for name in params}
+        # Modules and not parameters: `functional_call`, `to` and FSDP2 put other tensors under the same names.
+        self._owners: list[tuple[str, nn.Module, str]] = []
         for name, value in params.items():
-            *path, leaf = self._paths[name]
-            owner: nn.Module = self
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
+            *path, leaf = name.split(".")
+            owner = _submodule(self, path)
             owner.register_parameter(leaf, nn.Parameter(value))
+            self._owners.append((name, owner, leaf))
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpointed(self._compute, x, keep)
-        return self._compute(x, keep)
+            return checkpointed(lambda x, keep: self.fn(self._params(), x, self.block.beta, keep), x, keep)
+        return self.fn(self._params(), x, self.block.beta, keep)
 
-    def _compute(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        params = {}
-        for name, path in self._paths.items():
-            value: Any = self
-            for part in path:
-                value = getattr(value, part)
-            params[name] = value
-        return self.fn(params, x, self.block.beta, keep)
+    def _params(self) -> dict[str, Tensor]:
+        # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
+        return {
+            name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
+            for name, owner, leaf in self._owners
+        }  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
         return type(self.block.fn).__name__
+
+
+def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
+    """Return the submodule at `path`, which is made where it is missing; `stages` and its entries are lists."""
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.ModuleList() if part == "stages" or part.isdigit() else nn.Module())
+        module = module.get_submodule(part)
+    return module
 
 
 class NFNet(nn.Module):
@@ -123,23 +128,15 @@ class NFNet(nn.Module):
 
     def _register(self, params: Params) -> None:
         self.plan = functional_model.plan(self.config)
+        # The modules that hold the blocks, so that `model.head = ...` takes effect.
+        self._blocks: list[tuple[nn.Module, str]] = []
         for block in self.plan:
-            module = BlockModule(block, {k: params[f"{block.name}.{k}"] for k in block.specs})
             *path, leaf = block.name.split(".")
-            owner: nn.Module = self
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.ModuleList() if part == "stages" or part.isdigit() else nn.Module())
-                owner = owner.get_submodule(part)
-            owner.add_module(leaf, module)
+            owner = _submodule(self, path)
+            owner.add_module(leaf, BlockModule(block, functional_model.block_params(block, params)))
+            self._blocks.append((owner, leaf))
         if self.config.folded:
             self.eval().requires_grad_(False)
-
-    def _block_module(self, block: Block) -> nn.Module:
-        module: Any = self
-        for part in block.name.split("."):
-            module = getattr(module, part)
-        return module
 
     @property
     def description(self) -> Description:
@@ -164,19 +161,25 @@ class NFNet(nn.Module):
             self._check_trainable()
         if self.training and noise is None:
             noise = functional_model.sample_noise(self.config, x.shape[0], device=x.device, dtype=x.dtype)
-        return self._run(x, self.plan, noise)
+        # NFNet.forward == model.apply, tests/core/test_nn.py
+        for block, (owner, leaf) in zip(self.plan, self._blocks, strict=True):
+            x = getattr(owner, leaf)(x, None if noise is None else noise.get(block.name))
+        return x
 
     def embed(self, x: Tensor) -> Tensor:
         """Pooled features `(N, F)` of normalised images, without noise."""
         self._check_input(x)
-        return self._run(x, self.plan[:-1], None)
+        for owner, leaf in self._blocks[:-1]:
+            x = getattr(owner, leaf)(x)
+        return x
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Feature maps of the stem (stride 2) and of each stage, as `nfzoo.model.features`."""
         self._check_input(x)
         maps = []
-        for block in functional_model.feature_blocks(self.config):
-            x = self._block_module(block)(x)
+        blocks = functional_model.feature_blocks(self.config)
+        for block, (owner, leaf) in zip(blocks, self._blocks, strict=False):
+            x = getattr(owner, leaf)(x)
             if block.feature:
                 maps.append(x)
         return maps
@@ -252,11 +255,6 @@ class NFNet(nn.Module):
             if isinstance(module, BlockModule):
                 module.checkpointed = enabled
         return self
-
-    def _run(self, x: Tensor, blocks: Sequence[Block], noise: Noise | None) -> Tensor:
-        for block in blocks:
-            x = self._block_module(block)(x, None if noise is None else noise.get(block.name))
-        return x
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.config import ModelConfig
-from nfzoo.model import plan, run_block
+from nfzoo.model import block_params, plan, run_block
 from nfzoo.runtime.distributed import full_tensor
 from nfzoo.step import cross_entropy
 from nfzoo.types import Noise
@@ -37,7 +37,7 @@ def first_not_finite(
         return "the input"
     with autocast():
         for block in plan(cfg):
-            if not all(bool(complete[f"{block.name}.{k}"].isfinite().all()) for k in block.specs):
+            if not all(bool(p.isfinite().all()) for p in block_params(block, complete).values()):
                 return f"a weight of {block.name!r}"
             x = run_block(block, complete, x, noise)
             if not bool(x.isfinite().all()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nfzoo.config import ModelConfig
 from nfzoo.errors import ConfigError
-from nfzoo.model import plan, run_block
+from nfzoo.model import block_params, plan, run_block
 from nfzoo.types import Params
 
 
@@ -55,7 +55,7 @@ def signal_metrics(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor) ->
             continue
         if not rows:
             rows.append(SignalMetrics(stem, *_statistics(x), None, expected[0]))
-        local = {k: params[f"{block.name}.{k}"] for k in block.specs}
+        local = block_params(block, params)
         _, residual = block.branches(local, x, block.beta)
         x = run_block(block, params, x)
         rows.append(SignalMetrics(block.name, *_statistics(x), _statistics(residual)[1], expected[len(rows)]))

@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nfzoo.config import ModelConfig
-from nfzoo.model import plan
 from nfzoo.models.layers import Layers
 from nfzoo.models.weight_standardization import PLAIN_ROWS, RowKernels
 from nfzoo.runtime.device import backend as device_backend
-from nfzoo.types import Block, BlockFn, Noise
+from nfzoo.types import Block, BlockFn
 
 RECOMPILE_LIMIT = 64
 """Graphs that one block shape may need: for each image size, batch, dtype, training or not. torch's own limit is 8."""
@@ -120,7 +118,7 @@ def compile_of_any_shape(fn: Callable[..., Any], options: CompileOptions | None 
     def call(*args: Any) -> Any:
         if torch._C._len_torch_dispatch_stack() > 0:
             return fn(*args)
-        # Dynamo also guards the shape of what a tensor is a view of.
+        # Dynamo guards the sizes of a view's base too. `.data` is no view, so that another base compiles nothing.
         return compiled_fn(*(arg.data if isinstance(arg, Tensor) else arg for arg in args))
 
     return call
@@ -179,30 +177,6 @@ def compile_blocks(module: nn.Module, options: CompileOptions | None) -> int:
         block: Any = m.block
         m.fn = block.fn if options is None else compiled(block, options)  # type: ignore[assignment]
     return len({id(m.fn) for m in modules})
-
-
-def compiled_apply(
-    cfg: ModelConfig,
-    *,
-    backend: str | Callable[..., Any] = INDUCTOR,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    dynamic: bool | None = False,
-) -> Callable[..., Tensor]:
-    """`nfzoo.model.apply` of one configuration with compiled blocks: `f(params, x, noise=None) -> logits`.
-
-    Its gradient is `torch.autograd.grad`'s; under `torch.func` transforms compile the transformed function instead.
-    """
-    chosen = compile_options(backend, mode, options, dynamic)
-    stages = [(block, compiled(block, chosen)) for block in plan(cfg)]
-
-    def run(params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
-        for block, fn in stages:
-            local = {k: params[f"{block.name}.{k}"] for k in block.specs}
-            x = fn(local, x, block.beta, None if noise is None else noise.get(block.name))
-        return x
-
-    return run
 
 
 def checkpointed(fn: Callable[..., Tensor], *args: Any) -> Tensor:

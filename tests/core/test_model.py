@@ -81,7 +81,7 @@ def test_a_fresh_network_is_its_shortcuts(name):
     params, x = model.init(cfg, generator=generator()), images(cfg)
     for block in model.plan(cfg):
         if block.branches is not None:
-            local = {k: params[f"{block.name}.{k}"] for k in block.specs}
+            local = model.block_params(block, params)
             shortcut, _ = block.branches(local, x, block.beta)
             assert torch.equal(model.run_block(block, params, x), shortcut)
         x = model.run_block(block, params, x)
@@ -309,7 +309,7 @@ def test_masks_of_zero_leave_the_shortcuts(name):
     params, x = random_params(cfg), images(cfg)
     for block in model.plan(cfg):
         if block.branches is not None:
-            local = {k: params[f"{block.name}.{k}"] for k in block.specs}
+            local = model.block_params(block, params)
             shortcut, _ = block.branches(local, x, block.beta)
             dropped = model.run_block(block, params, x, {block.name: torch.zeros(2, 1, 1, 1)})
             assert torch.equal(dropped, shortcut)

@@ -151,7 +151,7 @@ def test_the_region_that_begins_after_the_sum_is_the_block():
     activated = None
     for block in model.plan(cfg):
         if isinstance(block.fn, boundaries.FBlock):
-            local = {k: params[f"{block.name}.{k}"] for k in block.specs}
+            local = model.block_params(block, params)
             expected = model.run_block(block, params, x)
             first = block.fn.layers.act(x) if activated is None else activated
             x, activated = boundaries.beginning_after_the_sum(block.fn, local, x, first, torch.tensor(block.beta))

@@ -234,7 +234,7 @@ def test_training_with_inductor_standardises_all_weights_in_one_pair_of_graphs()
         y = x
         for block in model.plan(cfg)[:2]:
             fn = compiling.compiled(block, compiling.compile_options()) if compiled else block.fn
-            y = fn({k: leaves[f"{block.name}.{k}"] for k in block.specs}, y, block.beta, None)
+            y = fn(model.block_params(block, leaves), y, block.beta, None)
         grads.append(torch.autograd.grad(y.square().mean(), list(leaves.values())))
     assert counters["stats"]["unique_graphs"] == 2 + 2  # two blocks; forward and backward of their weights
     assert no_graph_break()
@@ -410,9 +410,12 @@ def test_the_pure_form_is_the_module():
     cfg, count = narrow("nfnet-f1"), Counting()
     params, x = random_params(cfg), images(cfg, height=64)
     leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
-    apply = compiling.compiled_apply(cfg, backend=count.backend)
     noise = model.sample_noise(cfg, 2, generator=generator())
-    loss = apply(leaves, x, noise).square().mean()
+    options, y = compiling.compile_options(count.backend), x
+    for block in model.plan(cfg):
+        fn = compiling.compiled(block, options)
+        y = fn(model.block_params(block, leaves), y, block.beta, noise.get(block.name))
+    loss = y.square().mean()
     grads = torch.autograd.grad(loss, list(leaves.values()))
     assert count.forward == GRAPHS
     module = shell(cfg).compile_blocks(backend=count.backend)

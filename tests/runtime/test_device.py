@@ -103,7 +103,7 @@ def test_checkpointing_changes_no_gradient() -> None:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             out = images(cfg)
             for block in model.plan(cfg):
-                local = {k: leaves[f"{block.name}.{k}"] for k in block.specs}
+                local = model.block_params(block, leaves)
 
                 def run(x: Tensor, block=block, local=local) -> Tensor:
                     return block.fn(local, x, block.beta, None)

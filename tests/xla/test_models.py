@@ -122,7 +122,7 @@ def test_activation_checkpointing(device: torch.device) -> None:
         leaves = {name: p.to(device).requires_grad_() for name, p in params.items()}
         out = x.to(device)  # asks for no gradient itself, which must not cost the first block's its own
         for block in model.plan(cfg):
-            local = {k: leaves[f"{block.name}.{k}"] for k in block.specs}
+            local = model.block_params(block, leaves)
             if checkpointed:
                 out = backend(device).checkpoint(lambda x, b=block, p=local: b.fn(p, x, b.beta, None), out)
             else:
