@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from nfzoo import torch_internals
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.config import MAX_SIZE, is_int
 from nfzoo.data.loader import evaluation_batches
@@ -69,7 +70,7 @@ def exported_program(
             shape[axis] = Dim(name, min=1, max=MAX_SIZE) * step if step > 1 else Dim(name)
     # Without the first, a size for which some map shrinks to one pixel would be left out; without the second, sizes
     # that are not a multiple of the network's stride.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
+    with torch_internals.sizes_of_one_are_general():
         return torch.export.export(
             model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
         )

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from nfzoo import torch_internals
 from nfzoo.models import functional as nf
 from nfzoo.types import BlockFn
 
@@ -26,9 +26,7 @@ _NAMES = {
     "relu": ("relu", ""),
     "silu": ("swish", ""),
 }
-_C: Any = torch._C
-_HERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-_DTYPES = [torch.float32] * _HERE + [torch.bfloat16] * (_HERE and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+_DTYPES = torch_internals.onednn_convolution_dtypes()
 
 
 class PackedWeight:
@@ -56,8 +54,8 @@ class PackedWeight:
         now = (plain.data_ptr(), version, plain.dtype, images, padding, stride, dilation, groups)
         if made is None or made[0] != now:
             source = plain.detach()
-            geometry = ([padding] * 2, [stride] * 2, [dilation] * 2)
-            packed = _C._nn.mkldnn_reorder_conv2d_weight(source.to_mkldnn(), *geometry, groups, list(images))
+            geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}
+            packed = torch_internals.onednn_convolution_weight(source, images, **geometry)
             self._made = made = (now, source, packed)
         return made[2]
 
@@ -90,9 +88,10 @@ class PackedBlock:
 
 
 def takes(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
-    """Whether oneDNN's operator may compute with these: it knows no derivatives, transforms, tracing or autocast.
+    """Return whether oneDNN's operator may compute with these.
 
-    `alone` says of what is being compiled that no transform is around it.
+    It knows no derivatives, transforms, tracing or autocast. `alone` says of what is being compiled that no transform
+    is around it.
     """
     if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
         return False
@@ -104,9 +103,12 @@ def takes(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
         return False
     if torch.compiler.is_compiling():
         return alone and not torch.compiler.is_exporting()
-    if _C._len_torch_dispatch_stack() > 0:  # somebody counts or records operators, or the tensors are fake
-        return False
-    return _C._functorch.maybe_current_level() is None and not _C._is_tracing() and forward_ad._current_level < 0
+    return not (
+        torch_internals.in_dispatch_mode()
+        or torch_internals.in_functorch()
+        or torch_internals.in_jit_trace()
+        or torch_internals.in_forward_ad()
+    )
 
 
 def conv2d(
@@ -132,6 +134,5 @@ def conv2d(
         return x if activation is None else nf.activate(x, activation)
     if isinstance(weight, PackedWeight):
         weight = weight.packed(x.shape, padding, stride, dilation, groups)
-    name, variant = _NAMES[activation]
-    pairs = ([padding] * 2, [stride] * 2, [dilation] * 2)
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *pairs, groups, name, [], variant)
+    geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}
+    return torch_internals.onednn_convolution(x, weight, bias, **geometry, activation=_NAMES[activation])

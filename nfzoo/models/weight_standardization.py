@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-_C: Any = torch._C
+from nfzoo.torch_internals import in_forward_ad, in_functorch
 
 VARIANCE_FLOOR = 1e-4  # of var(W) * fan_in, in DeepMind's WSConv2D
 VARIANCE_OFFSET = 1e-5  # added to var(W), in timm's ScaledStdConv2d as its NF-models use it
@@ -83,11 +82,6 @@ def _row_gradients(
     return (g - g.mean(dim=1, keepdim=True)).mul_(k).addcmul_(centred, bend), along[:, 0]
 
 
-def _is_transformed() -> bool:
-    """Whether forward derivatives or a transform of `torch.func` are under way."""
-    return forward_ad._current_level >= 0 or _C._functorch.maybe_current_level() is not None
-
-
 PLAIN_ROWS = RowKernels(_standardized, _row_gradients)
 
 
@@ -119,7 +113,7 @@ class _Rows(torch.autograd.Function):
         g = grads[0]
         if g is None:
             return None, None, None, None
-        if not (torch.is_grad_enabled() or _is_transformed()):
+        if not (torch.is_grad_enabled() or in_forward_ad() or in_functorch()):
             return *ctx.kernels.backward(w, gain, mean, total, s, g, ctx.floor), None, None
         # Somebody differentiates this as well, through what was saved too, or maps it, which allows no writing.
         mean, centred, total, s = _centred(w, ctx.floor)

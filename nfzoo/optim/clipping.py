@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nfzoo.torch_internals import foreach
 from nfzoo.types import Params
-
-foreach: Any = torch  # `_foreach_*`, many tensors in one kernel, are not among the names that torch lists
 
 GRADIENT_FLOOR = 1e-6  # keeps the division finite, as in the released code
 

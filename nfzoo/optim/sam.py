@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from nfzoo.torch_internals import foreach
 from nfzoo.types import Params
 
 NORM_FLOOR = 1e-12  # keeps the division finite where the gradient vanishes
@@ -35,14 +36,14 @@ def sam_ascent_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rho: float
     """`sam_ascent` in place; the values before it, to go back with `restore_`."""
     before = [p.clone() for p in params]
     scale = _scale(grads, rho)
-    torch._foreach_add_(list(params), torch._foreach_mul(list(grads), scale))  # type: ignore[attr-defined]
+    foreach._foreach_add_(list(params), foreach._foreach_mul(list(grads), scale))
     return before
 
 
 @torch.no_grad()
 def restore_(params: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     """Undo `sam_ascent_`, to the bit."""
-    torch._foreach_copy_(list(params), list(before))  # type: ignore[attr-defined]
+    foreach._foreach_copy_(list(params), list(before))
 
 
 def _scale(grads: Sequence[Tensor], rho: float) -> Tensor:

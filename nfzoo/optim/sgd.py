@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nfzoo.torch_internals import foreach
 from nfzoo.types import Kind, Params
-
-foreach: Any = torch  # `_foreach_*`, many tensors in one kernel, are not among the names that torch lists
 
 DECAYED: frozenset[Kind] = frozenset({"weight", "head"})
 """Kinds of parameters that weight decay applies to: not gains, biases or skip gains. Source: arXiv 2102.06171."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nfzoo import torch_internals
 from nfzoo.models.layers import Layers
 from nfzoo.models.weight_standardization import PLAIN_ROWS, RowKernels
 from nfzoo.runtime.device import backend as device_backend
@@ -116,7 +117,7 @@ def compile_of_any_shape(fn: Callable[..., Any], options: CompileOptions | None 
     compiled_fn = compile_alone(fn, options._replace(dynamic=True, options=tuple(sorted(own.items()))))
 
     def call(*args: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack() > 0:
+        if torch_internals.in_dispatch_mode():
             return fn(*args)
         # Dynamo guards the sizes of a view's base too. `.data` is no view, so that another base compiles nothing.
         return compiled_fn(*(arg.data if isinstance(arg, Tensor) else arg for arg in args))
@@ -127,9 +128,7 @@ def compile_of_any_shape(fn: Callable[..., Any], options: CompileOptions | None 
 def compile_alone(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:
     """`torch.compile(fn, fullgraph=True)`, with a limit of recompilations that is `fn`'s own; past it, it raises."""
     options = options or CompileOptions()
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, RECOMPILE_LIMIT)
+    torch_internals.allow_recompilations(RECOMPILE_LIMIT)
     assert isinstance(fn, types.FunctionType)
     # Dynamo keeps graphs, and counts them against the limit, by code object: functions of one source get one each.
     own = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
@@ -192,9 +191,4 @@ def _scalar(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def _whole_under_ddp() -> contextlib.AbstractContextManager[Any]:
     """Keep Dynamo from cutting a block's graph at DDP's buckets: a block hands on its gradients early enough."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.nn.parallel import DistributedDataParallel
-
-        if DistributedDataParallel._get_active_ddp_module() is not None:
-            return torch._dynamo.config.patch(optimize_ddp=False)
-    return contextlib.nullcontext()
+    return torch_internals.without_ddp_graph_cuts() if torch_internals.under_ddp() else contextlib.nullcontext()
