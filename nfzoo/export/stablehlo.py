@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.config import MAX_SIZE, ModelConfig, is_int
-from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.errors import ConfigError
 from nfzoo.model import apply, sample_noise
 from nfzoo.optim.sgd import SGDState
 from nfzoo.runtime.device import backend
@@ -160,38 +160,6 @@ def lower(program: Program) -> Lowered:
             raise RuntimeError(f"the program reads a tensor {tuple(value.shape)} that is none of its inputs")
     inputs = {name_of[known]: placed[name_of[known]] for known in ids}
     return Lowered(text, bytecode, {"inputs": _signature(inputs), "outputs": _signature(outputs)})
-
-
-def run_stablehlo(program: str | Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run an exported program with torch-xla: `run_stablehlo("out/forward.mlirbc", inputs)["logits"]`.
-
-    Args:
-        program: the `.mlirbc` file, with its `.json` beside it.
-        inputs: by name; those that the program does not list are left out.
-
-    Raises:
-        CheckpointError: if a file cannot be read, or an input is missing or of another shape or dtype.
-        ConfigError: without torch-xla.
-    """
-    path = Path(program)
-    try:
-        bytecode = path.read_bytes()
-        names = json.loads(path.with_suffix(NAMES).read_text(encoding="utf-8"))
-        wanted, given = names["inputs"], names["outputs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not an exported program: {error}") from error
-    backend("xla").start()
-    import torch_xla  # pyright: ignore[reportMissingImports]
-
-    tensors = []
-    for want in wanted:
-        tensor = inputs.get(want["name"])
-        found = None if tensor is None else _describe(tensor)
-        if tensor is None or found != {"shape": want["shape"], "dtype": want["dtype"]}:
-            raise CheckpointError(f"{path} needs {want}, and was given {found}")
-        tensors.append(tensor.detach().cpu().contiguous())
-    results = torch_xla._XLAC._run_stablehlo(bytecode, tensors)
-    return {want["name"]: result.cpu() for want, result in zip(given, results, strict=True)}
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
