@@ -7,6 +7,7 @@
     python benchmarks/run.py memory                   # what a training step needs, with and without checkpointing
     python benchmarks/run.py headline                 # NFNet-F1 at 224 against EfficientNet-B7 at 600
     python benchmarks/run.py layout                   # NCHW or channels last
+    python benchmarks/run.py shell                    # what the nn.Module adds to the pure function
     python benchmarks/run.py boundary                 # what it costs that a graph ends with each block
     python benchmarks/run.py grouped                  # the grouped 3x3 convolutions in several ways
     python benchmarks/run.py profile                  # where a training step spends its time

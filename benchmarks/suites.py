@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+import nfzoo
 from benchmarks import boundaries, contenders, grouped, pages, peer, profiles, timing
 from benchmarks.contenders import Work
 from benchmarks.pages import Table, number
-from nfzoo.model import specs
+from nfzoo.model import apply, specs
 from nfzoo.optim.agc_sgd import AGCSGD
 from nfzoo.optim.sgd import CLIPPED, DECAYED
 from nfzoo.variants import VARIANTS
@@ -413,6 +414,26 @@ def layout(options: Options) -> Page:
     return "Memory layout", [Table(f"Memory layout, {_dtype(options.work)}", header, rows)], []
 
 
+def shell(options: Options) -> Page:
+    """Time what `NFNet.forward` adds to `nfzoo.model.apply` on the same parameters."""
+    work, rows = options.work, []
+    for variant in options.models or ["nfnet-test"]:
+        model = nfzoo.create(variant).to(work.device, work.dtype).eval()
+        cfg, params = model.config, dict(model.named_parameters())
+        side = options.size or model.preprocessing.test_size
+        x = torch.randn(1, cfg.in_channels, side, side, device=work.device, dtype=work.dtype)
+        with torch.inference_mode():
+            calls = {"nfzoo.model.apply": lambda: apply(cfg, params, x), "NFNet.forward": lambda: model(x)}  # noqa: B023
+            times = timing.interleave(calls, work.device, rounds=max(options.rounds, 9 if options.quick else 400))
+        base = times["nfzoo.model.apply"]
+        for name, values in times.items():
+            rows.append(
+                [variant, str(side), name, number(1e3 * timing.median(values)), number(timing.ratio(values, base))]
+            )
+    header = ["model", "side", "contender", "ms", "it / apply"]
+    return "The nn.Module over the pure function", [Table("One image", header, rows)], []
+
+
 def boundary(options: Options) -> Page:
     return boundaries.page(options)
 
@@ -453,6 +474,7 @@ SUITES: dict[str, Callable[[Options], Page]] = {
     "memory": memory,
     "headline": headline,
     "layout": layout,
+    "shell": shell,
     "boundary": boundary,
     "grouped": grouped.page,
     "profile": profile,
