@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks import bn_twin
 from benchmarks.machine import machine
 from benchmarks.stability import CONFIG, TWIN, Data, digits, fit
-from nfzoo.analysis.figures import BLUE, INK, ORANGE, PAPER, QUIET, RULE
+from nfzoo.analysis.style import BLUE, INK, ORANGE, PAPER, QUIET, RULE
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.model import apply
 from nfzoo.types import Params

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from benchmarks import bn_twin
 from benchmarks.machine import machine
-from nfzoo.analysis.figures import INK, PAPER, QUIET
+from nfzoo.analysis.style import INK, PAPER, QUIET
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
 from nfzoo.data.images import DIGITS, Digits

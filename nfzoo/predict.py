@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nfzoo.analysis.figures import SHEET_LIMIT, SheetEntry, check_png, prediction_sheet, thumbnail
+from nfzoo.analysis.sheets import SHEET_LIMIT, SheetEntry, prediction_sheet, thumbnail
+from nfzoo.analysis.style import check_png
 from nfzoo.config import is_int
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from nfzoo import from_pretrained
-from nfzoo.analysis.figures import SheetEntry, prediction_sheet, thumbnail
+from nfzoo.analysis.sheets import SheetEntry, prediction_sheet, thumbnail
 from nfzoo.data.images import DIGITS, Digits
 from nfzoo.data.source import open_split
 from nfzoo.predict import classify

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nfzoo.analysis.figures import check_png, signal_propagation, training_curves
+from nfzoo.analysis.figures import signal_propagation, training_curves
 from nfzoo.analysis.signal_propagation import SignalMetrics, open_branches, signal_metrics
+from nfzoo.analysis.style import check_png
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import ConfigError, printable
 from nfzoo.model import init

@@ -20,8 +20,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from nfzoo.analysis.figures import augmentation_sheet
 from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
+from nfzoo.analysis.sheets import augmentation_sheet
 from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state
 from nfzoo.data.loader import TrainingBatch
 from nfzoo.data.source import Split

@@ -1,0 +1,176 @@
+"""Draw sheets of pictures with Pillow alone: predictions, and augmented batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, PAGE, PAPER, QUIET, RULE, check_png
+from nfzoo.checkpoint.atomic import replaced
+from nfzoo.config import Preprocessing
+from nfzoo.errors import DataError, printable
+
+SHEET_LIMIT = 120
+"""Images that a sheet shows; of more, the first."""
+
+AUGMENTED_LIMIT = 30
+"""Images of a batch that `augmentation_sheet` shows; of more, the first. Five full rows, with partners side by side."""
+
+_THUMB, _PAD, _GAP, _HEAD = 256, 14, 18, 58  # pixels
+_ROW, _FIRST_ROW, _BAR = 36, 40, 8
+_ROWS = 3
+
+
+class SheetEntry(NamedTuple):
+    """One card of a prediction sheet.
+
+    Attributes:
+        image: shown whole, in its own aspect.
+        title: the line under it, such as the file's name.
+        top: (label, probability in [0, 1]), the most probable first; the first three are drawn.
+    """
+
+    image: Image.Image
+    title: str
+    top: Sequence[tuple[str, float]]
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """The RGB image at the size in which a sheet shows it; small ones are magnified pixel by pixel."""
+    scale = _THUMB / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS)
+
+
+def prediction_sheet(entries: Sequence[SheetEntry], output: Path, *, title: str = "Predictions") -> None:
+    """Write a PNG of cards: each image with its name, most probable labels, and their probabilities as bars.
+
+    Raises:
+        DataError: without entries, or if `output` is not a `.png`.
+        OSError: if it cannot be written; what was there before is then still there.
+    """
+    if not entries:
+        raise DataError("a prediction sheet needs at least one image")
+    check_png(output)
+    shown = entries[:SHEET_LIMIT]
+    rows_of_bars = max(1, min(_ROWS, max(len(e.top) for e in shown)))
+    columns = min(len(shown), max(3, min(6, math.ceil(math.sqrt(1.6 * len(shown))))))
+    card_w = _THUMB + 2 * _PAD
+    card_h = _PAD + _THUMB + 32 + _FIRST_ROW + (rows_of_bars - 1) * _ROW + _PAD - 4
+    rows = math.ceil(len(shown) / columns)
+    width = columns * (card_w + _GAP) + _GAP
+    height = _HEAD + rows * (card_h + _GAP)
+    sheet = Image.new("RGB", (width, height), PAGE)
+    draw = ImageDraw.Draw(sheet)
+    more = f" (the first {len(shown)} of {len(entries)})" if len(shown) < len(entries) else ""
+    _text(draw, (_GAP, _HEAD // 2 + 2), title + more, size=21, fill=INK, room=width - 2 * _GAP)
+    for i, entry in enumerate(shown):
+        x = _GAP + (i % columns) * (card_w + _GAP)
+        y = _HEAD + (i // columns) * (card_h + _GAP)
+        draw.rounded_rectangle((x, y, x + card_w - 1, y + card_h - 1), 10, fill=PAPER, outline=RULE)
+        _card(sheet, draw, (x + _PAD, y + _PAD), entry)
+    with replaced(output) as scratch:
+        sheet.save(scratch, "PNG")
+
+
+def _card(sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], entry: SheetEntry) -> None:
+    x, y = corner
+    draw.rectangle((x, y, x + _THUMB - 1, y + _THUMB - 1), fill=PAGE)
+    thumb = thumbnail(entry.image)
+    sheet.paste(thumb, (x + (_THUMB - thumb.width) // 2, y + (_THUMB - thumb.height) // 2))
+    y += _THUMB + 16
+    _text(draw, (x, y), entry.title, size=14, fill=QUIET, room=_THUMB)
+    y += 16
+    for rank, (label, probability) in enumerate(entry.top[:_ROWS]):
+        first = rank == 0
+        size = 18 if first else 15
+        percent = f"{100 * probability:.1f} %"
+        middle = y + (14 if first else 12)
+        used = _font(size).getlength(percent)
+        draw.text((x + _THUMB, middle), percent, INK if first else QUIET, _font(size), anchor="rm")
+        _text(draw, (x, middle), label, size=size, fill=INK if first else QUIET, room=_THUMB - used - 10)
+        bar = y + (27 if first else 23)
+        draw.rounded_rectangle((x, bar, x + _THUMB - 1, bar + _BAR - 1), _BAR // 2, fill=PAGE)
+        filled = round(_THUMB * probability)
+        if filled:
+            colour = BLUE if first else LIGHT_BLUE
+            radius = min(_BAR, filled) // 2
+            draw.rounded_rectangle((x, bar, x + filled - 1, bar + _BAR - 1), radius, fill=colour)
+        y += _FIRST_ROW if first else _ROW
+
+
+def augmentation_sheet(
+    images: Tensor,
+    output: Path,
+    *,
+    preprocessing: Preprocessing,
+    targets: Tensor | None = None,
+    classes: Sequence[str] | None = None,
+    title: str = "Training images as the model gets them",
+) -> None:
+    """Write a PNG of a batch of model inputs, turned back into pictures, each with the labels it is trained on.
+
+    Args:
+        images: `(n, C, H, W)`, normalised by `preprocessing`.
+        targets: labels `(n,)`, or shares of mixed labels `(n, classes)`, of which the two largest are shown.
+        classes: names of the labels; by default their numbers.
+
+    Raises:
+        DataError: for no images, other shapes than these, or an `output` that is not a `.png`.
+    """
+    n, channels = len(images), len(preprocessing.mean)
+    if images.ndim != 4 or images.shape[1] != channels or channels not in (1, 3):
+        raise DataError(
+            f"the sheet shows a batch (n, C, H, W) of the preprocessing's {channels} channels, which must be 1 or 3; "
+            f"not {tuple(images.shape)}"
+        )
+    if targets is not None and (len(targets) != n or targets.ndim > 2):
+        raise DataError(f"the targets {tuple(targets.shape)} are not of these {n} images")
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    shown = images[:AUGMENTED_LIMIT].detach().float().cpu()
+    levels = ((shown * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    entries = [
+        SheetEntry(
+            Image.fromarray(picture[..., 0] if channels == 1 else picture),
+            f"image {row + 1}",
+            [] if targets is None else _shares(targets[row].cpu(), classes),
+        )
+        for row, picture in enumerate(levels)
+    ]
+    more = f" (the first {len(entries)} of {n})" if len(entries) < n else ""
+    prediction_sheet(entries, output, title=title + more)
+
+
+def _shares(target: Tensor, classes: Sequence[str] | None) -> list[tuple[str, float]]:
+    """The labels of one image with their shares, the largest first; without those that would be shown as 0.0 %."""
+    if target.ndim == 0:
+        pairs = [(1.0, int(target))]
+    else:
+        values, labels = target.float().topk(min(2, len(target)))
+        pairs = [pair for pair in zip(values.tolist(), labels.tolist(), strict=True) if pair[0] >= 0.0005]
+    return [(f"class {label}" if classes is None else classes[label], share) for share, label in pairs]
+
+
+def _text(draw: ImageDraw.ImageDraw, left: tuple[int, int], text: str, *, size: int, fill: str, room: float) -> None:
+    """One line, its left end and vertical middle at `left`; too long a text loses its middle."""
+    font, text = _font(size), printable(text)
+    if font.getlength(text) > room:
+        text = text[:400]  # nothing longer fits on any sheet
+        while len(text) > 2 and font.getlength(_elided(text)) > room:
+            text = text[: len(text) // 2] + text[len(text) // 2 + 1 :]
+        text = _elided(text)
+    draw.text(left, text, fill, font, anchor="lm")
+
+
+def _elided(text: str) -> str:
+    return text[: (len(text) + 1) // 2].rstrip() + "…" + text[(len(text) + 1) // 2 :].lstrip()
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size=size)
