@@ -1,4 +1,4 @@
-"""Any weights nfzoo knows, to any form it writes: what `nfzoo convert` does."""
+"""Convert any weights that nfzoo reads to any form that it writes, as `nfzoo convert` does."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from nfzoo.checkpoint.model_folder import (
 from nfzoo.conversion.arrays import Leaf
 from nfzoo.conversion.download import PUBLISHED, fetch, published_url
 from nfzoo.conversion.haiku import from_haiku, recognize, unflattened
+from nfzoo.conversion.haiku_files import open_source
 from nfzoo.conversion.pickle_writer import write_haiku
-from nfzoo.conversion.source import open_source
 from nfzoo.conversion.timm import read_timm, write_timm
 from nfzoo.conversion.timm_config import fit_channels
 from nfzoo.data.labels import imagenet
@@ -44,7 +44,7 @@ class Weights(NamedTuple):
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Weights,
     target: str | Path,
     *,
     to: Form = "nfzoo",
@@ -56,7 +56,8 @@ def convert(
 
     Args:
         source: DeepMind's pickle or an archive of such a tree; `dm:F0` … `dm:F6`, DeepMind's own, to be fetched; a
-            folder or weight file of timm's or nfzoo's; a zoo name or Hub repository.
+            folder or weight file of timm's or nfzoo's; or weights that were read already, such as those of a Hub
+            repository.
         target: the folder, or for `haiku` the file, to write.
         to: the form to write.
         model: the zoo's name (or timm's) where names and shapes do not tell the model, or to insist on one.
@@ -65,16 +66,17 @@ def convert(
 
     Raises:
         ConversionError: for weights that are refused, unknown or do not fit, and for a model in the way.
-        CheckpointError, UnknownModelError: as `from_pretrained`.
+        CheckpointError: for a folder or file of nfzoo's that is damaged.
     """
     target = Path(target)
     _check_target(target, to, overwrite)
-    weights = read(source, model=model, progress=progress)
+    weights = source if isinstance(source, Weights) else read(source, model=model, progress=progress)
     description, params, form = weights
+    name = (description.name or description.config.family) if isinstance(source, Weights) else source
     if form == to == "nfzoo":
-        raise ConversionError(f"{source} is a model of nfzoo's already; --to haiku and --to timm write others")
+        raise ConversionError(f"{name} is a model of nfzoo's already; --to haiku and --to timm write others")
     if description.config.folded:
-        raise ConversionError(f"{source} is folded for inference, and only nfzoo reads that; convert the trained model")
+        raise ConversionError(f"{name} is folded for inference, and only nfzoo reads that; convert the trained model")
     if to == "haiku":
         write_haiku(target, description.config, params)
     elif to == "timm":
@@ -85,7 +87,11 @@ def convert(
 
 
 def read(source: str | Path, *, model: str | None = None, progress: bool = False) -> Weights:
-    """The model that `source` holds: see `convert`."""
+    """Read the model that `source` holds: see `convert`.
+
+    Raises:
+        ConversionError: also for a `source` that is neither a file nor a folder here.
+    """
     name = str(source)
     if name.startswith("dm:"):
         return _read_haiku(fetch(name, progress=progress), model, progress, {"url": published_url(name, PUBLISHED)})
@@ -99,15 +105,18 @@ def read(source: str | Path, *, model: str | None = None, progress: bool = False
         raise ConversionError(f"{name} says itself what model it is; leave out --model")
     if form == "nfzoo":
         return Weights(*load_checkpoint(path), form)
-    from nfzoo.hub import from_pretrained  # here, as the Hub's part publishes what this module converts
+    raise ConversionError(
+        f"{name} is no folder, no file here; load what the Hub has with nfzoo.from_pretrained, and save it"
+    )
 
-    shell = from_pretrained(name)
-    origin = (shell.provenance or {}).get("format")
-    return Weights(shell.description, dict(shell.state_dict()), "timm" if origin == "timm" else "nfzoo")
+
+def is_name(source: str) -> bool:
+    """Return whether `source` names no file here and nothing of DeepMind's, so that only the Hub can know it."""
+    return not source.startswith("dm:") and _form(Path(source)) == "name"
 
 
 def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
-    """What lies at `path`; `name` if nothing does."""
+    """Return the form of what lies at `path`; `name` if nothing does."""
     if not path.exists():
         looks_local = path.is_absolute() or path.suffix in (".npz", ".pkl", ".pickle", ".dill", *_TORCH)
         return "haiku" if looks_local else "name"  # which says that there is no such file

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig
 from nfzoo.conversion.haiku import Tree, from_haiku, recognize, unflattened
-from nfzoo.conversion.source import open_source
+from nfzoo.conversion.haiku_files import open_source
 from nfzoo.errors import ConversionError
 from nfzoo.model import plan, run_block
 from nfzoo.runtime import program

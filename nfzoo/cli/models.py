@@ -14,7 +14,7 @@ from nfzoo.checkpoint.model_folder import CONFIG_FILE, read_description
 from nfzoo.cli.tables import giga, millions, print_json, print_table
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.conversion import convert as conversion
-from nfzoo.errors import CheckpointError, printable
+from nfzoo.errors import CheckpointError, ConversionError, printable
 from nfzoo.model import BlockCost, costs, parameter_count
 from nfzoo.runtime import program
 from nfzoo.variants import VARIANTS, variant
@@ -204,7 +204,7 @@ def convert(argv: list[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> None:
     weights = conversion.convert(
-        options.source,
+        _from_hub(options.source, options.model) if conversion.is_name(options.source) else options.source,
         options.target,
         to=options.to,
         model=options.model,
@@ -215,3 +215,12 @@ def _convert(options: argparse.Namespace) -> None:
     summary = f"{description.name or description.config.family}, {description.config.num_classes} classes, "
     summary += f"{millions(parameter_count(description.config))} parameters, read as {weights.form}"
     print(f"wrote {printable(str(options.target))}: {printable(summary)}")
+
+
+def _from_hub(name: str, model: str | None) -> conversion.Weights:
+    """Load a zoo name or a Hub repository, which says itself what model it is."""
+    if model is not None:
+        raise ConversionError(f"{name} says itself what model it is; leave out --model")
+    loaded = from_pretrained(name)
+    origin = (loaded.provenance or {}).get("format")
+    return conversion.Weights(loaded.description, dict(loaded.state_dict()), "timm" if origin == "timm" else "nfzoo")

@@ -20,7 +20,7 @@ import pytest
 from nfzoo import ConversionError
 from nfzoo.conversion import pickle_reader
 from nfzoo.conversion.haiku import canonical, to_haiku
-from nfzoo.conversion.source import open_source
+from nfzoo.conversion.haiku_files import open_source
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import REFERENCE, random_params
 from tests.support.hostile import corpus

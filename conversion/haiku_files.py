@@ -1,4 +1,6 @@
-"""A reader of `.npz` archives of floating-point arrays, which neither unpickles nor unpacks more than is declared.
+"""Open files of Haiku parameters: pickles and `.npz` archives, trees and flattened ones. Nothing in them is executed.
+
+An archive is read without unpickling, and no more of it is unpacked than it declares.
 
 Source: the `.npy` format of numpy, NEP 1; the archive is a plain zip file.
 """
@@ -9,13 +11,20 @@ import re
 import struct
 import zipfile
 import zlib
-from typing import BinaryIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nfzoo.conversion.arrays import BFLOAT16, FLOATS, Element, Leaf, RefusedError, arranged, byte_count, checked_shape
+from nfzoo.conversion.haiku import canonical
+from nfzoo.conversion.pickle_reader import read_pickle
+from nfzoo.errors import ConversionError
 
+_KEYSTR = re.compile(r"\['([^']*)'\]\['([^']*)'\]")  # jax.tree_util.keystr of a path
 MOST_RATIO = 20  # unpacked bytes to one of the archive; trained weights hardly pack at all, 2.3 if they were bfloat16
 MOST_DIRECTORY = 16 << 20  # bytes of the list of files; 3,000 arrays take 400,000
 LONGEST_HEADER = 4096
@@ -121,3 +130,65 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int | Non
     if len(data) != member.file_size:
         raise RefusedError(f"{shown!r} in the archive is cut off")
     return data
+
+
+class Source(NamedTuple):
+    """An open file of parameters.
+
+    Attributes:
+        path: the file.
+        form: `pickle, protocol 4` or `npz`.
+        leaves: canonical name -> array, to be read while the file is open.
+    """
+
+    path: Path
+    form: str
+    leaves: dict[str, Leaf]
+
+
+@contextmanager
+def open_source(path: str | Path) -> Iterator[Source]:
+    """Open a file of Haiku parameters. Nothing in it is executed; a `ConversionError` of the block names the file.
+
+    Raises:
+        ConversionError: for what is no pickle or archive of floating-point arrays under the names of parameters, with
+            the reason.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder without a model" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        raise ConversionError(f"{path} {what}; give DeepMind's file, or a folder of nfzoo's or timm's")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            magic = file.read(4)
+            if magic[:1] == b"\x80":
+                pickled = read_pickle(file, size)
+                form, tree = f"pickle, protocol {pickled.protocol}", pickled.tree
+            elif magic[:2] == b"PK":
+                form, tree = "npz", read_npz(file, size)
+            else:
+                what = "it is empty" if not size else "it is neither a pickle of protocol 2 to 5 nor an .npz archive"
+                raise RefusedError(what)
+            yield Source(path, form, _flat(tree))
+        except ConversionError as error:
+            raise ConversionError(f"{path}: {error}") from error
+
+
+def _flat(tree: dict[Any, Any]) -> dict[str, Leaf]:
+    """Leaves under canonical names, from `{module: {name: leaf}}` or from `{path: leaf}`."""
+    leaves: dict[str, Leaf] = {}
+    for key, value in tree.items():
+        parts = key if isinstance(key, tuple) else (key,)
+        if len(parts) == 1 and (match := _KEYSTR.fullmatch(parts[0])):
+            parts = match.groups()
+        found = value.items() if isinstance(value, dict) else [(None, value)]
+        for name, leaf in found:
+            names = parts if name is None else (*parts, *(name if isinstance(name, tuple) else (name,)))
+            path = canonical(*names)
+            if path in leaves:
+                raise RefusedError(f"{path!r} comes twice, in two spellings")
+            leaves[path] = leaf
+    if not leaves:
+        raise RefusedError("it holds no arrays")
+    return leaves
