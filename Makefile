@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
+# Two processes share the tests file by file, as models and golden arrays are made once a process.
+SHARED := -n 2 --dist loadfile
+
 # More environments, for what pins another torch or brings a compiler of its own.
 XLA := .venv-xla
 TPU := .venv-tpu
@@ -32,10 +35,10 @@ demo: $(STAMP)
 	$(BIN)/python -m nfzoo.cli.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SHARED) -m slow
 
 test-xla: $(XLA)/.installed
 	$(XLA)/bin/python -m pytest tests/xla $(ARGS)

@@ -1,4 +1,4 @@
-"""What every test session shares: where compiled code goes, so that a run leaves nothing behind."""
+"""Set up every test session: one thread a process, and a folder for compiled code that goes with the session."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import tempfile
 
 import pytest
 
+# Before torch is imported, and for the processes that tests start. Several processes of several threads on two cores
+# wait for each other in busy loops.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled kernels go into a folder of the session's own, gigabytes over a whole run, that goes with it.
+    """Put compiled kernels, gigabytes over a whole run, into a folder that all workers share and that goes at the end.
 
     A cache that is named in the environment is used instead, and stays.
     """

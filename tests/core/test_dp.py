@@ -221,6 +221,7 @@ def small_digits(count: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.avg_pool2d(x, 2), y
 
 
+@pytest.mark.slow
 def test_private_training_learns() -> None:
     cfg = CFG.replace(in_channels=1, num_classes=10)
     data = small_digits(120)

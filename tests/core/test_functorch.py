@@ -140,13 +140,17 @@ COMPILE = {
 }
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
+@BACKENDS
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", ["nfnet", pytest.param("nf-resnet-timm-eca", marks=pytest.mark.slow)])
-def test_compiled_apply_and_its_gradient(name):
+@pytest.mark.parametrize("name", COMPILE)
+def test_compiled_apply_and_its_gradient(name, backend):
     cfg = COMPILE[name]
     params, x = random_params(cfg), images(cfg, 3)
     noise = model.sample_noise(cfg, 3, generator=generator())
-    compiled = torch.compile(lambda p, image, masks: model.apply(cfg, p, image, masks), fullgraph=True)
+    compiled = torch.compile(lambda p, image, masks: model.apply(cfg, p, image, masks), fullgraph=True, backend=backend)
     leaves = [{k: v.clone().requires_grad_() for k, v in params.items()} for _ in range(2)]
     eager, fast = model.apply(cfg, leaves[0], x, noise), compiled(leaves[1], x, noise)
     assert relative(fast, eager) < COMPILED
@@ -159,11 +163,12 @@ def test_compiled_apply_and_its_gradient(name):
         assert relative(got, expected) < COMPILED, key
 
 
+@BACKENDS
 @pytest.mark.usefixtures("compiler")
-def test_compiled_shell():
+def test_compiled_shell(backend):
     module = NFNet(COMPILE["nfnet"])
     module.load_state_dict(random_params(module.config))
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     x = images(module.config, 3)
     module.eval()
     assert relative(compiled(x), module(x)) < COMPILED

@@ -72,7 +72,16 @@ def test_multiply_accumulates_at_the_test_size(level):
         assert macs == pytest.approx(PAPER_FLOPS[level], abs=FLOP_DIGITS)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+DEEP = 40  # blocks; deeper variants differ from their shallow siblings in depth alone
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if len(model.plan(row.config)) <= DEEP else pytest.param(name, marks=pytest.mark.slow)
+        for name, row in VARIANTS.items()
+    ],
+)
 def test_every_variant_runs_on_shapes(name):
     """Meta tensors: init, logits and five feature maps at strides 2 to 32."""
     cfg, preprocessing, source = VARIANTS[name].config, VARIANTS[name].preprocessing, VARIANTS[name].source

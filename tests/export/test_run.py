@@ -245,6 +245,7 @@ def test_int8_reads_as_many_digits(reader, tmp_path):
     assert accuracy(eight) > before - INT8
 
 
+@pytest.mark.slow
 def test_int8_onnx_has_eight_bit_weights(tmp_path):
     model = shell()
     path = export(model, tmp_path, format="onnx")
@@ -280,6 +281,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_float64_becomes_float32_in_onnx(tmp_path):
     model = shell().double().eval()
     path = export(model, tmp_path / "out", format="onnx")

@@ -621,6 +621,7 @@ def test_environment_variables(files, model, tmp_path):
         assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_two_at_once_and_one_that_is_killed(timm_files, timm_model, tmp_path):
     with HubServer() as hub:
         hub.add(PUBLIC[ZOO].repo_id, timm_files)

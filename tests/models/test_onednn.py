@@ -173,6 +173,7 @@ def test_other_types_of_numbers_are_refused_by_torch():
             model(x.bfloat16())
 
 
+@pytest.mark.slow
 def test_predict_takes_what_the_model_is_made_for_and_bulk_leaves_it_alone(tmp_path):
     model = lean().prepack()
     before: dict[str, Any] = {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")}

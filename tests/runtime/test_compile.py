@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 COMPILED = 1e-4  # inductor's own order of sums and its tanh, through a few dozen layers in float32
 EXACT = 1e-6  # the same operations on float32, perhaps in another order
 
-DEPTHS = ("nfnet-f1", pytest.param("nfnet-f3", marks=pytest.mark.slow), "nfnet-f6")
+DEPTHS = ("nfnet-f1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nfnet-f3", "nfnet-f6")))
 SHAPES = 4 + 2 * 4 - 1 + 3  # stem; per stage a transition and the rest, the last two stages' rest being equal; the end
 GRAPHS = SHAPES + 1  # that rest is met at two resolutions
 
@@ -153,6 +153,7 @@ def test_weights_standardised_apart_under_every_set_of_rules(name, counting_apar
     assert counting_apart.forward_runs == before + len(fast.plan)  # inference has them in the blocks' graphs
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_are_those_of_images_not_of_weights(counting_apart):
     cfg = SMALL["nfnet"]
     module = shell(cfg).compile_blocks(backend=counting_apart.backend, dynamic=True)
@@ -214,6 +215,7 @@ def test_inductor_computes_the_same(name):
         assert (p.grad - q.grad).norm() <= COMPILED * max(1e-2, float(q.grad.norm())), key
 
 
+@pytest.mark.slow
 def test_inductor_on_a_small_model():
     cfg = SMALL["nfnet"]
     module, x = shell(cfg).eval(), images(cfg)
@@ -223,6 +225,7 @@ def test_inductor_on_a_small_model():
         assert module.features(x)[0].shape[1] == 8
 
 
+@pytest.mark.slow
 def test_training_with_inductor_standardises_all_weights_in_one_pair_of_graphs():
     cfg = SMALL["nfnet"]
     params, x = random_params(cfg), torch.randn(2, 3, 16, 16, generator=generator())
@@ -339,6 +342,7 @@ def test_a_pass_in_inference_mode_leaves_training_possible():
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_past_the_limit_it_raises_and_does_not_run_eager():
     cfg = SMALL["nfnet"]
     module = shell(cfg).eval().compile_blocks(backend="eager")
@@ -438,6 +442,7 @@ def test_double_precision_keeps_beta():
 # ---------------------------------------------------------------- activation checkpointing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_checkpointing_changes_memory_not_gradients(compiled):
     cfg, count = SMALL["nfnet"].replace(drop_rate=0.2, stochastic_depth=0.2), Counting()

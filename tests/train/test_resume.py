@@ -84,6 +84,7 @@ def test_dead_in_an_epoch_and_between_two(tmp_path: Path, whole: Path, monkeypat
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == figures
 
 
+@pytest.mark.slow
 def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         die_before_step(1, patch)
@@ -93,6 +94,7 @@ def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypat
     assert same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes_go_on(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 1 -> 2 and 2 -> 1, with other parts for accumulation on the way.
     one, two = tmp_path / "one", tmp_path / "two"
@@ -223,6 +225,7 @@ def killed_often(output: Path, times: int, seed: int, *options: str) -> tuple[in
     return kills, in_saves
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     together(tmp_path, [[*OPTIONS, "--output", str(tmp_path / "whole")]])
     kills, _ = killed_often(tmp_path / "run", 3, seed=0)
@@ -263,6 +266,7 @@ def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: in
     assert not list(saved.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others(tmp_path: Path, victim: int) -> None:
     processes = start(tmp_path / "run", "--epochs", "500", "--save_steps", "5", world=2)
@@ -328,6 +332,7 @@ def test_steps_that_are_not_finite_are_skipped_when_asked(
     assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("head."))
 
 
+@pytest.mark.slow
 def test_skipping_for_good_is_no_training(tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(poisoned), "--nonfinite", "skip", "--epochs", "9", "--batch_size", "140"]
     assert run(tmp_path / "run", *options, "--save_steps", "100") == 1
@@ -364,6 +369,7 @@ with _alone(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True) as other:
