@@ -1,20 +1,22 @@
-"""What a training run trains: a model on the devices of all its processes, and how one step changes it."""
+"""Hold what a training run trains: a model on the devices of all its processes, its optimizer and its averages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nfzoo.checkpoint.run_state import Saved
+from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet
-from nfzoo.optim.agc_sgd import AGCSGD, has_fused
+from nfzoo.optim.agc_sgd import AGCSGD, has_fused, param_groups
 from nfzoo.optim.clipping import agc_
 from nfzoo.optim.sam import ascent_rows, restore_, sam_ascent_
-from nfzoo.optim.sgd import ema_
+from nfzoo.optim.sgd import DECAYED, ema_
 from nfzoo.runtime.device import AUTOCAST, backend, precision
 from nfzoo.runtime.distributed import (
     copy_,
@@ -26,24 +28,100 @@ from nfzoo.runtime.distributed import (
     shard,
 )
 from nfzoo.step import cross_entropy
-from nfzoo.train.config import TrainConfig
-from nfzoo.train.optimizers import make_optimizer
+from nfzoo.train.batches import Inputs
+from nfzoo.train.config import OptimConfig, TrainConfig
 from nfzoo.types import Params
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
 
 
-class Trainee:
-    """A model with its optimizer and its average. A step is one `backward` for each part of a batch, then `update`.
+class Updater(Protocol):
+    """State what a training step asks of an optimizer."""
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of all groups."""
+        ...
+
+    def step(self, gate: Tensor | None) -> None:
+        """Update the parameters by their gradients; change nothing where `gate`, 0-dimensional, is false."""
+        ...
+
+    @property
+    def clipped(self) -> Tensor | None:
+        """Return the fraction of units that AGC clipped in the last step; `None` where it is not counted."""
+        ...
+
+
+class PapersUpdater:
+    """Update with `AGCSGD`, which clips, gates and counts by itself, so that the host waits for nothing.
+
+    Args:
+        optimizer: the optimizer.
+        prepared: what Accelerate made of it, or the optimizer itself.
+        device: where the learning rate has to lie.
+    """
+
+    def __init__(self, optimizer: AGCSGD, prepared: Any, device: torch.device) -> None:
+        self._optimizer, self._prepared, self._backend = optimizer, prepared, backend(device)
+        # Momentum that begins inside the first step would make that step another program on a lazy device.
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._backend.scalar(lr)
+
+    def step(self, gate: Tensor | None) -> None:
+        self._optimizer.gate = gate
+        self._prepared.step()
+
+    @property
+    def clipped(self) -> Tensor | None:
+        fraction = self._optimizer.clipped_fraction
+        return None if fraction is None else full_tensor(fraction)
+
+
+class TorchUpdater:
+    """Update with any torch optimizer, after AGC; the host waits for the gate.
+
+    Args:
+        optimizer: the optimizer.
+        prepared: what Accelerate made of it, or the optimizer itself.
+        params: the parameters to clip, the classifier's weight left out.
+        clip: AGC threshold; `None` clips nothing.
+    """
+
+    clipped: Tensor | None = None
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, prepared: Any, params: Sequence[Tensor], clip: float | None
+    ) -> None:
+        self._optimizer, self._prepared, self._params, self._clip = optimizer, prepared, params, clip
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, gate: Tensor | None) -> None:
+        if gate is not None and not bool(gate):
+            return
+        if self._clip is not None:
+            agc_(self._params, clip=self._clip)
+        self._prepared.step()
+
+
+class Learner:
+    """Train a model. `Trainer.train_step` calls `forward` and `backward` for each part of a batch, then the rest.
 
     The device's backend has to be started before.
 
     Attributes:
         model: what the forward pass of training goes through: the network itself, or what DDP wraps it in.
         live: the network's parameters by name, sharded under FSDP2.
-        average: their moving average, if the recipe has one.
-        optimizer: as Accelerate wraps it; `inner` is the recipe's own.
+        averages: their moving averages, if the recipe has them.
+        optimizer: the recipe's own; `updater` is what a step asks of it.
     """
 
     def __init__(self, config: TrainConfig, model: NFNet, accelerator: Accelerator, *, peak_lr: float) -> None:
@@ -65,81 +143,79 @@ class Trainee:
         self.live: Params = dict(model.named_parameters())
         self.names = {p: name for name, p in self.live.items()}
         self.trainable = [p for p in self.live.values() if p.requires_grad]
-        one_kernel = config.compile and has_fused(accelerator.device)
-        self.inner = make_optimizer(config.optim, model, peak_lr, compiled=one_kernel)
-        if isinstance(self.inner, AGCSGD):  # before the first step, which a lazy device would else compile for itself
-            for p in self.trainable:
-                self.inner.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        if self.sharded:
-            self.optimizer: Any = self.inner
-        else:
-            self.model, self.optimizer = accelerator.prepare(model, self.inner)
-        self.average: Params | None = None
+        self._make_updater(config, model, peak_lr)
+        self.averages: Params | None = None
         if config.optim.ema_decay is not None:
-            self.average = {name: p.detach().clone() for name, p in self.live.items()}
+            self.averages = {name: p.detach().clone() for name, p in self.live.items()}
 
-    @property
-    def clipped(self) -> Tensor | None:
-        """The share of units that AGC clipped in the last update; `None` from an optimizer that does not count them."""
-        fraction = self.inner.clipped_fraction if isinstance(self.inner, AGCSGD) else None
-        return None if fraction is None else full_tensor(fraction)
+    def _make_updater(self, config: TrainConfig, model: NFNet, lr: float) -> None:
+        device, optim = self.accelerator.device, config.optim
+        papers = optim.name == "sgd"
+        if papers:
+            compiled = config.compile and has_fused(device)
+            self.optimizer: torch.optim.Optimizer = papers_optimizer(optim, model, lr, compiled=compiled)
+        else:
+            self.optimizer = torch_optimizer(optim, model, lr)
+        self.prepared: Any = self.optimizer
+        if not self.sharded:
+            self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
+        if papers:
+            self.updater: Updater = PapersUpdater(self.optimizer, self.prepared, device)  # type: ignore[arg-type]
+        else:
+            clipped = [p for name, p in self.live.items() if p.requires_grad and name != "head.weight"]
+            self.updater = TorchUpdater(self.optimizer, self.prepared, clipped, optim.clip)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's mixed precision, for a forward pass."""
         return self.backend.autocast(self.dtype)
 
-    def set_learning_rate(self, lr: float) -> None:
-        value = self.backend.scalar(lr) if isinstance(self.inner, AGCSGD) else lr
-        for group in self.inner.param_groups:
-            group["lr"] = value
-
     # ------------------------------------------------------------ one step
 
-    def backward(
-        self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor] | None, *, parts: int, last: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Add the gradient of one of a batch's `parts`, with SAM that at the end of its ascent; its loss and logits.
+    @contextmanager
+    def part(self, inputs: Inputs, *, last: bool) -> Iterator[None]:
+        """Surround forward and backward pass of one of a batch's parts.
 
-        Processes average their gradients during the `last` part alone.
+        With SAM the weights stand at the end of its ascent. Processes average their gradients in the `last` part alone.
         """
-        before = self._ascend(images, targets, noise) if self.optim.sam_rho is not None else None
+        before = self._ascend(*inputs) if self.optim.sam_rho is not None else None
         with nullcontext() if last else self._unsynced():
-            with self.autocast():
-                logits = self.model(images, noise or {})
-            loss = cross_entropy(logits, targets, self.optim.label_smoothing)
-            self.accelerator.backward(loss / parts)
+            yield
         if before is not None:
             restore_(self.trainable, before)
-        return loss, logits
 
-    def update(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """Change the weights by the gradient, which is kept, to be looked at; if it is not finite, nothing changes.
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a part, and its logits `(n, classes)`."""
+        with self.autocast():
+            logits = self.model(inputs.images, inputs.noise or {})
+        return cross_entropy(logits, inputs.targets, self.optim.label_smoothing), logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to the parameters' gradients, scaled under fp16."""
+        self.accelerator.backward(loss)
+
+    def clip(self) -> tuple[Tensor, Tensor | None]:
+        """Clip the whole gradient by its norm if the recipe says so. AGC is part of the update.
 
         Returns:
-            The gradient's norm before any clipping, and whether it is finite, both on the device; the latter `None`
-            under a loss scaler, which judges by itself.
+            The norm before, and whether it is finite, both on the device; the latter `None` under a loss scaler, which
+            judges by itself.
         """
         self.backend.all_reduce_mean(gradients(self.trainable))
-        norm = self._clip_norm()
-        finite = None if self.accelerator.scaler is not None else norm.isfinite()
-        # AGCSGD keeps its hands off by itself, so that the host need not wait between the gradient and the update.
-        gated = isinstance(self.inner, AGCSGD)
-        if gated or finite is None or bool(finite):
-            self._update(step, finite if gated else None)
-        return norm, finite
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.prepared)
+        norm = torch.nn.utils.get_total_norm(gradients(self.trainable))
+        if self.optim.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.optim.clip_norm, norm)
+        norm = full_tensor(norm)
+        return norm, None if self.accelerator.scaler is not None else norm.isfinite()
 
-    def _update(self, step: int, gate: Tensor | None) -> None:
-        if isinstance(self.inner, AGCSGD):
-            self.inner.gate = gate
-        elif self.optim.clip is not None:
-            heads = [p for name, p in self.live.items() if name == "head.weight"]
-            agc_(self.trainable, clip=self.optim.clip, exclude=heads)
-        self.optimizer.step()
-        if self.average is not None and self.optim.ema_decay is not None:
-            ema_(self.average, self.live, self.backend.scalar(step), decay=self.optim.ema_decay, gate=gate)
+    def average(self, step: int, gate: Tensor | None) -> None:
+        """Move the averages towards the weights; where `gate` is false, leave them."""
+        if self.averages is not None and self.optim.ema_decay is not None:
+            ema_(self.averages, self.live, self.backend.scalar(step), decay=self.optim.ema_decay, gate=gate)
 
     def _ascend(self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor] | None) -> list[Tensor]:
-        """Move the weights up the loss of this process's first images; the weights as they were."""
+        """Move the weights up the loss of this process's first images; return the weights as they were."""
         rows = ascent_rows(len(images), self.optim.sam_fraction)
         masks = {name: mask[:rows] for name, mask in noise.items()} if noise else {}
         with self.autocast():
@@ -152,36 +228,30 @@ class Trainee:
     def _unsynced(self) -> Any:
         return _NoReduction(self.model) if self.sharded else self.accelerator.no_sync(self.model)
 
-    def _clip_norm(self) -> Tensor:
-        """The gradient's norm, which is clipped if the recipe says so."""
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(gradients(self.trainable))
-        if self.optim.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.optim.clip_norm, norm)
-        return full_tensor(norm)
-
     # ------------------------------------------------------------ checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds: `model`, `optimizer` and `average`, whole; all processes call this together."""
-        found = {"model": full_tensors(self.live), "optimizer": optimizer_tensors(self.inner, self.names)}
-        if self.average is not None:
-            found["average"] = full_tensors(self.average)
+        """Return what a checkpoint holds, `model`, `optimizer` and `average`, as full tensors.
+
+        All processes call this together.
+        """
+        found = {"model": full_tensors(self.live), "optimizer": optimizer_tensors(self.optimizer, self.names)}
+        if self.averages is not None:
+            found["average"] = full_tensors(self.averages)
         return found
 
     def restore(self, saved: Saved) -> None:
-        """The inverse of `tensors`."""
+        """Take everything from a checkpoint: the inverse of `tensors`."""
         for name, value in saved.tensors("model").items():
             copy_(self.live[name], value)
-        restore_optimizer(self.inner, self.names, saved.tensors("optimizer"))
-        if self.average is not None:
+        restore_optimizer(self.optimizer, self.names, saved.tensors("optimizer"))
+        if self.averages is not None:
             for name, value in saved.tensors("average").items():
-                copy_(self.average[name], value)
+                copy_(self.averages[name], value)
 
 
 class _NoReduction:
-    """FSDP2's form of DDP's `no_sync`."""
+    """Leave gradients unreduced, as DDP's `no_sync` does, under FSDP2."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -191,3 +261,35 @@ class _NoReduction:
 
     def __exit__(self, *_: object) -> None:
         self.model.set_requires_gradient_sync(True)
+
+
+def papers_optimizer(optim: OptimConfig, model: NFNet, lr: float, *, compiled: bool) -> AGCSGD:
+    """Make the papers' optimizer of the parameters that are not frozen; `compiled` as in `AGCSGD`."""
+    groups = param_groups(model, weight_decay=optim.weight_decay, clip=optim.clip)
+    options = {"momentum": optim.momentum, "nesterov": optim.nesterov, "compiled": compiled}
+    return AGCSGD(groups, lr, weight_decay=0.0, clip=None, **options)
+
+
+def torch_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.Optimizer:
+    """Make the optimizer that a recipe names, of the parameters that are not frozen; gains and biases do not decay.
+
+    Raises:
+        ConfigError: for a name that is no optimizer's, or options that it does not take.
+    """
+    kinds = model.parameter_kinds()
+    trainable = [(kinds[name], p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for kind, p in trainable if kind in DECAYED], "weight_decay": optim.weight_decay},
+        {"params": [p for kind, p in trainable if kind not in DECAYED], "weight_decay": 0.0},
+    ]
+    package, _, name = ("torch.optim.AdamW" if optim.name == "adamw" else optim.name).rpartition(".")
+    try:
+        made = getattr(importlib.import_module(package), name)
+        if not issubclass(made, torch.optim.Optimizer):
+            raise TypeError("it is no torch.optim.Optimizer")
+        return made([group for group in groups if group["params"]], **{**optim.options, "lr": lr})
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f'the optimizer {optim.name!r} with options {optim.options!r} cannot be made: {error}; name "sgd", '
+            '"adamw", or the import path of an optimizer'
+        ) from error

@@ -1,21 +1,30 @@
-"""What an epoch adds up: loss, right answers, clipped units."""
+"""Add up what an epoch reports: loss, right answers, clipped units, and images that cannot be read."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from nfzoo.data.loader import BrokenImageError
+from nfzoo.errors import DataError
+from nfzoo.runtime.distributed import gather
 
-class Meters:
-    """Sums over an epoch's steps, kept on the device so that reading them is the only wait."""
+logger = logging.getLogger("nfzoo")
+
+
+class Metrics:
+    """Sum over an epoch's steps, on the device, so that the host waits only where it reads the sums."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.clear()
 
     def clear(self) -> None:
-        # Moved with a dimension: a lazy device would write a number without one into its program, and compile anew.
-        # Each is a tensor of its own for the same reason.
+        # A lazy device writes a 0-dimensional tensor from the host into its program as a constant, and compiles anew
+        # for each value. So each is moved with a dimension, and is a tensor of its own.
         self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm = (
             torch.zeros(1).to(self.device).reshape(()) for _ in range(6)
         )
@@ -32,6 +41,72 @@ class Meters:
         self.correct = self.correct + usable * (logits.detach().argmax(1) == labels).sum()
         self.seen = self.seen + usable * len(labels)
 
+    def add_clipped(self, fraction: Tensor | None) -> None:
+        """Add the fraction of units that AGC clipped in a step; `None` where it is not counted."""
+        if fraction is not None:
+            self.clipped = self.clipped + fraction
+
     def sums(self) -> Tensor:
-        """Loss times images, right answers, images."""
+        """Return loss times images, right answers, and images, of this process."""
         return torch.stack([self.loss_sum, self.correct, self.seen])
+
+
+class UnreadableImages:
+    """Count a run's images that cannot be read, over all processes, by messages that name them.
+
+    More than `limit` end the run.
+
+    Attributes:
+        known: messages that all processes have.
+        own: messages of this process since the last `share`, some of which may be known.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.known: set[str] = set()
+        self.own: set[str] = set()
+
+    def replace(self, messages: Iterable[str]) -> None:
+        """Count images of a training batch that others took the place of; beyond the limit a `BrokenImageError`."""
+        for message in messages:
+            if message in self.known | self.own:
+                continue
+            self.own.add(message)
+            self._check()
+            logger.warning("not readable, and replaced: %s", message)
+
+    def leave_out(self, messages: Iterable[str]) -> None:
+        """Count images that an evaluation left out; beyond the limit a `BrokenImageError`."""
+        for message in messages:
+            if message not in self.known | self.own:
+                logger.warning("left out: %s", message)
+                self.own.add(message)
+        self._check()
+
+    def unknown(self) -> int:
+        """Return how many of this process's messages are not known to all."""
+        return len(self.own - self.known)
+
+    def check(self, unknown: int) -> None:
+        """Raise a `DataError` where known messages and the sum of all processes' `unknown` are beyond the limit."""
+        if len(self.known) + unknown > self.limit:
+            raise DataError(self._text(len(self.known) + unknown))
+
+    def gathered(self) -> list[str]:
+        """Return the messages of all processes, sorted; all of them call this together."""
+        return sorted(self.known.union(gather(sorted(self.own))))
+
+    def share(self) -> None:
+        """Make all messages known to all processes, which call this together."""
+        self.known = set(self.gathered())
+        self.own.clear()
+
+    def _check(self) -> None:
+        if len(self.known | self.own) > self.limit:
+            raise BrokenImageError(self._text(len(self.known | self.own)))
+
+    def _text(self, count: int) -> str:
+        names = "; ".join(sorted(self.known | self.own)[-3:])
+        if self.limit == 0:
+            return f"{names}; --max-broken N lets training go on with up to N such images"
+        return f"{count} images cannot be read, and max_broken is {self.limit}; such as: {names}"

@@ -31,7 +31,17 @@ from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.recipes import parse
-from nfzoo.train.trainer import LOGS, STATES, LostError, Result, Run, Start, Stopped, TrainingError, identity
+from nfzoo.train.trainer import (
+    LOGS,
+    STATES,
+    InitialState,
+    LostError,
+    Result,
+    Stopped,
+    Trainer,
+    TrainingError,
+    split_identity,
+)
 from nfzoo.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -41,8 +51,8 @@ logger = logging.getLogger("nfzoo")
 
 __all__ = ["Result", "TrainConfig", "TrainingError", "main", "train"]
 
-# What a resumed run may change without becoming another run.
-FREE = frozenset(
+# Options that a resumed run may change without becoming another run.
+CHANGEABLE = frozenset(
     [
         "output",
         "data",  # compared by what it holds
@@ -73,7 +83,7 @@ def train(config: TrainConfig) -> Result:
         TrainingError: if a gradient stops being finite, the disk fills up, or another process is lost.
         Stopped: after SIGTERM or Ctrl-C; the run has saved where it was.
     """
-    with _alone(Path(config.output)):
+    with _locked(Path(config.output)):
         return _train(config)
 
 
@@ -93,22 +103,22 @@ def _train(config: TrainConfig) -> Result:
     accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
     if saved is None and accelerator.is_main_process:
         shutil.rmtree(output / STATES, ignore_errors=True)  # with --overwrite: those of the run that is overwritten
-    run = Run(config, split, accelerator, start)
+    trainer = Trainer(config, split, accelerator, start)
     accelerator.wait_for_everyone()
     try:
-        return run.to_end()
+        return trainer.fit()
     except RuntimeError as error:
         if isinstance(error, NfzooError) or not _lost(error, accelerator):
             raise
         reason = str(error).splitlines()[0]
         raise LostError(
-            f"process {accelerator.process_index} lost the others at step {run.step + 1} ({reason}); "
-            f"{run.whereabouts()}"
+            f"process {accelerator.process_index} lost the others at step {trainer.step + 1} ({reason}); "
+            f"{trainer.last_checkpoint()}"
         ) from error
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def _locked(output: Path) -> Iterator[None]:
     """Keep other runs of this machine out of a folder; a `ConfigError` if one is writing into it.
 
     The lock lies elsewhere, since nothing is written before the first checkpoint, and goes with the process.
@@ -217,7 +227,7 @@ def _tracker(config: TrainConfig) -> str | None:
 # ---------------------------------------------------------------- what a run begins with
 
 
-def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> Start:
+def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> InitialState:
     from nfzoo import from_pretrained, list_models
 
     in_zoo = config.model in VARIANTS and not Path(config.model).exists()
@@ -239,13 +249,13 @@ def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> Start:
     preprocessing = Preprocessing.from_dict({**model.preprocessing.to_dict(), **sizes})
     description = Description(model.config.replace(**changes), preprocessing, model.name, classes)
     params = {n: p.detach() for n, p in model.named_parameters()}
-    return Start(NFNet.from_params(description, params), pretrained)
+    return InitialState(NFNet.from_params(description, params), pretrained)
 
 
-def _resumed(config: TrainConfig, split: Split, saved: Saved) -> Start:
+def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
     """The model of a checkpoint, if it is one of this very run."""
     then, now = _flat(saved.facts["config"]), _flat(config.to_dict())
-    changed = sorted(k for k in then.keys() | now.keys() if k not in FREE and then.get(k) != now.get(k))
+    changed = sorted(k for k in then.keys() | now.keys() if k not in CHANGEABLE and then.get(k) != now.get(k))
     if changed:
         key = changed[0]
         raise ConfigError(
@@ -253,7 +263,7 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> Start:
             f"{f' ({len(changed) - 1} more options differ)' if changed[1:] else ''}; resume with the same options, or "
             "choose another output"
         )
-    found, before = identity(split), saved.facts["data"]
+    found, before = split_identity(split), saved.facts["data"]
     if before != found:
         raise DataError(
             f"{config.data!r} has {found['images']} training images of {len(found['classes'])} classes; the run that "
@@ -261,7 +271,7 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> Start:
             "the same data, or start anew in another output"
         )
     description = describe(saved.facts["description"], saved.folder)
-    return Start(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], saved)
+    return InitialState(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], saved)
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

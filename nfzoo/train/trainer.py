@@ -1,4 +1,4 @@
-"""The Accelerate loop of a training run: steps, epochs, checkpoints, and what stops them.
+"""Run the steps and epochs of a training run, save its checkpoints, and stop it.
 
 Every random choice depends on the seed, the epoch, the step and the image alone, and the position in the data is
 counted in samples over all processes. So a run that was interrupted goes on as if it had not been, with any number of
@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,16 +29,14 @@ from nfzoo.errors import NfzooError
 from nfzoo.evaluate import Score, score
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
-from nfzoo.optim.agc_sgd import AGCSGD
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, full_tensors, gather
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
-from nfzoo.train.learner import Trainee
-from nfzoo.train.metrics import Meters
+from nfzoo.train.learner import Learner
+from nfzoo.train.metrics import Metrics, UnreadableImages
 from nfzoo.train.run_folder import write_run
-from nfzoo.train.unreadable_images import BrokenImages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
@@ -74,8 +72,8 @@ class Result(NamedTuple):
     training_seconds: float
 
 
-class Start(NamedTuple):
-    """What a run begins with.
+class InitialState(NamedTuple):
+    """Hold what a run begins with.
 
     Attributes:
         model: the network, its weights those to begin with.
@@ -88,8 +86,8 @@ class Start(NamedTuple):
     saved: Saved | None = None
 
 
-def identity(split: Split) -> dict[str, Any]:
-    """What the data of a run are, to notice others: classes, number, and a hash of all names and labels."""
+def split_identity(split: Split) -> dict[str, Any]:
+    """Return what tells the data of a run from other data: classes, number, and a hash of all names and labels."""
     digest = hashlib.sha256()
     for images in split:
         digest.update(np.ascontiguousarray(images.labels).tobytes())
@@ -98,10 +96,10 @@ def identity(split: Split) -> dict[str, Any]:
     return {"images": len(split.train), "classes": list(split.train.classes), "digest": digest.hexdigest()}
 
 
-class Run:
-    """One training run: what its epochs share."""
+class Trainer:
+    """Train a model for the epochs of a recipe, from its beginning or from a checkpoint."""
 
-    def __init__(self, config: TrainConfig, split: Split, accelerator: Accelerator, start: Start) -> None:
+    def __init__(self, config: TrainConfig, split: Split, accelerator: Accelerator, start: InitialState) -> None:
         self.config, self.split, self.accelerator = config, split, accelerator
         self.rank = accelerator.process_index
         self.backend = backend(accelerator.device)
@@ -111,14 +109,14 @@ class Run:
         self.steps_per_epoch = len(split.train) // config.batch_size
         self.peak_lr = config.optim.lr or default_lr(config.batch_size, start.pretrained, config.optim.name)
         self.pipeline = InputPipeline(config, split, model, accelerator)
-        self.trainee = Trainee(config, model, accelerator, peak_lr=self.peak_lr)
+        self.learner = Learner(config, model, accelerator, peak_lr=self.peak_lr)
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
-        self.meters = Meters(accelerator.device)
-        self.broken = BrokenImages(config.max_broken)
+        self.metrics = Metrics(accelerator.device)
+        self.unreadable = UnreadableImages(config.max_broken)
         self.last_saved: Path | None = None
-        self._data = identity(split)
+        self._data = split_identity(split)
         if start.saved is not None:
             self._restore(start.saved)
         self.backend.step_mark()  # what was prepared is no part of the first step
@@ -127,7 +125,7 @@ class Run:
         if start.saved is not None:
             origin = f"step {self.step}'s"
         self._say(
-            f"{config.model}: {sum(p.numel() for p in self.trainee.live.values()):,} parameters, {origin} weights; "
+            f"{config.model}: {sum(p.numel() for p in self.learner.live.values()):,} parameters, {origin} weights; "
             f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
             f"{len(split.train.classes)} classes; {accelerator.num_processes} process(es) on "
             f"{accelerator.device.type}, peak learning rate {self.peak_lr:g}"
@@ -135,7 +133,7 @@ class Run:
 
     # ------------------------------------------------------------ the run
 
-    def to_end(self) -> Result:
+    def fit(self) -> Result:
         seconds = 0.0
         row: dict[str, Any] = self.rows[-1] if self.rows else {}
         with Agreement() as self.agreement:
@@ -148,10 +146,10 @@ class Run:
                 self.rows.append(row)
                 self._save_model()
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
-                self.meters.clear()
+                self.metrics.clear()
                 self._report(row)
                 if epoch + 1 < self.config.epochs:
-                    self._heed()
+                    self._stop_if_asked()
         self._say(f"saved to {self.config.output}")
         # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it goes after the group.
         for tracker in self.accelerator.trackers:
@@ -163,13 +161,13 @@ class Run:
         config = self.config
         parts: list[TrainingBatch] = []
         last = time.perf_counter()
-        self.trainee.model.train()
+        self.learner.model.train()
         with self._bar(epoch) as bar:
             for batch in self.pipeline.batches(epoch, self.consumed):
                 parts.append(batch)
                 if len(parts) < config.accumulation:
                     continue
-                self._step(parts)
+                self.train_step(parts)
                 parts = []
                 self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
                 self.consumed += config.batch_size
@@ -179,32 +177,46 @@ class Run:
                 if self.consumed + config.batch_size <= len(self.split.train):  # the last step's follows the epoch
                     if config.save_steps is not None and self.step % config.save_steps == 0:
                         self._save_state()
-                    self._heed()
+                    self._stop_if_asked()
         row = self._row(epoch)
         self._save_state()
         return row
 
     # ------------------------------------------------------------ one step
 
-    def _step(self, parts: list[TrainingBatch]) -> None:
-        self.trainee.set_learning_rate(self._learning_rate(self.step))
+    def train_step(self, parts: Sequence[TrainingBatch]) -> None:
+        """Take one step: batch, forward, backward, clip, update, average.
+
+        Args:
+            parts: this process's share of the global batch, in the pieces over which gradients accumulate.
+        """
+        learner = self.learner
+        learner.updater.set_lr(self._learning_rate(self.step))
         noise = self.pipeline.noise(self.step)
-        last: Inputs | None = None
+        inputs: Inputs | None = None
         for i, part in enumerate(parts):
-            self.broken.replace(part.broken)
-            last = self.pipeline.inputs(part, self.epoch, noise)
-            loss, logits = self.trainee.backward(*last, parts=len(parts), last=i + 1 == len(parts))
-            self.meters.add(loss, logits, last.targets)
-        assert last is not None
-        self.meters.norm, finite = self.trainee.update(self.step)
-        if (clipped := self.trainee.clipped) is not None:
-            self.meters.clipped = self.meters.clipped + clipped
+            # Batch: images, targets and masks on the device, augmented there.
+            self.unreadable.replace(part.broken)
+            inputs = self.pipeline.inputs(part, self.epoch, noise)
+            with learner.part(inputs, last=i + 1 == len(parts)):
+                # Forward, and backward: gradients add up over the parts.
+                loss, logits = learner.forward(inputs)
+                learner.backward(loss / len(parts))
+            self.metrics.add(loss, logits, inputs.targets)
+        # Clip by the norm of the whole gradient, where the recipe asks for that. AGC clips each unit in the update.
+        self.metrics.norm, finite = learner.clip()
+        # Update, and average. Where the gradient is not finite neither changes anything.
+        learner.updater.step(finite)
+        learner.average(self.step, finite)
+        self.metrics.add_clipped(learner.updater.clipped)
         self.backend.step_mark()
+        # Only now does the host wait for the device.
         if finite is not None and not bool(finite):
-            self._not_finite(last)
+            assert inputs is not None
+            self._not_finite(inputs)
         else:
             self.in_a_row = 0
-        self.trainee.inner.zero_grad()
+        learner.optimizer.zero_grad()
         self.step += 1
 
     def _learning_rate(self, step: int) -> float:
@@ -214,8 +226,8 @@ class Run:
         return warmup_cosine(step, peak=self.peak_lr, warmup=warmup, total=total, minimum=optim.min_lr)
 
     def _not_finite(self, last: Inputs) -> None:
-        found = first_not_finite(self.cfg, self.trainee.live, *last, autocast=self.trainee.autocast)
-        where = next(filter(None, gather([found])), "") or bad_gradient(self.trainee.live)
+        found = first_not_finite(self.cfg, self.learner.live, *last, autocast=self.learner.autocast)
+        where = next(filter(None, gather([found])), "") or bad_gradient(self.learner.live)
         self.in_a_row += 1
         if self.config.nonfinite == "skip" and self.in_a_row < SKIPS_IN_A_ROW:
             self.skipped += 1
@@ -224,20 +236,20 @@ class Run:
         row = f", the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
             f"{where} is not finite{row}, at step {self.step + 1} (epoch {self.epoch + 1}), learning rate "
-            f"{self._learning_rate(self.step):g}; {self.whereabouts()}; lower optim.lr or "
+            f"{self._learning_rate(self.step):g}; {self.last_checkpoint()}; lower optim.lr or "
             "optim.clip, or pass --nonfinite skip"
         )
 
-    def _heed(self) -> None:
+    def _stop_if_asked(self) -> None:
         """Stop where any process was asked to, or where all of them together met too many broken images."""
-        number, broken = self.agreement.reached(self.broken.unknown())
-        self.broken.check(broken)
+        number, broken = self.agreement.reached(self.unreadable.unknown())
+        self.unreadable.check(broken)
         if number is not None:
             self._save_state()
             name = signal.Signals(number).name
-            raise Stopped(f"stopped by {name} after step {self.step}; {self.whereabouts()}", number)
+            raise Stopped(f"stopped by {name} after step {self.step}; {self.last_checkpoint()}", number)
 
-    def whereabouts(self) -> str:
+    def last_checkpoint(self) -> str:
         if self.last_saved is None:
             return "nothing was saved"
         return f"{self.last_saved} holds the last checkpoint; to go on from it, pass --resume true"
@@ -245,7 +257,7 @@ class Run:
     # ------------------------------------------------------------ figures
 
     def _row(self, epoch: int) -> dict[str, Any]:
-        loss, correct, seen = self._sum(self.meters.sums())
+        loss, correct, seen = self._sum(self.metrics.sums())
         seen = seen or math.nan  # if every step was skipped
         row = {
             "epoch": epoch + 1,
@@ -253,20 +265,20 @@ class Run:
             "lr": self._learning_rate(max(self.step - 1, 0)),
             "train_loss": loss / seen,
             "train_accuracy": correct / seen,
-            "clipped": float(self.meters.clipped) / self.steps_per_epoch,
+            "clipped": float(self.metrics.clipped) / self.steps_per_epoch,
         }
         if self.skipped:
             row["skipped"] = self.skipped
-        self.broken.share()
-        if self.broken.known:
-            row["broken"] = len(self.broken.known)
+        self.unreadable.share()
+        if self.unreadable.known:
+            row["broken"] = len(self.unreadable.known)
         return row
 
     def _evaluate(self) -> dict[str, float]:
-        live = self._score(self.trainee.live)
+        live = self._score(self.learner.live)
         row = {"loss": live.loss, "accuracy": live.top1}
-        if self.trainee.average is not None:
-            averaged = self._score(self.trainee.average)
+        if self.learner.averages is not None:
+            averaged = self._score(self.learner.averages)
             row |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.top1}
         return row
 
@@ -276,11 +288,11 @@ class Run:
         batches = self.pipeline.held_out(broken if self.config.max_broken else None)
 
         def logits(images: Tensor) -> Tensor:
-            with self.trainee.autocast():
+            with self.learner.autocast():
                 return apply(self.cfg, whole_ones, images)
 
         found = score(logits, batches, device=self.accelerator.device)
-        self.broken.leave_out(broken)
+        self.unreadable.leave_out(broken)
         return found
 
     def _sum(self, values: Tensor) -> list[float]:
@@ -288,21 +300,21 @@ class Run:
         return reduced.tolist()  # type: ignore[union-attr]
 
     def _log(self, bar: tqdm[Any]) -> None:
-        loss, correct, seen = self.meters.sums().tolist()
+        loss, correct, seen = self.metrics.sums().tolist()
         if seen:
             bar.set_postfix_str(f"loss {loss / seen:.3f}, accuracy {correct / seen:.1%}")
         if self.config.tracker is not None:
-            values = {"train/loss": float(self.meters.loss), "train/lr": self._learning_rate(self.step - 1)}
-            values["train/gradient_norm"] = float(self.meters.norm)
-            if (clipped := self.trainee.clipped) is not None:
+            values = {"train/loss": float(self.metrics.loss), "train/lr": self._learning_rate(self.step - 1)}
+            values["train/gradient_norm"] = float(self.metrics.norm)
+            if (clipped := self.learner.updater.clipped) is not None:
                 values["train/clipped"] = float(clipped)
             self.accelerator.log(values, step=self.step)
 
     def _report(self, row: Mapping[str, Any]) -> None:
-        ema = "" if self.trainee.average is None else f", {row['ema_accuracy']:.2%} averaged"
-        clipped = f"  clipped {row['clipped']:.1%}" if isinstance(self.trainee.inner, AGCSGD) else ""
+        ema = "" if self.learner.averages is None else f", {row['ema_accuracy']:.2%} averaged"
+        clipped = f"  clipped {row['clipped']:.1%}" if self.learner.updater.clipped is not None else ""
         skipped = f"  skipped {self.skipped}" if self.skipped else ""
-        broken = f"  broken images {len(self.broken.known)}" if self.broken.known else ""
+        broken = f"  broken images {len(self.unreadable.known)}" if self.unreadable.known else ""
         self._say(
             f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
             f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}  {row['images_per_second']:.0f} images/s"
@@ -336,8 +348,8 @@ class Run:
     # ------------------------------------------------------------ files
 
     def _save_model(self) -> None:
-        trainee = self.trainee
-        params = full_tensors(trainee.live if trainee.average is None else trainee.average)
+        learner = self.learner
+        params = full_tensors(learner.live if learner.averages is None else learner.averages)
 
         def write() -> None:
             on_cpu = self.backend.to_cpu(params)
@@ -347,16 +359,16 @@ class Run:
 
     def _save_state(self) -> None:
         """A checkpoint to resume from; all processes call this together."""
-        tensors = self.trainee.tensors()
-        sums = self._sum(self.meters.sums())
+        tensors = self.learner.tensors()
+        sums = self._sum(self.metrics.sums())
         facts = {
             "epoch": self.epoch,
             "consumed": self.consumed,
             "skipped": self.skipped,
             "seconds": self.seconds,
-            "meters": [*sums, float(self.meters.clipped)],
+            "meters": [*sums, float(self.metrics.clipped)],
             "rows": self.rows,
-            "broken": self.broken.gathered(),
+            "broken": self.unreadable.gathered(),
             "rng": gather([rng_state()]),
             "pretrained": self.pretrained,
             "data": self._data,
@@ -382,16 +394,16 @@ class Run:
                 failure = [str(error)]
         failure = gather(failure)
         if failure:
-            raise TrainingError(f"could not save after step {self.step}: {failure[0]}; {self.whereabouts()}")
+            raise TrainingError(f"could not save after step {self.step}: {failure[0]}; {self.last_checkpoint()}")
 
     def _restore(self, saved: Saved) -> None:
         facts = saved.facts
-        self.trainee.restore(saved)
+        self.learner.restore(saved)
         self.epoch, self.consumed, self.step = facts["epoch"], facts["consumed"], saved.step
-        self.skipped, self.rows, self.broken.known = facts["skipped"], facts["rows"], set(facts["broken"])
+        self.skipped, self.rows, self.unreadable.known = facts["skipped"], facts["rows"], set(facts["broken"])
         self.seconds = facts["seconds"]
         *sums, clipped = facts["meters"]
-        self.meters.restore(sums if self.rank == 0 else [0.0] * len(sums), clipped)
+        self.metrics.restore(sums if self.rank == 0 else [0.0] * len(sums), clipped)
         if self.rank < len(facts["rng"]):
             set_rng_state(facts["rng"][self.rank])
         self.last_saved = saved.folder

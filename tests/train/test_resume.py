@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import nfzoo
 from nfzoo.train import run as train
-from nfzoo.train import trainer as loop
+from nfzoo.train import trainer
 from tests.support.pictures import write_images
 from tests.support.processes import ROOT, free_ports, together
 
@@ -51,14 +51,14 @@ def run(output: Path, *options: str) -> int:
 
 
 def die_before_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_step = loop.Run._step
+    take_step = trainer.Trainer.train_step
 
-    def dying(self: loop.Run, parts: list) -> None:
+    def dying(self: trainer.Trainer, parts: list) -> None:
         if self.step == step:
             raise Died
         take_step(self, parts)
 
-    monkeypatch.setattr(loop.Run, "_step", dying)
+    monkeypatch.setattr(trainer.Trainer, "train_step", dying)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: in
     assert error.count("\n") == 1
     assert f"stopped by {signal.Signals(number).name} after step" in error
     assert "--resume true" in error
-    saved = loop.Path(tmp_path / "run" / "checkpoints")
+    saved = trainer.Path(tmp_path / "run" / "checkpoints")
     assert len(list(saved.iterdir())) in (1, 2)
     assert not list(saved.glob(".*"))
 
@@ -287,7 +287,7 @@ def test_a_dead_process_ends_the_others(tmp_path: Path, victim: int) -> None:
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save = loop.save_state
+    save = trainer.save_state
 
     def full(root: Path, step: int, *rest: object, **more: object) -> Path:
         if step >= 4:
@@ -295,7 +295,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         return save(root, step, *rest, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", full)
+        patch.setattr(trainer, "save_state", full)
         assert run(tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert "could not save after step 4: [Errno 28] No space left on device" in error
@@ -336,7 +336,7 @@ def test_steps_that_are_not_finite_are_skipped_when_asked(
 def test_skipping_for_good_is_no_training(tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(poisoned), "--nonfinite", "skip", "--epochs", "9", "--batch_size", "140"]
     assert run(tmp_path / "run", *options, "--save_steps", "100") == 1
-    assert f"is not finite, the {loop.SKIPS_IN_A_ROW}th time in a row, at step 20" in capsys.readouterr().err
+    assert f"is not finite, the {trainer.SKIPS_IN_A_ROW}th time in a row, at step 20" in capsys.readouterr().err
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert (row["train_loss"], row["skipped"]) == (None, 10)  # JSON has no NaN
 
@@ -344,15 +344,15 @@ def test_skipping_for_good_is_no_training(tmp_path: Path, poisoned: Path, capsys
 def test_the_last_good_checkpoint_is_named_when_training_diverges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    take_step = loop.Run._step
+    take_step = trainer.Trainer.train_step
 
-    def diverging(self: loop.Run, parts: list) -> None:
+    def diverging(self: trainer.Trainer, parts: list) -> None:
         if self.step == 3:
             with torch.no_grad():
-                self.trainee.live["stages.0.0.conv1.weight"].fill_(float("nan"))
+                self.learner.live["stages.0.0.conv1.weight"].fill_(float("nan"))
         take_step(self, parts)
 
-    monkeypatch.setattr(loop.Run, "_step", diverging)
+    monkeypatch.setattr(trainer.Trainer, "train_step", diverging)
     assert run(tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert "a weight of 'stages.0.0' is not finite, at step 4" in error
@@ -362,8 +362,8 @@ def test_the_last_good_checkpoint_is_named_when_training_diverges(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from nfzoo.train.run import _alone
-with _alone(Path(sys.argv[1])):
+from nfzoo.train.run import _locked
+with _locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -388,7 +388,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_lock_that_cannot_be_made_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.tempfile, "gettempdir", lambda: str(tmp_path / "absent"))
-    with train._alone(tmp_path / "run"):
+    with train._locked(tmp_path / "run"):
         pass
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch_xla.debug.metrics as metrics  # pyright: ignore[reportMissingImports]
 
 from nfzoo.train import run as train
-from nfzoo.train import trainer as loop
+from nfzoo.train import trainer
 
 # Accelerate asks torch-xla in a way that torch-xla has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use torch_xla:DeprecationWarning")
@@ -20,14 +20,14 @@ def programs() -> int:
 @pytest.mark.parametrize("options", [[], ["--augment.layers", "2", "--augment.mixup", "0.2"]])
 def test_one_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
     counts: list[int] = []
-    take_step = loop.Run._step
+    take_step = trainer.Trainer.train_step
 
-    def counting(self: loop.Run, parts: list) -> None:
+    def counting(self: trainer.Trainer, parts: list) -> None:
         counts.append(programs())
         take_step(self, parts)
         counts.append(programs())
 
-    monkeypatch.setattr(loop.Run, "_step", counting)
+    monkeypatch.setattr(trainer.Trainer, "train_step", counting)
     common = ["--model", "nfnet-test", "--data", "digits", "--batch_size", "284", "--workers", "0", "--epochs", "1"]
     common += ["--stochastic_depth", "0.2", "--drop_rate", "0.2"]
     assert train.main([*common, "--output", str(tmp_path / "run"), *options]) == 0
