@@ -1,59 +1,93 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all.
+
+They are written under a hidden name beside the target, flushed to the disk, and renamed. A process that dies leaves the
+target as it was and at most one hidden file or folder.
+"""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial"
+"""Suffix of hidden folders that are being written or removed."""
+
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A scratch file beside `path` that takes its place when the block ends, and vanishes if the block fails.
+    """Yield an empty file beside `path`, which replaces `path` when the block ends, and is removed if the block fails.
 
-    The scratch file has the suffix of `path`, and the permissions that a plain `open` would give it.
+    The hidden file has the suffix of `path`, and the permissions that a plain `open` would give it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    scratch = Path(name)
-    scratch.unlink()
+    scratch = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
-        scratch.touch()
+        scratch.touch(exist_ok=False)
         yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(scratch)
         os.replace(scratch, path)
+        _sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `folder` whose files take their place when the block ends, and vanish if it fails.
+    """Yield an empty folder beside `folder` for the files of `folder`; it is removed if the block fails.
 
-    A new folder appears by one rename. In a folder that exists the files are replaced one by one, in the order of their
-    names backwards (`model.safetensors` before `config.json`); other files stay.
+    A new folder appears by one rename. In a folder that exists, the files are replaced one by one, in the reverse order
+    of their names (`model.safetensors` before `config.json`); other files stay.
+
+    Raises:
+        FileExistsError: if `folder` is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as outer:
-        scratch = Path(outer) / "files"
-        scratch.mkdir()  # unlike the one around it, with the mode that the umask gives
+    scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        scratch.mkdir()
         yield scratch
         mode = scratch.stat().st_mode & 0o666
         files = sorted(scratch.iterdir(), reverse=True)
         for path in files:
             path.chmod(mode)  # safetensors writes 0600
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
+        _sync(scratch)
         if folder.exists():
             for path in files:
                 os.replace(path, folder / path.name)
+            _sync(folder)
         else:
             os.replace(scratch, folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder under a hidden name, so that no half-removed folder is ever seen under its own."""
+    hidden = folder.with_name(f".{folder.name}{PARTIAL}")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the hidden folders that an interrupted write or removal left in `parent`."""
+    for path in parent.glob(f".*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,9 +7,6 @@ files are not of one save is noticed.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import specs
@@ -31,7 +29,7 @@ _KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "lab
 
 
 class Description(NamedTuple):
-    """What `config.json` says.
+    """The content of `config.json`.
 
     Attributes:
         config: the architecture.
@@ -48,7 +46,7 @@ class Description(NamedTuple):
     provenance: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `config.json`."""
+        """Return the fields of `config.json`, ready for JSON."""
         return {
             "format": FORMAT,
             "library_name": "nfzoo",
@@ -61,7 +59,7 @@ class Description(NamedTuple):
 
 
 def describe(fields: object, source: str | Path) -> Description:
-    """The inverse of `Description.to_dict`, checked; `source` is named in errors."""
+    """Check the fields of `config.json` and return its description; `source` is named in errors."""
     if not isinstance(fields, dict):
         raise CheckpointError(f"{source} must hold a JSON object, not {type(fields).__name__}")
     if fields.get("library_name") != "nfzoo" or "architecture" not in fields:
@@ -73,9 +71,8 @@ def describe(fields: object, source: str | Path) -> Description:
         raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
     if fields.get("format") != FORMAT:
         raise CheckpointError(f"{source} has format {fields.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
-    missing = sorted({"preprocessing"} - set(fields))
-    if missing:
-        raise CheckpointError(f"{source} lacks {', '.join(missing)}")
+    if "preprocessing" not in fields:
+        raise CheckpointError(f"{source} lacks preprocessing")
     for key in ("architecture", "preprocessing"):
         if not isinstance(fields[key], dict):
             raise CheckpointError(f"{source}: {key!r} must be a JSON object, not {fields[key]!r}")
@@ -101,7 +98,7 @@ def describe(fields: object, source: str | Path) -> Description:
 
 
 def read_description(path: Path) -> Description:
-    """`config.json`, or the metadata of a weight file."""
+    """Read `config.json`, or the metadata of a weight file."""
     if path.suffix == ".safetensors":
         with _open_weights(path, "cpu") as file:
             metadata = file.metadata() or {}
@@ -147,32 +144,14 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
     text = json.dumps(description.to_dict(), indent=2, ensure_ascii=False) + "\n"
     tensors = {k: v.detach().cpu().contiguous() for k, v in params.items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        stage = scratch / "checkpoint"
-        stage.mkdir()  # unlike the scratch folder, with the mode that the umask gives
-        config, weights = stage / CONFIG_FILE, stage / WEIGHTS_FILE
-        with config.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # One key only: safetensors orders several at random, and equal models should be equal files.
-        metadata = {"nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
-        save_file(tensors, weights, metadata=metadata)
-        os.chmod(weights, config.stat().st_mode & 0o777)  # safetensors writes 0600
-        _sync(weights)
-        if folder.exists():
-            os.replace(weights, folder / WEIGHTS_FILE)
-            os.replace(config, folder / CONFIG_FILE)
-            _sync(folder)
-        else:
-            os.replace(stage, folder)
-            _sync(folder.parent)
-    except SafetensorError as error:
-        raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    # One key only: safetensors orders several at random, and equal models should be equal files.
+    metadata = {"nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
+    with replaced_folder(folder) as scratch:
+        (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
+        try:
+            save_file(tensors, scratch / WEIGHTS_FILE, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
     return folder
 
 
@@ -250,11 +229,3 @@ def _open_weights(path: Path, device: str) -> Any:
 def _has_metadata(path: Path) -> bool:
     with _open_weights(path, "cpu") as file:
         return "nfzoo" in (file.metadata() or {})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
-import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nfzoo.checkpoint.atomic import remove_folder, replaced_folder, sweep
 from nfzoo.errors import CheckpointError
 
 logger = logging.getLogger("nfzoo")
@@ -31,11 +30,10 @@ logger = logging.getLogger("nfzoo")
 STATE_FILE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
-_PARTIAL = ".partial"
 
 
 class Saved(NamedTuple):
-    """A checkpoint: its folder, and what `state.json` says besides the files."""
+    """A checkpoint: its folder, and the content of `state.json`."""
 
     folder: Path
     facts: dict[str, Any]
@@ -46,7 +44,7 @@ class Saved(NamedTuple):
         return int(self.facts["step"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, such as `"model"`. A `CheckpointError` if it is damaged."""
+        """Read the tensors of one file, such as `"model"`; raise `CheckpointError` if it is damaged."""
         path = self.folder / f"{name}.safetensors"
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -74,40 +72,29 @@ def save_state(
     sweep(root)
     if _read(folder) is not None:
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch = root / f".step_{step:08d}{_PARTIAL}"
-    try:
-        scratch.mkdir(parents=True)
-        mode = scratch.stat().st_mode & 0o666
+    if folder.is_dir():
+        remove_folder(folder)
+    with replaced_folder(folder) as scratch:
         for name, content in tensors.items():
             path = scratch / f"{name}.safetensors"
             try:
                 save_file({key: value.contiguous() for key, value in content.items()}, path)
             except SafetensorError as error:
                 raise OSError(f"could not write {folder / path.name}: {error}") from error
-            path.chmod(mode)  # safetensors writes 0600
-            _sync(path)
         files = sorted(scratch.iterdir())
         sizes = {path.name: path.stat().st_size for path in files}
         sums = {path.name: _checksum(path) for path in files}
         manifest = {"format": FORMAT, **facts, "step": step, "files": sizes, "crc32": sums}
         with (scratch / STATE_FILE).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, allow_nan=True)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(scratch)
-        os.replace(scratch, folder)
-        _sync(root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     for old in _folders(root)[keep:]:
         if old != folder:
-            _remove(old)
+            remove_folder(old)
     return folder
 
 
 def latest_state(root: str | Path) -> Saved | None:
-    """The newest intact checkpoint, `None` if there is none. Incomplete and damaged ones are named and passed over."""
+    """Return the newest intact checkpoint, or `None`. Incomplete and damaged ones are named in warnings."""
     for folder in _folders(Path(root)):
         facts = _read(folder)
         if facts is None:
@@ -119,22 +106,16 @@ def latest_state(root: str | Path) -> Saved | None:
     return None
 
 
-def sweep(root: Path) -> None:
-    """Remove what an interrupted save or removal left behind."""
-    for path in root.glob(f".*{_PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _folders(root: Path) -> list[Path]:
-    """The checkpoints under `root`, the newest first."""
+    """List the checkpoints under `root`, the newest first."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
+    numbered = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """What `state.json` says, if all files are there in the size that it says."""
+    """Read `state.json`; return `None` if it is damaged, or if a file is missing or of another size."""
     try:
         facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         complete = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
@@ -146,7 +127,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file: against disks and copies, not against people."""
+    """Return the CRC-32 of a file, which guards against disks and copies, not against people."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -154,23 +135,8 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _remove(folder: Path) -> None:
-    """Hidden first, so that a half-removed checkpoint is never taken for one."""
-    hidden = folder.with_name(f".{folder.name}{_PARTIAL}")
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def rng_state() -> dict[str, Any]:
-    """This process's random number generators, ready for JSON."""
+    """Return the states of this process's random number generators, ready for JSON."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     state = {
@@ -184,7 +150,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """The inverse of `rng_state`."""
+    """Restore the states that `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]

@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypat
     if exists:
         save_checkpoint(folder, DESCRIPTION, random_params(CFG))
     before = content(tmp_path)
-    owner: Any = checkpoint if target == "save_file" else checkpoint.os
+    owner: Any = checkpoint if target == "save_file" else os
     with monkeypatch.context() as patch:
         patch.setattr(owner, target.removeprefix("os."), fail)
         with pytest.raises(OSError, match="No space left"):
@@ -190,7 +190,7 @@ def test_an_interruption_between_the_two_files_is_noticed(folder, monkeypatch):
             fail()
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", second_fails)
+    monkeypatch.setattr(os, "replace", second_fails)
     new = DESCRIPTION._replace(config=CFG.replace(alpha=0.5))
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(folder, new, random_params(CFG, seed=1))

@@ -137,10 +137,11 @@ def writes(root, last):
     count = 0
     def trace(frame, event, argument):
         nonlocal count
-        if frame.f_code.co_filename.endswith("checkpoint/run_state.py"):
-            count += 1
-            if count == last:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if not frame.f_code.co_filename.endswith(("checkpoint/run_state.py", "checkpoint/atomic.py")):
+            return None
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
         return trace
     sys.settrace(trace)
     for step in (1, 2, 3):
@@ -179,6 +180,31 @@ def test_killed_at_any_line_the_newest_complete_one_stays(tmp_path: Path) -> Non
         save_state(root, 9, {"model": {"a": torch.zeros(3)}}, {}, keep=1)
         assert names(root) == ["step_00000009"]
     assert seen == {None, 1, 2, 3}
+
+
+def test_the_whole_file_is_checked(tmp_path: Path) -> None:
+    """The checksum covers a file of several read blocks, its first bytes of data included."""
+    large = {"model": {"a": torch.zeros((9 << 20) // 4)}}
+    weights = save_state(tmp_path, 1, large, {}) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    for position in (200, 5 << 20, len(content) - 1):
+        content[position] ^= 1
+        weights.write_bytes(content)
+        assert latest_state(tmp_path) is None, position
+        content[position] ^= 1
+    weights.write_bytes(content)
+    assert latest_state(tmp_path) is not None
+
+
+def test_the_new_checkpoint_stays_beside_newer_damaged_ones(tmp_path: Path) -> None:
+    """A run that resumed from before the damaged checkpoints saves with smaller step numbers than theirs."""
+    for step in (5, 6, 7):
+        weights = save_state(tmp_path, step, tensors(step), {}, keep=3) / "model.safetensors"
+        weights.write_bytes(b"\xff" * weights.stat().st_size)
+    folder = save_state(tmp_path, 2, tensors(2), {}, keep=2)
+    saved = latest_state(tmp_path)
+    assert saved is not None
+    assert saved.folder == folder
 
 
 def test_random_numbers_go_on(tmp_path: Path) -> None:

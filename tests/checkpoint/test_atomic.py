@@ -1,0 +1,102 @@
+"""Atomic writing: every byte is on the disk before a name changes, and names change in the stated order."""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nfzoo.checkpoint.atomic import replaced, replaced_folder
+from nfzoo.checkpoint.model_folder import Description, save_checkpoint
+from nfzoo.checkpoint.run_state import save_state
+from nfzoo.config import Preprocessing
+from tests.support.helpers import SMALL, random_params
+
+CFG = SMALL["nfnet"].replace(depths=(1, 1, 1, 1))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Record each `os.fsync` and `os.replace` with the inode that it concerns."""
+    log: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        log.append(("fsync", os.fstat(descriptor).st_ino))
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        log.append(("replace", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    return log
+
+
+def write_file(path: Path) -> None:
+    with replaced(path) as scratch:
+        scratch.write_text("content")
+
+
+def write_folder(path: Path) -> None:
+    with replaced_folder(path) as scratch:
+        (scratch / "config.json").write_text("{}")
+        (scratch / "model.safetensors").write_bytes(b"weights")
+
+
+def write_model(path: Path) -> None:
+    save_checkpoint(path, Description(CFG, Preprocessing(train_size=24, test_size=32)), random_params(CFG))
+
+
+def write_state(path: Path) -> None:
+    save_state(path.parent, 1, {"model": {"a": torch.zeros(3)}, "optimizer": {"b": torch.zeros(2)}}, {})
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder, write_model, write_state])
+def test_files_are_flushed_before_the_rename_and_the_parent_after_it(
+    tmp_path: Path, write: Callable[[Path], None], calls: list[tuple[str, int]]
+) -> None:
+    target = tmp_path / "step_00000001"
+    write(target)
+    replaces = [k for k, (kind, _) in enumerate(calls) if kind == "replace"]
+    assert len(replaces) == 1
+    before, after = calls[: replaces[0]], calls[replaces[0] + 1 :]
+    written = [target] if target.is_file() else [target, *target.iterdir()]
+    for path in written:
+        assert ("fsync", path.stat().st_ino) in before, path.name
+    assert after == [("fsync", tmp_path.stat().st_ino)]
+
+
+@pytest.mark.parametrize("write", [write_folder, write_model])
+def test_in_a_folder_that_exists_weights_are_replaced_before_config_json(
+    tmp_path: Path, write: Callable[[Path], None], calls: list[tuple[str, int]]
+) -> None:
+    folder = tmp_path / "model"
+    write(folder)
+    calls.clear()
+    write(folder)
+    inodes = {path.stat().st_ino: path.name for path in folder.iterdir()}
+    assert [inodes[i] for kind, i in calls if kind == "replace"] == ["model.safetensors", "config.json"]
+    assert {inodes.get(i) for kind, i in calls[: len(inodes)] if kind == "fsync"} == set(inodes.values())
+    assert calls[-1] == ("fsync", folder.stat().st_ino)
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_permissions_are_those_of_the_umask(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    previous = os.umask(0o027)
+    try:
+        write(tmp_path / "x")
+    finally:
+        os.umask(previous)
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize("writer", [replaced, replaced_folder])
+def test_a_block_that_fails_leaves_nothing(tmp_path: Path, writer: Callable) -> None:
+    with pytest.raises(ZeroDivisionError), writer(tmp_path / "x"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
