@@ -12,11 +12,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from nfzoo.checkpoint.model_folder import Description
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError
+from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.model import mac_count, parameter_count
+from nfzoo.train.run_folder import CURVES_FILE
 from nfzoo.variants import VARIANTS
 
-CURVES_FILE = "curves.png"
-EVALUATION_FILE = "evaluation.json"
 IMAGENET = "imagenet-1k"
 
 _FAMILY = {"nfnet": "NFNet", "nf_resnet": "NF-ResNet", "nf_regnet": "NF-RegNet"}

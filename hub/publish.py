@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -16,18 +16,20 @@ from huggingface_hub.utils import validate_repo_id
 
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 from nfzoo.errors import CheckpointError, HubError, NfzooError
-from nfzoo.hub.card import CURVES_FILE, EVALUATION_FILE, model_card
+from nfzoo.evaluate import EVALUATION_FILE
+from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
+from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE
 
 CARD_FILE = "README.md"
-RUN_FILE = "train.yaml"
+LICENSE = "apache-2.0"
 
 # What training and evaluation write beside a model.
-_EXTRAS = (CURVES_FILE, EVALUATION_FILE, "metrics.jsonl", RUN_FILE)
+_EXTRAS = (CURVES_FILE, EVALUATION_FILE, METRICS_FILE, RUN_FILE)
 
 
 class Bundle(NamedTuple):
-    """What a repository will hold: file name -> a file on disk or its content, and the card's text."""
+    """The files of a repository, each with its path on disk or its content, and the text of the card."""
 
     files: dict[str, Path | bytes]
     card: str
@@ -37,8 +39,10 @@ class Bundle(NamedTuple):
         return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in self.files.items()}
 
 
-def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = "apache-2.0") -> Bundle:
-    """What `push` would upload. A `README.md` in the folder is taken as the card, otherwise one is written.
+def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICENSE) -> Bundle:
+    """Collect the files that `push` uploads.
+
+    A `README.md` in the folder is the card; otherwise one is written.
 
     Raises:
         CheckpointError: for a folder that holds no sound model.
@@ -106,45 +110,56 @@ def _check_card(card: str, source: Path) -> None:
         )
 
 
-def push(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    license: str = "apache-2.0",
-) -> str:
-    """Publish a checkpoint folder as one commit of a Hub repository, which is made if need be; the commit's URL.
+class PushOptions(TypedDict, total=False):
+    """Options of `push`, `push_deepmind` and `NFNet.push_to_hub`.
 
-    Args:
-        repo_id: `organisation/name`.
-        private: whether a new repository is private; its organisation's default if `None`.
+    Attributes:
+        private: make a new repository private; its organisation's default by default.
         token: as in `from_pretrained`; it must allow writing.
         revision: a branch to commit to, made if need be; the main one by default.
         create_pr: open a pull request instead of committing to the branch.
-        license: the Hub's identifier of the licence of the weights.
+        commit_message: "Upload NAME with nfzoo" by default.
+        license: the Hub's identifier of the licence of the weights; `apache-2.0` by default.
+    """
+
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    create_pr: bool
+    commit_message: str | None
+    license: str
+
+
+def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOptions]) -> str:
+    """Publish a checkpoint folder as one commit of a Hub repository, made if need be; return the commit's URL.
+
+    Args:
+        repo_id: `organisation/name`.
+        options: see `PushOptions`.
 
     Raises:
         CheckpointError: for a folder that holds no sound model; nothing is sent.
         HubError: where the Hub refuses or cannot be reached.
+        TypeError: for an unknown option; nothing is sent.
     """
-    content = bundle(folder, repo_id, license=license)
-    api = HfApi(token=token)
+    unknown = sorted(options.keys() - PushOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"push has no option {unknown[0]!r}; it has {', '.join(PushOptions.__annotations__)}")
+    revision, create_pr = options.get("revision"), options.get("create_pr", False)
+    content = bundle(folder, repo_id, license=options.get("license", LICENSE))
+    api = HfApi(token=options.get("token"))
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
         for name, file in content.files.items()
     ]
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]} with nfzoo",
+            commit_message=options.get("commit_message") or f"Upload {repo_id.rpartition('/')[2]} with nfzoo",
             revision=revision,
             create_pr=create_pr,
         )
@@ -163,17 +178,17 @@ def push(
 
 
 def deepmind_repositories(organisation: str) -> list[tuple[str, str, str]]:
-    """What `push_deepmind` publishes: source for `nfzoo convert`, zoo name, repository."""
+    """List what `push_deepmind` publishes: source for `nfzoo convert`, zoo name, repository."""
     return [(f"dm:F{n}", f"nfnet-f{n}", f"{organisation}/nfnet-f{n}") for n in range(7)]
 
 
-def push_deepmind(organisation: str, **options: Any) -> Iterator[str]:
-    """Fetch, convert and publish DeepMind's F0 to F6 as `ORGANISATION/nfnet-f0` and so on; yields the commits' URLs.
+def push_deepmind(organisation: str, **options: Unpack[PushOptions]) -> Iterator[str]:
+    """Fetch, convert and publish DeepMind's F0 to F6 as `ORGANISATION/nfnet-f0` and so on; yield the commits' URLs.
 
     One that fails does not keep the others from being published.
 
     Args:
-        options: for `push`.
+        options: see `PushOptions`.
 
     Raises:
         HubError: after the last of them, if any failed; it says which and why.

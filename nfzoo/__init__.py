@@ -11,9 +11,8 @@ The functional form is in `nfzoo.model`: `init`, `apply`, `features`, `sample_no
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
 from nfzoo.errors import (
@@ -31,7 +30,7 @@ from nfzoo.optim.clipping import agc, agc_, unitwise_norm, with_agc
 from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
-    import torch
+    from nfzoo.hub.pretrained import from_pretrained
 
 try:
     __version__ = version("nfzoo")
@@ -75,29 +74,11 @@ def list_models(*, pretrained: bool = False) -> list[str]:
     return [name for name in VARIANTS if name in PUBLIC]
 
 
-def from_pretrained(
-    source: str | os.PathLike[str],
-    *,
-    num_classes: int | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> NFNet:
-    """A pretrained model, in evaluation mode: see `nfzoo.hub.from_pretrained`."""
-    from nfzoo.hub import from_pretrained as load
+def __getattr__(name: str) -> Any:
+    """Import `from_pretrained` on its first use, since the Hub's client takes long to import."""
+    if name != "from_pretrained":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nfzoo.hub.pretrained import from_pretrained
 
-    return load(
-        source,
-        num_classes=num_classes,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        device=device,
-        dtype=dtype,
-    )
+    globals()[name] = from_pretrained
+    return from_pretrained

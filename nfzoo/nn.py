@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, Unpack
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.preprocess import evaluation_transform
 from nfzoo.types import Block, BlockFn, Noise, Params
 from nfzoo.variants import VARIANTS, variant
+
+if TYPE_CHECKING:
+    from nfzoo.hub.publish import PushOptions
 
 logger = logging.getLogger("nfzoo")
 
@@ -297,34 +300,17 @@ class NFNet(nn.Module):
 
         return from_pretrained(source, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        license: str = "apache-2.0",
-    ) -> str:
-        """Publish the model with its card as one commit of a Hub repository; the commit's URL.
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Publish the model with its card as one commit of a Hub repository; return the commit's URL.
 
-        See `nfzoo.hub.push`.
+        Args:
+            repo_id: `organisation/name`.
+            options: see `nfzoo.hub.publish.PushOptions`.
         """
         from nfzoo.hub import push
 
         with tempfile.TemporaryDirectory() as scratch:
-            return push(
-                self.save_pretrained(Path(scratch) / "model"),
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                license=license,
-            )
+            return push(self.save_pretrained(Path(scratch) / "model"), repo_id, **options)
 
 
 def create(

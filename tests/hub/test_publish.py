@@ -654,3 +654,14 @@ def test_the_size_of_f0(hub, tmp_path):
     hub.requests.clear()
     nfzoo.from_pretrained(row.name)
     assert hub.requests == []
+
+
+def test_unknown_options_are_named_before_anything_is_sent(hub, model, tmp_path):
+    folder = model.save_pretrained(tmp_path / "m")
+    with pytest.raises(TypeError, match="no option 'comit_message'; it has private, token"):
+        push(folder, REPO, comit_message="x")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="no option 'comit_message'"):
+        model.push_to_hub(REPO, comit_message="x")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'revison'"):
+        nfzoo.from_pretrained(folder, revison="main")  # type: ignore[call-arg]
+    assert not hub.requests

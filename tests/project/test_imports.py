@@ -56,7 +56,7 @@ class Module(NamedTuple):
 class Import(NamedTuple):
     target: str
     line: int
-    lazy: bool  # inside a function
+    lazy: bool  # inside a function, or for type checkers alone
 
 
 def unit(name: str) -> str | None:
@@ -83,7 +83,9 @@ def imports(module: Module, known: set[str]) -> Iterator[Import]:
                     args=[ast.Constant(value=str(target)), *_],
                 ):
                     yield Import(target, child.lineno, lazy)
-            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+                isinstance(child, ast.If) and not child.orelse and ast.unparse(child.test) == "TYPE_CHECKING"
+            )
             yield from visit(child, lazy or inside)
 
     yield from visit(ast.parse(module.source, filename=module.name), lazy=False)
