@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nfzoo.checkpoint.model_folder import (
@@ -19,12 +18,11 @@ from nfzoo.checkpoint.model_folder import (
     read_description,
     save_checkpoint,
 )
-from nfzoo.conversion.arrays import Leaf
 from nfzoo.conversion.download import PUBLISHED, fetch, published_url
 from nfzoo.conversion.haiku import from_haiku, recognize, unflattened
 from nfzoo.conversion.haiku_files import open_source
 from nfzoo.conversion.pickle_writer import write_haiku
-from nfzoo.conversion.timm import read_timm, write_timm
+from nfzoo.conversion.timm import file_sha256, read_timm, write_timm
 from nfzoo.conversion.timm_config import fit_channels
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError
@@ -147,13 +145,13 @@ def _read_haiku(path: Path, model: str | None, progress: bool, origin: Mapping[s
     with open_source(path) as source:
         row, config = recognize({name: leaf.shape for name, leaf in source.leaves.items()}, model)
         tree = unflattened(config, source.leaves)
-        total = sum(leaf.dtype.itemsize * _size(leaf) for leaf in source.leaves.values())
+        total = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in source.leaves.values())
         with tqdm(desc=row.name, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-            params = from_haiku(config, {m: {n: _shown(leaf, bar) for n, leaf in t.items()} for m, t in tree.items()})
+            params = from_haiku(config, tree, on_read=bar.update)
     provenance: dict[str, Any] = {
         "format": f"haiku ({source.form})",
         "source": path.name,
-        "sha256": _sha256(path),
+        "sha256": file_sha256(path),
         "bytes": path.stat().st_size,
         **origin,
     }
@@ -162,24 +160,6 @@ def _read_haiku(path: Path, model: str | None, progress: bool, origin: Mapping[s
     labels = imagenet() if published else None
     preprocessing = fit_channels(row.preprocessing, config.in_channels)
     return Weights(Description(config, preprocessing, row.name, labels, provenance), params, source.form)
-
-
-def _size(leaf: Leaf) -> int:
-    count = 1
-    for n in leaf.shape:
-        count *= n
-    return count
-
-
-def _shown(leaf: Leaf, bar: tqdm[Any]) -> Leaf:
-    """The leaf, whose reading moves the bar."""
-
-    def read() -> NDArray:
-        array = leaf.read()
-        bar.update(array.nbytes)
-        return array
-
-    return leaf._replace(read=read)
 
 
 def _check_target(target: Path, to: Form, overwrite: bool) -> None:
@@ -195,8 +175,3 @@ def _check_target(target: Path, to: Form, overwrite: bool) -> None:
         )
     if there is not None and not overwrite:
         raise ConversionError(f"{there} is there already; --overwrite replaces it")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

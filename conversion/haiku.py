@@ -5,7 +5,7 @@ Source: the modules of the code released with arXiv 2102.06171 (`NFNet`, `NF_Res
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -61,10 +61,13 @@ def haiku_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape[::-1]
 
 
-def from_haiku(cfg: ModelConfig, tree: Tree) -> Params:
-    """Parameters of `cfg` from a Haiku tree, of float32, or float64 if an array of the tree is.
+def from_haiku(cfg: ModelConfig, tree: Tree, *, on_read: Callable[[int], object] | None = None) -> Params:
+    """Return the parameters of `cfg` from a Haiku tree, of float32, or float64 if an array of the tree is.
 
     bfloat16 and float16 become float32, which holds their values exactly. Each array is read or copied once, in turn.
+
+    Args:
+        on_read: called with the number of bytes of each array after it was read.
 
     Raises:
         ConversionError: for a missing, unexpected or misshaped array, and for numbers that are not finite.
@@ -90,6 +93,8 @@ def from_haiku(cfg: ModelConfig, tree: Tree) -> Params:
     for key, (shape, _) in specs(cfg).items():
         source = arrays.pop(key)
         array = source.read() if isinstance(source, Leaf) else source
+        if on_read is not None:
+            on_read(array.nbytes)
         if not np.isfinite(array).all():
             module, name = names[key]
             raise ConversionError(f"{module}:{name} holds numbers that are not finite: its training had diverged")

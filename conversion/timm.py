@@ -178,7 +178,7 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
         except ConversionError as error:
             raise ConversionError(f"{weights} is no {arch}: {error}") from error
     provenance = {"format": "timm", "architecture": arch, "tag": tag, "source": weights.name}
-    provenance["sha256"] = sha256 or _sha256(weights)
+    provenance["sha256"] = sha256 or file_sha256(weights)
     return Description(config, preprocessing, row.name, labels, provenance), params
 
 
@@ -286,7 +286,8 @@ def _open_state(path: Path) -> Iterator[_Lazy | _Loaded]:
     yield _Loaded(state)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

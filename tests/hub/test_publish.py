@@ -1,39 +1,25 @@
-"""Pushing to and loading from a Hub on this machine, over HTTP, with the faults that networks have."""
+"""Pushing to a Hub on this machine, over HTTP, and the cards of what is pushed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import ModelCard, constants, metadata_load
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from PIL import Image
-from safetensors.torch import load_file
 
 import nfzoo
 from nfzoo import CheckpointError, HubError, NFNet
 from nfzoo.checkpoint.model_folder import Description
 from nfzoo.cli.main import main
-from nfzoo.conversion.timm import write_timm
 from nfzoo.data.labels import imagenet
 from nfzoo.hub import push
 from nfzoo.hub.card import model_card
 from nfzoo.hub.publish import bundle
-from nfzoo.hub.registry import PUBLIC
 from nfzoo.variants import VARIANTS
-from tests.support.helpers import SMALL, assert_same, images, random_params
-from tests.support.hub_server import HubServer, object_id
+from tests.support.helpers import assert_same
 
 # huggingface_hub 2.4 uploads in a way that its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -41,45 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 REPO = "org/small"
 FILES = ("config.json", "model.safetensors")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A server in place of the Hub, an empty cache, no token, and no waiting between attempts."""
-    with HubServer() as server:
-        # The environment variables are read when huggingface_hub is imported; test_environment_variables sets those.
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        disable_progress_bars()
-        yield server
-        enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def model() -> NFNet:
-    description = Description(
-        SMALL["nfnet"], VARIANTS["nfnet-test"].preprocessing, "small", tuple("abcde"), {"trained_from": "nothing"}
-    )
-    return NFNet.from_params(description, random_params(SMALL["nfnet"])).eval()
-
-
-@pytest.fixture(scope="module")
-def files(model: NFNet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = model.save_pretrained(tmp_path_factory.mktemp("model") / "m")
-    return {name: (folder / name).read_bytes() for name in FILES}
-
-
-def blobs(tmp_path: Path) -> list[Path]:
-    """The files of the cache, without the parts of files that older clients resume from."""
-    found = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "blobs" in p.parts]
-    return sorted(p for p in found if p.suffix != ".incomplete")
 
 
 # ---------------------------------------------------------------- there and back
@@ -110,18 +57,6 @@ def test_a_private_repository(hub, model):
     assert_same(nfzoo.from_pretrained(REPO, token="good").state_dict(), model.state_dict())
 
 
-def test_the_token_of_the_environment_is_sent(hub, files, monkeypatch):
-    hub.add(REPO, files)
-    hub.closed.add(REPO)
-    monkeypatch.setenv("HF_TOKEN", "good")
-    nfzoo.from_pretrained(REPO)
-    with pytest.raises(CheckpointError, match="private"):
-        nfzoo.from_pretrained(REPO, token=False, force_download=True)
-    hub.fail("model.safetensors", "503", times=1000, method="HEAD")
-    with pytest.raises(CheckpointError, match="overloaded"):  # not what the cache holds
-        nfzoo.from_pretrained(REPO, force_download=True)
-
-
 def test_a_branch_and_a_pull_request(hub, model):
     model.push_to_hub(REPO, token="good")
     main = hub.repos[REPO].branches["main"]
@@ -129,267 +64,6 @@ def test_a_branch_and_a_pull_request(hub, model):
     model.push_to_hub(REPO, token="good", create_pr=True)
     assert hub.repos[REPO].branches["main"] == main
     assert {"next", "refs/pr/1"} <= hub.repos[REPO].branches.keys()
-
-
-def test_another_number_of_classes(hub, files, model, caplog):
-    hub.add(REPO, files)
-    loaded = nfzoo.from_pretrained(REPO, num_classes=7)
-    assert loaded(images(loaded.config)).shape == (2, 7)
-    assert "7" in caplog.text
-    hub.requests.clear()
-    with pytest.raises(nfzoo.ConfigError, match="num_classes"):
-        nfzoo.from_pretrained("org/other", num_classes=0)
-    assert not hub.requests
-
-
-# ---------------------------------------------------------------- the cache
-
-
-def test_the_second_call_asks_nothing(hub, files, model, monkeypatch):
-    hub.add(REPO, files)
-    nfzoo.from_pretrained(REPO)
-    assert len(hub.requests) >= 2
-    hub.requests.clear()
-    hashed = []
-    monkeypatch.setattr("nfzoo.hub.download._hash", lambda path, like: hashed.append(path))
-    several: list[dict[str, Any]] = [{}, {"local_files_only": True}, {"revision": hub.repos[REPO].branches["main"]}]
-    for options in several:
-        assert_same(nfzoo.from_pretrained(REPO, **options).state_dict(), model.state_dict())
-    assert hub.requests == []
-    assert hashed == []  # nor is the file read twice
-
-
-def test_an_update_arrives_when_it_is_asked_for(hub, files, model):
-    first = hub.add(REPO, files)
-    nfzoo.from_pretrained(REPO)
-    newer = NFNet.from_params(model.description, random_params(model.config, seed=5))
-    newer.push_to_hub(REPO, token="good")
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    assert_same(nfzoo.from_pretrained(REPO, force_download=True).state_dict(), newer.state_dict())
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), newer.state_dict())
-    hub.requests.clear()
-    assert_same(nfzoo.from_pretrained(REPO, revision=first).state_dict(), model.state_dict())
-    assert hub.requests == []  # the commit is still there
-    nfzoo.from_pretrained(REPO, force_download=True)
-    assert not hub.asked("GET", "model.safetensors")  # what did not change is not fetched
-
-
-def test_a_revision(hub, files, model):
-    hub.add(REPO, files)
-    other = NFNet.from_params(model.description, random_params(model.config, seed=6))
-    other.push_to_hub(REPO, token="good", revision="v2")
-    assert_same(nfzoo.from_pretrained(REPO, revision="v2").state_dict(), other.state_dict())
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    with pytest.raises(CheckpointError, match="at revision 'v3' does not exist"):
-        nfzoo.from_pretrained(REPO, revision="v3")
-
-
-def test_a_cache_of_ones_own(hub, files, tmp_path):
-    hub.add(REPO, files)
-    nfzoo.from_pretrained(REPO, cache_dir=tmp_path / "own")
-    assert (tmp_path / "own").is_dir()
-    assert not blobs(tmp_path)
-
-
-@pytest.mark.parametrize("how", ["offline", "local_files_only"])
-def test_without_a_network(how, hub, files, model, monkeypatch):
-    hub.add(REPO, files)
-    options: dict[str, Any] = {"local_files_only": True} if how == "local_files_only" else {}
-    with monkeypatch.context() as offline:
-        if how == "offline":
-            offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(CheckpointError, match="not whole in the cache, and offline mode"):
-            nfzoo.from_pretrained(REPO, **options)
-        assert hub.requests == []
-        offline.setattr(constants, "HF_HUB_OFFLINE", False)
-        nfzoo.from_pretrained(REPO)
-        hub.requests.clear()
-        offline.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
-        assert_same(nfzoo.from_pretrained(REPO, **options).state_dict(), model.state_dict())
-    assert hub.requests == []
-    with pytest.raises(CheckpointError, match="contradict"):
-        nfzoo.from_pretrained(REPO, local_files_only=True, force_download=True)
-
-
-def test_a_cache_without_links(hub, files, model, monkeypatch, caplog):
-    """As on Windows: the file has no name that states its hash, so the Hub is asked for it."""
-    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: False)
-    hub.add(REPO, files)
-    hub.fail("model.safetensors", "corrupt")
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    assert "is damaged" in caplog.text
-    hub.requests.clear()
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    assert hub.requests == []
-
-
-def test_a_cache_that_may_only_be_read(hub, files, model, monkeypatch):
-    hub.add(REPO, files)
-
-    def refuse(path):
-        raise PermissionError(13, "read-only", str(path))
-
-    monkeypatch.setattr("nfzoo.hub.download.replaced", refuse)
-    for _ in range(2):
-        assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-
-
-def test_a_file_that_rots_in_the_cache(hub, files, model, tmp_path, caplog, monkeypatch):
-    hub.add(REPO, files)
-    nfzoo.from_pretrained(REPO)
-    (blob,) = (b for b in blobs(tmp_path) if len(b.name) == 64)
-    content = bytearray(blob.read_bytes())
-    content[-1] ^= 1
-    blob.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors.*is damaged.*fetched again"):
-        nfzoo.from_pretrained(REPO, local_files_only=True)
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    assert "fetching it again" in caplog.text
-
-
-# ---------------------------------------------------------------- faults
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("fault", ["cut", "silence", "corrupt", "503", "slow"])
-def test_a_fault_that_passes(fault, name, hub, files, model):
-    hub.add(REPO, files)
-    hub.fail(name, fault)
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    assert not hub.failures[name]
-
-
-PERSISTENT = {
-    "cut": "could not be read",
-    "silence": "could not be read",
-    "corrupt": "is damaged.*twice",
-    "short": "could not be read.*size",
-    "503": "overloaded|503",
-    "404": "lacks config.json or model.safetensors",
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("fault", PERSISTENT)
-def test_a_fault_that_stays(fault, name, hub, files, model, tmp_path):
-    """One clear error, and then, when the Hub has recovered, no trace of it."""
-    hub.add(REPO, files)
-    hub.fail(name, fault, times=1000)
-    with pytest.raises(CheckpointError, match=PERSISTENT[fault]) as caught:
-        nfzoo.from_pretrained(REPO)
-    assert f"'{REPO}'" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not any(object_name(b) != b.name for b in blobs(tmp_path)), "a damaged or partial file stayed"
-    hub.failures.clear()
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    hub.requests.clear()
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    assert hub.requests == []
-
-
-def object_name(path: Path) -> str:
-    return object_id("x.safetensors" if len(path.name) == 64 else "x.json", path.read_bytes())
-
-
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_an_overloaded_hub(method, hub, files, model):
-    hub.add(REPO, files)
-    hub.fail("config.json", "503", times=1000, method=method)
-    with pytest.raises(CheckpointError, match="small"):
-        nfzoo.from_pretrained(REPO)
-    hub.failures.clear()
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-
-
-def test_no_hub_at_all(hub, files, monkeypatch):
-    hub.add(REPO, files)
-    hub.server.shutdown()
-    hub.server.server_close()
-    with pytest.raises(CheckpointError, match="not whole in the cache, and the Hub cannot be reached"):
-        nfzoo.from_pretrained(REPO)
-
-
-def test_refusals(hub, files):
-    hub.add(REPO, files)
-    with pytest.raises(CheckpointError, match="'org/none' does not exist, or is private"):
-        nfzoo.from_pretrained("org/none")
-    hub.gated.add(REPO)
-    with pytest.raises(CheckpointError, match="accept its terms"):
-        nfzoo.from_pretrained(REPO)
-
-
-@pytest.mark.parametrize(
-    ("config", "match"),
-    [
-        (b"{", "not JSON"),
-        (b"[]", "does not hold"),
-        (b'{"model_type": "vit"}', "does not hold"),
-        (b'{"library_name": "nfzoo"}', "architecture"),
-    ],
-)
-def test_repositories_of_others(config, match, hub, files):
-    hub.add(REPO, {**files, "config.json": config})
-    with pytest.raises(CheckpointError, match=match):
-        nfzoo.from_pretrained(REPO)
-
-
-# ---------------------------------------------------------------- timm's layout and the zoo's names
-
-ZOO, ARCH = "timm-nf-regnet-b1", "nf_regnet_b1"
-
-
-@pytest.fixture(scope="module")
-def timm_model() -> NFNet:
-    row = VARIANTS[ZOO]
-    cfg = row.config.replace(num_classes=4)
-    provenance = {"tag": "ra2_in1k"}
-    description = Description(cfg, row.preprocessing, ZOO, tuple("abcd"), provenance)
-    return NFNet.from_params(description, random_params(cfg)).eval()
-
-
-@pytest.fixture(scope="module")
-def timm_files(timm_model: NFNet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = write_timm(tmp_path_factory.mktemp("timm") / "m", timm_model.description, timm_model.state_dict())
-    return {name: (folder / name).read_bytes() for name in FILES}
-
-
-def test_a_name_of_the_zoo(hub, timm_model, timm_files):
-    commit = hub.add(PUBLIC[ZOO].repo_id, timm_files)
-    loaded = nfzoo.from_pretrained(ZOO)
-    assert_same(loaded.state_dict(), timm_model.state_dict())
-    assert loaded.description._replace(provenance=None) == timm_model.description._replace(provenance=None)
-    assert loaded.provenance is not None
-    assert loaded.provenance["repository"] == PUBLIC[ZOO].repo_id
-    assert loaded.provenance["revision"] == commit
-    assert loaded.provenance["tag"] == "ra2_in1k"
-    hub.requests.clear()
-    nfzoo.from_pretrained(ZOO)
-    nfzoo.from_pretrained(PUBLIC[ZOO].repo_id, num_classes=9)  # by its repository: the same
-    assert hub.requests == []
-
-
-def test_a_name_of_the_zoo_means_its_architecture(hub, timm_files, monkeypatch):
-    hub.add("timm/nfnet_l0.ra2_in1k", timm_files)
-    with pytest.raises(CheckpointError, match="says 'nf_regnet_b1', not 'nfnet_l0'"):
-        nfzoo.from_pretrained("nfnet-l0")
-
-
-def test_a_known_sha256_is_checked(hub, timm_files, monkeypatch):
-    hub.add(PUBLIC[ZOO].repo_id, timm_files)
-    monkeypatch.setitem(PUBLIC, ZOO, PUBLIC[ZOO]._replace(sha256="0" * 64))
-    with pytest.raises(CheckpointError, match=r"is damaged: its hash is [0-9a-f]{64}, not 0000"):
-        nfzoo.from_pretrained(ZOO)
-
-
-def test_timms_older_weight_file(hub, timm_model, tmp_path):
-    folder = write_timm(tmp_path / "m", timm_model.description, timm_model.state_dict())
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    hub.add(REPO, {name: (folder / name).read_bytes() for name in ("config.json", "pytorch_model.bin")})
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), timm_model.state_dict())
-    hub.requests.clear()
-    for local in (False, True):
-        assert_same(nfzoo.from_pretrained(REPO, local_files_only=local).state_dict(), timm_model.state_dict())
-    assert hub.requests == []
 
 
 # ---------------------------------------------------------------- the card
@@ -574,86 +248,6 @@ def test_all_of_deepmind(hub, model, monkeypatch, capsys):
     assert hub.repos.keys() == {f"org/nfnet-f{n}" for n in (0, 1, 2, 4, 5, 6)}
     assert shown.out.count("published ") == 6
     assert "org/nfnet-f3: the server is down" in shown.err
-
-
-# ---------------------------------------------------------------- other processes
-
-LOAD = """
-import hashlib, json, sys
-import nfzoo
-model = nfzoo.from_pretrained(*json.loads(sys.argv[1]))
-print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest())
-"""
-
-
-def start(hub: HubServer, home: Path, source: str, **environment: str) -> subprocess.Popen[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", LOAD, json.dumps([source])],
-        env={**inherited, **environment},
-        cwd=home.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def digest(model: NFNet) -> str:
-    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
-
-
-def result(process: subprocess.Popen[str]) -> str:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return output.strip()
-
-
-def test_environment_variables(files, model, tmp_path):
-    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as they are read when huggingface_hub is imported."""
-    with HubServer() as hub:
-        hub.add(REPO, files)
-        hub.closed.add(REPO)
-        assert result(start(hub, tmp_path / "home", REPO, HF_TOKEN="good")) == digest(model)
-        assert (tmp_path / "home" / "hub" / "models--org--small").is_dir()
-        hub.requests.clear()
-        assert result(start(hub, tmp_path / "home", REPO, HF_HUB_OFFLINE="1")) == digest(model)
-        assert hub.requests == []
-
-
-@pytest.mark.slow
-def test_two_at_once_and_one_that_is_killed(timm_files, timm_model, tmp_path):
-    with HubServer() as hub:
-        hub.add(PUBLIC[ZOO].repo_id, timm_files)
-        hub.fail("model.safetensors", "slow")
-        killed = start(hub, tmp_path / "home", ZOO)
-        deadline = time.monotonic() + 120
-        while not any(p.stat().st_size for p in (tmp_path / "home").rglob("*.incomplete") if p.is_file()):
-            assert time.monotonic() < deadline
-            assert killed.poll() is None
-            time.sleep(0.02)
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
-        pair = [start(hub, tmp_path / "home", ZOO) for _ in range(2)]
-        assert {result(process) for process in pair} == {digest(timm_model)}
-
-
-@pytest.mark.slow
-def test_the_size_of_f0(hub, tmp_path):
-    """300 MB there and back, in both layouts."""
-    row = VARIANTS["nfnet-f0"]
-    description = Description(row.config, row.preprocessing, row.name, imagenet(), {"tag": "dm_in1k"})
-    model = NFNet.from_params(description, random_params(row.config))
-    model.push_to_hub(REPO, token="good")
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
-    folder = write_timm(tmp_path / "m", description, model.state_dict())
-    hub.add(PUBLIC[row.name].repo_id, {name: (folder / name).read_bytes() for name in FILES})
-    loaded = nfzoo.from_pretrained(row.name)
-    assert_same(loaded.state_dict(), model.state_dict())
-    assert loaded.preprocessing == row.preprocessing
-    hub.requests.clear()
-    nfzoo.from_pretrained(row.name)
-    assert hub.requests == []
 
 
 def test_unknown_options_are_named_before_anything_is_sent(hub, model, tmp_path):
