@@ -41,7 +41,8 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
             print(yaml.safe_dump({**config.to_dict(), **dict.fromkeys(missing)}, sort_keys=False), end="")
             raise SystemExit(0)
         if missing:
-            raise ConfigError(f"--{missing[0]} is missing; give it as an option or in a recipe")
+            options_missing = ", ".join(f"--{name}" for name in missing)
+            raise ConfigError(f"missing {options_missing}; give what is missing as an option or in a recipe")
         return _train_config(fields)
     except ConfigError as error:
         for name, content in options.recipes:  # that which is refused for the same reason when it is read alone

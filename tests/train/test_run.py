@@ -251,7 +251,7 @@ def test_without_a_network_the_way_out_is_named(
 
 def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--model", "nfnet-test"]) == 2
-    assert "data, output" in capsys.readouterr().err
+    assert "missing --data, --output; give" in capsys.readouterr().err
 
 
 def test_an_earlier_model_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
