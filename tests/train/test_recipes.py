@@ -202,7 +202,7 @@ def test_naming_one_option_of_augment_keeps_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "^missing --data; give what is missing as an option or in a recipe$"),
+        ([], "^missing --data, --output; give what is missing as an option or in a recipe$"),
         (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
         (["--epochs"], "--epochs: expected one argument"),
         (["--optim.lr", "[1"], r"^optim.lr must be a number, not '\[1'$"),
