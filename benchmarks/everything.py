@@ -37,6 +37,7 @@ def jobs(models: Sequence[str]) -> list[Job]:
         Job("headline"),
         *(Job("training", m) for m in rest),
         Job("compile"),
+        Job("shell"),
         Job("boundary", small),
         *(Job("inference", m) for m in rest),
     ]
