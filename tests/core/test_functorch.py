@@ -141,12 +141,19 @@ COMPILE = {
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", ["nfnet", pytest.param("nf-resnet-timm-eca", marks=pytest.mark.slow)])
-def test_compiled_apply_and_its_gradient(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("nfnet", "aot_eager"),
+        pytest.param("nfnet", "inductor", marks=pytest.mark.slow),
+        pytest.param("nf-resnet-timm-eca", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_apply_and_its_gradient(name, backend):
     cfg = COMPILE[name]
     params, x = random_params(cfg), images(cfg, 3)
     noise = model.sample_noise(cfg, 3, generator=generator())
-    compiled = torch.compile(lambda p, image, masks: model.apply(cfg, p, image, masks), fullgraph=True)
+    compiled = torch.compile(lambda p, image, masks: model.apply(cfg, p, image, masks), fullgraph=True, backend=backend)
     leaves = [{k: v.clone().requires_grad_() for k, v in params.items()} for _ in range(2)]
     eager, fast = model.apply(cfg, leaves[0], x, noise), compiled(leaves[1], x, noise)
     assert relative(fast, eager) < COMPILED
@@ -160,10 +167,11 @@ def test_compiled_apply_and_its_gradient(name):
 
 
 @pytest.mark.usefixtures("compiler")
-def test_compiled_shell():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_shell(backend):
     module = NFNet(COMPILE["nfnet"])
     module.load_state_dict(random_params(module.config))
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     x = images(module.config, 3)
     module.eval()
     assert relative(compiled(x), module(x)) < COMPILED
