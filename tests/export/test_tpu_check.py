@@ -195,7 +195,7 @@ def test_an_interrupted_command_leaves_no_process(tmp_path, end):
     worker = fake("open('pid', 'w').write(str(os.getpid())); send('phase', name='compiling'); sys.stdin.read()")
     code = f"""
 import signal, sys
-from nfzoo import tpu_check, tpu_process
+from nfzoo.export import tpu_check, tpu_process
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 tpu_process.WORKER = {worker!r}
 tpu_process.REQUIRED = ()
