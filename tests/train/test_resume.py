@@ -93,6 +93,7 @@ def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypat
     assert same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes_go_on(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 1 -> 2 and 2 -> 1, with other parts for accumulation on the way.
     one, two = tmp_path / "one", tmp_path / "two"
@@ -223,6 +224,7 @@ def killed_often(output: Path, times: int, seed: int, *options: str) -> tuple[in
     return kills, in_saves
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     together(tmp_path, [[*OPTIONS, "--output", str(tmp_path / "whole")]])
     kills, _ = killed_often(tmp_path / "run", 3, seed=0)
@@ -263,7 +265,7 @@ def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: in
     assert not list(saved.glob(".*"))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_dead_process_ends_the_others(tmp_path: Path, victim: int) -> None:
     processes = start(tmp_path / "run", "--epochs", "500", "--save_steps", "5", world=2)
     time.sleep(1)

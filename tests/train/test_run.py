@@ -75,6 +75,7 @@ def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:
     assert not all(torch.equal(a[key], c[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     # Ten steps of 142 images, with dropout and stochastic depth, at the full learning rate from the first step on.
     options = ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.warmup_epochs", "0"]
@@ -390,6 +391,7 @@ def test_default_learning_rate() -> None:
     assert recipe.default_lr(64, pretrained=True) == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_demo_reads_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main([str(tmp_path / "demo")]) == 0
     last = json.loads((tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()[-1])
