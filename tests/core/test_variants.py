@@ -72,6 +72,7 @@ def test_multiply_accumulates_at_the_test_size(level):
         assert macs == pytest.approx(PAPER_FLOPS[level], abs=FLOP_DIGITS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_runs_on_shapes(name):
     """Meta tensors: init, logits and five feature maps at strides 2 to 32."""
@@ -88,7 +89,7 @@ def test_every_variant_runs_on_shapes(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
 def test_every_variant_keeps_a_smaller_stride(name, output_stride):
     cfg = VARIANTS[name].config
     assert model.specs(cfg.replace(output_stride=output_stride)) == model.specs(cfg)
