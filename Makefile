@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-# Two processes share the tests file by file, as models and golden arrays are made once a process.
-SHARED := -n 2 --dist loadfile
+# Test files shared out over processes, each file to one, so that what its tests have in common is made once.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # More environments, for what pins another torch or brings a compiler of its own.
 XLA := .venv-xla
@@ -22,7 +23,7 @@ GPU := .venv-gpu
 
 help:
 	@echo "make demo       show what the library does, in a minute, on the CPU"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests, in two processes; WORKERS=8 for more"
 	@echo "make test-slow  run the tests that 'make test' leaves out"
 	@echo "make test-xla   run the tests under torch-xla, in $(XLA); ARGS='-m slow' for the training runs"
 	@echo "make test-tpu   compile for TPUs that are not here, in $(TPU)"
@@ -35,10 +36,10 @@ demo: $(STAMP)
 	$(BIN)/python -m nfzoo.cli.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(SHARED)
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest $(SHARED) -m slow
+	$(PYTEST) -m slow
 
 test-xla: $(XLA)/.installed
 	$(XLA)/bin/python -m pytest tests/xla $(ARGS)

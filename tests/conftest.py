@@ -1,4 +1,4 @@
-"""Set up every test session: one thread a process, and a folder for compiled code that goes with the session."""
+"""Set one thread a process and one folder for compiled code, for every process of a test session."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import tempfile
 
 import pytest
 
-# Before torch is imported, and for the processes that tests start. Several processes of several threads on two cores
-# wait for each other in busy loops.
+# Torch reads this when it is imported, here and in the processes that tests start. The models are too small to share
+# out, and threads that wait for each other take the cores from the other worker.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put compiled kernels, gigabytes over a whole run, into a folder that all workers share and that goes at the end.
+    """Put compiled kernels, gigabytes over a whole run, into a folder that is removed at the session's end.
 
-    A cache that is named in the environment is used instead, and stays.
+    The workers of pytest-xdist inherit it from the process that starts them, and share it. A cache that is named in
+    the environment is used instead, and stays.
     """
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="nfzoo-tests-")

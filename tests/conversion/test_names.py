@@ -21,6 +21,7 @@ from tests.support.helpers import (
     reference_tree,
     timm_golden,
 )
+from tests.support.loops import each
 
 DEEPMIND = [name for name, cfg in SMALL.items() if cfg.rules == "deepmind"]
 
@@ -28,7 +29,7 @@ DEEPMIND = [name for name, cfg in SMALL.items() if cfg.rules == "deepmind"]
 # ---------------------------------------------------------------- Haiku
 
 
-@pytest.mark.parametrize("name", DEEPMIND)
+@each("name", DEEPMIND)
 def test_haiku_and_back(name):
     cfg = SMALL[name]
     params = random_params(cfg)
@@ -50,7 +51,7 @@ def test_deepminds_trees_and_back(name):
             assert np.array_equal(back[module][key], array), (module, key)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each("name", VARIANTS)
 def test_every_parameter_has_its_own_foreign_name(name):
     cfg = VARIANTS[name].config
     for names in [timm_names(cfg)] + ([haiku_names(cfg)] if cfg.rules == "deepmind" else []):
@@ -129,7 +130,7 @@ def test_a_tree_of_another_model_is_a_conversion_error():
 # ---------------------------------------------------------------- timm
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each("name", SMALL)
 def test_timm_and_back(name):
     cfg = SMALL[name]
     params = random_params(cfg)
@@ -149,7 +150,7 @@ def timm_shapes(cfg) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in to_timm(cfg, meta).items()}
 
 
-@pytest.mark.parametrize("arch", TIMM)
+@each("arch", TIMM)
 def test_timms_state_dict(arch):
     """Keys and shapes, by the digest that make_timm_golden.py took of timm's own state dict."""
     cfg = VARIANTS[TIMM[arch]].config.replace(num_classes=10)

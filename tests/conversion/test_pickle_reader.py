@@ -24,6 +24,7 @@ from nfzoo.conversion.haiku_files import open_source
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import REFERENCE, random_params
 from tests.support.hostile import corpus
+from tests.support.loops import each
 
 ROOT = Path(__file__).resolve().parents[2]
 NFNET_TEST = VARIANTS["nfnet-test"].config
@@ -187,7 +188,7 @@ def test_the_corpus_is_large() -> None:
     assert len(CORPUS) >= 150
 
 
-@pytest.mark.parametrize("name", CORPUS)
+@each("name", CORPUS)
 def test_refused_with_the_reason(name: str, outcomes: tuple[dict[str, Outcome], Path]) -> None:
     outcome = outcomes[0][name]
     assert outcome.kind == "ConversionError", outcome

@@ -13,6 +13,7 @@ from nfzoo import ConfigError, NFNetConfig, NFRegNetConfig, NFResNetConfig, Prep
 from nfzoo.config import FAMILIES, RULES, config_from_dict
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import SMALL
+from tests.support.loops import each
 
 BAD_NUMBERS: list[Any] = [0, -1, math.nan, math.inf, -math.inf, True, "2", None, [1], {}, 10**400]
 BAD_COUNTS: list[Any] = [0, -1, 1.0, 2.5, math.nan, True, "2", None, [1], {}, 10**400]
@@ -55,13 +56,13 @@ def test_every_field_is_tried():
     assert {f.name for cls in FAMILIES.values() for f in dataclasses.fields(cls)} == tried
 
 
-@pytest.mark.parametrize(("family", "field", "value"), CASES, ids=lambda v: str(v)[:20])
+@each(("family", "field", "value"), CASES)
 def test_a_bad_value_is_a_config_error_that_names_the_field(family, field, value):
     with pytest.raises(ConfigError, match=field):
         SMALL[family].replace(**{field: value})
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each("name", VARIANTS)
 def test_configurations_survive_json(name):
     row = VARIANTS[name]
     text = json.dumps([row.config.to_dict(), row.preprocessing.to_dict()], allow_nan=False)
@@ -107,7 +108,7 @@ def test_a_field_of_another_family_is_unknown():
         SMALL["nf-resnet"].replace(head_ratio=2.0)
 
 
-@pytest.mark.parametrize(
+@each(
     ("cls", "fields"),
     [
         (NFNetConfig, {"group_width": 9, "bottleneck": 0.5, "widths": (16, 32, 32, 32)}),
@@ -123,10 +124,10 @@ def test_a_group_wider_than_the_bottleneck_is_refused(cls, fields):
         cls(depths=(1, 1, 1, 1), **fields)
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.77, 0.95, 1.3])
-@pytest.mark.parametrize("group_width", [1, 3, 4, 8])
-@pytest.mark.parametrize("width", [5, 8, 15, 16, 22])
+@each("rules", RULES)
+@each("fraction", [0.1, 0.3, 0.5, 0.77, 0.95, 1.3])
+@each("group_width", [1, 3, 4, 8])
+@each("width", [5, 8, 15, 16, 22])
 def test_what_the_check_lets_through_has_a_plan(rules, fraction, group_width, width):
     """No configuration that was accepted fails later: every block has at least one group, every tensor an element."""
     shape: dict[str, Any] = {"depths": (1, 2, 1, 1), "widths": (width,) * 4, "rules": rules, "num_classes": 2}
@@ -147,7 +148,7 @@ def test_what_the_check_lets_through_has_a_plan(rules, fraction, group_width, wi
         assert accepted == 3
 
 
-@pytest.mark.parametrize(("value", "expected"), [(12, 16), (11.9, 16), (3, 8), (20, 24), (64, 64), (33, 32), (30, 32)])
+@each(("value", "expected"), [(12, 16), (11.9, 16), (3, 8), (20, 24), (64, 64), (33, 32), (30, 32)])
 def test_timm_rounds_channels_to_multiples_of_eight(value, expected):
     assert RULES["timm"].channels(value) == expected
 
@@ -173,7 +174,7 @@ BAD_PREPROCESSING: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), BAD_PREPROCESSING, ids=lambda v: str(v)[:20])
+@each(("field", "value"), BAD_PREPROCESSING)
 def test_bad_preprocessing_is_a_config_error(field, value):
     fields = Preprocessing(train_size=32, test_size=32).to_dict()
     with pytest.raises(ConfigError, match=field if field != "mean" else "mean|std"):

@@ -38,6 +38,7 @@ from tests.support.helpers import (
     reference_params,
     relative,
 )
+from tests.support.loops import each
 
 FLOAT32 = 1e-5  # the weights are rounded once more or less, and the sums come in another order; seen: 1e-6
 FLOAT64 = 1e-13  # nothing but the order of products
@@ -52,8 +53,8 @@ def trained(name: str = "nfnet", **changes) -> NFNet:
     return made.eval()
 
 
-@small
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@each("name", SMALL)
+@each("output_stride", [8, 16, 32])
 def test_folded_equals_unfolded(name, output_stride):
     cfg = SMALL[name].replace(output_stride=output_stride)
     params, x = random_params(cfg), images(cfg, 2, 45, 37)

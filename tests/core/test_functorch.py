@@ -145,7 +145,14 @@ BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("induct
 
 @BACKENDS
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", COMPILE)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("nfnet", "aot_eager"),
+        pytest.param("nfnet", "inductor", marks=pytest.mark.slow),
+        pytest.param("nf-resnet-timm-eca", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_apply_and_its_gradient(name, backend):
     cfg = COMPILE[name]
     params, x = random_params(cfg), images(cfg, 3)
@@ -165,6 +172,7 @@ def test_compiled_apply_and_its_gradient(name, backend):
 
 @BACKENDS
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_shell(backend):
     module = NFNet(COMPILE["nfnet"])
     module.load_state_dict(random_params(module.config))

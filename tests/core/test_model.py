@@ -10,6 +10,7 @@ import torch
 from nfzoo import ModelConfig, model
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import SMALL, assert_same, generator, images, random_params, relative
+from tests.support.loops import each
 
 FLOAT64 = 1e-12  # the same sums in another order, in float64
 FLOAT32 = 1e-5  # a few dozen layers in float32, in another order
@@ -101,7 +102,7 @@ def beta_schedule(depths: tuple[int, ...], alpha: float) -> list[float]:
     return betas
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each("name", VARIANTS)
 def test_beta(name):
     cfg = VARIANTS[name].config
     betas = [b.beta for b in model.plan(cfg) if b.branches is not None]
@@ -141,8 +142,8 @@ def test_examples_of_a_batch_do_not_meet(name):
     assert relative(model.apply(cfg, params, x), one_by_one) < FLOAT64
 
 
-@small
-@pytest.mark.parametrize("size", [(1, 1), (2, 1), (7, 33), (32, 32)])
+@each("name", SMALL)
+@each("size", [(1, 1), (2, 1), (7, 33), (32, 32)])
 def test_any_image_size_works(name, size):
     cfg = SMALL[name]
     logits = model.apply(cfg, random_params(cfg), images(cfg, 2, *size))
@@ -200,9 +201,9 @@ def test_a_config_of_no_family_is_a_type_error():
 # ---------------------------------------------------------------- features and output strides
 
 
-@small
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
-@pytest.mark.parametrize("size", [(64, 32), (61, 35)])
+@each("name", SMALL)
+@each("output_stride", [8, 16, 32])
+@each("size", [(64, 32), (61, 35)])
 def test_feature_maps(name, output_stride, size):
     cfg = SMALL[name].replace(output_stride=output_stride)
     params, x = random_params(cfg), images(cfg, 1, *size)
@@ -218,9 +219,9 @@ def test_feature_maps(name, output_stride, size):
     assert torch.equal(maps[-1], state)
 
 
-@pytest.mark.parametrize("name", WITHOUT_SQUEEZE)
-@pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("size", [(64, 64), (96, 32), (61, 53), (33, 47), (75, 50), (31, 1), (17, 18), (40, 36)])
+@each("name", WITHOUT_SQUEEZE)
+@each("output_stride", [8, 16])
+@each("size", [(64, 64), (96, 32), (61, 53), (33, 47), (75, 50), (31, 1), (17, 18), (40, 36)])
 def test_a_trous(name, output_stride, size):
     """What the strided network computes, the dense one computes on every other (fourth) pixel, border included."""
     cfg = SMALL[name].replace(depths=(1, 2, 2, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -234,14 +234,22 @@ def assert_timms_logits(arch: str, cfg: ModelConfig) -> None:
         assert relative(logits, golden[f"{arch}:{height}x{width}"]) < LOGITS
 
 
-@pytest.mark.parametrize("arch", [arch for arch in WITH_LOGITS if not arch.startswith("dm_")])
+def architectures(deepmind: bool) -> list[Any]:
+    """Mark those of more than 35 million parameters as slow, whose rules smaller ones have too."""
+    names = [arch for arch in WITH_LOGITS if arch.startswith("dm_") == deepmind]
+    counts = {arch: timm_golden()["architectures"][arch]["parameters"]["10"] for arch in names}
+    limit = max(35e6, min(counts.values()))
+    return [pytest.param(arch, marks=[pytest.mark.slow] * (counts[arch] > limit)) for arch in names]
+
+
+@pytest.mark.parametrize("arch", architectures(deepmind=False))
 def test_timms_logits(arch):
     cfg = (TIMM_TEST if arch == "test_nfnet" else VARIANTS[TIMM[arch]].config).replace(num_classes=10)
     assert model.parameter_count(cfg) == timm_golden()["architectures"][arch]["parameters"]["10"]
     assert_timms_logits(arch, cfg)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in WITH_LOGITS if arch.startswith("dm_")])
+@pytest.mark.parametrize("arch", architectures(deepmind=True))
 def test_timm_runs_deepminds_weights_under_other_rules(arch, monkeypatch):
     """timm's dm_ models are 2 % off DeepMind's logits, by two rules exactly: with them we compute what it does."""
     rules = dataclasses.replace(RULES["deepmind"], variance_floor=False)

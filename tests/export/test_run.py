@@ -247,7 +247,7 @@ def test_int8_reads_as_many_digits(reader, tmp_path):
 
 @pytest.mark.slow
 def test_int8_onnx_has_eight_bit_weights(tmp_path):
-    model = shell()
+    model = shell("nf-regnet")
     path = export(model, tmp_path, format="onnx")
     x = images(model.config, 4, 32)
     quantize_onnx(path, tmp_path / "int8.onnx", [x])
@@ -260,8 +260,11 @@ def test_int8_onnx_has_eight_bit_weights(tmp_path):
     assert onnx.TensorProto.INT8 in types
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys, monkeypatch):
     """An export beside another would leave a program that `nfzoo.json` does not describe."""
+    for name in ("torch", "onnx"):
+        stub = FORMATS[name]._replace(write=lambda model, images, batch, path: path.write_bytes(b"program"))
+        monkeypatch.setitem(FORMATS, name, stub)
     shell().save_pretrained(tmp_path / "model")
     before = sorted(p.name for p in (tmp_path / "model").iterdir())
     for _ in range(2):
@@ -283,7 +286,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
 
 @pytest.mark.slow
 def test_float64_becomes_float32_in_onnx(tmp_path):
-    model = shell().double().eval()
+    model = shell("nf-resnet-timm").double().eval()
     path = export(model, tmp_path / "out", format="onnx")
     x = images(model.config)
     assert relative(torch.from_numpy(run_onnx(path, x)), model(x.double())) < 1e-5

@@ -25,6 +25,7 @@ from nfzoo.export.tpu_process import Check, best, check_installed, compile_apart
 from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, LowPrecision, Request, collectives, low_precision, too_big
 from nfzoo.variants import VARIANTS, variant
 from tests.support.helpers import SMALL, images, random_params
+from tests.support.loops import each
 
 REQUEST = Request(
     config=variant("nfnet-test").config, chip="v5e", shape=(1, 1), batch=8, size=32, train=True, dtype="bfloat16"
@@ -221,8 +222,8 @@ def machine(capacity: int, made: list[int], broken_at: int | None = None):
     return check
 
 
-@pytest.mark.parametrize("start", [4, 8, 12, 512])
-@pytest.mark.parametrize("capacity", [0, 3, 4, 7, 100, 511, 512, 1000])
+@each("start", [4, 8, 12, 512])
+@each("capacity", [0, 3, 4, 7, 100, 511, 512, 1000])
 def test_the_search_brackets_what_fits(capacity, start):
     made: list[int] = []
     found = best(largest_batch(machine(capacity, made), start, chips=4))
@@ -237,9 +238,9 @@ def test_the_search_brackets_what_fits(capacity, start):
         assert min(b for b in made if b > capacity) <= 2 * found.request.batch + 4
 
 
-@pytest.mark.parametrize("start", [4, 8, 64])
-@pytest.mark.parametrize("capacity", [4, 7, 100, 127, 128, 1000])
-@pytest.mark.parametrize("multiple", [4, 8, 12])
+@each("start", [4, 8, 64])
+@each("capacity", [4, 7, 100, 127, 128, 1000])
+@each("multiple", [4, 8, 12])
 def test_a_multiple_makes_it_exact(capacity, start, multiple):
     made: list[int] = []
     found = best(largest_batch(machine(capacity, made), start, multiple=multiple, chips=4))

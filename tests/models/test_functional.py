@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from nfzoo.models import functional as nf
 from nfzoo.models.nf_resnet import MaxPool
 from tests.support.helpers import generator, relative
+from tests.support.loops import each
 
 FLOAT64 = 1e-12  # rounding of a few hundred float64 operations
 FLOAT32 = 1e-6  # rounding of a few hundred float32 operations
@@ -58,10 +59,10 @@ def conv_by_loops(x, weight, bias, stride, groups, dilation=1):
 # ---------------------------------------------------------------- convolution
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [1, 3, 7])
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4), (7, 9), (8, 8)])
+@each("groups", [1, 2])
+@each("stride", [1, 2])
+@each("kernel", [1, 3, 7])
+@each("size", [(1, 1), (2, 3), (5, 4), (7, 9), (8, 8)])
 def test_conv_is_same_padded_as_tensorflow_does_it(size, kernel, stride, groups):
     x, weight, bias = draw(2, 4, *size), draw(4, 4 // groups, kernel, kernel, seed=1), draw(4, seed=2)
     expected = conv_by_loops(x.numpy(), weight.numpy(), bias.numpy(), stride, groups)
@@ -70,15 +71,15 @@ def test_conv_is_same_padded_as_tensorflow_does_it(size, kernel, stride, groups)
     assert relative(got, expected) < FLOAT64
 
 
-@pytest.mark.parametrize("size", [(5, 4), (7, 9), (8, 8)])
+@each("size", [(5, 4), (7, 9), (8, 8)])
 def test_dilated_conv_keeps_the_size(size):
     x, weight, bias = draw(1, 2, *size), draw(2, 2, 3, 3, seed=1), draw(2, seed=2)
     expected = conv_by_loops(x.numpy(), weight.numpy(), bias.numpy(), 1, 1, dilation=2)
     assert relative(nf.conv2d(x, weight, bias, dilation=2), expected) < FLOAT64
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [1, 3, 7])
+@each("stride", [1, 2])
+@each("kernel", [1, 3, 7])
 def test_conv_without_same_is_symmetric(kernel, stride):
     x, weight, bias = draw(1, 2, 7, 10), draw(3, 2, kernel, kernel, seed=1), draw(3, seed=2)
     expected = F.conv2d(x, weight, bias, stride, kernel // 2)
@@ -93,9 +94,9 @@ def test_same_differs_from_symmetric_where_it_should():
     assert relative(*(nf.conv2d(odd, weight, bias, stride=2, same=s) for s in (True, False))) < FLOAT64
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kernel", [1, 2, 3, 7])
-@pytest.mark.parametrize("stride", [1, 2, 3])
+@each("size", SIZES)
+@each("kernel", [1, 2, 3, 7])
+@each("stride", [1, 2, 3])
 def test_same_padding_counts(size, kernel, stride):
     before, after = nf.same_padding(size, kernel, stride)
     outputs = (size + before + after - kernel) // stride + 1
@@ -104,10 +105,10 @@ def test_same_padding_counts(size, kernel, stride):
     assert before == same_window(size, kernel, stride)[0].index(0)
 
 
-@pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("kernel", [3, 7])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dilation", [1, 2, 4])
+@each("same", [True, False])
+@each("kernel", [3, 7])
+@each("size", SIZES)
+@each("dilation", [1, 2, 4])
 def test_a_skipped_stride_fills_in_between_the_strided_outputs(size, kernel, dilation, same):
     """`dilation` interleaved copies of one axis: on the first of them the strided convolution's outputs come back."""
     coarse, weight, bias = draw(1, 2, size, size + 1), draw(2, 2, kernel, kernel, seed=1), draw(2, seed=2)
@@ -133,15 +134,15 @@ def pool_by_loops(x, kernel, combine):
     return y
 
 
-@pytest.mark.parametrize("height", SIZES)
-@pytest.mark.parametrize("width", [1, 4, 7])
+@each("height", SIZES)
+@each("width", [1, 4, 7])
 def test_shortcut_pool_does_not_count_padding(height, width):
     x = draw(2, 3, height, width)
     assert relative(nf.shortcut_pool(x, stride=2), pool_by_loops(x.numpy(), 2, np.mean)) < FLOAT64
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dilation", [1, 2, 4])
+@each("size", SIZES)
+@each("dilation", [1, 2, 4])
 def test_the_dense_pool_fills_in_between_the_strided_outputs(size, dilation):
     coarse = draw(1, 2, size, size + 1)
     fine = draw(1, 2, size * dilation, (size + 1) * dilation, seed=3)
@@ -152,8 +153,8 @@ def test_the_dense_pool_fills_in_between_the_strided_outputs(size, dilation):
     assert relative(dense[..., :: 2 * dilation, :: 2 * dilation], strided) < FLOAT64
 
 
-@pytest.mark.parametrize("height", SIZES)
-@pytest.mark.parametrize("width", [1, 4, 7])
+@each("height", SIZES)
+@each("width", [1, 4, 7])
 def test_max_pool_is_same_padded(height, width):
     x = draw(2, 3, height, width) - 10  # all negative: padding with 0 would show
     got = MaxPool(same=True)({}, x, 1.0, None)
@@ -179,9 +180,9 @@ def standardized(weight, gain, floor=True, scale=1.0):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("floor", [True, False])
-@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (5, 8, 1, 1), (2, 3, 7, 7), (3, 1, 3, 3)])
-@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+@each("floor", [True, False])
+@each("shape", [(4, 3, 3, 3), (5, 8, 1, 1), (2, 3, 7, 7), (3, 1, 3, 3)])
+@each("spread", [1.0, 1e-2, 1e-4])
 def test_standardize_weight_is_equation_5(shape, spread, floor):
     weight, gain = 0.3 + spread * draw(*shape), draw(shape[0], seed=1)
     got = nf.standardize_weight(weight, gain, floor=floor, scale=1.7)

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nfzoo import ConfigError, NFNet, bulk, predict
 from nfzoo.models import onednn
 from tests.support.helpers import SMALL, assert_same, images, random_params, relative
+from tests.support.loops import each
+from tests.support.pictures import write_images
 
 EXACT = 1e-6  # the same operations on float32, sums in another order
 FOLDED = 1e-5
@@ -38,8 +40,8 @@ def plainly(model: NFNet, x: torch.Tensor) -> torch.Tensor:
         return model(wanted).detach()
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("output_stride", [8, 32])
+@each("name", SMALL)
+@each("output_stride", [8, 32])
 def test_it_is_the_folded_model(name, output_stride):
     made = NFNet(SMALL[name].replace(output_stride=output_stride))
     made.load_state_dict(random_params(made.config))
@@ -61,8 +63,8 @@ def test_it_is_the_folded_model(name, output_stride):
         assert relative(packed(y), plainly(folded, y)) < EXACT
 
 
-@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu", "relu", "silu"])
-@pytest.mark.parametrize("geometry", [{}, {"stride": 2}, {"dilation": 2, "groups": 2}, {"same": False, "stride": 2}])
+@each("activation", [None, "gelu_tanh", "gelu", "relu", "silu"])
+@each("geometry", [{}, {"stride": 2}, {"dilation": 2, "groups": 2}, {"same": False, "stride": 2}])
 def test_one_convolution(activation, geometry):
     g = torch.Generator().manual_seed(0)
     groups = geometry.get("groups", 1)
@@ -184,7 +186,8 @@ def test_predict_takes_what_the_model_is_made_for_and_bulk_leaves_it_alone(tmp_p
     assert [row[0][0] for row in found] == [row[0][0] for row in again]
     model.compile_blocks(backend="eager")
     before = {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")}
-    bulk.predict_all(model, "digits", tmp_path / "out", batch_size=512)
+    write_images(tmp_path / "photos", {"bee": 6})
+    bulk.predict_all(model, str(tmp_path / "photos"), tmp_path / "out", batch_size=4, workers=0)
     assert {name: m.fn for name, m in model.named_modules() if hasattr(m, "fn")} == before
 
 

@@ -1,6 +1,7 @@
 """Several processes train what one does: plain, accumulated, with SAM, sharded, and with the work resumed by others."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ SAME = {
     ),
 }
 
+FAST = ("mixed", "sharded-accumulated")
+"""Between them: recomputation, two parts a step, gradients that are summed and those that are sharded."""
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
@@ -49,16 +53,36 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[key] - b[key]).abs().max()) for key in a)
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the output of two processes for every case."""
-    folder = tmp_path_factory.mktemp("two")
-    together(folder, [[*COMMON, *options, "--output", str(folder / name)] for name, (options, _) in SAME.items()])
+def train_together(folder: Path, names: Iterable[str]) -> Path:
+    """Let two processes train each of these cases, into a folder of its name."""
+    together(folder, [[*COMMON, *SAME[name][0], "--output", str(folder / name)] for name in names])
     return folder
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_two_processes_train_what_one_does(two: Path, tmp_path: Path, name: str) -> None:
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the output of two processes for the fast cases."""
+    return train_together(tmp_path_factory.mktemp("few"), FAST)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the output of two processes for every case."""
+    return train_together(tmp_path_factory.mktemp("two"), SAME)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_processes_train_what_one_does(few: Path, tmp_path: Path, name: str) -> None:
+    assert_one_trains_the_same(few, tmp_path, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SAME if name not in FAST])
+def test_two_processes_train_what_one_does_in_every_case(two: Path, tmp_path: Path, name: str) -> None:
+    assert_one_trains_the_same(two, tmp_path, name)
+
+
+def assert_one_trains_the_same(two: Path, tmp_path: Path, name: str) -> None:
     assert train.main([*COMMON, *SAME[name][1], "--output", str(tmp_path)]) == 0
     start = nfzoo.create("nfnet-test", generator=torch.Generator().manual_seed(0)).state_dict()
     assert furthest(weights(tmp_path), start) > 500 * TOLERANCE
@@ -69,6 +93,7 @@ def test_two_processes_train_what_one_does(two: Path, tmp_path: Path, name: str)
     assert nfzoo.from_pretrained(two / name).labels == tuple("0123456789")
 
 
+@pytest.mark.slow
 def test_the_cases_differ(two: Path) -> None:
     found = {name: weights(two / name) for name in ("plain", "sam", "mixed", "adamw", "norm")}
     for name in ("sam", "mixed", "adamw", "norm"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from nfzoo.errors import DataError
 from nfzoo.transforms import randaugment
 from nfzoo.transforms.randaugment import OPERATIONS, SIGNED, apply_operation, cutout, rand_augment
+from tests.support.loops import each
 
 with np.load(Path(__file__).resolve().parents[1] / "reference" / "randaugment_china.npz") as arrays:
     GOLDEN = dict(arrays)
@@ -38,7 +39,7 @@ def test_golden_data_have_every_operation_but_cutout() -> None:
     assert len(OPERATIONS) == len(set(OPERATIONS)) == 16
 
 
-@pytest.mark.parametrize("key", sorted(set(GOLDEN) - {"image"}))
+@each("key", sorted(set(GOLDEN) - {"image"}))
 def test_operation_matches_tensorflow(key: str) -> None:
     """To the bit, the geometric ones too."""
     name, _, magnitude = key.rpartition("_")
@@ -46,7 +47,7 @@ def test_operation_matches_tensorflow(key: str) -> None:
     assert torch.equal(result, to_batch(GOLDEN[key]))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@each("seed", range(4))
 def test_operation_matches_pillow(seed: int) -> None:
     x = noise(1, 3, 24, 31, seed=seed) // (seed + 1) + 20 * seed
     image = Image.fromarray(x[0].permute(1, 2, 0).contiguous().numpy())
@@ -69,8 +70,8 @@ def test_solarize_threshold_is_taken_in_eight_bits() -> None:
     assert torch.equal(apply_operation("Solarize", x, 15.0), apply_operation("Solarize", x, 5.0))
 
 
-@pytest.mark.parametrize("centre", [(0, 0), (15, 21), (7, 11), (2, 20)])
-@pytest.mark.parametrize("level", [0.0, 0.1, 0.2, 1.5])
+@each("centre", [(0, 0), (15, 21), (7, 11), (2, 20)])
+@each("level", [0.0, 0.1, 0.2, 1.5])
 def test_cutout_is_a_square_about_its_centre(centre: tuple[int, int], level: float) -> None:
     x = noise(1, 3, 16, 22)
     half, expected = int(40 * level), x.clone()
@@ -151,9 +152,9 @@ def test_shear_and_translation_take_from_the_side_they_say() -> None:
     )
 
 
-@EVERY
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 1, 2, 9), (1, 3, 30, 3)])
-@pytest.mark.parametrize("magnitude", [0.0, 0.9, 20.0])
+@each("name", OPERATIONS)
+@each("shape", [(1, 3, 1, 1), (2, 1, 2, 9), (1, 3, 30, 3)])
+@each("magnitude", [0.0, 0.9, 20.0])
 def test_every_size_and_strength(name: str, shape: tuple[int, ...], magnitude: float) -> None:
     x = noise(*shape)
     before = x.clone()
