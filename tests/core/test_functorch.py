@@ -143,7 +143,6 @@ COMPILE = {
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 
-@BACKENDS
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("name", "backend"),
@@ -172,7 +171,6 @@ def test_compiled_apply_and_its_gradient(name, backend):
 
 @BACKENDS
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_shell(backend):
     module = NFNet(COMPILE["nfnet"])
     module.load_state_dict(random_params(module.config))
