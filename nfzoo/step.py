@@ -12,15 +12,27 @@ from torch import Tensor
 
 from nfzoo.config import ModelConfig
 from nfzoo.model import apply, specs
-from nfzoo.optim.clipping import agc
-from nfzoo.optim.sam import ascent_rows, sam_ascent
-from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, ema, sgd, sgd_init
+from nfzoo.optim.clipping import CLIP, EPS, agc
+from nfzoo.optim.sam import FRACTION, ascent_rows, sam_ascent
+from nfzoo.optim.sgd import (
+    CLIPPED,
+    DECAYED,
+    EMA_DECAY,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    SGDState,
+    ema,
+    sgd,
+    sgd_init,
+)
 from nfzoo.types import Noise, Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step does besides the learning rate. The defaults are those of arXiv 2102.06171 for batch 1024 to 4096.
+    """Hyper-parameters of a step, but for the learning rate; by default those of arXiv 2102.06171.
+
+    They are for batches of 1024 to 4096. `nfzoo.train.config.OptimConfig` has the same fields for smaller ones.
 
     Attributes:
         clip: AGC threshold; `None` trains without.
@@ -33,15 +45,15 @@ class StepConfig:
         sam_fraction: part of the batch, its first rows, that finds SAM's ascent.
     """
 
-    clip: float | None = 0.01
-    agc_eps: float = 1e-3
-    momentum: float = 0.9
+    clip: float | None = CLIP
+    agc_eps: float = EPS
+    momentum: float = MOMENTUM
     nesterov: bool = True
-    weight_decay: float = 2e-5
+    weight_decay: float = WEIGHT_DECAY
     label_smoothing: float = 0.1
-    ema_decay: float | None = 0.99999
+    ema_decay: float | None = EMA_DECAY
     sam_rho: float | None = None
-    sam_fraction: float = 0.2
+    sam_fraction: float = FRACTION
 
 
 class TrainState(NamedTuple):

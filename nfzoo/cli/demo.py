@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         result = train(TrainConfig(model="nfnet-test", data=DIGITS, output=str(folder), overwrite=True))
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        return 128 + stop.number
+        return stop.exit_status
 
     model = from_pretrained(folder)
     held_out = open_split(DIGITS).validation

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import check_clip, clip_all, clip_unitwise
-from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, ema_, ema_decay, sgd, sgd_
+from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_unitwise
+from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, SGDState, ema_, ema_decay, sgd, sgd_
 from nfzoo.runtime.compile import compile_of_any_shape
 from nfzoo.runtime.distributed import full_tensor, is_dtensor
 from nfzoo.types import Params
 
-# The lists of parameters for which an optimizer keeps what `triton_update` prepares.
-MOST_LISTS = 64
+MAX_PREPARED = 64  # lists of parameters for which an optimizer keeps what `triton_update` prepares
 
 
 class AGCSGD(torch.optim.Optimizer):
@@ -31,7 +30,8 @@ class AGCSGD(torch.optim.Optimizer):
         momentum, nesterov, weight_decay: of SGD.
         clip: AGC threshold, `None` for no clipping; a group option.
         eps: floor of the parameter norm in AGC.
-        ema_decay: keep a moving average of the parameters, as `nfzoo.optim.sgd.ema` defines it: see `averages`.
+        ema_decay: keep a moving average of the parameters, as `nfzoo.optim.sgd.ema` defines it: see `averages`. It
+            counts the steps in each group's `"steps"`, a number or a 0-dimensional tensor, which may be set.
         compiled: compile the update: on CUDA devices, with Triton, to a few kernels for all parameters
             (`nfzoo.optim.triton_update`), elsewhere to a graph for kernels of all shapes.
 
@@ -54,11 +54,11 @@ class AGCSGD(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float | Tensor,
         *,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        clip: float | None = 0.01,
-        eps: float = 1e-3,
+        clip: float | None = CLIP,
+        eps: float = EPS,
         ema_decay: float | None = None,
         compiled: bool = False,
     ) -> None:
@@ -105,7 +105,7 @@ class AGCSGD(torch.optim.Optimizer):
         counts: list[Tensor] = []
         units = 0
         for group in self.param_groups:
-            group["steps"] += 1
+            group["steps"] = group["steps"] + 1  # of a tensor, a new one: it may be the caller's
             for bundle in self._bundles(group):
                 for count, of in self._update(group, bundle):
                     if count is not None:
@@ -127,6 +127,19 @@ class AGCSGD(torch.optim.Optimizer):
             raise ValueError("this optimizer keeps no moving average; pass ema_decay")
         return {name: self.state.get(p, {}).get("ema", p.detach()) for name, p in named.items()}
 
+    def init_state(self) -> None:
+        """Make the momenta and averages of all parameters now; otherwise a parameter's first step makes them."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._init(group, p)
+
+    def _init(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        if group["ema_decay"] is not None and "ema" not in state:
+            state["ema"] = p.detach().clone()
+
     def _bundles(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
         """The group's parameters that have gradients, in lists of one device and dtype, sharded ones apart.
 
@@ -137,11 +150,7 @@ class AGCSGD(torch.optim.Optimizer):
             if p.grad is not None:
                 alone = p if p.device.type == "cpu" and p.ndim > 1 and not group["compiled"] else None
                 bundles.setdefault((p.device, p.dtype, p.grad.dtype, is_dtensor(p), alone), []).append(p)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                if group["ema_decay"] is not None and "ema" not in state:
-                    state["ema"] = p.detach().clone()
+                self._init(group, p)
         return bundles.values()
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[Tensor | None, int]]:
@@ -194,7 +203,7 @@ class AGCSGD(torch.optim.Optimizer):
 
         key = (params[0].device, tuple(p.shape for p in params))
         if key not in self._fused:
-            while len(self._fused) >= MOST_LISTS:  # where other parameters have gradients in every step
+            while len(self._fused) >= MAX_PREPARED:  # where other parameters have gradients in every step
                 self._fused.pop(next(iter(self._fused)))
             self._fused[key] = FusedUpdate(params)
         fused = self._fused[key]
@@ -277,6 +286,11 @@ def _compiled_update(
     return compile_of_any_shape(update)
 
 
+def can_compile(device: torch.device) -> bool:
+    """Return whether `AGCSGD(compiled=True)` runs on a device: a CPU, or where `triton_update` does."""
+    return device.type == "cpu" or has_fused(device)
+
+
 @functools.cache
 def has_fused(device: torch.device) -> bool:
     """Return whether `triton_update` runs on a device: CUDA, where torch's compiler brings Triton."""
@@ -304,7 +318,9 @@ def _number(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, device=device, dtype=torch.float32)
 
 
-def param_groups(model: nn.Module, *, weight_decay: float = 2e-5, clip: float | None = 0.01) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, weight_decay: float = WEIGHT_DECAY, clip: float | None = CLIP
+) -> list[dict[str, Any]]:
     """The papers' parameter groups: no decay on gains, biases and skip gains, no clipping of the classifier's weight.
 
     Frozen parameters (`requires_grad=False`) are left out. Source: arXiv 2102.06171, sections 4.1 and 5.

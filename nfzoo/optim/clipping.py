@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from nfzoo.torch_internals import foreach
 from nfzoo.types import Params
 
+CLIP = 0.01
+"""The papers' AGC threshold, for batches of 1024 to 4096. Source: arXiv 2102.06171, section 4.1."""
+
+EPS = 1e-3
+"""The papers' floor of the parameter norm in AGC, so that zero-initialised parameters can move."""
+
 GRADIENT_FLOOR = 1e-6  # keeps the division finite, as in the released code
 
 
@@ -28,7 +34,7 @@ def unitwise_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
     """One gradient clipped, and the boolean mask of the units that were: see `agc`."""
     limit = clip * unitwise_norm(param).clamp(min=eps)
     norm = unitwise_norm(grad)
@@ -44,7 +50,7 @@ class Clipped(NamedTuple):
     units: int
 
 
-def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = 1e-3) -> Clipped:
+def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = EPS) -> Clipped:
     """`clip_unitwise` of many gradients, at least one, of one device and dtype, in few kernels: see `agc`.
 
     A kernel or linear costs two norms and a product; all vectors together cost as much as one, and so do the limits of
@@ -86,8 +92,8 @@ def agc(
     grads: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
     *,
-    clip: float = 0.01,
-    eps: float = 1e-3,
+    clip: float = CLIP,
+    eps: float = EPS,
     where: Callable[[str], bool] | None = None,
 ) -> Params:
     """Clipped gradients: `g * limit / max(|g|, 1e-6)` where `|g| > limit = clip * max(|p|, eps)`, per output unit.
@@ -114,8 +120,8 @@ def clipped_fraction(
     grads: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
     *,
-    clip: float = 0.01,
-    eps: float = 1e-3,
+    clip: float = CLIP,
+    eps: float = EPS,
     where: Callable[[str], bool] | None = None,
 ) -> Tensor:
     """Fraction of the output units that `agc` would clip, a 0-dimensional float32 tensor."""
@@ -139,8 +145,8 @@ def check_clip(clip: float, eps: float) -> None:
 def agc_(
     parameters: nn.Module | Iterable[Tensor],
     *,
-    clip: float = 0.01,
-    eps: float = 1e-3,
+    clip: float = CLIP,
+    eps: float = EPS,
     exclude: Iterable[Tensor] = (),
 ) -> None:
     """Clip the `.grad` of parameters in place: call it between `backward` and `optimizer.step`.
@@ -167,8 +173,8 @@ def agc_(
 def with_agc(
     optimizer: torch.optim.Optimizer,
     *,
-    clip: float = 0.01,
-    eps: float = 1e-3,
+    clip: float = CLIP,
+    eps: float = EPS,
     exclude: Iterable[Tensor] = (),
 ) -> torch.optim.Optimizer:
     """Put AGC in front of any torch optimizer: `optimizer = with_agc(AdamW(model.parameters()), clip=0.01)`.

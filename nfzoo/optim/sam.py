@@ -13,10 +13,16 @@ from torch import Tensor
 from nfzoo.torch_internals import foreach
 from nfzoo.types import Params
 
+RHO = 0.05
+"""The radius that NFNet-F6 was trained with. Source: arXiv 2102.06171, section 5."""
+
+FRACTION = 0.2
+"""The part of each replica's batch that finds the ascent. Source: arXiv 2102.06171, section 5."""
+
 NORM_FLOOR = 1e-12  # keeps the division finite where the gradient vanishes
 
 
-def sam_ascent(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, rho: float = 0.05) -> Params:
+def sam_ascent(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, rho: float = RHO) -> Params:
     """The parameters at which SAM takes its gradient: `p + rho * g / |g|`, with one norm over all of `grads`.
 
     Args:
@@ -32,7 +38,7 @@ def sam_ascent(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, rho
 
 
 @torch.no_grad()
-def sam_ascent_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rho: float = 0.05) -> list[Tensor]:
+def sam_ascent_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rho: float = RHO) -> list[Tensor]:
     """`sam_ascent` in place; the values before it, to go back with `restore_`."""
     before = [p.clone() for p in params]
     scale = _scale(grads, rho)

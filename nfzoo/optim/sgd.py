@@ -15,6 +15,15 @@ from torch import Tensor
 from nfzoo.torch_internals import foreach
 from nfzoo.types import Kind, Params
 
+MOMENTUM = 0.9
+"""The papers' momentum. Source: arXiv 2102.06171, section 5."""
+
+WEIGHT_DECAY = 2e-5
+"""The papers' weight decay. Source: arXiv 2102.06171, section 5."""
+
+EMA_DECAY = 0.99999
+"""The papers' decay of the moving average. Source: arXiv 2102.06171, section 5."""
+
 DECAYED: frozenset[Kind] = frozenset({"weight", "head"})
 """Kinds of parameters that weight decay applies to: not gains, biases or skip gains. Source: arXiv 2102.06171."""
 
@@ -39,7 +48,7 @@ def sgd(
     state: SGDState,
     *,
     lr: float | Tensor,
-    momentum: float = 0.9,
+    momentum: float = MOMENTUM,
     nesterov: bool = True,
     weight_decay: float = 0.0,
     decay: Callable[[str], bool] | None = None,
@@ -70,7 +79,7 @@ def sgd_(
     momenta: Sequence[Tensor],
     *,
     lr: float | Tensor,
-    momentum: float = 0.9,
+    momentum: float = MOMENTUM,
     nesterov: bool = True,
     weight_decay: float = 0.0,
     gate: Tensor | None = None,
@@ -116,14 +125,14 @@ def _add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: float | Ten
         foreach._foreach_add_(tensors, others, alpha=scale)
 
 
-def ema_decay(step: float | Tensor, decay: float = 0.99999) -> float | Tensor:
+def ema_decay(step: float | Tensor, decay: float = EMA_DECAY) -> float | Tensor:
     """`min(decay, (1 + step) / (10 + step))`: short averages first, as TensorFlow 1 does it. `step` counts from 0."""
     warm = (1.0 + step) / (10.0 + step)
     return warm.clamp(max=decay) if isinstance(warm, Tensor) else min(decay, warm)
 
 
 def ema(
-    average: Mapping[str, Tensor], params: Mapping[str, Tensor], step: int | Tensor, *, decay: float = 0.99999
+    average: Mapping[str, Tensor], params: Mapping[str, Tensor], step: int | Tensor, *, decay: float = EMA_DECAY
 ) -> Params:
     """Exponential moving average `a * d + p * (1 - d)`, with `d` of `ema_decay`; start it as a clone of the parameters.
 
@@ -139,7 +148,7 @@ def ema_(
     params: Mapping[str, Tensor],
     step: float | Tensor,
     *,
-    decay: float = 0.99999,
+    decay: float = EMA_DECAY,
     gate: Tensor | None = None,
 ) -> None:
     """`ema` in place, in a few kernels: `average` takes the new values, or keeps its own where `gate` is false."""

@@ -72,7 +72,7 @@ def run(
     work: Callable[[], int | None],
     *,
     failures: tuple[type[Exception], ...] = (OSError,),
-    reports: Callable[[Exception], bool] = is_first_process,
+    reports: Callable[[BaseException], bool] = is_first_process,
 ) -> int:
     """Do the work and return its exit status: 0 for `None`, an error's `exit_status`, 1 for a failure, 130 for Ctrl-C.
 
@@ -83,19 +83,29 @@ def run(
     """
     try:
         return work() or 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        raise  # the reader of the output went away, which `nfzoo` handles
-    except (NfzooError, *failures) as error:
-        status = error.exit_status if isinstance(error, NfzooError) else 1
-        if reports(error):
-            text = printable(" ".join(str(error).split())) or type(error).__name__
-            print(f"{program}: {'' if status > 128 else 'error: '}{text}", file=sys.stderr)
-        return status
+    except (NfzooError, KeyboardInterrupt, *failures) as error:
+        return report(program, error, reports=reports)
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_processes()
+
+
+def report(program: str, error: BaseException, *, reports: Callable[[BaseException], bool] = is_first_process) -> int:
+    """Print the error that a command ends with, and return its exit status; see `run`."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
+        raise error  # the reader of the output went away, which `nfzoo` handles
+    status = error.exit_status if isinstance(error, NfzooError) else 1
+    if reports(error):
+        text = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"{program}: {'' if status > 128 else 'error: '}{text}", file=sys.stderr)
+    return status
+
+
+def leave_processes() -> None:
+    """Leave the group of processes at a program's end, if it is in one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from nfzoo.train.run import run
+from nfzoo.train.run import main
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -11,15 +11,18 @@ import yaml
 
 from nfzoo.data.source import HELD_OUT
 from nfzoo.errors import ConfigError
+from nfzoo.step import StepConfig
 from nfzoo.transforms.mixing import Augment
 
-MOST_SEED = 1 << 63
-MOST_WORKERS = 256
+MAX_SEED = 1 << 63
+MAX_WORKERS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(StepConfig):
     """The optimizer: clipping, weight decay, momentum, a warm-up and a cosine, a moving average of the weights.
+
+    The fields of a step and their defaults are `StepConfig`'s. Two defaults are others, for batches below 1024.
 
     Attributes:
         name: "sgd", the papers'; "adamw"; or the import path of another, such as torch.optim.NAdam.
@@ -30,6 +33,7 @@ class OptimConfig:
         nesterov: whether momentum is Nesterov's.
         weight_decay: of kernels and linears; SGD adds it to their gradients.
         clip: AGC threshold; null trains without. The papers' 0.01 is for batches of 1024 and more.
+        agc_eps: floor of the norm of a unit's weights in AGC.
         clip_norm: largest norm of the whole gradient, the classic alternative to AGC; null clips none.
         sam_rho: radius of sharpness-aware minimisation; null trains without. The papers' F6 has 0.05.
         sam_fraction: part of each process's batch that finds SAM's ascent.
@@ -42,16 +46,10 @@ class OptimConfig:
     name: str = "sgd"
     options: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 2e-5
     clip: float | None = 0.1
     clip_norm: float | None = None
-    sam_rho: float | None = None
-    sam_fraction: float = 0.2
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
-    label_smoothing: float = 0.1
     ema_decay: float | None = 0.9999
 
     def __post_init__(self) -> None:
@@ -63,7 +61,7 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"optim.{name} must be in [0, 1), not {value!r}")
-        for name in ("lr", "clip", "clip_norm", "sam_rho"):
+        for name in ("lr", "clip", "agc_eps", "clip_norm", "sam_rho"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"optim.{name} must be positive, not {value!r}; null is the default or none")
@@ -167,10 +165,10 @@ class TrainConfig:
         for name in ("model", "data", "output"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} must not be empty")
-        if not 0 <= self.seed < MOST_SEED:
+        if not 0 <= self.seed < MAX_SEED:
             raise ConfigError(f"seed must not be negative, and below 2**63; is {self.seed!r}")
-        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
-            raise ConfigError(f"workers must not be negative, and at most {MOST_WORKERS}; is {self.workers!r}")
+        if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:
+            raise ConfigError(f"workers must not be negative, and at most {MAX_WORKERS}; is {self.workers!r}")
         if not isinstance(self.optim, OptimConfig):
             raise ConfigError(f"optim must be a mapping of options such as lr, not {self.optim!r}")
         if self.sharding != "none" and self.optim.sam_rho is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from nfzoo.checkpoint.run_state import Saved
 from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet
-from nfzoo.optim.agc_sgd import AGCSGD, has_fused, param_groups
+from nfzoo.optim.agc_sgd import AGCSGD, can_compile, param_groups
 from nfzoo.optim.clipping import agc_
 from nfzoo.optim.sam import ascent_rows, restore_, sam_ascent_
 from nfzoo.optim.sgd import DECAYED, ema_
@@ -43,8 +43,13 @@ class Updater(Protocol):
         """Set the learning rate of all groups."""
         ...
 
-    def step(self, gate: Tensor | None) -> None:
-        """Update the parameters by their gradients; change nothing where `gate`, 0-dimensional, is false."""
+    def step(self, number: int, gate: Tensor | None) -> None:
+        """Clip each unit's gradient, update the parameters, and move their averages towards them.
+
+        Args:
+            number: how many steps the run has taken before.
+            gate: a 0-dimensional boolean tensor. Where it is false, nothing changes.
+        """
         ...
 
     @property
@@ -52,29 +57,36 @@ class Updater(Protocol):
         """Return the fraction of units that AGC clipped in the last step; `None` where it is not counted."""
         ...
 
+    @property
+    def averages(self) -> Params | None:
+        """Return the moving averages by the parameters' names, not copied; `None` where none are kept."""
+        ...
+
 
 class PapersUpdater:
-    """Update with `AGCSGD`, which clips, gates and counts by itself, so that the host waits for nothing.
+    """Update with `AGCSGD`, which clips, gates, averages and counts by itself, so that the host waits for nothing.
 
     Args:
         optimizer: the optimizer.
         prepared: what Accelerate made of it, or the optimizer itself.
-        device: where the learning rate has to lie.
+        live: the model's parameters by name, frozen ones included.
+        device: where the learning rate and the number of the step have to lie.
     """
 
-    def __init__(self, optimizer: AGCSGD, prepared: Any, device: torch.device) -> None:
-        self._optimizer, self._prepared, self._backend = optimizer, prepared, backend(device)
-        # Momentum that begins inside the first step would make that step another program on a lazy device.
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    def __init__(self, optimizer: AGCSGD, prepared: Any, live: Params, device: torch.device) -> None:
+        self._optimizer, self._prepared, self._live, self._backend = optimizer, prepared, live, backend(device)
+        # State that begins inside the first step would make that step another program on a lazy device.
+        optimizer.init_state()
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._backend.scalar(lr)
 
-    def step(self, gate: Tensor | None) -> None:
+    def step(self, number: int, gate: Tensor | None) -> None:
         self._optimizer.gate = gate
+        for group in self._optimizer.param_groups:
+            group["steps"] = self._backend.scalar(number)
+        self._optimizer.clipped_fraction = None  # stays so where a loss scaler skips the step
         self._prepared.step()
 
     @property
@@ -82,45 +94,54 @@ class PapersUpdater:
         fraction = self._optimizer.clipped_fraction
         return None if fraction is None else full_tensor(fraction)
 
+    @property
+    def averages(self) -> Params | None:
+        kept = any(group["ema_decay"] is not None for group in self._optimizer.param_groups)
+        return self._optimizer.averages(self._live) if kept else None
+
 
 class TorchUpdater:
-    """Update with any torch optimizer, after AGC; the host waits for the gate.
+    """Update with any torch optimizer, after AGC and before the average; the host waits for the gate.
 
     Args:
         optimizer: the optimizer.
         prepared: what Accelerate made of it, or the optimizer itself.
-        params: the parameters to clip, the classifier's weight left out.
-        clip: AGC threshold; `None` clips nothing.
+        live: the model's parameters by name, frozen ones included.
+        config: the threshold of AGC, which leaves out the classifier's weight, and the decay of the average.
     """
 
     clipped: Tensor | None = None
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, prepared: Any, params: Sequence[Tensor], clip: float | None
-    ) -> None:
-        self._optimizer, self._prepared, self._params, self._clip = optimizer, prepared, params, clip
+    def __init__(self, optimizer: torch.optim.Optimizer, prepared: Any, live: Params, config: OptimConfig) -> None:
+        self._optimizer, self._prepared, self._live, self._config = optimizer, prepared, live, config
+        self._clipped = [p for name, p in live.items() if p.requires_grad and name != "head.weight"]
+        self.averages: Params | None = None
+        if config.ema_decay is not None:
+            self.averages = {name: p.detach().clone() for name, p in live.items()}
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, gate: Tensor | None) -> None:
+    def step(self, number: int, gate: Tensor | None) -> None:
         if gate is not None and not bool(gate):
             return
-        if self._clip is not None:
-            agc_(self._params, clip=self._clip)
+        if self._config.clip is not None:
+            agc_(self._clipped, clip=self._config.clip, eps=self._config.agc_eps)
         self._prepared.step()
+        skipped = getattr(self._prepared, "step_was_skipped", False)  # by a loss scaler
+        if self.averages is not None and self._config.ema_decay is not None and not skipped:
+            ema_(self.averages, self._live, number, decay=self._config.ema_decay)
 
 
 class Learner:
-    """Train a model. `Trainer.train_step` calls `forward` and `backward` for each part of a batch, then the rest.
+    """Hold a model, its optimizer and its averages, and do what a step of `Trainer.train_step` asks of them.
 
     The device's backend has to be started before.
 
     Attributes:
         model: what the forward pass of training goes through: the network itself, or what DDP wraps it in.
         live: the network's parameters by name, sharded under FSDP2.
-        averages: their moving averages, if the recipe has them.
         optimizer: the recipe's own; `updater` is what a step asks of it.
     """
 
@@ -144,15 +165,12 @@ class Learner:
         self.names = {p: name for name, p in self.live.items()}
         self.trainable = [p for p in self.live.values() if p.requires_grad]
         self._make_updater(config, model, peak_lr)
-        self.averages: Params | None = None
-        if config.optim.ema_decay is not None:
-            self.averages = {name: p.detach().clone() for name, p in self.live.items()}
 
     def _make_updater(self, config: TrainConfig, model: NFNet, lr: float) -> None:
         device, optim = self.accelerator.device, config.optim
         papers = optim.name == "sgd"
         if papers:
-            compiled = config.compile and has_fused(device)
+            compiled = config.compile and can_compile(device)
             self.optimizer: torch.optim.Optimizer = papers_optimizer(optim, model, lr, compiled=compiled)
         else:
             self.optimizer = torch_optimizer(optim, model, lr)
@@ -160,10 +178,14 @@ class Learner:
         if not self.sharded:
             self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
         if papers:
-            self.updater: Updater = PapersUpdater(self.optimizer, self.prepared, device)  # type: ignore[arg-type]
+            self.updater: Updater = PapersUpdater(self.optimizer, self.prepared, self.live, device)  # type: ignore[arg-type]
         else:
-            clipped = [p for name, p in self.live.items() if p.requires_grad and name != "head.weight"]
-            self.updater = TorchUpdater(self.optimizer, self.prepared, clipped, optim.clip)
+            self.updater = TorchUpdater(self.optimizer, self.prepared, self.live, optim)
+
+    @property
+    def averages(self) -> Params | None:
+        """Return the moving averages of the parameters, not copied; `None` if the recipe has none."""
+        return self.updater.averages
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's mixed precision, for a forward pass."""
@@ -182,12 +204,6 @@ class Learner:
             yield
         if before is not None:
             restore_(self.trainable, before)
-
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of a part, and its logits `(n, classes)`."""
-        with self.autocast():
-            logits = self.model(inputs.images, inputs.noise or {})
-        return cross_entropy(logits, inputs.targets, self.optim.label_smoothing), logits
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss to the parameters' gradients, scaled under fp16."""
@@ -208,11 +224,6 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(self.trainable, self.optim.clip_norm, norm)
         norm = full_tensor(norm)
         return norm, None if self.accelerator.scaler is not None else norm.isfinite()
-
-    def average(self, step: int, gate: Tensor | None) -> None:
-        """Move the averages towards the weights; where `gate` is false, leave them."""
-        if self.averages is not None and self.optim.ema_decay is not None:
-            ema_(self.averages, self.live, self.backend.scalar(step), decay=self.optim.ema_decay, gate=gate)
 
     def _ascend(self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor] | None) -> list[Tensor]:
         """Move the weights up the loss of this process's first images; return the weights as they were."""
@@ -235,19 +246,24 @@ class Learner:
 
         All processes call this together.
         """
-        found = {"model": full_tensors(self.live), "optimizer": optimizer_tensors(self.optimizer, self.names)}
-        if self.averages is not None:
-            found["average"] = full_tensors(self.averages)
-        return found
+        state = optimizer_tensors(self.optimizer, self.names)
+        tensors = {
+            "model": full_tensors(self.live),
+            # The averages have a file of their own, whatever the optimizer.
+            "optimizer": {key: value for key, value in state.items() if not key.endswith("::ema")},
+        }
+        if (averages := self.averages) is not None:
+            tensors["average"] = full_tensors(averages)
+        return tensors
 
     def restore(self, saved: Saved) -> None:
-        """Take everything from a checkpoint: the inverse of `tensors`."""
+        """Copy everything from a checkpoint: the inverse of `tensors`."""
         for name, value in saved.tensors("model").items():
             copy_(self.live[name], value)
         restore_optimizer(self.optimizer, self.names, saved.tensors("optimizer"))
-        if self.averages is not None:
+        if (averages := self.averages) is not None:
             for name, value in saved.tensors("average").items():
-                copy_(self.averages[name], value)
+                copy_(averages[name], value)
 
 
 class _NoReduction:
@@ -266,8 +282,9 @@ class _NoReduction:
 def papers_optimizer(optim: OptimConfig, model: NFNet, lr: float, *, compiled: bool) -> AGCSGD:
     """Make the papers' optimizer of the parameters that are not frozen; `compiled` as in `AGCSGD`."""
     groups = param_groups(model, weight_decay=optim.weight_decay, clip=optim.clip)
-    options = {"momentum": optim.momentum, "nesterov": optim.nesterov, "compiled": compiled}
-    return AGCSGD(groups, lr, weight_decay=0.0, clip=None, **options)
+    names = ("momentum", "nesterov", "ema_decay")
+    options = {name: getattr(optim, name) for name in names}
+    return AGCSGD(groups, lr, eps=optim.agc_eps, compiled=compiled, **options)
 
 
 def torch_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.Optimizer:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,6 @@ from nfzoo.train.trainer import (
     InitialState,
     LostError,
     Result,
-    Stopped,
     Trainer,
     TrainingError,
     split_identity,
@@ -83,38 +81,45 @@ def train(config: TrainConfig) -> Result:
         TrainingError: if a gradient stops being finite, the disk fills up, or another process is lost.
         Stopped: after SIGTERM or Ctrl-C; the run has saved where it was.
     """
-    with _locked(Path(config.output)):
-        return _train(config)
-
-
-def _train(config: TrainConfig) -> Result:
-    output = Path(config.output)
-    saved = _open_saved(config)
-    _check_writable(output, config.data)
-    torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
-    # The same images are held out whatever the seed of the run, so that runs compare and `evaluate` finds them again.
-    split = open_split(config.data, validation_fraction=config.validation_fraction)
-    if len(split.train.classes) < 2:
-        raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
-    accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
-    device.check_processes(accelerator.num_processes)
-    _check_shares(config, split, accelerator)
-    start = _resumed(config, split, saved) if saved else _fresh(config, split.train.classes)
-    accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
-    if saved is None and accelerator.is_main_process:
-        shutil.rmtree(output / STATES, ignore_errors=True)  # with --overwrite: those of the run that is overwritten
-    trainer = Trainer(config, split, accelerator, start)
-    accelerator.wait_for_everyone()
-    try:
+    with prepared(config) as trainer:
         return trainer.fit()
-    except RuntimeError as error:
-        if isinstance(error, NfzooError) or not _lost(error, accelerator):
-            raise
-        reason = str(error).splitlines()[0]
-        raise LostError(
-            f"process {accelerator.process_index} lost the others at step {trainer.step + 1} ({reason}); "
-            f"{trainer.last_checkpoint()}"
-        ) from error
+
+
+@contextlib.contextmanager
+def prepared(config: TrainConfig) -> Iterator[Trainer]:
+    """Check a run's options and data, and give its trainer; no other run writes into its folder meanwhile.
+
+    Raises:
+        LostError: where an error within came from another process that is gone.
+    """
+    output = Path(config.output)
+    with _locked(output):
+        saved = _open_saved(config)
+        _check_writable(output, config.data)
+        torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
+        # Whatever the seed of the run, the same images are held out: runs compare, and `evaluate` finds them again.
+        split = open_split(config.data, validation_fraction=config.validation_fraction)
+        if len(split.train.classes) < 2:
+            raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
+        accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
+        device.check_processes(accelerator.num_processes)
+        _check_shares(config, split, accelerator)
+        start = _resumed(config, split, saved) if saved else _fresh(config, split.train.classes)
+        accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
+        if saved is None and accelerator.is_main_process:
+            shutil.rmtree(output / STATES, ignore_errors=True)  # with --overwrite: those of the run before
+        trainer = Trainer(config, split, accelerator, start)
+        accelerator.wait_for_everyone()
+        try:
+            yield trainer
+        except RuntimeError as error:
+            if isinstance(error, NfzooError) or not _lost(error, accelerator):
+                raise
+            reason = str(error).splitlines()[0]
+            raise LostError(
+                f"process {accelerator.process_index} lost the others at step {trainer.step + 1} ({reason}); "
+                f"{trainer.last_checkpoint()}"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -253,8 +258,10 @@ def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> InitialState:
 
 
 def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
-    """The model of a checkpoint, if it is one of this very run."""
-    then, now = _flat(saved.facts["config"]), _flat(config.to_dict())
+    """Return the model of a checkpoint, if it is one of this very run."""
+    # An option that the checkpoint's version did not have is what it is by default.
+    defaults = TrainConfig(model=config.model, data=config.data, output=config.output).to_dict()
+    then, now = {**_flat(defaults), **_flat(saved.facts["config"])}, _flat(config.to_dict())
     changed = sorted(k for k in then.keys() | now.keys() if k not in CHANGEABLE and then.get(k) != now.get(k))
     if changed:
         key = changed[0]
@@ -288,38 +295,17 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; see the module for its exit status."""
+    """Train as the command line says, and return the exit status; see the module for its meaning."""
     try:
-        train(parse(argv))
-    except Stopped as stop:
-        if _speaks():
-            print(f"nfzoo train: {stop}", file=sys.stderr)
-        return 128 + stop.number
-    except TrainingError as error:
-        return _fail(error, 1)
-    except NfzooError as error:
-        return _fail(error, 2)
-    except OSError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def run() -> int:
-    """`main` as a program: leaves the group of processes at the end."""
-    try:
-        return main()
+        with prepared(parse(argv)) as trainer:
+            trainer.fit()
+        return 0
+    except (NfzooError, OSError, KeyboardInterrupt) as error:
+        return program.report("nfzoo train", error, reports=_reports)
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        program.leave_processes()
 
 
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _fail(error: Exception, status: int) -> int:
-    if _speaks() or isinstance(error, BrokenImageError | LostError):
-        print(f"nfzoo train: error: {error}", file=sys.stderr)
-    return status
+def _reports(error: BaseException) -> bool:
+    """Return whether this process reports an error: the first one does, and any that is alone in meeting it."""
+    return program.is_first_process() or isinstance(error, BrokenImageError | LostError)

@@ -32,6 +32,7 @@ from nfzoo.nn import NFNet
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, full_tensors, gather
+from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner
@@ -50,17 +51,19 @@ SKIPS_IN_A_ROW = 20  # then it is the weights that are ruined, and not a batch
 class TrainingError(NfzooError, RuntimeError):
     """Training that cannot go on, such as a loss that is no longer a number."""
 
+    exit_status = 1
+
 
 class LostError(TrainingError):
     """Another process of the run is gone."""
 
 
 class Stopped(NfzooError):
-    """A run that was asked to stop, and has saved where it was."""
+    """A run that was asked to stop by a signal, and has saved where it was."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.number = number
+        self.exit_status = 128 + number
 
 
 class Result(NamedTuple):
@@ -134,53 +137,57 @@ class Trainer:
     # ------------------------------------------------------------ the run
 
     def fit(self) -> Result:
+        """Train the epochs that are left. Evaluate and save the model after each."""
+        config = self.config
         seconds = 0.0
         row: dict[str, Any] = self.rows[-1] if self.rows else {}
         with Agreement() as self.agreement:
             self._preview()
-            for epoch in range(self.epoch, self.config.epochs):
-                row = self._epoch(epoch)
+            for epoch in range(self.epoch, config.epochs):
+                # Train.
+                self.learner.model.train()
+                parts: list[TrainingBatch] = []
+                last = time.perf_counter()
+                with self._bar(epoch) as bar:
+                    for batch in self.pipeline.batches(epoch, self.consumed):
+                        parts.append(batch)
+                        if len(parts) < config.accumulation:
+                            continue
+                        self.train_step(parts)
+                        parts = []
+                        self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
+                        self.consumed += config.batch_size
+                        self._after_step(bar)
+                row = self._row(epoch)
+                self._save_state()
+                # Evaluate.
                 row["images_per_second"] = self.consumed / self.seconds
                 seconds += self.seconds
                 row |= self._evaluate()
+                # Save the model, and begin the next epoch.
                 self.rows.append(row)
                 self._save_model()
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.metrics.clear()
                 self._report(row)
-                if epoch + 1 < self.config.epochs:
+                if epoch + 1 < config.epochs:
                     self._stop_if_asked()
-        self._say(f"saved to {self.config.output}")
+        self._say(f"saved to {config.output}")
         # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it goes after the group.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
-        return Result(Path(self.config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
+        return Result(Path(config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
 
-    def _epoch(self, epoch: int) -> dict[str, Any]:
-        config = self.config
-        parts: list[TrainingBatch] = []
-        last = time.perf_counter()
-        self.learner.model.train()
-        with self._bar(epoch) as bar:
-            for batch in self.pipeline.batches(epoch, self.consumed):
-                parts.append(batch)
-                if len(parts) < config.accumulation:
-                    continue
-                self.train_step(parts)
-                parts = []
-                self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
-                self.consumed += config.batch_size
-                bar.update()
-                if self.step % LOG_STEPS == 0:
-                    self._log(bar)
-                if self.consumed + config.batch_size <= len(self.split.train):  # the last step's follows the epoch
-                    if config.save_steps is not None and self.step % config.save_steps == 0:
-                        self._save_state()
-                    self._stop_if_asked()
-        row = self._row(epoch)
-        self._save_state()
-        return row
+    def _after_step(self, bar: tqdm[Any]) -> None:
+        """Report a step; save and stop where it is time to. After an epoch's last step that is left to `fit`."""
+        bar.update()
+        if self.step % LOG_STEPS == 0:
+            self._log(bar)
+        if self.consumed + self.config.batch_size <= len(self.split.train):
+            if self.config.save_steps is not None and self.step % self.config.save_steps == 0:
+                self._save_state()
+            self._stop_if_asked()
 
     # ------------------------------------------------------------ one step
 
@@ -200,14 +207,15 @@ class Trainer:
             inputs = self.pipeline.inputs(part, self.epoch, noise)
             with learner.part(inputs, last=i + 1 == len(parts)):
                 # Forward, and backward: gradients add up over the parts.
-                loss, logits = learner.forward(inputs)
+                with learner.autocast():
+                    logits = learner.model(inputs.images, inputs.noise or {})
+                loss = cross_entropy(logits, inputs.targets, self.config.optim.label_smoothing)
                 learner.backward(loss / len(parts))
             self.metrics.add(loss, logits, inputs.targets)
-        # Clip by the norm of the whole gradient, where the recipe asks for that. AGC clips each unit in the update.
+        # Clip by the norm of the whole gradient, where the recipe asks for that.
         self.metrics.norm, finite = learner.clip()
-        # Update, and average. Where the gradient is not finite neither changes anything.
-        learner.updater.step(finite)
-        learner.average(self.step, finite)
+        # Clip each unit by AGC, update, average: in one pass. Where the gradient is not finite nothing changes.
+        learner.updater.step(self.step, finite)
         self.metrics.add_clipped(learner.updater.clipped)
         self.backend.step_mark()
         # Only now does the host wait for the device.
@@ -283,13 +291,13 @@ class Trainer:
         return row
 
     def _score(self, params: Mapping[str, Tensor]) -> Score:
-        whole_ones = full_tensors(params)
+        full = full_tensors(params)
         broken: list[str] = []
         batches = self.pipeline.held_out(broken if self.config.max_broken else None)
 
         def logits(images: Tensor) -> Tensor:
             with self.learner.autocast():
-                return apply(self.cfg, whole_ones, images)
+                return apply(self.cfg, full, images)
 
         found = score(logits, batches, device=self.accelerator.device)
         self.unreadable.leave_out(broken)

@@ -51,7 +51,6 @@ def together(folder: Path, runs: Sequence[Sequence[str]], *, world: int = 2, tim
 
 
 def main() -> int:
-    import torch
     from accelerate.state import AcceleratorState
 
     from nfzoo.train import run as train
@@ -62,7 +61,6 @@ def main() -> int:
         if status:
             return status
         AcceleratorState._reset_state(reset_partial_state=True)
-        torch.distributed.destroy_process_group()
     return 0
 
 
