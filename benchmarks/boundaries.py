@@ -31,9 +31,9 @@ def beginning_after_the_sum(
     """An NFNet block that receives and hands on the stream together with its activation."""
     act, conv = fn.layers.act, fn.layers.conv
     out = activated * beta
-    shortcut = fn.shortcut(p, x, out)
+    shortcut = fn.layers.conv(p, "shortcut.", fn.pooled(out)) if fn.geometry.transition else x
     out = conv(p, "conv0.", out)
-    out = fn.strided_conv(p, act(out))
+    out = conv(p, "conv1.", act(out), **fn.strided)
     out = conv(p, "conv1b.", act(out), dilation=fn.geometry.out_dilation, groups=fn.groups)
     out = attend(fn.attention, p, conv(p, "conv2.", act(out)))
     total = out * p["skip_gain"].reshape(()) * fn.alpha + shortcut

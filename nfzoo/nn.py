@@ -45,13 +45,17 @@ class BlockModule(nn.Module):
         self.block = block
         self.fn: BlockFn = block.fn
         self.checkpointed = False
-        # Modules and not parameters: `functional_call`, `to` and FSDP2 put other tensors under the same names.
-        self._owners: list[tuple[str, nn.Module, str]] = []
         for name, value in params.items():
             *path, leaf = name.split(".")
-            owner = _submodule(self, path)
-            owner.register_parameter(leaf, nn.Parameter(value))
-            self._owners.append((name, owner, leaf))
+            _submodule(self, path).register_parameter(leaf, nn.Parameter(value))
+        self._find(list(params))
+
+    def _find(self, names: Sequence[str]) -> None:
+        """Find the modules that hold the parameters, once for all calls.
+
+        Modules and not parameters: `functional_call`, `to` and FSDP2 put other tensors under the same names.
+        """
+        self._owners, self._links = _owners(self, names)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
@@ -59,6 +63,8 @@ class BlockModule(nn.Module):
         return self.fn(self._params(), x, self.block.beta, keep)
 
     def _params(self) -> dict[str, Tensor]:
+        if _replaced(self._links):  # `block.conv0 = ...`
+            self._find([name for name, _, _ in self._owners])
         # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
         return {
             name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
@@ -67,6 +73,33 @@ class BlockModule(nn.Module):
 
     def extra_repr(self) -> str:
         return type(self.block.fn).__name__
+
+
+Link = tuple[nn.Module, str, nn.Module]
+"""A module, the name of one of its children, and that child."""
+
+
+def _owners(root: nn.Module, names: Sequence[str]) -> tuple[list[tuple[str, nn.Module, str]], list[Link]]:
+    """Return `(name, owner, leaf)` for every dotted name, and the links that lead from the root to all owners."""
+    owners: list[tuple[str, nn.Module, str]] = []
+    links: dict[str, Link] = {}
+    for name in names:
+        *path, leaf = name.split(".")
+        owner = root
+        for i, part in enumerate(path):
+            child = owner.get_submodule(part)
+            links[".".join(path[: i + 1])] = owner, part, child
+            owner = child
+        owners.append((name, owner, leaf))
+    return owners, list(links.values())
+
+
+def _replaced(links: Sequence[Link]) -> bool:
+    """Return whether another module stands in the place of one of the children."""
+    for parent, name, child in links:  # noqa: SIM110, as `any` with a generator costs as much again
+        if parent._modules.get(name) is not child:
+            return True
+    return False
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
@@ -131,15 +164,22 @@ class NFNet(nn.Module):
 
     def _register(self, params: Params) -> None:
         self.plan = functional_model.plan(self.config)
-        # The modules that hold the blocks, so that `model.head = ...` takes effect.
-        self._blocks: list[tuple[nn.Module, str]] = []
         for block in self.plan:
             *path, leaf = block.name.split(".")
-            owner = _submodule(self, path)
-            owner.add_module(leaf, BlockModule(block, functional_model.block_params(block, params)))
-            self._blocks.append((owner, leaf))
+            _submodule(self, path).add_module(leaf, BlockModule(block, functional_model.block_params(block, params)))
+        self._find()
         if self.config.folded:
             self.eval().requires_grad_(False)
+
+    def _find(self) -> None:
+        """Find the modules that hold the blocks, once for all calls."""
+        self._owners, self._links = _owners(self, [block.name for block in self.plan])
+
+    def _blocks(self) -> list[Callable[..., Tensor]]:
+        """Return the blocks in the plan's order, as they are now: `model.head = ...` takes effect."""
+        if _replaced(self._links):  # `model.stages[0] = ...`
+            self._find()
+        return [getattr(owner, leaf) for _, owner, leaf in self._owners]
 
     @property
     def description(self) -> Description:
@@ -165,15 +205,15 @@ class NFNet(nn.Module):
         if self.training and noise is None:
             noise = functional_model.sample_noise(self.config, x.shape[0], device=x.device, dtype=x.dtype)
         # NFNet.forward == model.apply, tests/core/test_nn.py
-        for block, (owner, leaf) in zip(self.plan, self._blocks, strict=True):
-            x = getattr(owner, leaf)(x, None if noise is None else noise.get(block.name))
+        for block, run in zip(self.plan, self._blocks(), strict=True):
+            x = run(x, None if noise is None else noise.get(block.name))
         return x
 
     def embed(self, x: Tensor) -> Tensor:
         """Pooled features `(N, F)` of normalised images, without noise."""
         self._check_input(x)
-        for owner, leaf in self._blocks[:-1]:
-            x = getattr(owner, leaf)(x)
+        for run in self._blocks()[:-1]:
+            x = run(x)
         return x
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -181,8 +221,8 @@ class NFNet(nn.Module):
         self._check_input(x)
         maps = []
         blocks = functional_model.feature_blocks(self.config)
-        for block, (owner, leaf) in zip(blocks, self._blocks, strict=False):
-            x = getattr(owner, leaf)(x)
+        for block, run in zip(blocks, self._blocks(), strict=False):
+            x = run(x)
             if block.feature:
                 maps.append(x)
         return maps

@@ -247,21 +247,16 @@ class ResidualBlock(abc.ABC):
             residual = residual * p["skip_gain"].reshape(())
         return residual * self.alpha + shortcut
 
-    def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
-        """`x`; on a transition a 1x1 kernel on the activated input `out`, average-pooled if the block downsamples."""
+    def pooled(self, out: Tensor) -> Tensor:
+        """Return what the shortcut's 1x1 kernel reads: the activated input, average-pooled if the block downsamples."""
         g = self.geometry
-        if not g.transition:
-            return x
-        if g.downsamples:
-            out = nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation)
-        return self.layers.conv(p, "shortcut.", out)
+        return nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation) if g.downsamples else out
 
-    def strided_conv(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """`conv1`, the 3x3 convolution that has the block's stride."""
+    @property
+    def strided(self) -> dict[str, int]:
+        """Return the geometry of `conv1`, the 3x3 convolution that has the block's stride."""
         g = self.geometry
-        return self.layers.conv(
-            p, "conv1.", x, stride=g.stride, skipped_stride=g.skipped_stride, dilation=g.dilation, groups=self.groups
-        )
+        return {"stride": g.stride, "skipped_stride": g.skipped_stride, "dilation": g.dilation, "groups": self.groups}
 
     def shortcut_specs(self) -> Specs:
         """The shortcut's convolution, on a transition."""

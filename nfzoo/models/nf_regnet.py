@@ -41,9 +41,9 @@ class RegNetBlock(ResidualBlock):
     def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         act, conv = self.layers.act, self.layers.conv
         out = act(x) * beta
-        shortcut = self.shortcut(p, x, out)
+        shortcut = conv(p, "shortcut.", self.pooled(out)) if self.geometry.transition else x
         out = conv(p, "conv0.", out)
-        out = self.strided_conv(p, act(out))
+        out = conv(p, "conv1.", act(out), **self.strided)
         out = attend(self.attention, p, out)
         return shortcut, conv(p, "conv2.", act(out))
 

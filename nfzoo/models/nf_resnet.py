@@ -32,17 +32,16 @@ class BottleneckBlock(ResidualBlock):
     def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         act, conv = self.layers.act, self.layers.conv
         out = act(x) * beta
-        shortcut = self.shortcut(p, x, out)
+        if not self.geometry.transition:
+            shortcut = x
+        elif self.layers.rule.pooled_shortcut:
+            shortcut = conv(p, "shortcut.", self.pooled(out))
+        else:  # DeepMind's 1x1 kernel strides over the activated input
+            shortcut = conv(p, "shortcut.", out, stride=self.geometry.stride)
         out = conv(p, "conv0.", out)
-        out = self.strided_conv(p, act(out))
+        out = conv(p, "conv1.", act(out), **self.strided)
         out = conv(p, "conv2.", act(out))
         return shortcut, attend(self.attention, p, out)
-
-    def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
-        """As everywhere, or under DeepMind's rules a 1x1 kernel that strides over the activated input."""
-        if self.layers.rule.pooled_shortcut or not self.geometry.transition:
-            return super().shortcut(p, x, out)
-        return self.layers.conv(p, "shortcut.", out, stride=self.geometry.stride)
 
 
 @dataclass(frozen=True)

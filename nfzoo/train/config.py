@@ -69,6 +69,11 @@ class OptimConfig(StepConfig):
             raise ConfigError(f"optim.sam_fraction must be in (0, 1], not {self.sam_fraction!r}")
         if self.options and self.name == "sgd":
             raise ConfigError(f"optim.options {self.options!r} are for other optimizers; sgd has options of its own")
+        for name in ("momentum", "nesterov"):
+            if self.name != "sgd" and getattr(self, name) != getattr(StepConfig, name):
+                raise ConfigError(
+                    f"optim.{name} {getattr(self, name)!r} is of sgd, not of {self.name!r}; give it in optim.options"
+                )
         if not isinstance(self.options, dict) or set(self.options) & {"params", "lr", "weight_decay"}:
             raise ConfigError(f"optim.options must be a mapping without lr and weight_decay, not {self.options!r}")
 
