@@ -116,12 +116,29 @@ def test_clipped_fraction_is_of_units():
     assert optimizer.clipped_fraction.item() == 0.5
 
 
-def test_the_gradients_are_not_touched():
+@pytest.mark.parametrize("clip", [0.01, None])
+def test_the_gradients_are_not_touched(clip):
     parameters = leaves()
     give_gradients(parameters, 0)
     before = [p.grad.clone() for p in parameters if p.grad is not None]
-    AGCSGD(parameters, lr=0.1, weight_decay=0.1).step()
+    AGCSGD(parameters, lr=0.1, weight_decay=0.1, clip=clip).step()
     assert same(before, [p.grad for p in parameters])
+
+
+def test_an_old_state_lacks_options_that_came_later():
+    optimizer = AGCSGD(leaves(), lr=0.1)
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        for name in ("ema_decay", "compiled", "steps"):
+            del group[name]
+    old = AGCSGD.__new__(AGCSGD)
+    old.__setstate__(state)
+    parameters = [p for group in old.param_groups for p in group["params"]]
+    give_gradients(parameters, 0)
+    before = [p.detach().clone() for p in parameters]
+    old.step()
+    assert not same(before, parameters)
+    assert {group["steps"] for group in old.param_groups} == {1}
 
 
 def test_state_dict_goes_on_bit_for_bit(tmp_path):
@@ -302,6 +319,18 @@ def test_the_trajectory_of_the_pure_functions(compiled, tensor_lr):
     for i, p in enumerate(parameters):
         torch.testing.assert_close(p.detach(), params[str(i)], rtol=FLOAT32, atol=FLOAT32)
         torch.testing.assert_close(found[str(i)], average[str(i)], rtol=FLOAT32, atol=FLOAT32)
+
+
+@FORMS
+def test_units_below_the_floor_of_the_norm_can_move(compiled):
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    give_gradients(parameters, 0)
+    grads = {str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None}
+    limited = agc(grads, {name: torch.zeros_like(g) for name, g in grads.items()}, clip=0.5, eps=0.25)
+    AGCSGD(parameters, lr=1.0, momentum=0.0, nesterov=False, clip=0.5, eps=0.25, compiled=compiled).step()
+    for i, p in enumerate(parameters):
+        assert p.detach().abs().max() > 0
+        torch.testing.assert_close(p.detach(), -limited[str(i)], rtol=FLOAT32, atol=FLOAT32)
 
 
 @FORMS

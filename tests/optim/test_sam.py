@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nfzoo.model import apply, init
+from nfzoo.optim.clipping import agc
 from nfzoo.optim.sam import ascent_rows, restore_, sam_ascent, sam_ascent_
 from nfzoo.step import StepConfig, cross_entropy, init_state, train_step
 from tests.support.helpers import SMALL, generator, images, random_params
@@ -42,18 +43,21 @@ def test_rows_of_the_ascent(rows: int, fraction: float, wanted: int) -> None:
     assert ascent_rows(rows, fraction) == wanted
 
 
-def test_pure_step_takes_the_gradient_at_the_ascent() -> None:
+@pytest.mark.parametrize(("rho", "clip"), [(0.05, None), (30.0, 0.001)])
+def test_pure_step_takes_the_gradient_at_the_ascent(rho: float, clip: float | None) -> None:
     cfg = SMALL["nfnet"]
     params = random_params(cfg)
     x, labels = images(cfg, 5), torch.arange(5)
-    config = StepConfig(sam_rho=0.05, clip=None, weight_decay=0.0, momentum=0.0, nesterov=False, ema_decay=None)
+    config = StepConfig(sam_rho=rho, clip=clip, weight_decay=0.0, momentum=0.0, nesterov=False, ema_decay=None)
     state, metrics = train_step(cfg, init_state(params, config), (x, labels), None, 0.1, config=config)
 
     def loss(p: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
         return cross_entropy(apply(cfg, p, x[:rows]), labels[:rows], 0.1)
 
-    at = sam_ascent(params, torch.func.grad(loss)(params, 1), rho=0.05)  # a fifth of five images
+    at = sam_ascent(params, torch.func.grad(loss)(params, 1), rho=rho)  # a fifth of five images
     grads = torch.func.grad(loss)(at, 5)
+    if clip is not None:  # to a part of the weights from which the ascent began
+        grads = agc(grads, params, clip=clip, where=lambda name: name != "head.weight")
     for name, p in params.items():
         assert torch.allclose(state.params[name], p - 0.1 * grads[name], atol=EXACT), name
     assert float(metrics.loss) == pytest.approx(float(loss(at, 5)), abs=EXACT)
