@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import os
+import sys
+import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,12 @@ from torch import Tensor
 from benchmarks import peer, timing
 from nfzoo.model import mac_count
 from nfzoo.nn import NFNet, create
-from nfzoo.optim.agc_sgd import AGCSGD, param_groups
+from nfzoo.optim.clipping import CLIP
+from nfzoo.optim.sgd import EMA_DECAY
 from nfzoo.runtime.compile import compile_alone
+from nfzoo.step import cross_entropy
+from nfzoo.train.config import OptimConfig, TrainConfig
+from nfzoo.train.run import prepared
 from nfzoo.variants import VARIANTS
 
 # The paper's table 3 for the NFNets, arXiv 1905.11946 for the EfficientNets: ImageNet top-1, size of test images.
@@ -29,6 +35,15 @@ EFFICIENTNETS = {
     "tf_efficientnet_b5": (83.7, 456),
     "tf_efficientnet_b6": (84.2, 528),
     "tf_efficientnet_b7": (84.4, 600),
+}
+
+
+CLASSES = 10  # of the digits, on which both sides train
+MAX_BATCH = 1024  # that they fill
+PRECISION: dict[torch.dtype, Literal["no", "bf16", "fp16"]] = {
+    torch.float32: "no",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
 }
 
 
@@ -131,17 +146,67 @@ class Training(NamedTuple):
 def train_nfzoo(
     variant: str, work: Work, *, batch: int, size: int, compiled: bool, checkpointed: bool = False
 ) -> Training:
-    net = network(variant, work, training=True).checkpoint_blocks(enabled=checkpointed)
+    """Return the step of `nfzoo.train` itself, `Trainer.train_step`, on a batch that the loader has made.
+
+    The digits are its data, which have 10 classes. The step takes the batch to the device, normalises it, and sums up
+    the metrics, as in every training.
+    """
+    if work.device.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        config = TrainConfig(
+            model=variant,
+            data="digits",
+            output=f"{scratch}/run",
+            pretrained=False,
+            batch_size=batch,
+            train_size=size,
+            drop_rate=0.0,
+            stochastic_depth=0.0,
+            workers=0,
+            mixed_precision=PRECISION[work.dtype],
+            compile=compiled,
+            activation_checkpointing=checkpointed,
+            optim=OptimConfig(clip=CLIP, ema_decay=EMA_DECAY, lr=1e-4),
+        )
+        with prepared(config) as trainer:
+            loaded = next(trainer.pipeline.batches(0, 0))
+    learner = trainer.learner
+    learner.model.train()
+    inputs = trainer.pipeline.inputs(loaded, 0, {})
+
+    def forward() -> Tensor:
+        with learner.autocast():
+            logits = learner.model(inputs.images, {})
+        return cross_entropy(logits, inputs.targets, config.optim.label_smoothing)
+
+    def step() -> Tensor:
+        trainer.train_step([loaded])
+        return trainer.metrics.loss
+
+    return Training(step, forward, learner.bare)
+
+
+def backward_nfzoo(variant: str, work: Work, *, batch: int, size: int, compiled: bool) -> Callable[[], None]:
+    """Return forward and backward pass in the memory format of `work`, where `nfzoo.train` has the device's."""
+    net = network(variant, work, training=True)
     if compiled:
         net.compile_blocks()
-    optimizer = AGCSGD(param_groups(net), lr=1e-4, ema_decay=0.99999, compiled=compiled)
-    return _training(net, functools.partial(net, noise={}), optimizer.step, work, batch, size)
+    x, labels = work.images(batch, size), torch.arange(batch, device=work.device)
+
+    def call() -> None:
+        net.zero_grad()
+        with work.autocast():
+            logits = net(x, {})
+        cross_entropy(logits, labels).backward()
+
+    return call
 
 
 def train_timm(
     name: str, work: Work, *, batch: int, size: int, compiled: bool, agc: bool = True, checkpointed: bool = False
 ) -> Training:
-    net: Any = peer.model(name, work.device, training=True)
+    net: Any = peer.model(name, work.device, training=True, num_classes=CLASSES)
     net = net.to(memory_format=work.layout)
     if checkpointed:
         net.set_grad_checkpointing(True)
@@ -152,7 +217,7 @@ def train_timm(
 def _training(
     net: torch.nn.Module, call: Callable[[Tensor], Tensor], update: Callable[[], Any], work: Work, batch: int, size: int
 ) -> Training:
-    x, labels = work.images(batch, size), torch.arange(batch, device=work.device) % 1000
+    x, labels = work.images(batch, size), torch.arange(batch, device=work.device) % CLASSES
 
     def forward() -> Tensor:
         with work.autocast():

@@ -42,9 +42,10 @@ def name_of(variant: str) -> str:
     return "dm_" + variant.replace("-", "_")
 
 
-def model(name: str, device: torch.device, *, training: bool) -> nn.Module:
-    """A timm model with random weights and without dropout."""
-    made = timm().create_model(name, pretrained=False, drop_rate=0.0, drop_path_rate=0.0)
+def model(name: str, device: torch.device, *, training: bool, num_classes: int = 1000) -> nn.Module:
+    """Make a timm model with random weights and without dropout."""
+    rates = {"drop_rate": 0.0, "drop_path_rate": 0.0}
+    made = timm().create_model(name, pretrained=False, num_classes=num_classes, **rates)
     return made.to(device).train(training)
 
 
