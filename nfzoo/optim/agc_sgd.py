@@ -36,7 +36,8 @@ class AGCSGD(torch.optim.Optimizer):
             (`nfzoo.optim.triton_update`), elsewhere to a graph for kernels of all shapes.
 
     Attributes:
-        clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first.
+        clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first, and
+            after a step on a CPU that the gate shut out.
         gate: a 0-dimensional boolean tensor on the parameters' device, or `None`. Set it before `step`. Where it is
             false nothing changes, and the host does not wait. `norm.isfinite()` of the gradients' norm skips broken
             steps.
@@ -102,12 +103,20 @@ class AGCSGD(torch.optim.Optimizer):
                 loss = closure()
         if self.gate is not None and (self.gate.dtype != torch.bool or self.gate.ndim):
             raise ValueError(f"the gate must be a boolean tensor without dimensions, not {self.gate!r}")
+        for group in self.param_groups:
+            group["steps"] = group["steps"] + 1  # of a tensor, a new one: it may be the caller's
+        gate = self.gate
+        if gate is not None and gate.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The host reads it at no cost, and saves two passes over parameters and momenta.
+            if not gate:
+                self.clipped_fraction = None
+                return loss
+            gate = None
         counts: list[Tensor] = []
         units = 0
         for group in self.param_groups:
-            group["steps"] = group["steps"] + 1  # of a tensor, a new one: it may be the caller's
             for bundle in self._bundles(group):
-                for count, of in self._update(group, bundle):
+                for count, of in self._update(group, bundle, gate):
                     if count is not None:
                         counts.append(count)
                         units += of
@@ -153,18 +162,27 @@ class AGCSGD(torch.optim.Optimizer):
                 self._init(group, p)
         return bundles.values()
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[Tensor | None, int]]:
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
+    ) -> list[tuple[Tensor | None, int]]:
         """One step on one bundle, in parts: how many units of each were clipped, and of how many."""
+        eager = functools.partial(self._update_eager, gate=gate)
         if not group["compiled"] or is_dtensor(params[0]):
-            return [self._update_eager(group, params)]
-        one_kernel = has_fused(params[0].device)
-        takes, update = (_rowwise, self._update_fused) if one_kernel else (_matrix, self._update_compiled)
+            return [eager(group, params)]
+        if has_fused(params[0].device):
+            takes, update = _rowwise, functools.partial(self._update_fused, gate=gate)
+        elif gate is None:
+            takes, update = _matrix, self._update_compiled
+        else:
+            return [eager(group, params)]
         chosen = [p for p in params if takes(p, p.grad, *self.state[p].values())]
         kept = set(chosen)
         rest = [p for p in params if p not in kept]
-        return [run(group, some) for run, some in ((update, chosen), (self._update_eager, rest)) if some]
+        return [run(group, some) for run, some in ((update, chosen), (eager, rest)) if some]
 
-    def _update_eager(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+    def _update_eager(
+        self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
+    ) -> tuple[Tensor | None, int]:
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         count, units = None, 0
         if group["clip"] is not None:
@@ -188,16 +206,18 @@ class AGCSGD(torch.optim.Optimizer):
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
-            gate=self.gate,
+            gate=gate,
             overwrite=group["clip"] is not None,
         )
         if group["ema_decay"] is not None:
             average = {str(i): self.state[p]["ema"] for i, p in enumerate(params)}
             live = {str(i): p for i, p in enumerate(params)}
-            ema_(average, live, group["steps"] - 1, decay=group["ema_decay"], gate=self.gate)
+            ema_(average, live, group["steps"] - 1, decay=group["ema_decay"], gate=gate)
         return count, units
 
-    def _update_fused(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+    def _update_fused(
+        self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
+    ) -> tuple[Tensor | None, int]:
         """One step on one bundle in a few Triton kernels."""
         from nfzoo.optim.triton_update import FusedUpdate
 
@@ -215,7 +235,7 @@ class AGCSGD(torch.optim.Optimizer):
             None if weight is None else [self.state[p]["ema"] for p in params],
             lr=lr,
             weight=weight,
-            gate=self.gate,
+            gate=gate,
             **{name: group[name] for name in ("clip", "eps", "momentum", "nesterov", "weight_decay")},
         )
         return count, 0 if count is None else fused.units
@@ -229,7 +249,7 @@ class AGCSGD(torch.optim.Optimizer):
         for p in params:
             m, average = self.state[p]["momentum_buffer"], self.state[p].get("ema")
             rows = (None if t is None else t.flatten(1) for t in (p, p.grad, m, average))
-            masks.append(update(*rows, lr, weight, self.gate))
+            masks.append(update(*rows, lr, weight))
             # The compiled function writes without autograd's knowledge.
             torch.autograd.graph.increment_version([t for t in (p, m, average) if t is not None])
         if group["clip"] is None:
@@ -259,7 +279,6 @@ def _compiled_update(
         average: Tensor | None,
         lr: Tensor,
         weight: Tensor | None,
-        gate: Tensor | None,
     ) -> Tensor | None:
         mask = None
         if limit is not None:
@@ -274,9 +293,6 @@ def _compiled_update(
             weight_decay=float(decay),
         )
         new_p, new_m = new["p"], state.momentum["p"]
-        if gate is not None:
-            new_p, new_m = torch.where(gate, new_p, p), torch.where(gate, new_m, m)
-            weight = None if weight is None else torch.where(gate, weight, 0.0)
         p.copy_(new_p)
         m.copy_(new_m)
         if average is not None and weight is not None:

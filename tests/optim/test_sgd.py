@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from nfzoo.optim.sgd import ema, ema_, ema_decay, sgd, sgd_init, warmup_cosine
+from nfzoo.optim.sgd import SGDState, ema, ema_, ema_decay, sgd, sgd_, sgd_init, warmup_cosine
 from tests.support.helpers import assert_same, generator
 
 FLOAT64 = 1e-12
@@ -111,3 +112,21 @@ def test_no_warmup_starts_at_the_peak():
     assert warmup_cosine(0, peak=2.0, warmup=0, total=10) == 2.0
     assert warmup_cosine(0, peak=2.0, warmup=0, total=0) == 2.0
     assert warmup_cosine(1, peak=2.0, warmup=0, total=1) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_gate_on_the_device_lets_all_through_or_nothing(is_open, nesterov):
+    p, grads, m, average = (params(seed) for seed in range(4))
+    if not is_open:
+        grads["w"][0, 0], grads["s"][0] = float("nan"), float("inf")
+    options: Any = {"lr": 0.1, "nesterov": nesterov, "weight_decay": 0.01}
+    new, state = sgd(p, grads, SGDState(m), **options)
+    expected = (new, state.momentum, ema(average, new, 3)) if is_open else (p, m, average)
+    q, n, a = ({name: t.clone() for name, t in side.items()} for side in (p, m, average))
+    gate = torch.tensor(is_open)
+    sgd_(list(q.values()), list(grads.values()), list(n.values()), gate=gate, **options)
+    ema_(a, q, 3, gate=gate)
+    for side, wanted in zip((q, n, a), expected, strict=True):
+        for name, t in side.items():
+            torch.testing.assert_close(t, wanted[name], rtol=1e-6, atol=1e-6)  # the gated weight is float32
