@@ -5,6 +5,8 @@ Torch's has another kernel (a = -0.75), Pillow's is antialiased.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from nfzoo.config import is_int
@@ -49,8 +51,12 @@ def _taps(rows: np.ndarray, size: int) -> np.ndarray:
     return result
 
 
+@functools.lru_cache(maxsize=256)
 def _bicubic_weights(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source pixels and float32 weights, both `(size, 4)`, in float32 arithmetic throughout as in TensorFlow."""
+    """Return source pixels and float32 weights, both `(size, 4)`, in float32 arithmetic throughout as in TensorFlow.
+
+    They are kept for the next image of this length: do not write into them.
+    """
     scale = np.float32(length) / np.float32(size)
     x = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
     low = np.floor(x)
@@ -63,6 +69,7 @@ def _bicubic_weights(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return index.clip(0, length - 1), weight
 
 
+@functools.cache
 def _kernel() -> tuple[np.ndarray, np.ndarray]:
     """Keys' kernel at d = k / 1024 and at d = 1 + k / 1024."""
     a = -0.5

@@ -4,12 +4,14 @@ Everything is built from a copy and installed into a fresh environment, with nei
 backend and the dependencies are those of the environment that runs the tests.
 """
 
+import fnmatch
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -52,6 +54,21 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def test_the_packages_of_the_wheel_are_the_folders() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {in_wheel(path.parent) for path in sources() if path.suffix == ".py"}
+    assert {name.replace(".", "/") for name in project["packages"]} == {folder.rstrip("/") for folder in folders}
+    for package, folder in project["package-dir"].items():
+        assert PACKAGE_DIRS[folder] == package.replace(".", "/")
+    patterns = [f"{package.replace('.', '/')}/{p}" for package, ps in project["package-data"].items() for p in ps]
+    for path in sources():
+        if path.suffix != ".py":
+            assert any(fnmatch.fnmatch(in_wheel(path), pattern) for pattern in patterns), path
+
+
+# ---------------------------------------------------------------- built and installed
+
+
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one sdist, and one wheel built from that sdist."""
@@ -83,6 +100,7 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment
 
 
+@pytest.mark.slow
 def test_wheel_holds_exactly_the_library(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -95,6 +113,7 @@ def test_wheel_holds_exactly_the_library(dist: Path) -> None:
     assert library == {in_wheel(path) for path in sources()}, "compare `packages` and `package-data` in pyproject.toml"
 
 
+@pytest.mark.slow
 def test_sdist_holds_every_source(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -103,6 +122,7 @@ def test_sdist_holds_every_source(dist: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nfzoo", "nfzoo.hub", "nfzoo.conversion"])
 def test_wheel_imports_outside_the_repository(installed: Path, name: str) -> None:
     program = f"import importlib; print(importlib.import_module({name!r}).__file__)"
@@ -110,11 +130,13 @@ def test_wheel_imports_outside_the_repository(installed: Path, name: str) -> Non
     assert file.is_relative_to(installed), f"{name} was imported from {file}, not from the installed wheel"
 
 
+@pytest.mark.slow
 def test_version_is_that_of_the_wheel(installed: Path, dist: Path) -> None:
     version = run(installed / "bin/python", "-c", "import nfzoo; print(nfzoo.__version__)", cwd=installed).strip()
     assert [path.name.split("-")[1] for path in dist.glob("*.whl")] == [version]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["list"]])
 def test_command_runs(installed: Path, arguments: list[str]) -> None:
     assert run(installed / "bin/nfzoo", *arguments, cwd=installed).strip()

@@ -34,15 +34,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 COMPILED = 1e-4  # inductor's own order of sums and its tanh, through a few dozen layers in float32
 EXACT = 1e-6  # the same operations on float32, perhaps in another order
 
-DEPTHS = ("nfnet-f1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nfnet-f3", "nfnet-f6")))
+SHALLOW = SMALL["nfnet"].replace(depths=(1, 1, 1, 1))
+SHORT = "nfnet-f1 of two blocks a stage"
+DEPTHS = (SHORT, *(pytest.param(f"nfnet-f{n}", marks=pytest.mark.slow) for n in (1, 3, 6)))
 SHAPES = 4 + 2 * 4 - 1 + 3  # stem; per stage a transition and the rest, the last two stages' rest being equal; the end
 GRAPHS = SHAPES + 1  # that rest is met at two resolutions
 
 
 def narrow(name: str) -> ModelConfig:
     """The depths of a variant at a few thousand parameters."""
-    return VARIANTS[name].config.replace(
-        widths=(8, 16, 24, 24), group_width=4, stem_width=16, num_classes=5, drop_rate=0.2, stochastic_depth=0.1
+    depths = (2, 2, 2, 2) if name == SHORT else VARIANTS[name].config.depths
+    return VARIANTS["nfnet-f1"].config.replace(
+        depths=depths,
+        widths=(8, 16, 24, 24),
+        group_width=4,
+        stem_width=16,
+        num_classes=5,
+        drop_rate=0.2,
+        stochastic_depth=0.1,
     )
 
 
@@ -145,10 +154,8 @@ def test_training_has_one_more_pair_of_graphs_for_all_weights_at_any_depth(name,
         assert (p.grad - q.grad).norm() <= EXACT * max(1e-2, float(q.grad.norm())), key
 
 
-FAST = ("nf-resnet-timm",)
-
-
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL if n not in FAST)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
 def test_weights_standardised_apart_under_every_set_of_rules(name, counting_apart):
     cfg = SMALL[name]
     plain, fast = shell(cfg), shell(cfg).compile_blocks(backend=counting_apart.backend)
@@ -262,9 +269,12 @@ def test_training_with_inductor_standardises_all_weights_in_one_pair_of_graphs()
         assert relative(b, a) < COMPILED
 
 
-@pytest.mark.parametrize("floor", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_compiled_standardisation_is_one_graph_a_pass_for_all_kernels(floor):
-    kernels = compiling.compiled_rows(compiling.compile_options())
+INDUCTOR = [pytest.param(floor, "inductor", marks=pytest.mark.slow) for floor in (True, False)]
+
+
+@pytest.mark.parametrize(("floor", "backend"), [(True, "aot_eager"), (False, "aot_eager"), *INDUCTOR])
+def test_compiled_standardisation_is_one_graph_a_pass_for_all_kernels(floor, backend):
+    kernels = compiling.compiled_rows(compiling.compile_options(backend=backend))
     for shape in ((16, 3, 3, 3), (8, 8, 1, 1), (33, 17, 3, 3), (9, 1, 3, 3)):
         weight = (
             torch.randn(shape, generator=generator())
@@ -282,7 +292,7 @@ def test_compiled_standardisation_is_one_graph_a_pass_for_all_kernels(floor):
 
 
 def test_compiled_weights_can_be_differentiated_twice():
-    kernels = compiling.compiled_rows(compiling.compile_options())
+    kernels = compiling.compiled_rows(compiling.compile_options(backend="aot_eager"))
     leaves = [t.requires_grad_() for t in (torch.randn(4, 3, 3, 3, generator=generator()), torch.ones(4))]
     seconds = []
     for chosen in (None, kernels):
@@ -294,7 +304,7 @@ def test_compiled_weights_can_be_differentiated_twice():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("name", ["nfnet-f1", "nfnet-f3", "nfnet-f6"])
 def test_graphs_of_the_real_widths(name):
     cfg, count = VARIANTS[name].config, Counting()
     with torch.no_grad():
@@ -304,7 +314,7 @@ def test_graphs_of_the_real_widths(name):
 
 
 def test_switching_off_and_on_again():
-    cfg, count = SMALL["nfnet"], CountingEager()
+    cfg, count = SHALLOW, CountingEager()
     module, x = shell(cfg).eval(), images(cfg)
     expected = module(x)
     module.compile_blocks(backend=count.backend)
@@ -316,7 +326,7 @@ def test_switching_off_and_on_again():
 
 
 def test_keys_copies_and_files():
-    cfg, count = SMALL["nfnet"], CountingEager()
+    cfg, count = SHALLOW, CountingEager()
     module, x = shell(cfg).eval(), images(cfg)
     keys = list(module.state_dict())
     module.compile_blocks(backend=count.backend)
@@ -359,10 +369,8 @@ def test_a_pass_in_inference_mode_leaves_training_possible():
     assert all(p.grad is not None for p in module.parameters())
 
 
-@pytest.mark.slow
 def test_past_the_limit_it_raises_and_does_not_run_eager():
-    cfg = SMALL["nfnet"]
-    module = shell(cfg).eval().compile_blocks(backend="eager")
+    module = shell(cfg := SHALLOW).eval().compile_blocks(backend="eager")
     module(images(cfg))
     assert torch._dynamo.config.recompile_limit >= compiling.RECOMPILE_LIMIT
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -413,7 +421,7 @@ def test_inside_a_compiled_model_and_an_export_the_blocks_are_part_of_the_graph(
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_under_autocast(dtype):
-    cfg, count = SMALL["nfnet"], Counting()
+    cfg, count = SHALLOW, Counting()
     plain, fast = shell(cfg), shell(cfg).compile_blocks(backend=count.backend)
     outputs = []
     for m in (plain, fast):

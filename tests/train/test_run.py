@@ -23,7 +23,7 @@ from nfzoo.train import recipes
 from nfzoo.train import run as train
 from tests.support.pictures import write_images
 
-QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "142"]
+QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "142", "--train-size", "16", "--test-size", "16"]
 # Ten float32 steps with sums in another order; a parameter is of order one.
 PROCESSES_TOLERANCE = 1e-5
 
