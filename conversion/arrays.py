@@ -20,7 +20,7 @@ class RefusedError(ConversionError):
     """A reason to refuse a file, still without the file's name."""
 
 
-class Leaf(NamedTuple):
+class LazyArray(NamedTuple):
     """One array of a file: what it is, and how to get it.
 
     Attributes:

@@ -76,8 +76,9 @@ def fetch(name: str, *, progress: bool = False) -> Path:
                 if attempt == ATTEMPTS or not _may_pass(error):
                     shown = re.sub(r"//[^/@]*@", "//", url)  # without a name and password
                     raise ConversionError(
-                        f"{shown} could not be fetched (attempt {attempt} of {ATTEMPTS}): {error or type(error).__name__}. Check "
-                        "the connection, or name a mirror in NFZOO_DM_URL; another call resumes the download"
+                        f"{shown} could not be fetched (attempt {attempt} of {ATTEMPTS}): "
+                        f"{error or type(error).__name__}. Check the connection, or name a mirror in "
+                        "NFZOO_DM_URL; another call resumes the download"
                     ) from error
                 time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
     return target

@@ -19,7 +19,16 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nfzoo.conversion.arrays import BFLOAT16, FLOATS, Element, Leaf, RefusedError, arranged, byte_count, checked_shape
+from nfzoo.conversion.arrays import (
+    BFLOAT16,
+    FLOATS,
+    Element,
+    LazyArray,
+    RefusedError,
+    arranged,
+    byte_count,
+    checked_shape,
+)
 from nfzoo.conversion.haiku import canonical
 from nfzoo.conversion.pickle_reader import read_pickle
 from nfzoo.errors import ConversionError
@@ -37,8 +46,8 @@ _HEADER = re.compile(
 )
 
 
-def read_npz(file: BinaryIO, size: int) -> dict[str, Leaf]:
-    """`{name: Leaf}` of an archive of `size` bytes, whose arrays are read later, from the same file.
+def read_npz(file: BinaryIO, size: int) -> dict[str, LazyArray]:
+    """`{name: LazyArray}` of an archive of `size` bytes, whose arrays are read later, from the same file.
 
     Raises:
         RefusedError: for anything that is not an archive of floating-point arrays, with the reason.
@@ -52,7 +61,7 @@ def read_npz(file: BinaryIO, size: int) -> dict[str, Leaf]:
     unpacked = sum(member.file_size for member in members)
     if unpacked > MOST_RATIO * size:
         raise RefusedError(f"the archive declares {unpacked} bytes, more than {MOST_RATIO} times the {size} it has")
-    leaves: dict[str, Leaf] = {}
+    leaves: dict[str, LazyArray] = {}
     for member in members:
         name = member.filename.removesuffix(".npy")
         if name == member.filename:
@@ -82,7 +91,7 @@ def _check_directory(file: BinaryIO, size: int) -> None:
         raise RefusedError(f"the archive's list of files takes {length} bytes, more than {MOST_DIRECTORY}")
 
 
-def _leaf(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Leaf:
+def _leaf(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> LazyArray:
     shown = name[:200]
     head = _unpacked(archive, member, LONGEST_HEADER)
     if head[:8] not in (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"):
@@ -113,7 +122,7 @@ def _leaf(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Leaf:
         raw = _unpacked(archive, member, None)
         return arranged(element.decode(np.frombuffer(raw, np.uint8)[offset:].copy()), shape, order)
 
-    return Leaf(shape, element.dtype, read)
+    return LazyArray(shape, element.dtype, read)
 
 
 def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int | None) -> bytes:
@@ -138,12 +147,12 @@ class Source(NamedTuple):
     Attributes:
         path: the file.
         form: `pickle, protocol 4` or `npz`.
-        leaves: canonical name -> array, to be read while the file is open.
+        arrays: canonical name -> array, to be read while the file is open.
     """
 
     path: Path
     form: str
-    leaves: dict[str, Leaf]
+    arrays: dict[str, LazyArray]
 
 
 @contextmanager
@@ -175,9 +184,9 @@ def open_source(path: str | Path) -> Iterator[Source]:
             raise ConversionError(f"{path}: {error}") from error
 
 
-def _flat(tree: dict[Any, Any]) -> dict[str, Leaf]:
+def _flat(tree: dict[Any, Any]) -> dict[str, LazyArray]:
     """Leaves under canonical names, from `{module: {name: leaf}}` or from `{path: leaf}`."""
-    leaves: dict[str, Leaf] = {}
+    leaves: dict[str, LazyArray] = {}
     for key, value in tree.items():
         parts = key if isinstance(key, tuple) else (key,)
         if len(parts) == 1 and (match := _KEYSTR.fullmatch(parts[0])):

@@ -22,7 +22,16 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nfzoo.conversion.arrays import BFLOAT16, FLOATS, Element, Leaf, RefusedError, arranged, byte_count, checked_shape
+from nfzoo.conversion.arrays import (
+    BFLOAT16,
+    FLOATS,
+    Element,
+    LazyArray,
+    RefusedError,
+    arranged,
+    byte_count,
+    checked_shape,
+)
 
 MOST_INSTRUCTIONS = 1_000_000  # the largest model of the zoo, pickled with protocol 2, takes 140,000
 LONGEST_NAME = 255  # bytes; longer text can only be the bytes of an array, as protocol 2 writes them
@@ -31,7 +40,7 @@ MOST_SHARING = 2  # times the file's bytes that its arrays may take, as one arra
 
 
 class PickledTree(NamedTuple):
-    """What a pickle holds: its protocol, and `{key: Leaf}` or `{module: {key: Leaf}}` as the file has it."""
+    """What a pickle holds: its protocol, and `{key: LazyArray}` or `{module: {key: LazyArray}}` as the file has it."""
 
     protocol: int
     tree: dict[Any, Any]
@@ -47,7 +56,7 @@ def read_pickle(file: BinaryIO, size: int) -> PickledTree:
     tree = machine.run()
     if not isinstance(tree, dict):
         raise RefusedError(f"it holds {_kind(tree)}, not a dictionary of parameters")
-    return PickledTree(machine.protocol, _leaves_of(tree, MOST_SHARING * size))
+    return PickledTree(machine.protocol, _lazy_arrays(tree, MOST_SHARING * size))
 
 
 # ---------------------------------------------------------------- what a pickle can hold
@@ -81,7 +90,7 @@ class _Array:
     def __init__(self, machine: _Machine) -> None:
         self.machine = machine
         self.element = Element("f4")
-        self.leaf: Leaf | None = None
+        self.leaf: LazyArray | None = None
 
     def set_state(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
@@ -105,7 +114,7 @@ class _Array:
             array = arranged(element.decode(self.machine.fetch(raw, byte_count(shape, element))), shape, order)
             return array if axes is None else array.transpose(axes)
 
-        self.leaf = Leaf(shape if axes is None else tuple(shape[i] for i in axes), self.element.dtype, read)
+        self.leaf = LazyArray(shape if axes is None else tuple(shape[i] for i in axes), self.element.dtype, read)
 
 
 class _Global(NamedTuple):
@@ -115,11 +124,11 @@ class _Global(NamedTuple):
     call: Callable[..., object] | None = None
 
 
-def _leaves_of(tree: dict[Any, Any], most: int) -> dict[Any, Any]:
+def _lazy_arrays(tree: dict[Any, Any], most: int) -> dict[Any, Any]:
     """The tree with leaves in the place of arrays, which may take `most` bytes together; two levels at most."""
     declared = 0
 
-    def leaf(value: object, where: str) -> Leaf:
+    def leaf(value: object, where: str) -> LazyArray:
         nonlocal declared
         if not isinstance(value, _Array):
             raise RefusedError(f"{where} is {_kind(value)}, not an array")

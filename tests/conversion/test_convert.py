@@ -401,7 +401,7 @@ def test_the_stages_that_are_compared(name: str) -> None:
     params = random_params(config)
     x = torch.randn((2, 3, 40, 33), generator=torch.Generator().manual_seed(0))
     images = x.permute(0, 2, 3, 1).numpy()
-    found = verify.nfzoo_stages(config, to_haiku(config, params), images)
+    found = verify.nfzoo_stages(config, params, images)
     assert list(found) == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "pool", "logits"]
     with torch.no_grad():
         _, *stages = functional.features(config, params, x)
