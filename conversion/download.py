@@ -77,7 +77,7 @@ def fetch(name: str, *, progress: bool = False) -> Path:
                     shown = re.sub(r"//[^/@]*@", "//", url)  # without a name and password
                     raise ConversionError(
                         f"{shown} could not be fetched (attempt {attempt} of {ATTEMPTS}): "
-                        f"{error or type(error).__name__}. Check the connection, or name a mirror in "
+                        f"{str(error) or type(error).__name__}. Check the connection, or name a mirror in "
                         "NFZOO_DM_URL; another call resumes the download"
                     ) from error
                 time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
