@@ -15,6 +15,7 @@ import yaml
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.runtime import program
 from nfzoo.train.config import OptimConfig, TrainConfig
+from nfzoo.train.run_folder import RUN_FILE
 from nfzoo.transforms.mixing import Augment
 
 Fields = dict[str, Any]  # arguments of `TrainConfig`; those of its groups are dictionaries of their own
@@ -217,7 +218,7 @@ def _find(name: str) -> Path:
     if name in known:
         return known[name]
     if "/" in name or name.endswith((".yaml", ".yml")):
-        inside = path / "train.yaml"
+        inside = path / RUN_FILE
         hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""
         raise ConfigError(f"{name!r} {'is a folder, no recipe file' if path.is_dir() else 'is no recipe file'}{hint}")
     near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
