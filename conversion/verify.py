@@ -1,4 +1,4 @@
-"""A parameter file run by Haiku and by nfzoo, side by side: `python -m nfzoo.conversion.verify F1_haiku.npz`.
+"""Compare Haiku and nfzoo on a parameter file: `python -m nfzoo.conversion.verify F1_haiku.npz`.
 
 Prints the relative error of the network's stream after every stage. The Haiku networks are stated here anew, from the
 papers and the names of the parameters, and share no arithmetic with nfzoo's. jax and dm-haiku are needed for this

@@ -66,7 +66,7 @@ def measure(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Signal:
-    """Send a batch through a model and take the statistics of its activations at each depth, without noise.
+    """Measure the statistics of a model's activations at each depth on one batch, without noise.
 
     Args:
         source: a zoo name, a checkpoint folder, a weight file or a Hub repository.

@@ -125,8 +125,8 @@ def _update(fields: Fields, new: Fields) -> None:
 
 def _documented(cls: type, name: str) -> str:
     """Return what the docstring of a dataclass says about a field, with the default value, for `--help`."""
-    found = re.search(rf"^        {name}: (.*(?:\n            .*)*)", cls.__doc__ or "", re.MULTILINE)
-    text = " ".join(found[1].split()).rstrip(".") if found else ""
+    match = re.search(rf"^        {name}: (.*(?:\n            .*)*)", cls.__doc__ or "", re.MULTILINE)
+    text = " ".join(match[1].split()).rstrip(".") if match else ""
     default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
     if default is None or default is dataclasses.MISSING:
         return text.replace("%", "%%")
@@ -137,7 +137,7 @@ def _documented(cls: type, name: str) -> str:
 
 
 def _first_kind(kind: Any) -> Any:
-    """`int` of `int | None`."""
+    """Return `int` of `int | None`."""
     return kind if get_origin(kind) in (None, Literal, tuple, dict) else get_args(kind)[0]
 
 
