@@ -1,4 +1,4 @@
-"""Arrays that stay in their file until they are wanted, and what a file may claim about them."""
+"""Arrays that stay in their file until they are read, and the checks of what a file claims about them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class RefusedError(ConversionError):
     """A reason to refuse a file, still without the file's name."""
 
 
-class Leaf(NamedTuple):
-    """One array of a file: what it is, and how to get it.
+class LazyArray(NamedTuple):
+    """One array of a file, which is not read yet.
 
     Attributes:
         shape: as declared, and checked against the bytes that are there.
@@ -42,23 +42,23 @@ class Element(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of one element."""
+        """Return the bytes of one element."""
         return 2 if self.name == BFLOAT16 else int(self.name[1:])
 
     @property
     def dtype(self) -> np.dtype:
-        """What it is read as: itself, or float32 for bfloat16, whose values float32 holds exactly."""
+        """Return the dtype that it is read as: float32 for bfloat16, whose values float32 holds exactly."""
         return np.dtype("f4" if self.name == BFLOAT16 else self.name)
 
     def decode(self, raw: NDArray[np.uint8]) -> NDArray:
-        """The elements of these bytes, in this machine's byte order."""
+        """Return the elements of these bytes in this machine's byte order."""
         if self.name == BFLOAT16:  # the upper half of a float32
             return (raw.view(f"{self.order}u2").astype(np.uint32) << 16).view(np.float32)
         return raw.view(self.order + self.name).astype(self.dtype, copy=False)
 
 
 def checked_shape(shape: object) -> tuple[int, ...]:
-    """`shape` if it is one; a `RefusedError` if not."""
+    """Return `shape` if it is one; raise a `RefusedError` if not."""
     if not isinstance(shape, tuple) or len(shape) > MOST_AXES:
         raise RefusedError(f"an array's shape is {_shown(shape)}, not a tuple of up to {MOST_AXES} integers")
     for n in shape:
@@ -68,15 +68,15 @@ def checked_shape(shape: object) -> tuple[int, ...]:
 
 
 def byte_count(shape: Sequence[int], element: Element) -> int:
-    """Bytes that an array of this shape takes, in exact integers."""
+    """Return the bytes that an array of this shape takes, in exact integers."""
     return math.prod(shape) * element.size
 
 
 def arranged(flat: NDArray, shape: tuple[int, ...], order: str) -> NDArray:
-    """The array of these elements, laid out row by row (`C`) or column by column (`F`)."""
+    """Return the array of these elements, laid out row by row (`C`) or column by column (`F`)."""
     return flat.reshape(shape) if order == "C" else flat.reshape(shape[::-1]).transpose()
 
 
 def _shown(value: object) -> str:
-    """A value for a message: never the whole of something large or nested."""
+    """Return a value for a message, never all of something large or nested."""
     return str(value)[:40] if type(value) in (int, float, bool) else f"a {type(value).__name__}"

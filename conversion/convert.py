@@ -19,7 +19,7 @@ from nfzoo.checkpoint.model_folder import (
     save_checkpoint,
 )
 from nfzoo.conversion.download import PUBLISHED, fetch, published_url
-from nfzoo.conversion.haiku import from_haiku, recognize, unflattened
+from nfzoo.conversion.haiku import from_arrays, recognize
 from nfzoo.conversion.haiku_files import open_source
 from nfzoo.conversion.pickle_writer import write_haiku
 from nfzoo.conversion.timm import file_sha256, read_timm, write_timm
@@ -143,11 +143,10 @@ def _describes_itself(path: Path) -> bool:
 
 def _read_haiku(path: Path, model: str | None, progress: bool, origin: Mapping[str, str]) -> Weights:
     with open_source(path) as source:
-        row, config = recognize({name: leaf.shape for name, leaf in source.leaves.items()}, model)
-        tree = unflattened(config, source.leaves)
-        total = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in source.leaves.values())
+        row, config = recognize({name: array.shape for name, array in source.arrays.items()}, model)
+        total = sum(array.dtype.itemsize * math.prod(array.shape) for array in source.arrays.values())
         with tqdm(desc=row.name, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-            params = from_haiku(config, tree, on_read=bar.update)
+            params = from_arrays(config, source.arrays, on_read=bar.update)
     provenance: dict[str, Any] = {
         "format": f"haiku ({source.form})",
         "source": path.name,
@@ -166,12 +165,12 @@ def _check_target(target: Path, to: Form, overwrite: bool) -> None:
     if to == "haiku":
         if target.is_dir():
             raise ConversionError(f"{target} is a folder; --to haiku writes a file, such as {target / 'F0_haiku.npz'}")
-        there = target if target.exists() else None
+        existing = target if target.exists() else None
     else:
         if target.exists() and not target.is_dir():
             raise ConversionError(f"{target} is a file; --to {to} writes a folder")
-        there = next(
+        existing = next(
             (target / n for n in (WEIGHTS_FILE, CONFIG_FILE, "pytorch_model.bin") if (target / n).exists()), None
         )
-    if there is not None and not overwrite:
-        raise ConversionError(f"{there} is there already; --overwrite replaces it")
+    if existing is not None and not overwrite:
+        raise ConversionError(f"{existing} is there already; --overwrite replaces it")

@@ -1,7 +1,7 @@
-"""DeepMind's public parameter files, fetched by their published addresses.
+"""Download DeepMind's public parameter files from their published addresses.
 
 `dm:F1` is `https://storage.googleapis.com/dm-nfnets/F1_haiku.npz`; NFZOO_DM_URL names a mirror of the folder instead. A
-file is kept in the Hub's cache folder (`$HF_HOME/nfzoo`), and a download that was cut goes on where it stopped.
+file is kept in the Hub's cache folder (`$HF_HOME/nfzoo`), and a download that was cut is resumed.
 
 Source: the table of the code released with arXiv 2102.06171.
 """
@@ -11,46 +11,31 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
-import io
-import json
 import os
 import re
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
+from filelock import FileLock
 from huggingface_hub import constants
 from tqdm import tqdm
 
+from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import ConversionError
 
 PUBLISHED = "https://storage.googleapis.com/dm-nfnets"
 MODELS = tuple(f"F{n}" for n in range(7))
 ATTEMPTS = 5
-PATIENCE = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without a byte
 FIRST_PAUSE = 1.0  # seconds; doubled after each failure
 CHUNK = 1 << 20
 
 
-class _Version(NamedTuple):
-    """Which content an address has now; parts of different ones do not belong together."""
-
-    etag: str | None
-    length: int
-    md5: str | None
-
-
-class _RetryError(Exception):
-    """Worth another attempt."""
-
-
 def published_url(name: str, base: str | None = None) -> str:
-    """The address of `dm:F1`, `dm:f1`, … below `base`, by default the mirror's or else DeepMind's.
+    """Return the address of `dm:F1`, `dm:f1`, … below `base`, by default the mirror's or else DeepMind's.
 
     Raises:
         ConversionError: if DeepMind published no such file.
@@ -63,13 +48,13 @@ def published_url(name: str, base: str | None = None) -> str:
 
 
 def fetch(name: str, *, progress: bool = False) -> Path:
-    """The file of `dm:F0` … `dm:F6`, from the cache or else from the network; whole, or not at all.
+    """Return the file of `dm:F0` … `dm:F6` from the cache, downloading it first if it is not there.
 
-    Its length is checked, and its MD5 where the server tells it (Google's does). Only one process downloads a file at a
-    time; the others wait for it.
+    The length is checked, and the MD5 where the server states it (Google's does). Processes that ask at the same time
+    wait for one download.
 
     Raises:
-        ConversionError: if there is no such file, or it cannot be had, with the reason.
+        ConversionError: if there is no such file, or it cannot be downloaded, with the reason.
     """
     url = published_url(name)
     folder = Path(constants.HF_HOME) / "nfzoo" / hashlib.sha256(url.encode()).hexdigest()[:8]
@@ -79,146 +64,84 @@ def fetch(name: str, *, progress: bool = False) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise ConversionError(f"{url} is not in the cache, {folder}, and HF_HUB_OFFLINE forbids to fetch it")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_suffix(".partial")) as partial:
-        if not target.is_file():  # another process may have been faster
-            _download(url, partial, progress=progress)
-            os.replace(partial.name, target)
+    with FileLock(target.with_suffix(".lock")):
+        for attempt in range(1, ATTEMPTS + 1):
+            if target.is_file():  # downloaded by another process while this one waited
+                break
+            try:
+                _download(url, target, progress=progress)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if isinstance(error, ConversionError):
+                    raise
+                if attempt == ATTEMPTS or not _may_pass(error):
+                    shown = re.sub(r"//[^/@]*@", "//", url)  # without a name and password
+                    raise ConversionError(
+                        f"{shown} could not be fetched (attempt {attempt} of {ATTEMPTS}): "
+                        f"{str(error) or type(error).__name__}. Check the connection, or name a mirror in "
+                        "NFZOO_DM_URL; another call resumes the download"
+                    ) from error
+                time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
     return target
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[io.BufferedRandom]:
-    """The file, open for reading and writing by this process alone, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where a file open twice cannot be renamed, so that nothing broken is taken for whole
-        fcntl = None
-    while True:
-        with path.open("ab+") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock before may have moved the file away: then this one is no longer what `path` names.
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                continue
-            yield file
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                path.unlink()
-            return
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt can succeed: not for a wrong address, a refused connection or most 4xx answers."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in (408, 416, 429) or error.code >= 500
+    reason = getattr(error, "reason", None)
+    return not isinstance(error, ValueError) and not isinstance(reason, socket.gaierror | ConnectionRefusedError)
 
 
-def _download(url: str, partial: io.BufferedRandom, *, progress: bool) -> None:
-    """Fill `partial` with what the address has, going on from what is in it if that is of the same content."""
-    note = Path(f"{partial.name}.json")
-    pause = FIRST_PAUSE
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            version = _attempt(url, partial, note, progress=progress)
-            _check(partial, version)
-            note.unlink(missing_ok=True)
-            return
-        except _RetryError as error:
-            if attempt == ATTEMPTS:
-                kept = "; what has come is kept" if os.fstat(partial.fileno()).st_size else ""
-                raise ConversionError(
-                    f"{_shown(url)} could not be fetched in {ATTEMPTS} attempts: {error}. Check the connection and try "
-                    f"again{kept}"
-                ) from error
-            time.sleep(pause)
-            pause *= 2
-
-
-def _attempt(url: str, partial: io.BufferedRandom, note: Path, *, progress: bool) -> _Version:
-    size = partial.seek(0, os.SEEK_END)
-    known = _noted(note)
-    if size and known is not None and known.etag and size < known.length:
-        response = _open(url, {"Range": f"bytes={size}-", "If-Range": known.etag})
-    else:
-        response = _open(url, {})
-    with response:
-        if response.status == 206 and known is not None:
-            wanted = f"bytes {size}-{known.length - 1}/{known.length}"
-            if response.headers.get("Content-Range") != wanted:
-                partial.truncate(0)
-                raise _RetryError(f"the server sent {response.headers.get('Content-Range')} for {wanted}")
-            version = known
-        else:
-            partial.truncate(0)
-            size = 0
-            version = _version(url, response)
-            note.write_text(json.dumps(version), encoding="utf-8")
-        title = url.rpartition("/")[2]
-        with tqdm(
-            desc=title, initial=size, total=version.length, unit="B", unit_scale=True, disable=not progress
-        ) as bar:
-            while size < version.length:
-                try:
-                    chunk = response.read(min(CHUNK, version.length - size))
-                except (OSError, http.client.HTTPException) as error:
-                    raise _RetryError(
-                        f"the connection broke after {size} of {version.length} bytes ({error})"
-                    ) from error
-                if not chunk:
-                    raise _RetryError(f"the connection ended after {size} of {version.length} bytes")
-                partial.write(chunk)
-                size += len(chunk)
-                bar.update(len(chunk))
-        partial.flush()
-    return version
-
-
-def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in (408, 416, 429) or error.code >= 500:
-            raise _RetryError(f"the server answered {error.code} {error.reason}") from error
-        raise ConversionError(
-            f"{_shown(url)} cannot be fetched: the server answered {error.code} {error.reason}"
-        ) from error
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, socket.gaierror | ConnectionRefusedError):  # no use in asking again at once
-            raise ConversionError(
-                f"{_shown(url)} cannot be reached: {error.reason}; check the connection, or name a mirror in "
-                "NFZOO_DM_URL"
-            ) from error
-        raise _RetryError(str(error)) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _RetryError(str(error) or type(error).__name__) from error
-    except ValueError as error:
-        raise ConversionError(f"{_shown(url)} cannot be fetched: {error}; look at NFZOO_DM_URL") from error
-
-
-def _shown(url: str) -> str:
-    """An address without the name and password that may stand in it."""
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
-def _version(url: str, response: http.client.HTTPResponse) -> _Version:
-    headers = response.headers
-    length = headers.get("Content-Length")
-    if length is None or not length.isdigit():
+def _download(url: str, target: Path, *, progress: bool) -> None:
+    """Download `url` to `target`, resuming from the bytes that an earlier attempt got of the same content."""
+    with _open(url, method="HEAD") as response:
+        headers = response.headers
+    if not headers.get("Content-Length", "").isdigit():
         raise ConversionError(f"{url} is sent without its length, so that it cannot be checked; look at NFZOO_DM_URL")
-    hashes = ",".join(headers.get_all("x-goog-hash", []))
-    match = re.search(r"md5=([A-Za-z0-9+/]{22}==)", hashes)
-    md5 = base64.b64decode(match[1]).hex() if match else None
-    return _Version(headers.get("ETag"), int(length), md5)
-
-
-def _noted(note: Path) -> _Version | None:
-    """What the file being downloaded is a part of, if that is known."""
+    length, etag = int(headers["Content-Length"]), headers.get("ETag")
+    # The name of the partial file tells the content, so that parts of different contents are never joined.
+    partial = target.with_suffix(f".{hashlib.sha256(f'{etag} {length}'.encode()).hexdigest()[:8]}.partial")
+    size = partial.stat().st_size if etag and partial.exists() else 0
+    if size == 0 or size < length:
+        resume = {"Range": f"bytes={size}-", "If-Range": etag} if etag and size else {}
+        with _open(url, headers=resume) as response, partial.open("ab") as file:
+            if response.status != 206:
+                size = 0
+                file.truncate(0)
+            elif response.headers.get("Content-Range") != f"bytes {size}-{length - 1}/{length}":
+                file.truncate(0)
+                raise OSError(f"the server sent {response.headers.get('Content-Range')}, not the bytes from {size} on")
+            with tqdm(
+                desc=target.name, initial=size, total=length, unit="B", unit_scale=True, disable=not progress
+            ) as bar:
+                while chunk := response.read(CHUNK):
+                    size += file.write(chunk)
+                    bar.update(len(chunk))
+        if size < length:
+            raise OSError(f"the connection ended after {size} of {length} bytes")
     try:
-        etag, length, md5 = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return None
-    return _Version(etag, length, md5) if isinstance(length, int) else None
+        _check(partial, length, ",".join(headers.get_all("x-goog-hash", [])))
+    except OSError:
+        partial.unlink()
+        raise
+    with replaced(target) as scratch:
+        os.replace(partial, scratch)
+    for leftover in target.parent.glob(f"{target.stem}.*partial*"):
+        leftover.unlink()
 
 
-def _check(partial: io.BufferedRandom, version: _Version) -> None:
-    if version.md5 is None:
-        return
-    partial.seek(0)
-    found = hashlib.file_digest(partial, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != version.md5:
-        partial.truncate(0)
-        raise _RetryError(f"what came has the MD5 {found}, not {version.md5}")
+def _open(url: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}, method=method), timeout=TIMEOUT)
+
+
+def _check(path: Path, length: int, hashes: str) -> None:
+    """Raise an `OSError` unless the file has this length and the MD5 of Google's header, `crc32c=…,md5=…`."""
+    if path.stat().st_size != length:
+        raise OSError(f"{path.stat().st_size} bytes came instead of {length}")
+    stated = re.search(r"md5=([A-Za-z0-9+/]{22}==)", hashes)
+    if stated is not None:
+        expected = base64.b64decode(stated[1]).hex()
+        with path.open("rb") as file:
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if md5 != expected:
+            raise OSError(f"what came has the MD5 {md5}, not {expected}")

@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nfzoo.config import ModelConfig
-from nfzoo.conversion.arrays import Leaf
+from nfzoo.conversion.arrays import LazyArray
 from nfzoo.errors import ConfigError, ConversionError
 from nfzoo.model import specs
 from nfzoo.types import Params
 from nfzoo.variants import VARIANTS, Variant, variant
 
-Tree = Mapping[str, Mapping[str, NDArray | Leaf]]
+Tree = Mapping[str, Mapping[str, ArrayLike]]
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical name -> shape; see `canonical`."""
 
@@ -28,7 +28,7 @@ _SQUEEZE_EXCITE = {"se.fc0": "squeeze_excite/~/linear", "se.fc1": "squeeze_excit
 
 
 def haiku_names(cfg: ModelConfig) -> dict[str, tuple[str, str]]:
-    """nfzoo key -> (Haiku module, parameter), for every parameter of a model under DeepMind's rules."""
+    """Return nfzoo key -> (Haiku module, parameter), for every parameter of a model under DeepMind's rules."""
     if cfg.rules != "deepmind":
         raise ConversionError(f"a model under {cfg.rules!r} rules has no Haiku form; only 'deepmind' rules do")
     root = f"{_ROOT[cfg.family]}/~/"
@@ -36,11 +36,9 @@ def haiku_names(cfg: ModelConfig) -> dict[str, tuple[str, str]]:
     names = {}
     for key in specs(cfg):
         parts = key.split(".")
-        leaf = parts[-1]
         if parts[0] == "stages":
-            site = ".".join(parts[:3])
             index = len(blocks)
-            module = blocks.setdefault(site, root + _BLOCK[cfg.family] + (f"_{index}" if index else ""))
+            module = blocks.setdefault(".".join(parts[:3]), root + _BLOCK[cfg.family] + (f"_{index}" if index else ""))
             layer = ".".join(parts[3:-1])
             if layer:
                 layer = {"shortcut": "conv_shortcut", **_SQUEEZE_EXCITE}.get(layer, layer)
@@ -50,61 +48,71 @@ def haiku_names(cfg: ModelConfig) -> dict[str, tuple[str, str]]:
             layer = ".".join(parts[:-1])
             module = root + {"stem.conv": "initial_conv", "head": "linear"}.get(layer, layer.replace(".", "_"))
             linear = layer == "head"
-        names[key] = (module, {"weight": "w", "bias": "b" if linear else "bias"}.get(leaf, leaf))
+        names[key] = (module, {"weight": "w", "bias": "b" if linear else "bias"}.get(parts[-1], parts[-1]))
     return names
 
 
 def haiku_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that Haiku gives the parameter `key` of this shape: kernels HWIO, linears (in, out), scalars ()."""
+    """Return the shape that Haiku gives parameter `key`: kernels HWIO, linears (in, out), scalars ()."""
     if key.endswith("skip_gain"):
         return ()
     return (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape[::-1]
 
 
-def from_haiku(cfg: ModelConfig, tree: Tree, *, on_read: Callable[[int], object] | None = None) -> Params:
-    """Return the parameters of `cfg` from a Haiku tree, of float32, or float64 if an array of the tree is.
+def from_haiku(cfg: ModelConfig, tree: Tree) -> Params:
+    """Return the parameters of `cfg` from a Haiku tree: see `from_arrays`."""
+    return from_arrays(
+        cfg, {canonical(module, name): a for module, arrays in tree.items() for name, a in arrays.items()}
+    )
+
+
+def from_arrays(
+    cfg: ModelConfig, arrays: Mapping[str, ArrayLike | LazyArray], *, on_read: Callable[[int], object] | None = None
+) -> Params:
+    """Return the parameters of `cfg` from Haiku's arrays, as float32, or as float64 if one of them is.
 
     bfloat16 and float16 become float32, which holds their values exactly. Each array is read or copied once, in turn.
 
     Args:
+        arrays: under canonical names: see `canonical`.
         on_read: called with the number of bytes of each array after it was read.
 
     Raises:
         ConversionError: for a missing, unexpected or misshaped array, and for numbers that are not finite.
     """
     names = haiku_names(cfg)
-    wanted = set(names.values())
-    unexpected = [f"{m}:{n}" for m, leaves in tree.items() for n in leaves if (m, n) not in wanted]
+    expected = {canonical(*name) for name in names.values()}
+    unexpected = [path for path in arrays if path not in expected]
     if unexpected:
         raise ConversionError(f"the tree has {len(unexpected)} arrays that the model lacks, such as {unexpected[0]}")
-    arrays: dict[str, NDArray | Leaf] = {}
+    sources: dict[str, NDArray | LazyArray] = {}
     for key, (shape, _) in specs(cfg).items():
-        module, name = names[key]
-        if module not in tree or name not in tree[module]:
-            raise ConversionError(f"the tree lacks {module}:{name}, the model's {key}")
-        value = tree[module][name]
-        array = arrays[key] = value if isinstance(value, Leaf) else np.asarray(value)
-        if array.dtype.newbyteorder("=") not in (np.float16, np.float32, np.float64):
-            raise ConversionError(f"{module}:{name} is of type {array.dtype}, not float16, float32 or float64")
-        if array.shape != haiku_shape(key, shape):
-            raise ConversionError(f"{module}:{name} has shape {array.shape}, which does not fit {key} of shape {shape}")
-    dtype = np.result_type(np.float32, *{a.dtype for a in arrays.values()})
+        path, shown = canonical(*names[key]), ":".join(names[key])
+        if path not in arrays:
+            raise ConversionError(f"the tree lacks {shown}, the model's {key}")
+        value = arrays[path]
+        source = sources[key] = value if isinstance(value, LazyArray) else np.asarray(value)
+        if source.dtype.newbyteorder("=") not in (np.float16, np.float32, np.float64):
+            raise ConversionError(f"{shown} is of type {source.dtype}, not float16, float32 or float64")
+        if source.shape != haiku_shape(key, shape):
+            raise ConversionError(f"{shown} has shape {source.shape}, which does not fit {key} of shape {shape}")
+    dtype = np.result_type(np.float32, *{source.dtype for source in sources.values()})
     params = {}
     for key, (shape, _) in specs(cfg).items():
-        source = arrays.pop(key)
-        array = source.read() if isinstance(source, Leaf) else source
+        source = sources.pop(key)
+        array = source.read() if isinstance(source, LazyArray) else source
         if on_read is not None:
             on_read(array.nbytes)
         if not np.isfinite(array).all():
-            module, name = names[key]
-            raise ConversionError(f"{module}:{name} holds numbers that are not finite: its training had diverged")
+            shown = ":".join(names[key])
+            raise ConversionError(f"{shown} holds numbers that are not finite: its training had diverged")
         array = np.array(_to_torch(array), dtype, order="C", copy=True).reshape(shape)
         params[key] = torch.from_numpy(array)
     return params
 
 
 def to_haiku(cfg: ModelConfig, params: Mapping[str, torch.Tensor]) -> dict[str, dict[str, NDArray]]:
-    """The Haiku tree of a model's parameters: the inverse of `from_haiku`, bit for bit; bfloat16 becomes float32."""
+    """Return the Haiku tree of a model's parameters: `from_haiku` inverted exactly; bfloat16 becomes float32."""
     tree: dict[str, dict[str, NDArray]] = {}
     for key, (module, name) in haiku_names(cfg).items():
         tree.setdefault(module, {})[name] = haiku_array(key, params[key])
@@ -112,7 +120,7 @@ def to_haiku(cfg: ModelConfig, params: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def haiku_array(key: str, value: torch.Tensor) -> NDArray:
-    """One array of `to_haiku`."""
+    """Return one array of `to_haiku`."""
     value = value.detach().cpu()
     array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     array = array.reshape(()) if key.endswith("skip_gain") else _from_torch(array)
@@ -120,12 +128,12 @@ def haiku_array(key: str, value: torch.Tensor) -> NDArray:
 
 
 def _to_torch(array: NDArray) -> NDArray:
-    """HWIO -> OIHW, (in, out) -> (out, in), the rest as it is."""
+    """Transpose HWIO to OIHW and (in, out) to (out, in); return others as they are."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 def _from_torch(array: NDArray) -> NDArray:
-    """OIHW -> HWIO, (out, in) -> (in, out), the rest as it is."""
+    """Transpose OIHW to HWIO and (out, in) to (in, out); return others as they are."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
@@ -133,7 +141,7 @@ def _from_torch(array: NDArray) -> NDArray:
 
 
 def canonical(*path: str) -> str:
-    """The one name of a parameter however its path is written: `NFNet.nf_block_1.conv0.w`.
+    """Return the one name of a parameter however its path is written: `NFNet.nf_block_1.conv0.w`.
 
     `module, name`; `module/name`; `module:name`; and the dotted form of `flatten_haiku_tree` in the code released with
     arXiv 2102.06171, which this is.
@@ -141,18 +149,8 @@ def canonical(*path: str) -> str:
     return ".".join(path).replace("/~/", ".").replace("/", ".").replace(":", ".")
 
 
-def unflattened(cfg: ModelConfig, leaves: Mapping[str, Leaf]) -> dict[str, dict[str, Leaf]]:
-    """The tree of leaves under canonical names; what `cfg` does not have stays under its own name."""
-    names = {canonical(*path): path for path in haiku_names(cfg).values()}
-    tree: dict[str, dict[str, Leaf]] = {}
-    for path, leaf in leaves.items():
-        module, name = names[path] if path in names else path.rpartition(".")[::2]
-        tree.setdefault(module, {})[name] = leaf
-    return tree
-
-
 def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelConfig]:
-    """The variant of the zoo whose Haiku tree has these names and shapes, and its configuration.
+    """Return the variant of the zoo whose Haiku tree has these names and shapes, and its configuration.
 
     The numbers of classes and of input channels are read off. `model` names the variant instead, without a check.
 
@@ -165,8 +163,8 @@ def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelC
         row = variant(model)
         return row, _sized(row.config, shapes)
     if len(roots) != 1 or not roots <= families.keys():
-        found = ", ".join(sorted(roots)[:5]) or "nothing"
-        raise ConversionError(f"the tree is of {found}, not of one of DeepMind's modules {', '.join(families)}")
+        modules = ", ".join(sorted(roots)[:5]) or "nothing"
+        raise ConversionError(f"the tree is of {modules}, not of one of DeepMind's modules {', '.join(families)}")
     family = families[roots.pop()]
     rows = [row for row in VARIANTS.values() if row.config.rules == "deepmind" and row.config.family == family]
     differences = [(_differences(_sized(row.config, shapes), shapes), row) for row in rows]
@@ -182,13 +180,13 @@ def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelC
 
 
 def haiku_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape in Haiku, for every parameter."""
+    """Return canonical name -> shape in Haiku, for every parameter."""
     names = haiku_names(cfg)
     return {canonical(*names[key]): haiku_shape(key, shape) for key, (shape, _) in specs(cfg).items()}
 
 
 def _sized(cfg: ModelConfig, shapes: Shapes) -> ModelConfig:
-    """`cfg` with the tree's numbers of classes and of input channels, as far as it tells them."""
+    """Return `cfg` with the tree's numbers of classes and of input channels, as far as it tells them."""
     root = _ROOT[cfg.family]
     changes = {}
     for field, layer, axis in (
@@ -205,10 +203,10 @@ def _sized(cfg: ModelConfig, shapes: Shapes) -> ModelConfig:
 
 
 def _differences(cfg: ModelConfig, shapes: Shapes) -> list[str]:
-    """What distinguishes a model's tree from these names and shapes, in words."""
-    wanted = haiku_shapes(cfg)
+    """Describe what distinguishes a model's tree from these names and shapes."""
+    expected = haiku_shapes(cfg)
     return [
-        *(f"{path}, which is missing" for path in wanted if path not in shapes),
-        *(f"{path}, which it does not have" for path in shapes if path not in wanted),
-        *(f"{path}, there {shapes[path]} and here {w}" for path, w in wanted.items() if shapes.get(path, w) != w),
+        *(f"{path}, which is missing" for path in expected if path not in shapes),
+        *(f"{path}, which it does not have" for path in shapes if path not in expected),
+        *(f"{path}, there {shapes[path]} and here {w}" for path, w in expected.items() if shapes.get(path, w) != w),
     ]

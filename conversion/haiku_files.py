@@ -19,7 +19,16 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nfzoo.conversion.arrays import BFLOAT16, FLOATS, Element, Leaf, RefusedError, arranged, byte_count, checked_shape
+from nfzoo.conversion.arrays import (
+    BFLOAT16,
+    FLOATS,
+    Element,
+    LazyArray,
+    RefusedError,
+    arranged,
+    byte_count,
+    checked_shape,
+)
 from nfzoo.conversion.haiku import canonical
 from nfzoo.conversion.pickle_reader import read_pickle
 from nfzoo.errors import ConversionError
@@ -37,8 +46,8 @@ _HEADER = re.compile(
 )
 
 
-def read_npz(file: BinaryIO, size: int) -> dict[str, Leaf]:
-    """`{name: Leaf}` of an archive of `size` bytes, whose arrays are read later, from the same file.
+def read_npz(file: BinaryIO, size: int) -> dict[str, LazyArray]:
+    """Return `{name: LazyArray}` of an archive of `size` bytes, whose arrays are read later, from the same file.
 
     Raises:
         RefusedError: for anything that is not an archive of floating-point arrays, with the reason.
@@ -52,17 +61,17 @@ def read_npz(file: BinaryIO, size: int) -> dict[str, Leaf]:
     unpacked = sum(member.file_size for member in members)
     if unpacked > MOST_RATIO * size:
         raise RefusedError(f"the archive declares {unpacked} bytes, more than {MOST_RATIO} times the {size} it has")
-    leaves: dict[str, Leaf] = {}
+    arrays: dict[str, LazyArray] = {}
     for member in members:
         name = member.filename.removesuffix(".npy")
         if name == member.filename:
             raise RefusedError(f"{name[:200]!r} in the archive is no .npy array")
-        if name in leaves:
+        if name in arrays:
             raise RefusedError(f"the archive holds {name[:200]!r} twice")
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise RefusedError(f"{name[:200]!r} in the archive is encrypted, or packed as numpy packs nothing")
-        leaves[name] = _leaf(archive, member, name)
-    return leaves
+        arrays[name] = _lazy_array(archive, member, name)
+    return arrays
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
@@ -82,7 +91,7 @@ def _check_directory(file: BinaryIO, size: int) -> None:
         raise RefusedError(f"the archive's list of files takes {length} bytes, more than {MOST_DIRECTORY}")
 
 
-def _leaf(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Leaf:
+def _lazy_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> LazyArray:
     shown = name[:200]
     head = _unpacked(archive, member, LONGEST_HEADER)
     if head[:8] not in (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"):
@@ -106,23 +115,23 @@ def _leaf(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Leaf:
     order = "F" if match[2] == b"True" else "C"
     count, offset = byte_count(shape, element), begin + length
     if member.file_size != offset + count:
-        there = member.file_size - offset
-        raise RefusedError(f"{shown!r} in the archive declares {count} bytes of numbers, and it comes with {there}")
+        held = member.file_size - offset
+        raise RefusedError(f"{shown!r} in the archive declares {count} bytes of numbers, and it comes with {held}")
 
     def read() -> NDArray:
         raw = _unpacked(archive, member, None)
         return arranged(element.decode(np.frombuffer(raw, np.uint8)[offset:].copy()), shape, order)
 
-    return Leaf(shape, element.dtype, read)
+    return LazyArray(shape, element.dtype, read)
 
 
-def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int | None) -> bytes:
-    """The first `most` bytes of a file of the archive, or all, whose checksum is then right."""
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int | None) -> bytes:
+    """Return the first `limit` bytes of a file of the archive, or all of them after its checksum was compared."""
     shown = member.filename[:200]
     try:
         with archive.open(member) as stream:
-            if most is not None:
-                return stream.read(most)
+            if limit is not None:
+                return stream.read(limit)
             data = stream.read(member.file_size)
             stream.read(1)  # the checksum is compared at the end
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
@@ -138,12 +147,12 @@ class Source(NamedTuple):
     Attributes:
         path: the file.
         form: `pickle, protocol 4` or `npz`.
-        leaves: canonical name -> array, to be read while the file is open.
+        arrays: canonical name -> array, to be read while the file is open.
     """
 
     path: Path
     form: str
-    leaves: dict[str, Leaf]
+    arrays: dict[str, LazyArray]
 
 
 @contextmanager
@@ -175,20 +184,19 @@ def open_source(path: str | Path) -> Iterator[Source]:
             raise ConversionError(f"{path}: {error}") from error
 
 
-def _flat(tree: dict[Any, Any]) -> dict[str, Leaf]:
-    """Leaves under canonical names, from `{module: {name: leaf}}` or from `{path: leaf}`."""
-    leaves: dict[str, Leaf] = {}
+def _flat(tree: dict[Any, Any]) -> dict[str, LazyArray]:
+    """Return arrays under canonical names, from `{module: {name: array}}` or from `{path: array}`."""
+    arrays: dict[str, LazyArray] = {}
     for key, value in tree.items():
         parts = key if isinstance(key, tuple) else (key,)
         if len(parts) == 1 and (match := _KEYSTR.fullmatch(parts[0])):
             parts = match.groups()
-        found = value.items() if isinstance(value, dict) else [(None, value)]
-        for name, leaf in found:
+        for name, array in value.items() if isinstance(value, dict) else [(None, value)]:
             names = parts if name is None else (*parts, *(name if isinstance(name, tuple) else (name,)))
             path = canonical(*names)
-            if path in leaves:
+            if path in arrays:
                 raise RefusedError(f"{path!r} comes twice, in two spellings")
-            leaves[path] = leaf
-    if not leaves:
+            arrays[path] = array
+    if not arrays:
         raise RefusedError("it holds no arrays")
-    return leaves
+    return arrays

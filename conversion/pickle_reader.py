@@ -1,4 +1,4 @@
-"""A reader of pickled parameter trees that executes nothing.
+"""Read pickled parameter trees without executing anything.
 
 DeepMind's `F0_haiku.npz` … `F6_haiku.npz` are dill pickles, and a pickle is a program. This module runs such a program
 on a machine of its own, which knows the instructions that trees of arrays are made of and no others. A global is a
@@ -8,6 +8,9 @@ copied out of the file: the machine notes where their bytes lie.
 It is no subclass of `pickle._Unpickler`, which copies every array, buffers whole frames, has instructions that are not
 needed here, and is private to CPython. What can be asked of the machine is bounded: by `MOST_INSTRUCTIONS` (and with
 it the stack and the memo), by the bytes that the file really has, and by the total of what its arrays declare.
+
+The module is long because each instruction and each global that the versions below have written has its own check, and
+because a reviewer should see in one place all that a file can do.
 
 Source: the format as `pickletools` of the standard library documents it; globals as written by jax 0.2 to 0.10, haiku
 0.0.4 to 0.0.17, numpy 1.19 to 2.4, dill 0.3 and 0.4.
@@ -22,7 +25,16 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nfzoo.conversion.arrays import BFLOAT16, FLOATS, Element, Leaf, RefusedError, arranged, byte_count, checked_shape
+from nfzoo.conversion.arrays import (
+    BFLOAT16,
+    FLOATS,
+    Element,
+    LazyArray,
+    RefusedError,
+    arranged,
+    byte_count,
+    checked_shape,
+)
 
 MOST_INSTRUCTIONS = 1_000_000  # the largest model of the zoo, pickled with protocol 2, takes 140,000
 LONGEST_NAME = 255  # bytes; longer text can only be the bytes of an array, as protocol 2 writes them
@@ -31,14 +43,14 @@ MOST_SHARING = 2  # times the file's bytes that its arrays may take, as one arra
 
 
 class PickledTree(NamedTuple):
-    """What a pickle holds: its protocol, and `{key: Leaf}` or `{module: {key: Leaf}}` as the file has it."""
+    """What a pickle holds: its protocol, and `{key: LazyArray}` or `{module: {key: LazyArray}}` as the file has it."""
 
     protocol: int
     tree: dict[Any, Any]
 
 
 def read_pickle(file: BinaryIO, size: int) -> PickledTree:
-    """The tree in a pickle of `size` bytes, whose arrays are read later, from the same file.
+    """Return the tree in a pickle of `size` bytes, whose arrays are read later, from the same file.
 
     Raises:
         RefusedError: for anything that is not a tree of floating-point arrays, with the reason.
@@ -47,7 +59,7 @@ def read_pickle(file: BinaryIO, size: int) -> PickledTree:
     tree = machine.run()
     if not isinstance(tree, dict):
         raise RefusedError(f"it holds {_kind(tree)}, not a dictionary of parameters")
-    return PickledTree(machine.protocol, _leaves_of(tree, MOST_SHARING * size))
+    return PickledTree(machine.protocol, _lazy_arrays(tree, MOST_SHARING * size))
 
 
 # ---------------------------------------------------------------- what a pickle can hold
@@ -81,7 +93,7 @@ class _Array:
     def __init__(self, machine: _Machine) -> None:
         self.machine = machine
         self.element = Element("f4")
-        self.leaf: Leaf | None = None
+        self.array: LazyArray | None = None
 
     def set_state(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
@@ -92,8 +104,8 @@ class _Array:
         self.set(raw, element, shape, "F" if fortran else "C")
 
     def set(self, raw: object, element: object, shape: object, order: str, axes: tuple[int, ...] | None = None) -> None:
-        """Take the content: `axes` are to be permuted after the bytes were laid out in `shape`."""
-        if self.leaf is not None:
+        """Set the content: the bytes are laid out in `shape`, then `axes` are permuted."""
+        if self.array is not None:
             raise RefusedError("an array is given its content twice")
         if not isinstance(element, _Element):
             raise RefusedError(f"an array has {_kind(element)} for a dtype")
@@ -105,7 +117,7 @@ class _Array:
             array = arranged(element.decode(self.machine.fetch(raw, byte_count(shape, element))), shape, order)
             return array if axes is None else array.transpose(axes)
 
-        self.leaf = Leaf(shape if axes is None else tuple(shape[i] for i in axes), self.element.dtype, read)
+        self.array = LazyArray(shape if axes is None else tuple(shape[i] for i in axes), self.element.dtype, read)
 
 
 class _Global(NamedTuple):
@@ -115,20 +127,20 @@ class _Global(NamedTuple):
     call: Callable[..., object] | None = None
 
 
-def _leaves_of(tree: dict[Any, Any], most: int) -> dict[Any, Any]:
-    """The tree with leaves in the place of arrays, which may take `most` bytes together; two levels at most."""
+def _lazy_arrays(tree: dict[Any, Any], limit: int) -> dict[Any, Any]:
+    """Return the tree with `LazyArray` for its arrays, which may take `limit` bytes together; two levels at most."""
     declared = 0
 
-    def leaf(value: object, where: str) -> Leaf:
+    def lazy_array(value: object, where: str) -> LazyArray:
         nonlocal declared
         if not isinstance(value, _Array):
             raise RefusedError(f"{where} is {_kind(value)}, not an array")
-        if value.leaf is None:
+        if value.array is None:
             raise RefusedError(f"{where} is an array without content")
-        declared += byte_count(value.leaf.shape, value.element)
-        if declared > most:
-            raise RefusedError(f"one array stands in many places, and all take more than {most} bytes")
-        return value.leaf
+        declared += byte_count(value.array.shape, value.element)
+        if declared > limit:
+            raise RefusedError(f"one array stands in many places, and all take more than {limit} bytes")
+        return value.array
 
     out: dict[Any, Any] = {}
     seen: set[int] = set()
@@ -138,14 +150,14 @@ def _leaves_of(tree: dict[Any, Any], most: int) -> dict[Any, Any]:
             if id(value) in seen or value is tree:
                 raise RefusedError(f"{name} is a dictionary that stands in two places")
             seen.add(id(value))
-            out[key] = {k: leaf(v, f"{name}:{k}") for k, v in value.items()}
+            out[key] = {k: lazy_array(v, f"{name}:{k}") for k, v in value.items()}
         else:
-            out[key] = leaf(value, name)
+            out[key] = lazy_array(value, name)
     return out
 
 
 def _kind(value: object) -> str:
-    """What a value is, for a message, in the words of the file's author."""
+    """Say what a value is, for a message, in the words of the file's author."""
     if isinstance(value, _Global):
         return f"the global {value.name}"
     if value is None:
@@ -195,7 +207,7 @@ class _Machine:
     # -- the file
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         self.check_left(count)
         data = self.file.read(count)
         if len(data) != count:
@@ -204,7 +216,7 @@ class _Machine:
         return data
 
     def skip(self, count: int, *, text: bool = False) -> _Span:
-        """The place of the next bytes."""
+        """Skip the next bytes, and return where they lie."""
         self.check_left(count)
         span = _Span(self.position, count, text)
         self.position += count
@@ -217,7 +229,7 @@ class _Machine:
             raise RefusedError(f"the file is cut off: {count} bytes should follow byte {self.position}, {left} do")
 
     def name(self, count: int) -> str:
-        """The next bytes as a name."""
+        """Read the next bytes as a name."""
         self.names += count
         if self.names > MOST_NAMES:
             raise RefusedError(f"its names take more than {MOST_NAMES} bytes")
@@ -227,7 +239,7 @@ class _Machine:
             raise RefusedError("a name is not UTF-8") from None
 
     def line(self) -> str:
-        """The next line as a name."""
+        """Read the next line as a name."""
         data = self.file.readline(LONGEST_NAME + 1)
         if not data.endswith(b"\n"):
             raise RefusedError("the file is cut off, or a global's name is longer than any")
@@ -249,7 +261,7 @@ class _Machine:
             raise RefusedError(f"an array's shape and dtype take {count} bytes, and it comes with {most}")
 
     def fetch(self, raw: object, count: int) -> NDArray[np.uint8]:
-        """The `count` bytes of an array, read from the file now."""
+        """Read the `count` bytes of an array from the file."""
         if isinstance(raw, bytes):
             return np.frombuffer(raw, np.uint8).copy()
         assert isinstance(raw, _Span)
@@ -348,7 +360,7 @@ class _Machine:
         self.push(target)
 
     def _globals(self) -> dict[str, _Global]:
-        """Everything that a pickle may name."""
+        """Return everything that a pickle may name."""
         table: dict[str, Callable[..., object] | None] = {
             "numpy.ndarray": None,
             "numpy.dtype": _make_element,

@@ -1,4 +1,4 @@
-"""A Haiku tree written as a pickle, one array at a time, for any numpy since 1.16 and any Python since 3.0."""
+"""Write a Haiku tree as a pickle, one array at a time, for any numpy since 1.16 and any Python since 3.0."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_haiku(path: str | Path, cfg: ModelConfig, params: Mapping[str, Tensor]
 
 
 def _write_array(file: BinaryIO, array: NDArray, memo: dict[str, int]) -> None:
-    """What `numpy.ndarray.__reduce__` gives: `_reconstruct(ndarray, (0,), b"b")`, then its state."""
+    """Write what `numpy.ndarray.__reduce__` gives: `_reconstruct(ndarray, (0,), b"b")`, then its state."""
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     shape = b"(" + b"".join(_int(n) for n in array.shape) + b"t"
     file.write(_stored(memo, "numpy.core.multiarray._reconstruct", b"cnumpy.core.multiarray\n_reconstruct\n"))
@@ -52,13 +52,13 @@ def _write_array(file: BinaryIO, array: NDArray, memo: dict[str, int]) -> None:
 
 
 def _dtype(dtype: np.dtype) -> bytes:
-    """`numpy.dtype("f4", False, True)`, then its state, which says little-endian."""
+    """Return the code of `numpy.dtype("f4", False, True)`, then its state, which says little-endian."""
     name = _text(f"f{dtype.itemsize}")
     return b"cnumpy\ndtype\n" + name + b"\x89\x88\x87R(K\x03" + _text("<") + b"NNN" + 2 * _int(-1) + b"K\x00tb"
 
 
 def _stored(memo: dict[str, int], name: str, code: bytes) -> bytes:
-    """The instructions `code` where `name` is met first, a look into the memo after that."""
+    """Return `code` where `name` is met first, and a look into the memo after that."""
     if name in memo:
         return b"h" + bytes([memo[name]])
     memo[name] = len(memo)

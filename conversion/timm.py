@@ -1,4 +1,4 @@
-"""timm's NF-networks, read and written: its state dicts, and its folders of `config.json` and a weight file.
+"""Read and write timm's NF-networks: its state dicts, and its folders of `config.json` and a weight file.
 
 Source: the parameter names of timm 1.0, models/nfnet.py; gains there are `(out, 1, 1, 1)`, squeeze-excite is made of
 1x1 convolutions and the skip gain is 0-dimensional. The folder is the one that timm's `push_to_hf_hub` writes.
@@ -64,7 +64,7 @@ _LAYER = {
 
 
 def timm_names(cfg: ModelConfig) -> dict[str, str]:
-    """nfzoo key -> timm key, for every parameter."""
+    """Return nfzoo key -> timm key, for every parameter."""
     attention = "attn" if cfg.family == "nf_regnet" else "attn_last"
     names = {}
     for key in specs(cfg):
@@ -88,13 +88,13 @@ def timm_names(cfg: ModelConfig) -> dict[str, str]:
 
 
 def timm_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """timm key -> shape of every entry of a model's state dict."""
+    """Return timm key -> shape of every entry of a model's state dict."""
     names = timm_names(cfg)
     return {names[key]: _timm_shape(key, shape) for key, (shape, _) in specs(cfg).items()}
 
 
 def from_timm(cfg: ModelConfig, state: Mapping[str, Tensor]) -> Params:
-    """Parameters of `cfg` from a timm state dict. Strict: anything missing, unexpected or misshaped is an error."""
+    """Return the parameters of `cfg` from a timm state dict, in which nothing is missing, unexpected or misshaped."""
     names = timm_names(cfg)
     unexpected = sorted(set(state) - set(names.values()))
     if unexpected:
@@ -115,7 +115,7 @@ def from_timm(cfg: ModelConfig, state: Mapping[str, Tensor]) -> Params:
 
 
 def to_timm(cfg: ModelConfig, params: Mapping[str, Tensor]) -> Params:
-    """The timm state dict of a model's parameters: the inverse of `from_timm`, bit for bit."""
+    """Return the timm state dict of a model's parameters: the inverse of `from_timm`, bit for bit."""
     return {
         name: params[key].detach().reshape(_timm_shape(key, tuple(params[key].shape))).clone()
         for key, name in timm_names(cfg).items()
@@ -136,7 +136,7 @@ def _timm_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None) -> tuple[Description, Params]:
-    """A model in timm's layout: a folder with its `config.json` and weight file, or a weight file alone.
+    """Read a model in timm's layout: a folder with its `config.json` and weight file, or a weight file alone.
 
     A folder brings the number of classes, the preprocessing and the labels. A file alone brings its shapes; the
     preprocessing is then that of the zoo. Pickled files are read by torch's weights-only reader.
@@ -183,30 +183,30 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
 
 
 def recognize(shapes: Mapping[str, tuple[int, ...]], source: Path | str = "the file") -> str:
-    """timm's architecture, from the names and shapes of its state dict; classes and input channels are free."""
+    """Return timm's architecture by the names and shapes of a state dict; classes and input channels are free."""
     if not shapes or "head.fc.weight" not in shapes:
         raise ConversionError(f"{source} holds no NF-network of timm's with a classifier: it lacks head.fc.weight")
-    found = []
+    fitting = []
     for arch, name in ARCHITECTURES.items():
         names = timm_shapes(VARIANTS[name].config)
         if names.keys() == shapes.keys() and all(_agree(key, names[key], shapes[key]) for key in names):
-            found.append(arch)
-    if len(found) != 1:
-        what = f"fits {' and '.join(found)}" if found else "fits no NF-network of timm's"
+            fitting.append(arch)
+    if len(fitting) != 1:
+        what = f"fits {' and '.join(fitting)}" if fitting else "fits no NF-network of timm's"
         raise ConversionError(f"{source} {what}; say which it is with --model, such as --model dm_nfnet_f0")
-    return found[0]
+    return fitting[0]
 
 
-def _agree(key: str, known: tuple[int, ...], found: tuple[int, ...]) -> bool:
+def _agree(key: str, known: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     if key.startswith("head.fc."):
-        return known[1:] == found[1:]
+        return known[1:] == shape[1:]
     if key in ("stem.conv.weight", "stem.conv1.weight"):
-        return len(found) == 4 and known[:1] + known[2:] == found[:1] + found[2:]
-    return known == found
+        return len(shape) == 4 and known[:1] + known[2:] == shape[:1] + shape[2:]
+    return known == shape
 
 
 def _architecture(name: str) -> str:
-    """timm's name from timm's (with or without a tag) or the zoo's."""
+    """Return timm's name from timm's (with or without a tag) or the zoo's."""
     by_zoo = {zoo: arch for arch, zoo in ARCHITECTURES.items()}
     arch = by_zoo.get(name, name.partition(".")[0])
     if arch not in ARCHITECTURES:
@@ -228,7 +228,7 @@ def _weight_file(path: Path) -> Path:
 
 
 def _sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, int]:
-    """Number of classes and of input channels."""
+    """Return the numbers of classes and of input channels."""
     names = timm_names(config)
     head, stem = names["head.weight"], next(iter(names.values()))
     for key, rank in ((head, 2), (stem, 4)):
@@ -296,7 +296,7 @@ def file_sha256(path: Path) -> str:
 
 
 def timm_architecture(cfg: ModelConfig) -> str:
-    """timm's name of this network, whatever its classes, input channels and drop rates."""
+    """Return timm's name of this network, whatever its classes, input channels and drop rates."""
     for arch, name in ARCHITECTURES.items():
         known = VARIANTS[name].config
         free = {key: getattr(cfg, key) for key in ("num_classes", "in_channels", "drop_rate", "stochastic_depth")}

@@ -25,12 +25,12 @@ _INERT_ARGUMENTS = {"num_classes", "in_chans", "img_size", "drop_rate", "drop_pa
 
 
 def is_timm(fields: object) -> bool:
-    """Whether the content of a `config.json` is of timm's form: its `architecture` is a name."""
+    """Return whether the content of a `config.json` is of timm's form: its `architecture` is a name."""
     return isinstance(fields, dict) and isinstance(fields.get("architecture"), str)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of timm's `config.json`."""
+    """Read the content of timm's `config.json`."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -41,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def pretrained_cfg(fields: Mapping[str, Any], source: Path) -> Mapping[str, Any]:
-    """The part about the weights: their tag, the images they are for."""
+    """Return the part about the weights: their tag, the images they are for."""
     cfg = fields.get("pretrained_cfg", fields)  # before timm 0.9 everything stood at the top
     if not isinstance(cfg, dict):
         raise ConversionError(f"{source}: 'pretrained_cfg' must be a JSON object, not {cfg!r}")
@@ -51,7 +51,7 @@ def pretrained_cfg(fields: Mapping[str, Any], source: Path) -> Mapping[str, Any]
 
 
 def apply_arguments(config: ModelConfig, fields: Mapping[str, Any], source: Path) -> ModelConfig:
-    """`config`, the network of the weights, with the drop rates of `model_args`; another network is an error."""
+    """Return `config` with the drop rates of `model_args`; another network than the weights' is an error."""
     arguments = fields.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ConversionError(f"{source}: 'model_args' must be a JSON object, not {arguments!r}")
@@ -81,7 +81,7 @@ def apply_arguments(config: ModelConfig, fields: Mapping[str, Any], source: Path
 def read_preprocessing(
     arch: str, known: Preprocessing, cfg: Mapping[str, Any], config: ModelConfig, source: Path
 ) -> Preprocessing:
-    """What `pretrained_cfg` says, by timm's rule for evaluation at the test size.
+    """Return what `pretrained_cfg` says, by timm's rule for evaluation at the test size.
 
     DeepMind's own weights at their own sizes get DeepMind's preprocessing, which timm approximates by `squash`; weights
     that were trained on from there have the margin that their `crop_pct` says.
@@ -101,7 +101,7 @@ def read_preprocessing(
     try:
         if not isinstance(crop, int | float) or not 0 < crop <= 1:
             raise ConfigError(f"crop_pct must be in (0, 1], not {crop!r}")
-        found = dataclasses.replace(
+        preprocessing = dataclasses.replace(
             default,
             train_size=train,
             test_size=test,
@@ -111,12 +111,15 @@ def read_preprocessing(
             mean=cfg.get("mean", default.mean),
             std=cfg.get("std", default.std),
         )
-        if len(found.mean) != config.in_channels:
-            raise ConfigError(f"mean has {len(found.mean)} numbers for images of {config.in_channels} channels")
+        if len(preprocessing.mean) != config.in_channels:
+            raise ConfigError(f"mean has {len(preprocessing.mean)} numbers for images of {config.in_channels} channels")
     except (ConfigError, TypeError) as error:
         raise ConversionError(f"{source}: {error}") from error
-    same = dataclasses.replace(known, resize=found.resize, margin=found.margin, crop=found.crop) == found
-    return known if deepmind and same and cfg.get("tag") == DEEPMIND_TAG else found
+    same = (
+        dataclasses.replace(known, resize=preprocessing.resize, margin=preprocessing.margin, crop=preprocessing.crop)
+        == preprocessing
+    )
+    return known if deepmind and same and cfg.get("tag") == DEEPMIND_TAG else preprocessing
 
 
 def _side(cfg: Mapping[str, Any], key: str, channels: int, source: Path) -> int | None:
@@ -129,14 +132,14 @@ def _side(cfg: Mapping[str, Any], key: str, channels: int, source: Path) -> int 
 
 
 def fit_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
-    """Mean and standard deviation 0.5 where the image has other than three channels."""
+    """Set mean and standard deviation to 0.5 where the image has other than three channels."""
     if len(preprocessing.mean) == channels:
         return preprocessing
     return dataclasses.replace(preprocessing, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 def read_labels(value: object, config: ModelConfig, source: Path) -> tuple[str, ...] | None:
-    """timm's `label_names`: a list, or an object from index to name."""
+    """Return timm's `label_names`: a list, or an object from index to name."""
     if not value:
         return None
     if isinstance(value, dict):
@@ -150,7 +153,7 @@ def read_labels(value: object, config: ModelConfig, source: Path) -> tuple[str, 
 
 
 def timm_config(arch: str, description: Description) -> dict[str, Any]:
-    """The content of `config.json` for timm."""
+    """Return the content of `config.json` for timm."""
     config, preprocessing = description.config, description.preprocessing
     test = preprocessing.test_size
     squash = preprocessing.resize == "deepmind"

@@ -1,4 +1,4 @@
-"""A parameter file run by Haiku and by nfzoo, side by side: `python -m nfzoo.conversion.verify F1_haiku.npz`.
+"""Compare Haiku and nfzoo on a parameter file: `python -m nfzoo.conversion.verify F1_haiku.npz`.
 
 Prints the relative error of the network's stream after every stage. The Haiku networks are stated here anew, from the
 papers and the names of the parameters, and share no arithmetic with nfzoo's. jax and dm-haiku are needed for this
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig
-from nfzoo.conversion.haiku import Tree, from_haiku, recognize, unflattened
-from nfzoo.conversion.haiku_files import open_source
+from nfzoo.conversion.convert import read
+from nfzoo.conversion.haiku import Tree, to_haiku
 from nfzoo.errors import ConversionError
 from nfzoo.model import plan, run_block
 from nfzoo.runtime import program
+from nfzoo.types import Params
 
 Stages = dict[str, NDArray]
 """`stem`, `stage 1` … `stage 4` (NHWC), `pool`, `logits` -> float32."""
@@ -38,15 +38,17 @@ class Comparison(NamedTuple):
     error: float
 
 
-def compare(cfg: ModelConfig, tree: Tree, x: NDArray) -> list[Comparison]:
-    """Haiku beside nfzoo, on images `x` (N, H, W, C)."""
-    theirs, ours = haiku_stages(cfg, tree, x), nfzoo_stages(cfg, tree, x)
+def compare(cfg: ModelConfig, params: Params, x: NDArray) -> list[Comparison]:
+    """Compare Haiku with nfzoo, on images `x` (N, H, W, C).
+
+    Haiku gets `to_haiku` of the parameters, which is the tree that they were read from, bit for bit.
+    """
+    theirs, ours = haiku_stages(cfg, to_haiku(cfg, params), x), nfzoo_stages(cfg, params, x)
     return [Comparison(name, _relative(ours[name], theirs[name])) for name in ours]
 
 
-def nfzoo_stages(cfg: ModelConfig, tree: Tree, x: NDArray) -> Stages:
-    """The stream of nfzoo's network."""
-    params = from_haiku(cfg, tree)
+def nfzoo_stages(cfg: ModelConfig, params: Params, x: NDArray) -> Stages:
+    """Return the stream of nfzoo's network."""
     stream = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
     out: Stages = {}
     with torch.no_grad():
@@ -63,16 +65,15 @@ def nfzoo_stages(cfg: ModelConfig, tree: Tree, x: NDArray) -> Stages:
 
 
 def haiku_stages(cfg: ModelConfig, tree: Tree, x: NDArray) -> Stages:
-    """The stream of the same network in Haiku."""
+    """Return the stream of the same network in Haiku."""
     hk, jax, jnp = _frameworks()
     net = hk.without_apply_rng(hk.transform(lambda images: _network(cfg, hk, jax, jnp)(images)))
-    params = {module: {name: jnp.asarray(a) for name, a in leaves.items()} for module, leaves in tree.items()}
-    stages = jax.jit(net.apply)(params, jnp.asarray(x))
+    stages = jax.jit(net.apply)(jax.tree_util.tree_map(jnp.asarray, tree), jnp.asarray(x))
     return {name: np.asarray(value) for name, value in stages.items()}
 
 
 def _network(cfg: ModelConfig, hk: Any, jax: Any, jnp: Any) -> Any:
-    """The network as a Haiku module, whose parameters have DeepMind's names."""
+    """Build the network as a Haiku module, whose parameters have DeepMind's names."""
     lax = jax.lax
     gamma, function = {
         "gelu_tanh": (1.7015043497085571, lambda x: jax.nn.gelu(x, approximate=True)),
@@ -205,7 +206,7 @@ def _network(cfg: ModelConfig, hk: Any, jax: Any, jnp: Any) -> Any:
 
 
 def _widths(cfg: ModelConfig) -> tuple[list[int], int]:
-    """Output channels of the stages and, if there is one, of the final convolution."""
+    """Return the output channels of the stages and, if there is one, of the final convolution."""
     if isinstance(cfg, NFRegNetConfig):
         widths = [int(w * cfg.width_factor) for w in cfg.widths]
         return widths, 1280 * widths[-1] // 440
@@ -213,7 +214,7 @@ def _widths(cfg: ModelConfig) -> tuple[list[int], int]:
 
 
 def _middle(cfg: ModelConfig, inputs: int, outputs: int, at: int) -> tuple[int, int, int, float]:
-    """Width and groups of a block's 3x3 convolutions; channels under attention, and its ratio (0: none)."""
+    """Return width and groups of a block's 3x3 convolutions, channels under attention, and its ratio (0: none)."""
     if isinstance(cfg, NFNetConfig):
         groups = int(outputs * cfg.bottleneck) // cfg.group_width
         return groups * cfg.group_width, groups, outputs, cfg.se_ratio if cfg.attention == "se" else 0.0
@@ -243,13 +244,6 @@ def _relative(a: NDArray, b: NDArray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(b.astype(np.float64)))
 
 
-def _read_tree(path: str, model: str | None) -> tuple[str, ModelConfig, dict[str, Mapping[str, NDArray]]]:
-    with open_source(path) as source:
-        row, cfg = recognize({name: leaf.shape for name, leaf in source.leaves.items()}, model)
-        tree = unflattened(cfg, source.leaves)
-        return row.name, cfg, {m: {n: leaf.read() for n, leaf in leaves.items()} for m, leaves in tree.items()}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Compare a file in both frameworks: 0 if all errors are below `TOLERANCE`, 1 if not, 2 for bad input."""
     parser = program.Parser(
@@ -266,10 +260,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     _frameworks()
-    name, cfg, tree = _read_tree(options.file, options.model)
+    description, params, _ = read(options.file, model=options.model)
+    cfg = description.config
     x = np.random.default_rng(0).standard_normal((2, options.size, options.size, cfg.in_channels), np.float32)
-    rows = compare(cfg, tree, x)
-    print(f"{name}, {cfg.num_classes} classes, {options.size} x {options.size} pixels, against Haiku")
+    rows = compare(cfg, params, x)
+    print(f"{description.name}, {cfg.num_classes} classes, {options.size} x {options.size} pixels, against Haiku")
     for row in rows:
         print(f"{row.stage:<8}  {row.error:.1e}")
     return 0 if all(row.error < TOLERANCE for row in rows) else 1

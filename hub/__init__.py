@@ -1,4 +1,4 @@
-"""Models by name: from the zoo, from a Hub repository, from disk; and onto the Hub."""
+"""Load models by name from the zoo, a Hub repository or the disk, and publish them on the Hub."""
 
 from nfzoo.hub.pretrained import from_pretrained
 from nfzoo.hub.publish import push

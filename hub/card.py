@@ -1,4 +1,4 @@
-"""The model card: `README.md` of a repository, with the metadata by which the Hub finds and shows a model."""
+"""Write the model card: `README.md` of a repository, with the metadata by which the Hub finds and shows a model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model_card(
     evaluation: Mapping[str, Any] | None = None,
     files: Collection[str] = (),
 ) -> str:
-    """The card of a model, as Markdown after a YAML header.
+    """Return the card of a model, as Markdown after a YAML header.
 
     Args:
         repo_id: the repository that the card is for.
@@ -139,7 +139,7 @@ def _classes(description: Description) -> str:
 
 
 def _of_imagenet(description: Description) -> bool:
-    """Whether the weights were trained on ImageNet itself, as far as their provenance says."""
+    """Return whether the weights were trained on ImageNet itself, as far as their provenance says."""
     provenance = description.provenance or {}
     return description.labels == imagenet() and "trained_from" not in provenance
 
@@ -166,7 +166,7 @@ def _results(description: Description, evaluation: Mapping[str, Any]) -> list[Ev
 
 
 def _trained(description: Description) -> list[EvalResult]:
-    """The accuracy on held-out images that `nfzoo train` notes in the provenance."""
+    """Return the accuracy on held-out images that `nfzoo train` notes in the provenance."""
     provenance = description.provenance or {}
     accuracy, data = provenance.get("accuracy"), provenance.get("data")
     if not isinstance(accuracy, float) or not isinstance(data, str):
@@ -184,14 +184,16 @@ def _trained(description: Description) -> list[EvalResult]:
     ]
 
 
-def _evaluation(found: Mapping[str, Any]) -> str:
-    data = _cell(str(found["dataset"])) + (f", {_cell(str(found['split']))}" if found.get("split") else "")
+def _evaluation(evaluation: Mapping[str, Any]) -> str:
+    data = _cell(str(evaluation["dataset"])) + (
+        f", {_cell(str(evaluation['split']))}" if evaluation.get("split") else ""
+    )
     rows = [
         ("data", data),
-        ("images", f"{found['images']:,}"),
-        ("input", f"{found['size']} x {found['size']} pixels"),
-        ("top-1", f"{found['top1']:.2%}"),
-        ("top-5", f"{found['top5']:.2%}"),
+        ("images", f"{evaluation['images']:,}"),
+        ("input", f"{evaluation['size']} x {evaluation['size']} pixels"),
+        ("top-1", f"{evaluation['top1']:.2%}"),
+        ("top-5", f"{evaluation['top5']:.2%}"),
     ]
     return _table(("", ""), rows)
 
@@ -202,5 +204,5 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that is no Markdown in a table."""
+    """Escape text that would be Markdown in a table."""
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|~" else c if c.isprintable() else " " for c in text)

@@ -1,9 +1,9 @@
-"""A model repository of the Hub, in the local cache, whole and checked.
+"""Fetch a model repository of the Hub into the local cache, and check its files.
 
-The cache is the Hub's own and shared with its other libraries. What lies in it complete is used without a question to
-the network, whatever the revision; `force_download` asks, and fetches what has changed. The Hub's client accepts a
-body of the right length whose bytes are wrong, so each file is hashed once against the name that the cache gives it
-(the sha256 of large files, git's sha1 of small ones), and a note beside it remembers that it was.
+The cache is the Hub's own and shared with its other libraries. Files that it holds are used without a question to the
+network, whatever the revision; `force_download` asks, and fetches what has changed. The Hub's client accepts a body of
+the right length whose bytes are wrong. So each file is hashed when it is used, and compared with the name that the
+cache gives it: the sha256 of large files, git's sha1 of small ones.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
@@ -37,7 +35,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from nfzoo.checkpoint.atomic import replaced
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE
 from nfzoo.conversion.timm import PICKLED_FILE
 from nfzoo.conversion.timm_config import is_timm
@@ -46,18 +43,9 @@ from nfzoo.hub.registry import Repository
 
 logger = logging.getLogger("nfzoo")
 
-T = TypeVar("T")
-
 # What the Hub's client raises when a connection fails: the base class of its HTTP library (httpx, httpx2), which is no
 # OSError.
 HTTP_ERROR: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
-
-_NOTES = ".nfzoo"  # folder of the notes, in the repository's part of the cache
-_RETRY_SECONDS = 1.0
-
-
-class DamagedError(Exception):
-    """A file whose bytes are not those that its name in the cache states."""
 
 
 class Source:
@@ -84,7 +72,7 @@ class Source:
         return f"the Hub repository {self.repository.repo_id!r}{at}"
 
     def fetch(self) -> tuple[Path, str | None]:
-        """The snapshot folder, with `config.json` and a weight file, and the sha256 of the latter if it is known.
+        """Return the snapshot folder, with `config.json` and a weight file, and the latter's sha256 if it is known.
 
         Raises:
             CheckpointError: where the repository, the connection or the files are not as they should be.
@@ -122,11 +110,11 @@ class Source:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{CONFIG_FILE} in {self} is not JSON: {error}") from error
         own = isinstance(fields, dict) and fields.get("library_name") == "nfzoo"
-        found = "nfzoo" if own else "timm" if is_timm(fields) else None
-        if found is None or self.repository.layout not in (None, found):
+        layout = "nfzoo" if own else "timm" if is_timm(fields) else None
+        if layout is None or self.repository.layout not in (None, layout):
             expected = "an nfzoo model or one" if self.repository.layout is None else "a model"
             raise CheckpointError(f"{self} does not hold {expected} in timm's layout, says its {CONFIG_FILE}")
-        if found == "timm" and self.repository.sha256 is None:
+        if layout == "timm" and self.repository.sha256 is None:
             names.append(PICKLED_FILE)  # as timm wrote it until 2023
         commit = config.parent.name  # both files of one commit, wherever the branch goes meanwhile
         for name in names:
@@ -141,32 +129,53 @@ class Source:
         raise AssertionError("the loop returns or raises")
 
     def _file(self, name: str, revision: str) -> Path:
-        """One file, from the cache or the network; a damaged or cut body is asked for once more."""
-        if self.local or not self.force:
-            found = try_to_load_from_cache(self.repository.repo_id, name, cache_dir=self.cache_dir, revision=revision)
-            if isinstance(found, str) and (path := self._sound(Path(found))):
-                return path
-            if found is _CACHED_NO_EXIST and name != CONFIG_FILE:  # at a commit, where nothing changes any more
-                raise EntryNotFoundError(f"{name} is not there, says the cache")
-        if self.local:
-            raise LocalEntryNotFoundError(f"{name} is not in the cache")
-        return _twice(lambda: self._download(name, revision))
+        """Return one file from the cache or the network.
 
-    def _sound(self, path: Path) -> Path | None:
-        """A cached file if it is whole. A damaged one is removed, where it can be fetched again."""
-        try:
-            self._verify(path, _stated_hash(path))
-        except DamagedError as error:
+        A damaged file is fetched once more and then refused. A request that ends in a server error (5xx) is repeated
+        once.
+        """
+        for attempt in (1, 2):
+            path = self._cached(name, revision) if self.local or (not self.force and attempt == 1) else None
+            try:
+                path, stated = (path, _stated_hash(path)) if path is not None else self._download(name, revision)
+            except HfHubHTTPError as error:
+                response = getattr(error, "response", None)
+                if attempt == 2 or response is None or response.status_code < 500:
+                    raise
+                logger.warning("%s; trying again", " ".join(str(error).split()))
+                time.sleep(1)
+                continue
+            known = self.repository.sha256 if name == WEIGHTS_FILE else None
+            wrong = [
+                f"its hash is {found}, not {expected}"
+                for expected in dict.fromkeys((known, stated))
+                if expected is not None and (found := _hash(path, expected)) != expected
+            ]
+            if not wrong:
+                return path
+            damage = f"{name} of {self} is damaged: {wrong[0]}"
             if self.local:
                 raise CheckpointError(
-                    f"{error}; with a connection, and without offline mode or local_files_only, it is fetched again"
-                ) from error
-            logger.warning("%s; fetching it again", error)
+                    f"{damage}; with a connection, and without offline mode or local_files_only, it is fetched again"
+                )
             _remove(path)
-            return None
-        return path
+            if attempt == 2:
+                raise CheckpointError(f"{damage}. It was so twice and was deleted; a proxy or mirror may be at fault")
+            logger.warning("%s; fetching it again", damage)
+        raise AssertionError("the loop returns or raises")
 
-    def _download(self, name: str, revision: str) -> Path:
+    def _cached(self, name: str, revision: str) -> Path | None:
+        path = try_to_load_from_cache(self.repository.repo_id, name, cache_dir=self.cache_dir, revision=revision)
+        if isinstance(path, str):
+            return Path(path)
+        if path is _CACHED_NO_EXIST and name != CONFIG_FILE:  # at a commit, where nothing changes any more
+            raise EntryNotFoundError(f"{name} is not there, says the cache")
+        if self.local:
+            raise LocalEntryNotFoundError(f"{name} is not in the cache")
+        return None
+
+    def _download(self, name: str, revision: str) -> tuple[Path, str | None]:
+        """Return a file after asking the Hub for it, and the hash that the Hub states."""
         repo = self.repository.repo_id
         if self.force:
             # Where the Hub does not answer, its client falls back to the cache without a word.
@@ -176,69 +185,21 @@ class Source:
         if stated is None:  # a cache without links, as on Windows: only the Hub knows
             url = hf_hub_url(repo, name, revision=path.parent.name)
             stated = _as_hash(get_hf_file_metadata(url, token=self.token).etag)
-        try:
-            self._verify(path, stated, again=self.force)
-        except DamagedError:
-            _remove(path)
-            raise
-        return path
-
-    def _verify(self, path: Path, stated: str | None, *, again: bool = False) -> None:
-        """Compare a file with the hash that is known for it, unless a note says that this was done."""
-        known = self.repository.sha256 if path.name == WEIGHTS_FILE else None
-        wanted = [h for h in dict.fromkeys((known, stated)) if h is not None]
-        note = path.parents[2] / _NOTES / path.parent.name / f"{path.name}.json"
-        facts = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns, "hashes": wanted}
-        if not again and _read_note(note) == facts:
-            return
-        for expected in wanted:
-            found = _hash(path, expected)
-            if found != expected:
-                raise DamagedError(f"{path.name} of {self} is damaged: its hash is {found}, not {expected}")
-        if wanted:
-            try:
-                with replaced(note) as scratch:
-                    scratch.write_text(json.dumps(facts), encoding="utf-8")
-            except OSError as error:  # a cache that may only be read
-                logger.debug("cannot note that %s was checked: %s", path, error)
-
-
-def _twice(call: Callable[[], T]) -> T:
-    try:
-        return call()
-    except DamagedError as error:
-        logger.warning("%s; fetching it again", error)
-    except HTTP_ERROR as error:
-        # The Hub's refusals stay; its troubles and those of the connection may pass. Newer clients than 1.0 have tried
-        # some of them again already.
-        if isinstance(error, HfHubHTTPError) and (error.response is None or error.response.status_code < 500):
-            raise
-        logger.warning("%s; trying again", " ".join(str(error).split()) or type(error).__name__)
-        time.sleep(_RETRY_SECONDS)
-    except OSError as error:
-        if "Consistency check failed" not in str(error):  # the client's words for a body of the wrong length
-            raise
-        logger.warning("%s; fetching it again", " ".join(str(error).split()))
-    try:
-        return call()
-    except DamagedError as error:
-        raise CheckpointError(
-            f"{error}. It arrived so twice and was deleted; a proxy or mirror on the way may be at fault"
-        ) from error
+        return path, stated
 
 
 def _as_hash(name: str | None) -> str | None:
-    """A sha256 (64 hexadecimal digits) or git's sha1 (40); any other entity tag says nothing about the content."""
+    """Return `name` if it is a sha256 (64 hexadecimal digits) or git's sha1 (40); `None` for others."""
     return name if name is not None and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name) else None
 
 
 def _stated_hash(path: Path) -> str | None:
-    """The hash that the cache states for a file of a snapshot: the name of the blob that it links to."""
+    """Return the hash that the cache states for a file of a snapshot: the name of the blob that it links to."""
     return _as_hash(Path(os.readlink(path)).name) if path.is_symlink() else None
 
 
 def _hash(path: Path, like: str) -> str:
-    """The sha256 of a file, or git's hash of it: the sha1 of a header and the content."""
+    """Return the sha256 of a file, or git's hash of it: the sha1 of a header and the content."""
     with path.open("rb") as file:
         if len(like) == 64:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -251,10 +212,3 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     if blob is not None:
         blob.unlink(missing_ok=True)
-
-
-def _read_note(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -1,4 +1,4 @@
-"""`from_pretrained`: a zoo name, a Hub repository, a folder or a file becomes a model."""
+"""Load a pretrained model by a zoo name, from a Hub repository, a folder or a file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
-    """A pretrained model, in evaluation mode.
+    """Return a pretrained model in evaluation mode.
 
     What was downloaded once is loaded from the cache without a question to the network, also when its branch has moved
     on the Hub since: `force_download=True`, or another `revision`, brings the update. Downloads are checked against

@@ -1,4 +1,4 @@
-"""A checkpoint folder onto the Hub, as one commit of weights, configuration, card, and what training left there."""
+"""Publish a checkpoint folder on the Hub: weights, configuration, card and the run's files as one commit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bundle(NamedTuple):
     card: str
 
     def sizes(self) -> dict[str, int]:
-        """File name -> bytes."""
+        """Return file name -> bytes."""
         return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in self.files.items()}
 
 
@@ -83,7 +83,7 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
 
 
 def _public_run(path: Path) -> bytes:
-    """A run's options without the output folder, and with the last part alone of paths: those are nobody's business."""
+    """Return a run's options without its output folder and without the folders of its paths, which are private."""
     try:
         run = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

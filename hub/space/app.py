@@ -55,7 +55,7 @@ class Gallery:
         return list(self.sources)
 
     def model(self, choice: str) -> NFNet:
-        """The model of a choice, loaded at most once while it is kept. A `SpaceError` if it cannot be."""
+        """Return the model of a choice, loaded once while it is kept; raise a `SpaceError` if it cannot be."""
         if choice not in self.sources:
             raise SpaceError(f"There is no model {choice!r} here. Choose one from the list.")
         with self._lock:
@@ -71,7 +71,7 @@ class Gallery:
             return self._loaded[choice]
 
     def look(self, picture: str | Path | None, choice: str | None) -> dict[str, float] | None:
-        """The most probable labels of a picture with their probabilities, the first first; `None` without a picture.
+        """Return the most probable labels of a picture, best first, with probabilities; `None` without a picture.
 
         Raises:
             SpaceError: for a picture or a model that cannot be used, in words for the user.
@@ -95,24 +95,24 @@ class Gallery:
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:
-    """Name to choose -> source. The name is the source's last part, or all of it where two would be the same."""
-    found: list[str] = []
+    """Return name to choose -> source. The name is the source's last part, or all of it where two would be the same."""
+    expanded: list[str] = []
     for source in sources:
         folder = Path(source)
         if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
             inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
             if not inside:
                 raise ConfigError(f"{source!r} holds no model: neither {CONFIG_FILE} nor folders with one")
-            found += map(str, inside)
+            expanded += map(str, inside)
         elif folder.exists() or source in PUBLIC or source.count("/") == 1:
-            found.append(source)
+            expanded.append(source)
         else:
             raise UnknownModelError(
                 f"{source!r} is no folder, no file, no Hub repository (org/name) and no zoo model with public weights"
                 f"{nearest(source, PUBLIC)}"
             )
-    found = list(dict.fromkeys(found))
-    short = {source: _last_part(source) for source in found}
+    expanded = list(dict.fromkeys(expanded))
+    short = {source: _last_part(source) for source in expanded}
     count = Counter(short.values())
     return {name if count[name] == 1 else source: source for source, name in short.items()}
 
@@ -123,13 +123,13 @@ def _last_part(source: str) -> str:
 
 
 def offered(environment: str | None) -> list[str]:
-    """The sources of `NFZOO_SPACE_MODELS`, with commas between; without it the zoo's models with public weights."""
-    given = [part.strip() for part in (environment or "").split(",")]
-    return [part for part in given if part] or list(PUBLIC)
+    """Return the sources in `NFZOO_SPACE_MODELS`, split at commas, or else the zoo's models with public weights."""
+    parts = [part.strip() for part in (environment or "").split(",")]
+    return [part for part in parts if part] or list(PUBLIC)
 
 
 def build(gallery: Gallery) -> Any:
-    """The page, a `gradio.Blocks`.
+    """Build the page, a `gradio.Blocks`.
 
     Raises:
         ConfigError: without Gradio.

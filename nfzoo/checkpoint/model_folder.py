@@ -199,18 +199,18 @@ def load_checkpoint(
 
 def check_params(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Raise a `CheckpointError` unless `shapes` are exactly those of the model's parameters."""
-    wanted = {key: shape for key, (shape, _) in specs(cfg).items()}
+    expected = {key: shape for key, (shape, _) in specs(cfg).items()}
     problems = []
     for title, keys in (
-        ("missing", [k for k in wanted if k not in shapes]),
-        ("unexpected", [k for k in shapes if k not in wanted]),
+        ("missing", [k for k in expected if k not in shapes]),
+        ("unexpected", [k for k in shapes if k not in expected]),
     ):
         if keys:
             problems.append(f"{len(keys)} {title}, such as {keys[0]!r}")
-    wrong = [k for k in wanted if k in shapes and shapes[k] != wanted[k]]
+    wrong = [k for k in expected if k in shapes and shapes[k] != expected[k]]
     if wrong:
         key = wrong[0]
-        problems.append(f"{len(wrong)} of another shape, such as {key!r}: {shapes[key]} instead of {wanted[key]}")
+        problems.append(f"{len(wrong)} of another shape, such as {key!r}: {shapes[key]} instead of {expected[key]}")
     if problems:
         raise CheckpointError(f"the tensors of {source} do not fit the configuration: {'; '.join(problems)}")
 

@@ -45,19 +45,19 @@ class Parts:
         return -(-self.images // self.size)
 
     def rows(self, k: int) -> range:
-        """The images of part k."""
+        """Return the images of part k."""
         return range(k * self.size, min((k + 1) * self.size, self.images))
 
     def path(self, k: int) -> Path:
-        """The file of part k."""
+        """Return the file of part k."""
         return self.folder / f"part-{k:05}-of-{len(self):05}.{self.format}"
 
     def broken_path(self, k: int) -> Path:
-        """What was wrong with images of part k, until the manifest takes it up; absent where nothing was."""
+        """Return the file that says what was wrong with images of part k, if anything was, until `finish`."""
         return self.path(k).with_suffix(".broken.json")
 
     def unfinished(self) -> list[int]:
-        """The parts that are still to be written."""
+        """Return the parts that are still to be written."""
         return [k for k in range(len(self)) if not self.path(k).exists()]
 
 
@@ -83,19 +83,19 @@ def start(
     folder = parts.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; give a folder for the results")
-    there = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)] if folder.is_dir() else []
+    results = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)] if folder.is_dir() else []
     manifest = _read(folder / MANIFEST)
     remedy = "give another folder, or --overwrite to replace them"
     if manifest is not None and not isinstance(manifest.get("identity"), dict):
         raise ConfigError(f"{str(folder / MANIFEST)!r} is no manifest of predictions; give another folder")
     if not overwrite:
-        if manifest is None and any(not path.name.startswith(".") for path in there):
+        if manifest is None and any(not path.name.startswith(".") for path in results):
             raise ConfigError(f"{str(folder)!r} holds parts without a {MANIFEST} that says of what; {remedy}")
         if manifest is not None:
             different = _differences(manifest["identity"], identity)
             if different:
                 raise ConfigError(f"{str(folder)!r} holds the results of another run: {different}; {remedy}")
-    for path in there:  # parts before the manifest that describes them
+    for path in results:  # parts before the manifest that describes them
         if overwrite or path.name.startswith("."):
             path.unlink()
     todo = parts.unfinished()
@@ -113,7 +113,7 @@ def start(
 
 
 def finish(parts: Parts) -> list[dict[str, Any]]:
-    """Say in the manifest that all parts are there; which images could not be read, and why.
+    """Note in the manifest that all parts are written; return which images could not be read, and why.
 
     Raises:
         DataError: if none could be read.
@@ -200,7 +200,7 @@ def _write_parquet(path: Path, names: Sequence[str], columns: Mapping[str, Any])
 
 
 def _text(name: str) -> str:
-    """A file name, written out where its bytes are no UTF-8, which parquet cannot hold."""
+    """Return a file name, escaped where its bytes are not UTF-8, which parquet cannot hold."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -217,12 +217,12 @@ def _short(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: object) -> None:

@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Steps taken before it was written."""
+        """Return the number of steps before it was written."""
         return int(self.facts["step"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:

@@ -23,9 +23,8 @@ from nfzoo.nn import NFNet, create
 from nfzoo.predict import image_files
 from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
+from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE
 from nfzoo.variants import VARIANTS
-
-_METRICS, _CURVES = "metrics.jsonl", "curves.png"
 
 
 class Signal(NamedTuple):
@@ -67,7 +66,7 @@ def measure(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Signal:
-    """Send a batch through a model and take the statistics of its activations at each depth, without noise.
+    """Measure the statistics of a model's activations at each depth on one batch, without noise.
 
     Args:
         source: a zoo name, a checkpoint folder, a weight file or a Hub repository.
@@ -160,8 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw loss and accuracy over the epochs that a training run has done so far.\n\n"
         "example: nfzoo plot curves runs/pets",
     )
-    sub.add_argument("run", type=Path, metavar="RUN", help=f"the folder of a run, or its {_METRICS}")
-    sub.add_argument("--output", type=Path, metavar="PNG", help=f"the picture (default: {_CURVES} in the folder)")
+    sub.add_argument("run", type=Path, metavar="RUN", help=f"the folder of a run, or its {METRICS_FILE}")
+    sub.add_argument("--output", type=Path, metavar="PNG", help=f"the picture (default: {CURVES_FILE} in the folder)")
     return parser
 
 
@@ -199,8 +198,8 @@ def _signal(options: argparse.Namespace) -> None:
 
 
 def _curves(options: argparse.Namespace) -> None:
-    metrics = options.run / _METRICS if options.run.is_dir() else options.run
-    output = options.output or metrics.parent / _CURVES
+    metrics = options.run / METRICS_FILE if options.run.is_dir() else options.run
+    output = options.output or metrics.parent / CURVES_FILE
     training_curves(metrics, output)
     print(f"wrote {printable(str(output))}")
 

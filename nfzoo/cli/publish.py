@@ -44,8 +44,8 @@ def push(argv: list[str] | None = None) -> int:
 
 
 def _push(options: argparse.Namespace) -> None:
-    given = [options.folder is not None, options.repository is not None, options.all_deepmind is not None]
-    if given not in ([True, True, False], [False, False, True]):
+    present = [options.folder is not None, options.repository is not None, options.all_deepmind is not None]
+    if present not in ([True, True, False], [False, False, True]):
         raise ConfigError("nfzoo push needs either FOLDER and ORG/NAME, or --all-deepmind ORG alone")
     send = {
         "private": options.private,

@@ -15,6 +15,7 @@ import yaml
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.runtime import program
 from nfzoo.train.config import OptimConfig, TrainConfig
+from nfzoo.train.run_folder import RUN_FILE
 from nfzoo.transforms.mixing import Augment
 
 Fields = dict[str, Any]  # arguments of `TrainConfig`; those of its groups are dictionaries of their own
@@ -124,8 +125,8 @@ def _update(fields: Fields, new: Fields) -> None:
 
 def _documented(cls: type, name: str) -> str:
     """Return what the docstring of a dataclass says about a field, with the default value, for `--help`."""
-    found = re.search(rf"^        {name}: (.*(?:\n            .*)*)", cls.__doc__ or "", re.MULTILINE)
-    text = " ".join(found[1].split()).rstrip(".") if found else ""
+    match = re.search(rf"^        {name}: (.*(?:\n            .*)*)", cls.__doc__ or "", re.MULTILINE)
+    text = " ".join(match[1].split()).rstrip(".") if match else ""
     default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
     if default is None or default is dataclasses.MISSING:
         return text.replace("%", "%%")
@@ -136,7 +137,7 @@ def _documented(cls: type, name: str) -> str:
 
 
 def _first_kind(kind: Any) -> Any:
-    """`int` of `int | None`."""
+    """Return `int` of `int | None`."""
     return kind if get_origin(kind) in (None, Literal, tuple, dict) else get_args(kind)[0]
 
 
@@ -217,7 +218,7 @@ def _find(name: str) -> Path:
     if name in known:
         return known[name]
     if "/" in name or name.endswith((".yaml", ".yml")):
-        inside = path / "train.yaml"
+        inside = path / RUN_FILE
         hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""
         raise ConfigError(f"{name!r} {'is a folder, no recipe file' if path.is_dir() else 'is no recipe file'}{hint}")
     near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"

@@ -61,5 +61,5 @@ def write_run(
 
 
 def _public(source: str) -> str:
-    """A name as it is, of a path the last part: a shared checkpoint should not tell where its maker works."""
+    """Return a name as it is, and of a path its last part: a shared checkpoint must not tell private folders."""
     return Path(source).resolve().name if Path(source).exists() else source

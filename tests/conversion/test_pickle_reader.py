@@ -32,8 +32,8 @@ NFNET_TEST = VARIANTS["nfnet-test"].config
 
 def read(path: Path) -> dict[str, np.ndarray]:
     with open_source(path) as source:
-        arrays = {name: leaf.read() for name, leaf in source.leaves.items()}
-        for name, leaf in source.leaves.items():
+        arrays = {name: leaf.read() for name, leaf in source.arrays.items()}
+        for name, leaf in source.arrays.items():
             assert (arrays[name].shape, arrays[name].dtype) == (leaf.shape, leaf.dtype)
     return arrays
 
@@ -125,7 +125,7 @@ def test_reading_does_not_touch_what_was_read_before(tmp_path: Path) -> None:
     path = tmp_path / "tree"
     path.write_bytes(pickle.dumps({"a": {"w": np.arange(6, dtype="f4"), "s": np.float32(3)}}, 2))
     with open_source(path) as source:
-        for leaf in source.leaves.values():
+        for leaf in source.arrays.values():
             first = leaf.read()
             first[...] = 7
             assert not np.array_equal(leaf.read(), first)
@@ -143,7 +143,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     with open_source(path) as source:
         path.write_bytes(b"")
         with pytest.raises(ConversionError, match="became shorter"):
-            source.leaves["a.w"].read()
+            source.arrays["a.w"].read()
 
 
 # ---------------------------------------------------------------- what is not

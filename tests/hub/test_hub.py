@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -51,6 +52,11 @@ def test_options_reach_the_model(tmp_path):
     loaded = nfzoo.from_pretrained(tmp_path / "m", num_classes=3, dtype=torch.bfloat16)
     assert loaded.config.num_classes == 3
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_the_method_has_the_options_of_the_function():
+    method, function = (inspect.signature(f).parameters for f in (NFNet.from_pretrained, nfzoo.from_pretrained))
+    assert list(method.items()) == list(function.items())
 
 
 def test_what_is_on_disk_comes_before_a_name(tmp_path, monkeypatch):

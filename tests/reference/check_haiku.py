@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nfzoo.conversion.haiku import from_haiku
 from nfzoo.conversion.verify import compare, haiku_stages
 from nfzoo.variants import VARIANTS
 from tests.reference.refweights import unit_noise, weights
@@ -37,7 +38,7 @@ def main():
                 / np.linalg.norm(golden[key])
                 for key in ("pool", "logits")
             }
-        errors |= {f"nfzoo's {row.stage} from haiku's": row.error for row in compare(cfg, tree, x)}
+        errors |= {f"nfzoo's {row.stage} from haiku's": row.error for row in compare(cfg, from_haiku(cfg, tree), x)}
         print(f"{name}, {height} x {width}")
         for what, error in errors.items():
             print(f"  {what:<32}  {error:.1e}")
