@@ -1,4 +1,7 @@
-"""The `nn.Module` shell over a plan: parameters under the plan's keys, the forward pass of `nfzoo.model`."""
+"""The `nn.Module` shell over a plan: parameters under the plan's keys, the forward pass of `nfzoo.model`.
+
+It is longer than other modules, as all methods of `NFNet` are public and each says what it takes.
+"""
 
 from __future__ import annotations
 
@@ -20,95 +23,17 @@ from nfzoo.config import ModelConfig, Preprocessing, is_int
 from nfzoo.errors import ConfigError
 from nfzoo.model import fold
 from nfzoo.models.onednn import PackedBlock
-from nfzoo.runtime.compile import CompiledBlock, checkpointed, compile_blocks, compile_options
+from nfzoo.runtime.block_module import BlockModule, owners, replaced, submodule
+from nfzoo.runtime.compile import CompiledBlock, compile_blocks, compile_options
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.preprocess import evaluation_transform
-from nfzoo.types import Block, BlockFn, Noise, Params
+from nfzoo.types import Noise, Params
 from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
     from nfzoo.hub.publish import PushOptions
 
 logger = logging.getLogger("nfzoo")
-
-
-class BlockModule(nn.Module):
-    """One block of a plan as a module: its parameters, and its pure function as `forward`.
-
-    Attributes:
-        fn: the block's function, or its compiled form.
-        checkpointed: whether the backward pass computes the block's intermediate values again.
-    """
-
-    def __init__(self, block: Block, params: Params) -> None:
-        super().__init__()
-        self.block = block
-        self.fn: BlockFn = block.fn
-        self.checkpointed = False
-        for name, value in params.items():
-            *path, leaf = name.split(".")
-            _submodule(self, path).register_parameter(leaf, nn.Parameter(value))
-        self._find(list(params))
-
-    def _find(self, names: Sequence[str]) -> None:
-        """Find the modules that hold the parameters, once for all calls.
-
-        Modules and not parameters: `functional_call`, `to` and FSDP2 put other tensors under the same names.
-        """
-        self._owners, self._links = _owners(self, names)
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpointed(lambda x, keep: self.fn(self._params(), x, self.block.beta, keep), x, keep)
-        return self.fn(self._params(), x, self.block.beta, keep)
-
-    def _params(self) -> dict[str, Tensor]:
-        if _replaced(self._links):  # `block.conv0 = ...`
-            self._find([name for name, _, _ in self._owners])
-        # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
-        return {
-            name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
-            for name, owner, leaf in self._owners
-        }  # pyright: ignore[reportReturnType]
-
-    def extra_repr(self) -> str:
-        return type(self.block.fn).__name__
-
-
-Link = tuple[nn.Module, str, nn.Module]
-"""A module, the name of one of its children, and that child."""
-
-
-def _owners(root: nn.Module, names: Sequence[str]) -> tuple[list[tuple[str, nn.Module, str]], list[Link]]:
-    """Return `(name, owner, leaf)` for every dotted name, and the links that lead from the root to all owners."""
-    owners: list[tuple[str, nn.Module, str]] = []
-    links: dict[str, Link] = {}
-    for name in names:
-        *path, leaf = name.split(".")
-        owner = root
-        for i, part in enumerate(path):
-            child = owner.get_submodule(part)
-            links[".".join(path[: i + 1])] = owner, part, child
-            owner = child
-        owners.append((name, owner, leaf))
-    return owners, list(links.values())
-
-
-def _replaced(links: Sequence[Link]) -> bool:
-    """Return whether another module stands in the place of one of the children."""
-    for parent, name, child in links:  # noqa: SIM110, as `any` with a generator costs as much again
-        if parent._modules.get(name) is not child:
-            return True
-    return False
-
-
-def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
-    """Return the submodule at `path`, which is made where it is missing; `stages` and its entries are lists."""
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.ModuleList() if part == "stages" or part.isdigit() else nn.Module())
-        module = module.get_submodule(part)
-    return module
 
 
 class NFNet(nn.Module):
@@ -166,18 +91,18 @@ class NFNet(nn.Module):
         self.plan = functional_model.plan(self.config)
         for block in self.plan:
             *path, leaf = block.name.split(".")
-            _submodule(self, path).add_module(leaf, BlockModule(block, functional_model.block_params(block, params)))
+            submodule(self, path).add_module(leaf, BlockModule(block, functional_model.block_params(block, params)))
         self._find()
         if self.config.folded:
             self.eval().requires_grad_(False)
 
     def _find(self) -> None:
         """Find the modules that hold the blocks, once for all calls."""
-        self._owners, self._links = _owners(self, [block.name for block in self.plan])
+        self._owners, self._links = owners(self, [block.name for block in self.plan])
 
     def _blocks(self) -> list[Callable[..., Tensor]]:
         """Return the blocks in the plan's order, as they are now: `model.head = ...` takes effect."""
-        if _replaced(self._links):  # `model.stages[0] = ...`
+        if replaced(self._links):  # `model.stages[0] = ...`
             self._find()
         return [getattr(owner, leaf) for _, owner, leaf in self._owners]
 

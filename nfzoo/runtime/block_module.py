@@ -1,0 +1,90 @@
+"""A block of a plan as a module, and the modules that lead to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nfzoo.runtime.compile import checkpointed
+from nfzoo.types import Block, BlockFn, Params
+
+
+class BlockModule(nn.Module):
+    """One block of a plan as a module: its parameters, and its pure function as `forward`.
+
+    Attributes:
+        fn: the block's function, or its compiled form.
+        checkpointed: whether the backward pass computes the block's intermediate values again.
+    """
+
+    def __init__(self, block: Block, params: Params) -> None:
+        super().__init__()
+        self.block = block
+        self.fn: BlockFn = block.fn
+        self.checkpointed = False
+        for name, value in params.items():
+            *path, leaf = name.split(".")
+            submodule(self, path).register_parameter(leaf, nn.Parameter(value))
+        self._find(list(params))
+
+    def _find(self, names: Sequence[str]) -> None:
+        """Find the modules that hold the parameters, once for all calls.
+
+        Modules and not parameters: `functional_call`, `to` and FSDP2 put other tensors under the same names.
+        """
+        self._owners, self._links = owners(self, names)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpointed(lambda x, keep: self.fn(self._params(), x, self.block.beta, keep), x, keep)
+        return self.fn(self._params(), x, self.block.beta, keep)
+
+    def _params(self) -> dict[str, Tensor]:
+        if replaced(self._links):  # `block.conv0 = ...`
+            self._find([name for name, _, _ in self._owners])
+        # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
+        return {
+            name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
+            for name, owner, leaf in self._owners
+        }  # pyright: ignore[reportReturnType]
+
+    def extra_repr(self) -> str:
+        return type(self.block.fn).__name__
+
+
+Link = tuple[nn.Module, str, nn.Module]
+"""A module, the name of one of its children, and that child."""
+
+
+def owners(root: nn.Module, names: Sequence[str]) -> tuple[list[tuple[str, nn.Module, str]], list[Link]]:
+    """Return `(name, owner, leaf)` for every dotted name, and the links that lead from the root to all owners."""
+    owners: list[tuple[str, nn.Module, str]] = []
+    links: dict[str, Link] = {}
+    for name in names:
+        *path, leaf = name.split(".")
+        owner = root
+        for i, part in enumerate(path):
+            child = owner.get_submodule(part)
+            links[".".join(path[: i + 1])] = owner, part, child
+            owner = child
+        owners.append((name, owner, leaf))
+    return owners, list(links.values())
+
+
+def replaced(links: Sequence[Link]) -> bool:
+    """Return whether another module stands in the place of one of the children."""
+    for parent, name, child in links:  # noqa: SIM110, as `any` with a generator costs as much again
+        if parent._modules.get(name) is not child:
+            return True
+    return False
+
+
+def submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
+    """Return the submodule at `path`, which is made where it is missing; `stages` and its entries are lists."""
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.ModuleList() if part == "stages" or part.isdigit() else nn.Module())
+        module = module.get_submodule(part)
+    return module
