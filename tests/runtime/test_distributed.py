@@ -16,7 +16,7 @@ from tests.support.processes import together
 TOLERANCE = 1e-5
 COMMON = ["--model", "nfnet-test", "--data", "digits", "--epochs", "1", "--batch_size", "284"]
 COMMON += ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.warmup_epochs", "0", "--optim.lr", "0.4"]
-COMMON += ["--optim.ema_decay", "0.9"]
+COMMON += ["--optim.ema_decay", "0.9", "--train-size", "16", "--test-size", "16"]
 MIXED = ["--augment.layers", "2", "--augment.mixup", "0.2", "--augment.cutmix", "true", "--augment.flip", "0"]
 
 # What two processes run -> what one process runs to the same end.

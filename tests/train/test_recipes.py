@@ -105,7 +105,7 @@ def test_an_unknown_recipe_has_near_ones_named() -> None:
 
 @pytest.mark.parametrize("name", ["nfnet-f6-sam-imagenet", "nfnet-f1-finetune", "head"])
 def test_recipes_run(name: str, tmp_path: Path) -> None:
-    small = ["--model", "nfnet-test", "--train-size", "32", "--test-size", "32", "--epochs", "1"]
+    small = ["--model", "nfnet-test", "--train-size", "16", "--test-size", "16", "--epochs", "1"]
     small += ["--batch-size", "144", "--accumulation", "2", "--pretrained", "null", "--validation-fraction", "0.8"]
     assert train.main(["--recipe", name, "--data", "digits", "--output", str(tmp_path / "run"), *small]) == 0
 

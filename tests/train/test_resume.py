@@ -22,7 +22,7 @@ from tests.support.processes import ROOT, free_ports, together
 
 OPTIONS = ["--model", "nfnet-test", "--data", "digits", "--epochs", "2", "--batch_size", "280", "--save_steps", "2"]
 OPTIONS += ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.ema_decay", "0.9", "--optim.warmup_epochs", "0"]
-OPTIONS += ["--optim.lr", "0.4"]
+OPTIONS += ["--optim.lr", "0.4", "--train-size", "16", "--test-size", "16"]
 OPTIONS += ["--augment.layers", "1", "--augment.mixup", "0.2", "--augment.cutmix", "true"]
 # Ten float32 steps with sums in another order; a parameter is of order one.
 PROCESSES_TOLERANCE = 1e-5
@@ -84,7 +84,6 @@ def test_dead_in_an_epoch_and_between_two(tmp_path: Path, whole: Path, monkeypat
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == figures
 
 
-@pytest.mark.slow
 def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         die_before_step(1, patch)

@@ -1,0 +1,21 @@
+"""Leave out what every training run draws, and what one test sees drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nfzoo.train import run_folder
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def _curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write an empty picture of the curves, which take as long to draw as a small epoch to train.
+
+    Tests with the marker `draws` have them drawn.
+    """
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(run_folder, "training_curves", lambda _, target: Path(target).write_bytes(PNG))
