@@ -274,7 +274,7 @@ def test_provenance(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("to", ["nfzoo", "haiku", "timm"])
+@pytest.mark.parametrize("to", ["nfzoo", "haiku", pytest.param("timm", marks=pytest.mark.slow)])
 def test_nothing_is_overwritten_unless_asked(to: Any, tmp_path: Path) -> None:
     write_haiku(tmp_path / "in", *zeros("nfnet-f0" if to == "timm" else "nfnet-test"))
     target = tmp_path / "target"

@@ -127,7 +127,11 @@ def shell_trajectory() -> Trajectory:
     return Trajectory(start, grads, losses, after, average)
 
 
-@pytest.fixture(scope="module", params=[pure_trajectory, shell_trajectory], ids=["train_step", "AGCSGD"])
+@pytest.fixture(
+    scope="module",
+    params=[pure_trajectory, pytest.param(shell_trajectory, marks=pytest.mark.slow)],
+    ids=["train_step", "AGCSGD"],
+)
 def trajectory(request: pytest.FixtureRequest) -> Trajectory:
     return request.param()
 

@@ -398,6 +398,7 @@ def test_the_update_has_few_kernels():
 
 
 # Dynamo takes equal sizes of the first call for one size, and sizes of 0 and 1 for constants.
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "graphs"), [((4, 3, 3, 3), 2), ((6, 6), 3)], ids=["general", "square"])
 def test_compiled_updates_of_all_shapes_share_a_graph_and_do_not_recompile(first, graphs):
     torch.compiler.reset()

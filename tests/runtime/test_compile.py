@@ -419,7 +419,8 @@ def test_inside_a_compiled_model_and_an_export_the_blocks_are_part_of_the_graph(
     assert relative(exported.module()(x), expected) < EXACT
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast(dtype):
     cfg, count = SHALLOW, Counting()
     plain, fast = shell(cfg), shell(cfg).compile_blocks(backend=count.backend)

@@ -103,7 +103,9 @@ def test_an_unknown_recipe_has_near_ones_named() -> None:
         parsed("zzz")
 
 
-@pytest.mark.parametrize("name", ["nfnet-f6-sam-imagenet", "nfnet-f1-finetune", "head"])
+@pytest.mark.parametrize(
+    "name", ["nfnet-f1-finetune", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nfnet-f6-sam-imagenet", "head"))]
+)
 def test_recipes_run(name: str, tmp_path: Path) -> None:
     small = ["--model", "nfnet-test", "--train-size", "16", "--test-size", "16", "--epochs", "1"]
     small += ["--batch-size", "144", "--accumulation", "2", "--pretrained", "null", "--validation-fraction", "0.8"]

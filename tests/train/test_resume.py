@@ -248,7 +248,9 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
         assert found == pytest.approx(wanted, rel=1e-5)  # an epoch's sums, which two processes share, are added anew
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: int) -> None:
     options = ["--epochs", "200", "--save_steps", "100000"]
     processes = start(tmp_path / "run", *options, world=2 if number == signal.SIGTERM else 1)

@@ -327,8 +327,8 @@ def test_the_head_alone_is_tuned(tmp_path: Path) -> None:
     "options",
     [
         ["--optim.name", "adamw", "--optim.options", "{betas: [0.9, 0.95]}"],
-        ["--optim.name", "torch.optim.NAdam"],
-        ["--mixed_precision", "bf16"],
+        pytest.param(["--optim.name", "torch.optim.NAdam"], marks=pytest.mark.slow),
+        pytest.param(["--mixed_precision", "bf16"], marks=pytest.mark.slow),
         ["--activation_checkpointing", "true", "--stochastic_depth", "0.3"],
     ],
 )
