@@ -57,7 +57,7 @@ class StepConfig:
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. `step` is a 0-dimensional tensor that counts the steps taken."""
+    """State that a step changes. `step` is a 0-dimensional tensor that counts the steps taken."""
 
     params: Params
     sgd: SGDState
@@ -66,14 +66,14 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of the parameters before the step: mean loss, and the logits `(N, classes)`."""
+    """Mean loss, and logits `(N, classes)`, of the parameters before the step."""
 
     loss: Tensor
     logits: Tensor
 
 
 def init_state(params: Params, config: StepConfig | None = None) -> TrainState:
-    """The state before the first step; the average starts as a clone."""
+    """Return the state before the first step; the average starts as a clone."""
     config = config or StepConfig()
     average = None if config.ema_decay is None else {n: p.detach().clone() for n, p in params.items()}
     device = next(iter(params.values())).device
@@ -81,7 +81,7 @@ def init_state(params: Params, config: StepConfig | None = None) -> TrainState:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean softmax cross-entropy, in float32, of logits `(N, classes)` with labels `(N,)` or `(N, classes)`."""
+    """Return the mean softmax cross-entropy, in float32, of `(N, classes)` with labels `(N,)` or `(N, classes)`."""
     return F.cross_entropy(
         logits.float() if logits.dtype != torch.float64 else logits, labels, label_smoothing=label_smoothing
     )
@@ -96,7 +96,7 @@ def train_step(
     *,
     config: StepConfig | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The state after one step on `(images, labels)`.
+    """Take one step on `(images, labels)`; return the state after it, and the metrics.
 
     Args:
         cfg: the model.
@@ -145,5 +145,5 @@ def train_step(
 
 
 def parameter_kinds(cfg: ModelConfig) -> dict[str, str]:
-    """Key -> kind, for every parameter."""
+    """Return the kind of every parameter by its key."""
     return {name: kind for name, (_, kind) in specs(cfg).items()}

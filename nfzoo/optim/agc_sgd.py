@@ -125,7 +125,7 @@ class AGCSGD(torch.optim.Optimizer):
         return loss
 
     def averages(self, named: Mapping[str, Tensor]) -> Params:
-        """The moving averages of named parameters, such as `dict(model.named_parameters())`; not copied.
+        """Return the moving averages of named parameters, such as `dict(model.named_parameters())`; not copied.
 
         A parameter that was never updated is its own average.
 
@@ -150,7 +150,7 @@ class AGCSGD(torch.optim.Optimizer):
             state["ema"] = p.detach().clone()
 
     def _bundles(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
-        """The group's parameters that have gradients, in lists of one device and dtype, sharded ones apart.
+        """Return the group's parameters that have gradients, in lists of one device and dtype, sharded ones apart.
 
         A CPU gains nothing from long lists: there each kernel goes alone, while it is in the cache.
         """
@@ -165,7 +165,7 @@ class AGCSGD(torch.optim.Optimizer):
     def _update(
         self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
     ) -> list[tuple[Tensor | None, int]]:
-        """One step on one bundle, in parts: how many units of each were clipped, and of how many."""
+        """Update one bundle in parts. Return how many units of each part were clipped, and of how many."""
         eager = functools.partial(self._update_eager, gate=gate)
         if not group["compiled"] or is_dtensor(params[0]):
             return [eager(group, params)]
@@ -218,7 +218,7 @@ class AGCSGD(torch.optim.Optimizer):
     def _update_fused(
         self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
     ) -> tuple[Tensor | None, int]:
-        """One step on one bundle in a few Triton kernels."""
+        """Update one bundle in a few Triton kernels."""
         from nfzoo.optim.triton_update import FusedUpdate
 
         key = (params[0].device, tuple(p.shape for p in params))
@@ -241,7 +241,7 @@ class AGCSGD(torch.optim.Optimizer):
         return count, 0 if count is None else fused.units
 
     def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
-        """One step on kernels and linears, a graph for all shapes: see `compile_of_any_shape`."""
+        """Update kernels and linears by one graph for all shapes: see `compile_of_any_shape`."""
         constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
         update = _compiled_update(*constants)
         lr, weight = self._numbers(group, params[0].device)
@@ -257,7 +257,7 @@ class AGCSGD(torch.optim.Optimizer):
         return torch.cat([mask.flatten() for mask in masks]).sum(), sum(len(p) for p in params)
 
     def _numbers(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Learning rate, and the share of the new parameters in the moving average, on the device."""
+        """Return the learning rate, and the share of the new parameters in the moving average, on the device."""
         decay = group["ema_decay"]
         weight = None if decay is None else _number(1 - ema_decay(group["steps"] - 1, decay), device)
         return _number(group["lr"], device), weight
@@ -267,7 +267,7 @@ class AGCSGD(torch.optim.Optimizer):
 def _compiled_update(
     clip: float | None, eps: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> Callable[..., Tensor | None]:
-    """The whole update of one kernel `(out, fan_in)` as one graph."""
+    """Compile the whole update of one kernel `(out, fan_in)` to one graph."""
     # As text: of numbers Dynamo makes inputs, which compiled code would read and convert for every element.
     limit = None if clip is None else repr(float(clip))
     floor, keep, decay = (repr(float(value)) for value in (eps, momentum, weight_decay))
@@ -314,12 +314,12 @@ def has_fused(device: torch.device) -> bool:
 
 
 def _matrix(*tensors: Tensor | None) -> bool:
-    """Kernels and linears, with all that belongs to them, whose rows `_update_compiled` can see as a matrix."""
+    """Return whether `_update_compiled` can see the rows of a parameter, and of all that belongs to it, as a matrix."""
     return all(t is None or (t.ndim > 1 and t.is_contiguous()) for t in tensors)
 
 
 def _rowwise(*tensors: Tensor | None) -> bool:
-    """What `_update_fused` takes: float32, one memory layout for all, and units one after another in it."""
+    """Return whether `_update_fused` takes these: float32, one memory layout for all, units one after another in it."""
     found = [t for t in tensors if t is not None]
     if not all(t.dtype == torch.float32 and t.numel() for t in found):
         return False
@@ -337,7 +337,7 @@ def _number(value: float | Tensor, device: torch.device) -> Tensor:
 def param_groups(
     model: nn.Module, *, weight_decay: float = WEIGHT_DECAY, clip: float | None = CLIP
 ) -> list[dict[str, Any]]:
-    """The papers' parameter groups: no decay on gains, biases and skip gains, no clipping of the classifier's weight.
+    """Return the papers' groups: no decay of gains, biases and skip gains, no clipping of the classifier's weight.
 
     Frozen parameters (`requires_grad=False`) are left out. Source: arXiv 2102.06171, sections 4.1 and 5.
     """

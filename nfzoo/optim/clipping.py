@@ -25,7 +25,7 @@ GRADIENT_FLOOR = 1e-6  # keeps the division finite, as in the released code
 
 
 def unitwise_norm(x: Tensor) -> Tensor:
-    """L2 norm per output unit, broadcastable to `x`.
+    """Return the L2 norm of each output unit, broadcastable to `x`.
 
     Kernels `(out, in, h, w)` and linears `(out, in)` have one norm for each `out`; a vector or scalar is one unit.
     """
@@ -35,7 +35,7 @@ def unitwise_norm(x: Tensor) -> Tensor:
 
 
 def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """One gradient clipped, and the boolean mask of the units that were: see `agc`."""
+    """Clip one gradient; return it and the boolean mask of the units that were clipped: see `agc`."""
     limit = clip * unitwise_norm(param).clamp(min=eps)
     norm = unitwise_norm(grad)
     clipped = norm > limit
@@ -43,7 +43,7 @@ def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = EPS)
 
 
 class Clipped(NamedTuple):
-    """What `clip_all` gives: the gradients, how many units were clipped (0-dimensional), and of how many."""
+    """Result of `clip_all`: the gradients, how many units were clipped (0-dimensional), and of how many."""
 
     grads: list[Tensor]
     clipped: Tensor
@@ -51,7 +51,7 @@ class Clipped(NamedTuple):
 
 
 def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = EPS) -> Clipped:
-    """`clip_unitwise` of many gradients, at least one, of one device and dtype, in few kernels: see `agc`.
+    """Clip many gradients, at least one, of one device and dtype, in few kernels: see `agc`.
 
     A kernel or linear costs two norms and a product; all vectors together cost as much as one, and so do the limits of
     all units. The inputs stay as they are.
@@ -84,7 +84,7 @@ def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, 
 
 @functools.lru_cache(maxsize=64)
 def _unit_of_element(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """`[0] * counts[0] + [1] * counts[1] + ...`, kept on the device: a copy each step would hold it up."""
+    """Return `[0] * counts[0] + [1] * counts[1] + ...`, kept on the device: a copy would hold up each step."""
     return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
 
 
@@ -96,7 +96,7 @@ def agc(
     eps: float = EPS,
     where: Callable[[str], bool] | None = None,
 ) -> Params:
-    """Clipped gradients: `g * limit / max(|g|, 1e-6)` where `|g| > limit = clip * max(|p|, eps)`, per output unit.
+    """Clip gradients: `g * limit / max(|g|, 1e-6)` where `|g| > limit = clip * max(|p|, eps)`, per output unit.
 
     Args:
         grads, params: tensors under the same keys.
@@ -124,7 +124,7 @@ def clipped_fraction(
     eps: float = EPS,
     where: Callable[[str], bool] | None = None,
 ) -> Tensor:
-    """Fraction of the output units that `agc` would clip, a 0-dimensional float32 tensor."""
+    """Return the fraction of the output units that `agc` would clip, a 0-dimensional float32 tensor."""
     check_clip(clip, eps)
     masks = [
         clip_unitwise(grad, params[name], clip=clip, eps=eps)[1].flatten()

@@ -23,7 +23,7 @@ NORM_FLOOR = 1e-12  # keeps the division finite where the gradient vanishes
 
 
 def sam_ascent(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, rho: float = RHO) -> Params:
-    """The parameters at which SAM takes its gradient: `p + rho * g / |g|`, with one norm over all of `grads`.
+    """Return where SAM takes its gradient: `p + rho * g / |g|`, with one norm over all of `grads`.
 
     Args:
         params: the parameters; those without a gradient stay.
@@ -39,7 +39,7 @@ def sam_ascent(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, rho
 
 @torch.no_grad()
 def sam_ascent_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rho: float = RHO) -> list[Tensor]:
-    """`sam_ascent` in place; the values before it, to go back with `restore_`."""
+    """Ascend in place as `sam_ascent` does; return the values before it, to go back with `restore_`."""
     before = [p.clone() for p in params]
     scale = _scale(grads, rho)
     foreach._foreach_add_(list(params), foreach._foreach_mul(list(grads), scale))
@@ -58,5 +58,5 @@ def _scale(grads: Sequence[Tensor], rho: float) -> Tensor:
 
 
 def ascent_rows(rows: int, fraction: float) -> int:
-    """How many of a batch's rows find the ascent, one at least."""
+    """Return how many of a batch's rows find the ascent, one at least."""
     return max(1, min(rows, round(rows * fraction)))

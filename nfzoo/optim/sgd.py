@@ -38,7 +38,7 @@ class SGDState(NamedTuple):
 
 
 def sgd_init(params: Mapping[str, Tensor]) -> SGDState:
-    """Zero momentum."""
+    """Return zero momentum."""
     return SGDState({name: torch.zeros_like(p) for name, p in params.items()})
 
 
@@ -53,7 +53,7 @@ def sgd(
     weight_decay: float = 0.0,
     decay: Callable[[str], bool] | None = None,
 ) -> tuple[Params, SGDState]:
-    """One step of SGD with momentum, as torch and DeepMind define it.
+    """Take one step of SGD with momentum, as torch and DeepMind define it.
 
     `d = g + weight_decay * p`, `m = momentum * m + d`, `p - lr * (d + momentum * m)`, or `p - lr * m` without Nesterov.
 
@@ -85,7 +85,7 @@ def sgd_(
     gate: Tensor | None = None,
     overwrite: bool = False,
 ) -> None:
-    """`sgd` in place, in a few kernels for all tensors of one device and dtype.
+    """Take the step of `sgd` in place, in a few kernels for all tensors of one device and dtype.
 
     Args:
         overwrite: whether the gradients may be written to, which saves memory.
@@ -126,7 +126,7 @@ def _add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: float | Ten
 
 
 def ema_decay(step: float | Tensor, decay: float = EMA_DECAY) -> float | Tensor:
-    """`min(decay, (1 + step) / (10 + step))`: short averages first, as TensorFlow 1 does it. `step` counts from 0."""
+    """Return `min(decay, (1 + step) / (10 + step))`: short averages first, as in TensorFlow 1. `step` counts from 0."""
     warm = (1.0 + step) / (10.0 + step)
     return warm.clamp(max=decay) if isinstance(warm, Tensor) else min(decay, warm)
 
@@ -134,7 +134,7 @@ def ema_decay(step: float | Tensor, decay: float = EMA_DECAY) -> float | Tensor:
 def ema(
     average: Mapping[str, Tensor], params: Mapping[str, Tensor], step: int | Tensor, *, decay: float = EMA_DECAY
 ) -> Params:
-    """Exponential moving average `a * d + p * (1 - d)`, with `d` of `ema_decay`; start it as a clone of the parameters.
+    """Return the moving average `a * d + p * (1 - d)`, with `d` of `ema_decay`; start it as a clone of the parameters.
 
     Source: `tf1_ema` of the code released with arXiv 2102.06171.
     """
@@ -151,7 +151,7 @@ def ema_(
     decay: float = EMA_DECAY,
     gate: Tensor | None = None,
 ) -> None:
-    """`ema` in place, in a few kernels: `average` takes the new values, or keeps its own where `gate` is false."""
+    """Move `average` in place as `ema` does, in a few kernels; where `gate` is false, leave it."""
     weight = 1 - ema_decay(step, decay)
     if gate is not None:
         weight = torch.where(gate, weight, 0.0)
@@ -165,7 +165,7 @@ def ema_(
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, minimum: float = 0.0) -> float:
-    """Learning rate of a step: linear from 0 to `peak` over `warmup` steps, then half a cosine down to `minimum`.
+    """Return a step's learning rate: linear from 0 to `peak` over `warmup` steps, then half a cosine down to `minimum`.
 
     Steps count from 0; the rate is `peak` at step `warmup` and `minimum` at step `total`.
 

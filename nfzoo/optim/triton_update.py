@@ -46,7 +46,7 @@ def _update_tiles(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile of `ROWS` rows of one parameter; rows longer than `BLOCK` (`LONG`) are gone over twice."""
+    """Update one tile of `ROWS` rows of one parameter, twice over where rows are longer than `BLOCK` (`LONG`)."""
     tile = tl.program_id(0)
     entry = table + tl.load(tiles + 2 * tile) * 6
     first = tl.load(tiles + 2 * tile + 1)
@@ -178,7 +178,7 @@ class FusedUpdate:
         weight_decay: float,
         gate: Tensor | None = None,
     ) -> Tensor | None:
-        """One step; the number of clipped units, a 0-dimensional tensor, or `None` without clipping.
+        """Take one step; return the number of clipped units, 0-dimensional, or `None` without clipping.
 
         Args:
             averages, weight: moving averages, and the share of the new parameters in them.
@@ -219,7 +219,7 @@ class FusedUpdate:
         return None if clip is None else torch.cat(clipped).sum()
 
     def _addressed(self, *lists: Sequence[Tensor] | None) -> tuple[list[tuple[int, ...]], Tensor]:
-        """The addresses, and the table of them on the device, which is copied there only if an address changed."""
+        """Return the addresses, and their table on the device, which is copied there only if an address changed."""
         places = range(len(self.shapes))
         addresses = [tuple(0 if tensors is None else tensors[i].data_ptr() for tensors in lists) for i in places]
         if self._kept is not None and self._kept[0] == addresses:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Inputs(NamedTuple):
-    """What a forward and backward pass takes, on the device.
+    """Input of a forward and backward pass, on the device.
 
     Attributes:
         images: `(n, C, S, S)`, mixed, varied and normalised.
@@ -51,7 +51,7 @@ class InputPipeline:
         self.workers = _workers(config, self.world)
 
     def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
-        """The parts of the epoch's batches, from a position on that counts the samples of all processes."""
+        """Return the parts of the epoch's batches, from a position on that counts the samples of all processes."""
         if len(self.split.train) - start < self.config.batch_size:  # resumed between last step and evaluation
             return iter(())
         return training_batches(
@@ -69,12 +69,12 @@ class InputPipeline:
         )
 
     def noise(self, step: int) -> dict[str, Tensor]:
-        """The masks of a step for the whole batch, of which each process takes its rows."""
+        """Draw the masks of a step for the whole batch, of which each process takes its rows."""
         seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
         return sample_noise(self.cfg, self.config.batch_size, generator=torch.Generator().manual_seed(seed))
 
     def inputs(self, part: TrainingBatch, epoch: int, noise: Mapping[str, Tensor]) -> Inputs:
-        """A part of a batch on the device, with its rows of the `noise` of the step."""
+        """Move a part of a batch to the device, with its rows of the `noise` of the step, and augment it there."""
         draws = draw(
             self.augment,
             seed=self.config.seed,
@@ -99,7 +99,7 @@ class InputPipeline:
         return Inputs(images, targets, masks)
 
     def held_out(self, broken: list[str] | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to evaluate on; `broken` as `evaluation_batches` takes it."""
+        """Return the batches to evaluate on; `broken` as `evaluation_batches` takes it."""
         return evaluation_batches(
             self.split.validation,
             self.preprocessing,

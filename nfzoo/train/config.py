@@ -1,4 +1,4 @@
-"""What a training run is, as data: its options, from the command line and from YAML recipes."""
+"""Describe a training run as data: its options, from the command line and from YAML recipes."""
 
 from __future__ import annotations
 
@@ -184,16 +184,16 @@ class TrainConfig:
             raise ConfigError(f"sharding {self.sharding!r} does not go with mixed_precision 'fp16'; take 'bf16'")
 
     def to_yaml(self) -> str:
-        """The run as a recipe that `parse` reads."""
+        """Return the run as a recipe that `parse` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options, ready for JSON and YAML."""
+        """Return all options, ready for JSON and YAML."""
         return _plain(dataclasses.asdict(self))
 
 
 def default_lr(batch_size: int, pretrained: bool, name: str = "sgd") -> float:
-    """The peak learning rate where none is given: see `OptimConfig`."""
+    """Return the peak learning rate where none is given: see `OptimConfig`."""
     lr = max(0.1 * min(batch_size / 64, 1.0), 0.1 * batch_size / 256) if name == "sgd" else 1e-3
     return lr / 10 if pretrained else lr
 

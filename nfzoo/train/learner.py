@@ -188,7 +188,7 @@ class Learner:
         return self.updater.averages
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The run's mixed precision, for a forward pass."""
+        """Return the context of the run's mixed precision, for a forward pass."""
         return self.backend.autocast(self.dtype)
 
     # ------------------------------------------------------------ one step

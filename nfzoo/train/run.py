@@ -1,4 +1,4 @@
-"""Training and fine-tuning with Accelerate: `accelerate launch -m nfzoo.train --model … --data … --output …`.
+"""Train and fine-tune with Accelerate: `accelerate launch -m nfzoo.train --model … --data … --output …`.
 
 Exit status: 0 when the model is trained, 2 for bad input, 1 when training or the disk gave out, 143 after SIGTERM and
 130 after Ctrl-C, when the run has saved where it was.
@@ -146,7 +146,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:
-    """Whether an error came from another process that is gone."""
+    """Return whether an error came from another process that is gone."""
     text = str(error)
     return accelerator.num_processes > 1 and (
         isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))
@@ -154,7 +154,12 @@ def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:
 
 
 def _open_saved(config: TrainConfig) -> Saved | None:
-    """The checkpoint to go on from, if that is asked for and there is one; an error where it may not be begun anew."""
+    """Return the checkpoint to go on from, if that is asked for and there is one.
+
+    Raises:
+        ConfigError: where the folder holds a model or a run that nobody said to overwrite or to resume.
+        CheckpointError: where no checkpoint is intact.
+    """
     output = Path(config.output)
     if config.resume:
         saved = latest_state(output / STATES)

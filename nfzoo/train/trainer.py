@@ -67,7 +67,7 @@ class Stopped(NfzooError):
 
 
 class Result(NamedTuple):
-    """What a run gave: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training."""
+    """Result of a run: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training."""
 
     folder: Path
     accuracy: float
@@ -366,7 +366,7 @@ class Trainer:
         self._main_writes(write)
 
     def _save_state(self) -> None:
-        """A checkpoint to resume from; all processes call this together."""
+        """Save a checkpoint to resume from; all processes call this together."""
         tensors = self.learner.tensors()
         sums = self._sum(self.metrics.sums())
         facts = {
