@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.machine import processor
 from nfzoo.checkpoint.atomic import replaced
-from nfzoo.export.tpu_process import Check, compile_apart, largest_batch
-from nfzoo.export.tpu_worker import CHIPS, Request
+from nfzoo.export.tpu_chips import CHIPS, Request
+from nfzoo.export.tpu_compile import Check, compile_apart, largest_batch
 from nfzoo.variants import variant
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -25,7 +25,7 @@ from nfzoo.nn import NFNet
 
 
 def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tensor]) -> None:
-    """The int8 form of a float32 ONNX model: weights per channel, activations per tensor, in QDQ pairs.
+    """Quantise a float32 ONNX model to int8: weights per channel, activations per tensor, in QDQ pairs.
 
     Args:
         source: a model of one input, as `nfzoo.export` writes it.
@@ -69,7 +69,7 @@ def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tens
 
 
 def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:
-    """The int8 form of a folded model on the CPU, through torchao's quantiser for inductor on x86.
+    """Quantise a folded model to int8 on the CPU, through torchao's quantiser for inductor on x86.
 
     It computes what int8 arithmetic does, slowly; `torch.compile` with `freezing` turns it into int8 kernels.
 

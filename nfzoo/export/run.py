@@ -57,7 +57,7 @@ class Format(NamedTuple):
 def exported_program(
     model: NFNet, images: Tensor, *, batch: int | None = None, step: int | None = None
 ) -> ExportedProgram:
-    """The graph of a model in evaluation mode.
+    """Export the graph of a model in evaluation mode.
 
     Args:
         images: an example `(N, C, H, W)`.
@@ -77,7 +77,7 @@ def exported_program(
 
 
 def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
-    """A program of torch.export, `torch.export.load(path).module()`, for images of other sizes too."""
+    """Write a program of torch.export, `torch.export.load(path).module()`, for images of other sizes too."""
     count, channels, _, side = images.shape
     # An example that is square or odd, or whose last map has one pixel, would be taken for a rule.
     images = images.new_zeros((count, channels, 64, 96))
@@ -85,7 +85,7 @@ def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> 
 
 
 def size_step(size: int) -> int:
-    """What the sides of an image are multiples of, in a program for any size that was made for `size` pixels.
+    """Return what the sides of an image are multiples of, in a program for any size, made for `size` pixels.
 
     Multiples of the network's stride of 32 have the same padding everywhere; other sizes make large programs.
     """
@@ -93,14 +93,14 @@ def size_step(size: int) -> int:
 
 
 def write_aoti(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
-    """A compiled package, `torch._inductor.aoti_load_package(path)`, for the device that the model is on."""
+    """Write a compiled package, `torch._inductor.aoti_load_package(path)`, for the device that the model is on."""
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(exported_program(model, images, batch=batch), package_path=str(path))
 
 
 def write_onnx(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
-    """An ONNX model with input `images` and output `logits`."""
+    """Write an ONNX model with input `images` and output `logits`."""
     graph = exported_program(model, images, batch=batch)
     made = torch.onnx.export(graph, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
     assert made is not None
@@ -205,7 +205,7 @@ def _entries(folder: str | Path) -> list[Path]:
 
 
 def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, Any]:
-    """The content of `nfzoo.json`: the program's input and output, preprocessing, labels, and where they come from.
+    """Return the content of `nfzoo.json`: the program's input and output, preprocessing, labels, provenance.
 
     A shape is a list of numbers and of names for what is open.
     """

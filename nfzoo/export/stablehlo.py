@@ -86,7 +86,7 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
 
 
 def forward_program(cfg: ModelConfig, params: Params, *, batch: int, size: int) -> Program:
-    """`params/KEY`, `images` -> `logits`."""
+    """Return the program `params/KEY`, `images` -> `logits`."""
 
     def fn(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": apply(cfg, _under(given, "params/"), given["images"])}
@@ -97,7 +97,7 @@ def forward_program(cfg: ModelConfig, params: Params, *, batch: int, size: int) 
 def step_program(
     cfg: ModelConfig, params: Params, *, batch: int, size: int, config: StepConfig | None = None
 ) -> Program:
-    """`train_step`: the state, `images`, `labels`, `lr` and the masks of `sample_noise` -> the state, `loss`, `logits`.
+    """Return the program of `train_step`: the state, `images`, `labels`, `lr`, masks -> the state, `loss`, `logits`.
 
     The state is `params/KEY`, `momentum/KEY`, `ema/KEY` (unless the configuration keeps no average) and `step`.
     """

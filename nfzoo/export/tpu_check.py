@@ -1,6 +1,6 @@
-"""Whether a model compiles for a TPU that is not here, what memory it takes there, and the largest batch that fits.
+"""Compile a model for a TPU that is not here: report the memory it takes there, and the largest batch that fits.
 
-The compiler is the one of a real TPU; it runs in a process of its own, see `nfzoo.export.tpu_process`. Its figures are
+The compiler is the one of a real TPU; it runs in a process of its own, see `nfzoo.export.tpu_compile`. Its figures are
 estimates: nothing has run on the chip. Needs `pip install 'nfzoo[tpu-aot]'`.
 """
 
@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from nfzoo import __version__
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, read_description
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.errors import CheckpointError, ConfigError, printable
-from nfzoo.export.tpu_process import TIMEOUT, Check, best, check_installed, compile_apart, largest_batch
-from nfzoo.export.tpu_worker import CHIPS, Request
+from nfzoo.export.tpu_chips import CHIPS, Request
+from nfzoo.export.tpu_compile import TIMEOUT, Check, best, check_installed, compile_apart, largest_batch
 from nfzoo.model import parameter_count
 from nfzoo.runtime import program
 from nfzoo.variants import variant
@@ -32,7 +31,7 @@ _GIB = 1 << 30
 
 
 def report(check: Check, *, name: str, tried: Sequence[Check] = ()) -> str:
-    """A check as lines of text; `tried` are those of the search for the largest batch."""
+    """Return a check as lines of text; `tried` are those of the search for the largest batch."""
     request = check.request
     chip = CHIPS[request.chip]
     kind = "training step" if request.train else "forward pass"
@@ -84,29 +83,6 @@ def _gib(size: int) -> str:
 
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("s" if count != 1 else "")
-
-
-class Progress:
-    """One line on standard error: rewritten in place on a terminal, else one line for each thing that is done."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.live, self.shown = stream, stream.isatty(), ""
-
-    def __call__(self, text: str) -> None:
-        if self.live:
-            columns = shutil.get_terminal_size().columns - 1
-            self.stream.write(f"\r{text[:columns]:<{min(len(self.shown), columns)}}")
-            self.shown = text
-        elif not re.search(r", [0-9]+ s$", text):
-            self.stream.write(f"{text}\n")
-        self.stream.flush()
-
-    def clear(self) -> None:
-        """Take the line away."""
-        if self.live and self.shown:
-            self("")
-            self.stream.write("\r")
-            self.stream.flush()
 
 
 # ---------------------------------------------------------------- the command
@@ -178,7 +154,7 @@ def _minutes(text: str) -> float:
 
 
 def _topology(text: str) -> tuple[str, tuple[int, ...]]:
-    """`v5e:2x2` -> `("v5e", (2, 2))`."""
+    """Read a topology: `v5e:2x2` is `("v5e", (2, 2))`."""
     chip, _, shape = text.partition(":")
     if chip not in CHIPS:
         raise argparse.ArgumentTypeError(f"{text!r}: no chip is called {chip!r}; known: {', '.join(CHIPS)}")
@@ -215,17 +191,12 @@ def _main(options: argparse.Namespace) -> int:
         if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
             raise ConfigError(f"{str(path)!r} cannot be written: it is a folder, or its folder does not exist")
     check_installed()
-    progress = Progress(sys.stderr)
 
     def check(batch: int) -> Check:
         asked = dataclasses.replace(request, batch=batch)
         title = f"{name}, {'train' if asked.train else 'forward'}, batch {batch}, {asked.topology}"
-        try:
-            found = compile_apart(
-                asked, timeout=options.timeout, progress=lambda text: progress(f"{title}: {text}"), log=options.log
-            )
-        finally:
-            progress.clear()
+        print(f"{title}: compiling, which takes minutes", file=sys.stderr, flush=True)
+        found = compile_apart(asked, timeout=options.timeout, log=options.log)
         if options.largest:
             print(f"{title}: {_result(found)}", file=sys.stderr, flush=True)
         return found
@@ -252,7 +223,7 @@ def _check_division(request: Request, options: argparse.Namespace) -> None:
 
 
 def _model(source: str) -> tuple[str, ModelConfig, Preprocessing]:
-    """A zoo name or a checkpoint; what exists on disk comes first."""
+    """Read a zoo name or a checkpoint; what exists on disk comes first."""
     path = Path(source)
     if not path.exists():
         row = variant(source)

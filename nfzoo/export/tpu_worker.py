@@ -1,15 +1,14 @@
-"""Compile a model for a TPU that is not here, as the process that `nfzoo.export.tpu_process` starts.
+"""Compile a model for a TPU that is not here, as the process that `nfzoo.export.tpu_compile` starts.
 
 torchax shows the functional step to jax, jax lowers it to StableHLO, and libtpu, which needs no TPU for that, compiles
 it for the chips of a described topology. Nothing is executed. This is the only module that imports torchax.
 
-One request comes as a line of JSON on standard input, which the parent then holds open; events leave as lines of JSON
-on standard output. Everything else that is printed here, libtpu's log included, goes to standard error.
+One request comes as a line of JSON on standard input, which the parent then holds open. The answer leaves as a line of
+JSON on standard output. Everything else that is printed here, libtpu's log included, goes to standard error.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -19,9 +18,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, TextIO
 from unittest.mock import patch
 
 import torch
@@ -29,11 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nfzoo.config import ModelConfig, config_from_dict
+from nfzoo.config import ModelConfig
+from nfzoo.export.tpu_chips import CHIPS, Dtype, Request
 from nfzoo.model import apply, init, sample_noise
 from nfzoo.step import Metrics, StepConfig, TrainState, init_state, train_step
-
-Dtype = Literal["bfloat16", "float32"]
 
 ENVIRONMENT: dict[str, str] = {
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask the network for a metadata server, and wait for it
@@ -48,78 +45,6 @@ REQUIRED = ("jax", "jaxlib", "libtpu", "torchax")
 """The packages of the extra `tpu-aot`."""
 
 _QUICKEST = {"exec_time_optimization_effort": -1.0}  # less search for fast code: minutes instead of hours
-
-
-class Chip(NamedTuple):
-    """A generation of TPU chips.
-
-    Attributes:
-        hbm: memory of a chip in bytes, as far as the compiler hands it out: its own figure when a program is too big.
-        peak: published bfloat16 floating-point operations per second of a chip.
-        sides: numbers that describe a topology.
-        options: libtpu's, so that a chip is one device.
-    """
-
-    hbm: int
-    peak: float
-    sides: int
-    options: Mapping[str, str] = {}
-
-
-_GIB = 1 << 30
-
-# Memory: libtpu 0.0.42. Peak rates: Google Cloud's TPU documentation, the page of each generation.
-CHIPS: dict[str, Chip] = {
-    "v4": Chip(int(30.75 * _GIB), 275e12, 3, {"chip_config_name": "megacore"}),
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 2),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 3),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 2),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to compile.
-
-    Attributes:
-        config: the model.
-        chip: a key of `CHIPS`.
-        shape: chips along each side of the topology.
-        batch: images over all chips together.
-        size: side of the square images in pixels.
-        train: the training step, else the forward pass.
-        dtype: of the activations; parameters and optimizer are float32.
-    """
-
-    config: ModelConfig
-    chip: str
-    shape: tuple[int, ...]
-    batch: int
-    size: int
-    train: bool
-    dtype: Dtype
-
-    @property
-    def chips(self) -> int:
-        """Number of chips."""
-        return math.prod(self.shape)
-
-    @property
-    def topology(self) -> str:
-        """As in `v5e:2x2`."""
-        return f"{self.chip}:{'x'.join(map(str, self.shape))}"
-
-    def to_json(self) -> str:
-        """One line."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps({**fields, "config": self.config.to_dict()})
-
-    @classmethod
-    def from_json(cls, text: str) -> Request:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        config = config_from_dict(fields["config"])
-        return cls(**{**fields, "config": config, "shape": tuple(fields["shape"])})
 
 
 # ---------------------------------------------------------------- the step as a function of jax
@@ -159,7 +84,7 @@ class _MeanInDtype(TorchFunctionMode):
 
 
 def _grad_and_value(function: Callable[..., Any], *, has_aux: bool) -> Callable[..., Any]:
-    """`torch.func.grad_and_value` by jax: torch's own autograd does not see the values of jax."""
+    """Do what `torch.func.grad_and_value` does by jax: torch's own autograd does not see the values of jax."""
     import jax  # pyright: ignore[reportMissingImports]
     from torchax import interop  # pyright: ignore[reportMissingImports]
 
@@ -172,12 +97,12 @@ def _grad_and_value(function: Callable[..., Any], *, has_aux: bool) -> Callable[
 
 
 def low_precision(dtype: Dtype) -> AbstractContextManager[Any]:
-    """The mode in which activations are of `dtype`."""
+    """Return the mode in which activations are of `dtype`."""
     return nullcontext() if dtype == "float32" else LowPrecision(getattr(torch, dtype))
 
 
 def jax_step(cfg: ModelConfig, dtype: Dtype, *, config: StepConfig | None = None) -> Callable[..., Any]:
-    """`nfzoo.step.train_step` as a function of jax: `(state, images, labels, noise, lr) -> (state, metrics)`.
+    """Return `nfzoo.step.train_step` as a function of jax: `(state, images, labels, noise, lr) -> (state, metrics)`.
 
     It is the very function, run on jax's values; only where it asks torch for a gradient, jax answers.
     """
@@ -191,7 +116,7 @@ def jax_step(cfg: ModelConfig, dtype: Dtype, *, config: StepConfig | None = None
 
 
 def jax_forward(cfg: ModelConfig, dtype: Dtype) -> Callable[..., Any]:
-    """`nfzoo.model.apply` as a function of jax: `(params, images) -> logits`."""
+    """Return `nfzoo.model.apply` as a function of jax: `(params, images) -> logits`."""
     from torchax import interop  # pyright: ignore[reportMissingImports]
 
     def forward(params: Mapping[str, Tensor], images: Tensor) -> Tensor:
@@ -205,7 +130,7 @@ def jax_forward(cfg: ModelConfig, dtype: Dtype) -> Callable[..., Any]:
 
 
 def devices(request: Request) -> list[Any]:
-    """The described chips."""
+    """Return the described chips."""
     from jax.experimental import topologies  # pyright: ignore[reportMissingImports]
 
     sides = (*request.shape, *(1,) * (3 - len(request.shape)))
@@ -220,7 +145,7 @@ def devices(request: Request) -> list[Any]:
 
 
 def traced(request: Request) -> Any:
-    """The step or the forward pass traced on shapes alone: parameters on every chip, the batch divided among them."""
+    """Trace the step or the forward pass on shapes alone: parameters on every chip, the batch divided among them."""
     import jax  # pyright: ignore[reportMissingImports]
     import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
     import numpy as np
@@ -262,7 +187,7 @@ _COLLECTIVE = re.compile(
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Collectives of a compiled module's text: name -> how many there are, and the bytes of their results."""
+    """Count the collectives of a compiled module's text: name -> how many there are, and the bytes of their results."""
     found: dict[str, dict[str, int]] = {}
     for result, name, start in _COLLECTIVE.findall(hlo):
         sizes = [_size(dtype, sides) for dtype, sides in _ITEM.findall(result)]
@@ -287,7 +212,7 @@ _TOO_BIG = (
 
 
 def too_big(message: str) -> tuple[int, int] | None:
-    """Bytes needed and available, of a message of the compiler that says a program does not fit into HBM."""
+    """Read the bytes needed and available from the compiler's message that a program does not fit into HBM."""
     for pattern in _TOO_BIG:
         if "RESOURCE_EXHAUSTED" in message and (match := pattern.search(message)):
             needed, unit, available, other = match.groups()
@@ -295,24 +220,17 @@ def too_big(message: str) -> tuple[int, int] | None:
     return None
 
 
-def compile_for_tpu(request: Request, phase: Callable[[str], None]) -> dict[str, Any]:
-    """Compile, and say what came of it: the last event of the worker.
-
-    Args:
-        phase: is told what is being done.
-    """
-    phase("loading")
+def compile_for_tpu(request: Request) -> dict[str, Any]:
+    """Compile; return the fields of a `tpu_compile.Check`."""
     import jax  # pyright: ignore[reportMissingImports]
     import torchax  # pyright: ignore[reportMissingImports]  # noqa: F401
 
     versions = {name: version(name) for name in ("torch", *REQUIRED)}
     seconds: dict[str, float] = {}
     try:
-        phase("tracing")
         start = time.monotonic()
         lowered = traced(request).lower(lowering_platforms=("tpu",))
         seconds["trace"] = round(time.monotonic() - start, 1)
-        phase("compiling")
         start = time.monotonic()
         compiled = lowered.compile(compiler_options=_QUICKEST)
         seconds["compile"] = round(time.monotonic() - start, 1)
@@ -320,11 +238,11 @@ def compile_for_tpu(request: Request, phase: Callable[[str], None]) -> dict[str,
         message = str(error)
         base = {"seconds": seconds, "versions": versions, "reason": message.splitlines()[0]}
         if (sizes := too_big(message)) is not None:
-            return {"event": "too big", "needed": sizes[0], "available": sizes[1], **base}
-        return {"event": "refused", **base}
+            return {"outcome": "too big", "needed": sizes[0], "available": sizes[1], **base}
+        return {"outcome": "refused", **base}
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return {
-        "event": "compiled",
+        "outcome": "compiles",
         "seconds": seconds,
         "versions": versions,
         "peak": memory.peak_memory_in_bytes,
@@ -340,14 +258,14 @@ def compile_for_tpu(request: Request, phase: Callable[[str], None]) -> dict[str,
 
 
 def _end_with_the_parent() -> None:
-    """The parent never writes again: standard input ends when it does, however that came about."""
+    """End this process when the parent ends, however that came about: standard input ends with it."""
     while os.read(0, 4096):
         pass
     os._exit(1)
 
 
 def _open_channel() -> TextIO:
-    """Standard output for the events alone; what else is printed goes to standard error."""
+    """Return standard output for the answer alone; what else is printed goes to standard error."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return channel
@@ -357,16 +275,12 @@ def main() -> int:
     """Serve the one request of standard input."""
     os.environ.update(ENVIRONMENT)  # before jax is imported, whoever started this
     channel = _open_channel()
-
-    def send(event: Mapping[str, Any]) -> None:
-        channel.write(json.dumps(event) + "\n")
-        channel.flush()
-
     # Unbuffered, so that the thread sees the end of the input and not what a buffer has taken of it.
     with os.fdopen(os.dup(0), "rb", buffering=0) as stdin:
         request = Request.from_json(stdin.readline().decode())
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    send(compile_for_tpu(request, lambda name: send({"event": "phase", "name": name})))
+    channel.write(json.dumps(compile_for_tpu(request)) + "\n")
+    channel.flush()
     return 0
 
 

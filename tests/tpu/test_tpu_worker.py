@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from nfzoo import model
-from nfzoo.export.tpu_process import compile_apart
-from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, Dtype, Request, compile_for_tpu, jax_forward, jax_step, traced
+from nfzoo.export.tpu_chips import CHIPS, Dtype, Request
+from nfzoo.export.tpu_compile import compile_apart
+from nfzoo.export.tpu_worker import ENVIRONMENT, compile_for_tpu, jax_forward, jax_step, traced
 from nfzoo.step import StepConfig, init_state, train_step
 from nfzoo.variants import variant
 from tests.support.helpers import FAMILIES, SMALL, generator, images, random_params, relative
@@ -105,10 +106,8 @@ def test_convolutions_are_in_the_precision_asked_for(name):
 
 
 def test_a_training_step_compiles_for_a_tpu():
-    phases: list[str] = []
-    found = compile_apart(small(), timeout=MINUTES, progress=phases.append)
+    found = compile_apart(small(), timeout=MINUTES)
     assert found.outcome == "compiles", found.reason
-    assert [p for p in phases if "," not in p] == ["loading", "tracing", "compiling"]
     parameters = model.parameter_count(small().config)
     assert found.arguments is not None
     assert found.peak is not None
@@ -133,8 +132,8 @@ def test_a_batch_that_cannot_fit_is_too_big():
 def test_chips_have_the_memory_of_the_table(chip):
     """One device a chip, and so much memory that the compiler says how much there is."""
     shape = (1,) * CHIPS[chip].sides
-    fields = compile_for_tpu(small(chip=chip, shape=shape, batch=1 << 25, train=False), lambda name: None)
-    assert fields["event"] == "too big", fields
+    fields = compile_for_tpu(small(chip=chip, shape=shape, batch=1 << 25, train=False))
+    assert fields["outcome"] == "too big", fields
     assert fields["available"] == CHIPS[chip].hbm
 
 
@@ -142,12 +141,12 @@ def test_chips_have_the_memory_of_the_table(chip):
 def test_the_batch_is_divided_and_gradients_are_summed(topology):
     chip, _, shape = topology.partition(":")
     request = small(chip=chip, shape=tuple(map(int, shape.split("x"))))
-    fields = compile_for_tpu(request, lambda name: None)
-    assert fields["event"] == "compiled", fields
+    fields = compile_for_tpu(request)
+    assert fields["outcome"] == "compiles", fields
     reduced = fields["collectives"]["all-reduce"]
     # Every gradient once, in bfloat16 at least; nothing of the size of an activation.
     assert 2 * model.parameter_count(request.config) < reduced["bytes"] < 5 * model.parameter_count(request.config)
-    alone = compile_for_tpu(dataclasses.replace(request, train=False), lambda name: None)
+    alone = compile_for_tpu(dataclasses.replace(request, train=False))
     assert alone["collectives"] == {}
 
 

@@ -1,4 +1,4 @@
-"""The TPU compiler in a process of its own: started, watched, timed out, and always ended; and searches made of such.
+"""Run the TPU compiler in a process of its own, and search for the largest batch with it.
 
 Its figures are estimates: nothing has run on the chip.
 """
@@ -10,20 +10,19 @@ import dataclasses
 import importlib.util
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from nfzoo.config import MAX_SIZE
 from nfzoo.errors import ConfigError
-from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, REQUIRED, Request
+from nfzoo.export.tpu_chips import CHIPS, Request
+from nfzoo.export.tpu_worker import ENVIRONMENT, REQUIRED
 
 Outcome = Literal["compiles", "too big", "refused", "crashed", "timed out"]
 
@@ -33,12 +32,12 @@ WORKER = (sys.executable, "-m", "nfzoo.export.tpu_worker")
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What the compiler said about one request. Sizes are bytes of one chip, estimated by the compiler.
+    """Answer of the compiler to one request. Sizes are bytes of one chip, estimated by the compiler.
 
     Attributes:
         outcome: `too big` is for the chip's memory; `refused` is any other error of the compiler.
         reason: of an outcome other than `compiles`, in one line.
-        seconds: of tracing and compiling, as far as it came.
+        seconds: of tracing and compiling.
         peak: most memory at a time: arguments, results, temporaries.
         needed, available: if it is too big; arguments may come on top of what is needed.
         arguments: parameters, optimizer state and the chip's part of the batch.
@@ -64,11 +63,11 @@ class Check:
 
     @property
     def shortest_step(self) -> float | None:
-        """Seconds that one step takes at least: FLOPs over the chip's published peak rate."""
+        """Return the seconds that one step takes at least: FLOPs over the chip's published peak rate."""
         return None if self.flops is None else self.flops / CHIPS[self.request.chip].peak
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without what is not known."""
+        """Return what is known, ready for JSON."""
         request = self.request
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
         known = {k: v for k, v in fields.items() if v is not None and v != {}}
@@ -90,105 +89,58 @@ class Check:
 
 
 def check_installed() -> None:
-    """A `ConfigError` with the remedy, if a package of the extra is missing."""
+    """Raise a `ConfigError` with the remedy if a package of the extra is missing."""
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"this needs {', '.join(missing)}: pip install 'nfzoo[tpu-aot]'")
 
 
 def compile_apart(
-    request: Request,
-    *,
-    timeout: float = TIMEOUT,
-    progress: Callable[[str], None] = lambda text: None,
-    log: Path | None = None,
-    worker: Sequence[str] | None = None,
+    request: Request, *, timeout: float = TIMEOUT, log: Path | None = None, worker: Sequence[str] | None = None
 ) -> Check:
     """Compile one request in a process of its own, which is gone when this returns, however it returns.
 
     Args:
         timeout: minutes for the whole of it.
-        progress: is told what is being done, once a second.
         log: file to append what the compiler prints to.
         worker: the command of the process, `WORKER` by default.
     """
-    deadline = time.monotonic() + 60 * timeout
-    with contextlib.ExitStack() as stack:
-        errors = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("a+b"))
+    read, write = os.pipe()
+    with (
+        open(read, "rb") as theirs,
+        open(write, "wb", buffering=0) as ours,  # open as long as this process lives; the worker ends with its input
+        tempfile.TemporaryFile() if log is None else log.open("a+b") as errors,
+    ):
         begin = errors.seek(0, os.SEEK_END)
-        process = stack.enter_context(_running(worker or WORKER, errors))
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a worker that died at once is seen below
-            process.stdin.write(request.to_json().encode() + b"\n")
-            process.stdin.flush()
-        doing, since = "starting", time.monotonic()
-        for event in _events(process, deadline):
-            if event is None:
-                progress(f"{doing}, {time.monotonic() - since:.0f} s")
-            elif event.get("event") == "phase":
-                doing, since = event["name"], time.monotonic()
-                progress(doing)
-            else:
-                return _check(request, event)
-        if time.monotonic() >= deadline:
-            reason = f"not done after {timeout:g} minutes, while {doing}; allow more with --timeout"
+        ours.write(request.to_json().encode() + b"\n")
+        process = subprocess.Popen(
+            worker or WORKER,
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the group
+        )
+        theirs.close()
+        try:
+            output = process.communicate(timeout=60 * timeout)[0]
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {timeout:g} minutes; allow more with --timeout"
             return Check(request=request, outcome="timed out", reason=reason)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
-        reason = f"{_ending(process.returncode)} while {doing}{_last_line(errors, begin)}"
-        return Check(request=request, outcome="crashed", reason=reason)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        try:
+            return Check(request=request, **json.loads(output.splitlines()[-1]))
+        except (IndexError, ValueError):  # what was written last is cut off if the process dies
+            reason = f"{_ending(process.returncode)}{_last_line(errors, begin)}"
+            return Check(request=request, outcome="crashed", reason=reason)
 
 
-@contextlib.contextmanager
-def _running(worker: Sequence[str], errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The worker as the head of a process group that is killed in the end."""
-    process = subprocess.Popen(
-        worker,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        env={**os.environ, **ENVIRONMENT},
-        start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the group
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-
-
-def _events(process: subprocess.Popen[bytes], deadline: float) -> Iterator[dict[str, Any] | None]:
-    """The worker's events, `None` for each second without; ends with its output or at the deadline."""
-    assert process.stdout is not None
-    channel, unread = process.stdout.fileno(), b""
-    while (left := deadline - time.monotonic()) > 0:
-        if not select.select([channel], [], [], min(1.0, left))[0]:
-            yield None
-            continue
-        if not (read := os.read(channel, 1 << 16)):
-            return
-        *lines, unread = (unread + read).split(b"\n")  # what follows the last line is cut off if the process dies
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
-
-
-def _check(request: Request, event: dict[str, Any]) -> Check:
-    fields = {key: value for key, value in event.items() if key != "event"}
-    outcome: Outcome = "compiles" if event["event"] == "compiled" else event["event"]
-    return Check(request=request, outcome=outcome, **fields)
-
-
-def _ending(status: int | None) -> str:
-    if status is None:
-        return "the compiler closed its output"
+def _ending(status: int) -> str:
     if status == -signal.SIGKILL:
-        return "the compiler was killed, as when the memory of this machine gives out,"
+        return "the compiler was killed, as when the memory of this machine gives out"
     if status < 0:
         return f"the compiler crashed ({signal.Signals(-status).name})"
     return f"the compiler's process ended with status {status}"
@@ -212,7 +164,7 @@ class _Undecided(Exception):
 def largest_batch(
     check: Callable[[int], Check], start: int, *, multiple: int | None = None, chips: int = 1
 ) -> list[Check]:
-    """Checks that bracket the largest batch that fits, in the order in which they were made.
+    """Bracket the largest batch that fits; return the checks in the order in which they were made.
 
     `start` is doubled until a batch is too big, or halved until one fits. With `multiple` the gap is then bisected down
     to neighbouring multiples of it; without, the answer is that of the doubling. The search ends early at an outcome
@@ -250,5 +202,5 @@ def largest_batch(
 
 
 def best(checks: Sequence[Check]) -> Check | None:
-    """The check of the largest batch that compiles, `None` if none does."""
+    """Return the check of the largest batch that compiles, `None` if none does."""
     return max((c for c in checks if c.outcome == "compiles"), key=lambda c: c.request.batch, default=None)
