@@ -88,8 +88,8 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
 def forward_program(cfg: ModelConfig, params: Params, *, batch: int, size: int) -> Program:
     """Return the program `params/KEY`, `images` -> `logits`."""
 
-    def fn(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"logits": apply(cfg, _under(given, "params/"), given["images"])}
+    def fn(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": apply(cfg, _under(inputs, "params/"), inputs["images"])}
 
     return Program(fn, {**_named("params/", params), "images": torch.zeros(batch, cfg.in_channels, size, size)})
 
@@ -103,11 +103,11 @@ def step_program(
     """
     config = config or StepConfig()
 
-    def fn(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        average = _under(given, "ema/") or None
-        state = TrainState(_under(given, "params/"), SGDState(_under(given, "momentum/")), average, given["step"])
-        batch = given["images"], given["labels"]
-        state, seen = train_step(cfg, state, batch, _under(given, "noise/") or None, given["lr"], config=config)
+    def fn(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        average = _under(inputs, "ema/") or None
+        state = TrainState(_under(inputs, "params/"), SGDState(_under(inputs, "momentum/")), average, inputs["step"])
+        batch = inputs["images"], inputs["labels"]
+        state, seen = train_step(cfg, state, batch, _under(inputs, "noise/") or None, inputs["lr"], config=config)
         return {**_state(state), "loss": seen.loss, "logits": seen.logits}
 
     return Program(
@@ -166,8 +166,8 @@ def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": t for name, t in tensors.items()}
 
 
-def _under(given: Mapping[str, Tensor], prefix: str) -> Params:
-    return {name.removeprefix(prefix): t for name, t in given.items() if name.startswith(prefix)}
+def _under(inputs: Mapping[str, Tensor], prefix: str) -> Params:
+    return {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
 
 
 def _state(state: TrainState) -> dict[str, Tensor]:

@@ -320,12 +320,12 @@ def _matrix(*tensors: Tensor | None) -> bool:
 
 def _rowwise(*tensors: Tensor | None) -> bool:
     """Return whether `_update_fused` takes these: float32, one memory layout for all, units one after another in it."""
-    found = [t for t in tensors if t is not None]
-    if not all(t.dtype == torch.float32 and t.numel() for t in found):
+    present = [t for t in tensors if t is not None]
+    if not all(t.dtype == torch.float32 and t.numel() for t in present):
         return False
-    if all(t.is_contiguous() for t in found):
+    if all(t.is_contiguous() for t in present):
         return True
-    return found[0].ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in found)
+    return present[0].ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in present)
 
 
 def _number(value: float | Tensor, device: torch.device) -> Tensor:

@@ -224,7 +224,7 @@ class FusedUpdate:
         addresses = [tuple(0 if tensors is None else tensors[i].data_ptr() for tensors in lists) for i in places]
         if self._kept is not None and self._kept[0] == addresses:
             return self._kept
-        rows = [[*found, *shape] for found, shape in zip(addresses, self.shapes, strict=True)]
+        rows = [[*pointers, *shape] for pointers, shape in zip(addresses, self.shapes, strict=True)]
         host = torch.tensor(rows, dtype=torch.int64)
         if self.device.type == "cuda":
             host = host.pin_memory()

@@ -1,4 +1,4 @@
-"""What the steps of a training run are given: images, targets and masks on the device, and the held-out images.
+"""Prepare what the steps of a training run take: images, targets and masks on the device, and the held-out images.
 
 All of it depends on the seed, the epoch, the step and the image alone.
 """
@@ -84,10 +84,10 @@ class InputPipeline:
             size=part.pixels.shape[-1],
         )
         # A lazy device would compile anew for each grouping of images by operation.
-        place = torch.device("cpu") if self.device.type == "xla" else self.device
+        device = torch.device("cpu") if self.device.type == "xla" else self.device
         images, targets = augment_batch(
-            part.pixels.to(place, non_blocking=True),
-            part.labels.to(place, non_blocking=True),
+            part.pixels.to(device, non_blocking=True),
+            part.labels.to(device, non_blocking=True),
             draws,
             self.augment,
             num_classes=self.cfg.num_classes,

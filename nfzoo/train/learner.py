@@ -301,10 +301,10 @@ def torch_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.
     ]
     package, _, name = ("torch.optim.AdamW" if optim.name == "adamw" else optim.name).rpartition(".")
     try:
-        made = getattr(importlib.import_module(package), name)
-        if not issubclass(made, torch.optim.Optimizer):
+        cls = getattr(importlib.import_module(package), name)
+        if not issubclass(cls, torch.optim.Optimizer):
             raise TypeError("it is no torch.optim.Optimizer")
-        return made([group for group in groups if group["params"]], **{**optim.options, "lr": lr})
+        return cls([group for group in groups if group["params"]], **{**optim.options, "lr": lr})
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
             f'the optimizer {optim.name!r} with options {optim.options!r} cannot be made: {error}; name "sgd", '

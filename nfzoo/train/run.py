@@ -275,11 +275,11 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
             f"{f' ({len(changed) - 1} more options differ)' if changed[1:] else ''}; resume with the same options, or "
             "choose another output"
         )
-    found, before = split_identity(split), saved.facts["data"]
-    if before != found:
+    identity, before = split_identity(split), saved.facts["data"]
+    if before != identity:
         raise DataError(
-            f"{config.data!r} has {found['images']} training images of {len(found['classes'])} classes; the run that "
-            f"{saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume with "
+            f"{config.data!r} has {identity['images']} training images of {len(identity['classes'])} classes; the run "
+            f"that {saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume with "
             "the same data, or start anew in another output"
         )
     description = describe(saved.facts["description"], saved.folder)

@@ -234,8 +234,8 @@ class Trainer:
         return warmup_cosine(step, peak=self.peak_lr, warmup=warmup, total=total, minimum=optim.min_lr)
 
     def _not_finite(self, last: Inputs) -> None:
-        found = first_not_finite(self.cfg, self.learner.live, *last, autocast=self.learner.autocast)
-        where = next(filter(None, gather([found])), "") or bad_gradient(self.learner.live)
+        layer = first_not_finite(self.cfg, self.learner.live, *last, autocast=self.learner.autocast)
+        where = next(filter(None, gather([layer])), "") or bad_gradient(self.learner.live)
         self.in_a_row += 1
         if self.config.nonfinite == "skip" and self.in_a_row < SKIPS_IN_A_ROW:
             self.skipped += 1
@@ -299,9 +299,9 @@ class Trainer:
             with self.learner.autocast():
                 return apply(self.cfg, full, images)
 
-        found = score(logits, batches, device=self.accelerator.device)
+        result = score(logits, batches, device=self.accelerator.device)
         self.unreadable.leave_out(broken)
-        return found
+        return result
 
     def _sum(self, values: Tensor) -> list[float]:
         reduced = self.accelerator.reduce(values, reduction="sum")
