@@ -279,8 +279,8 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
     if before != identity:
         raise DataError(
             f"{config.data!r} has {identity['images']} training images of {len(identity['classes'])} classes; the run "
-            f"that {saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume with "
-            "the same data, or start anew in another output"
+            f"that {saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume "
+            "with the same data, or start anew in another output"
         )
     description = describe(saved.facts["description"], saved.folder)
     return InitialState(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], saved)
