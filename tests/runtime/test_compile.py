@@ -176,6 +176,16 @@ def test_weights_standardised_apart_under_every_set_of_rules(name, counting_apar
     assert counting_apart.forward_runs == before + len(fast.plan)  # inference has them in the blocks' graphs
 
 
+def test_dynamic_shapes_of_images_share_a_graph():
+    count = CountingEager()
+    module = shell(SHALLOW).eval().compile_blocks(backend=count.backend, dynamic=True)
+    graphs = []
+    for batch in (2, 3, 4):
+        module(images(SHALLOW, batch=batch))
+        graphs.append(count.forward)
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
 @pytest.mark.slow
 def test_dynamic_shapes_are_those_of_images_not_of_weights(counting_apart):
     cfg = SMALL["nf-resnet-timm"].replace(depths=(1, 1, 1, 1))
@@ -468,8 +478,7 @@ def test_double_precision_keeps_beta():
 # ---------------------------------------------------------------- activation checkpointing
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_checkpointing_changes_memory_not_gradients(compiled):
     cfg, count = SMALL["nfnet"].replace(drop_rate=0.2, stochastic_depth=0.2), Counting()
     plain, saving = shell(cfg), shell(cfg).checkpoint_blocks()

@@ -369,7 +369,6 @@ with _locked(Path(sys.argv[1])):
 """
 
 
-@pytest.mark.slow
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True) as other:
