@@ -35,9 +35,10 @@ import nfzoo  # noqa: E402
 if not hasattr(nfzoo, "__path__") or str(ROOT) not in nfzoo.__path__:
     nfzoo.__path__.append(str(ROOT))  # hub/ and conversion/ beside nfzoo/ are nfzoo.hub and nfzoo.conversion
 
-from benchmarks import everything, pages, peer, timing  # noqa: E402
+from benchmarks import everything, peer, report, timing  # noqa: E402
 from benchmarks.contenders import Work  # noqa: E402
-from benchmarks.suites import SUITES, Options  # noqa: E402
+from benchmarks.report import Options  # noqa: E402
+from benchmarks.suites.against_timm import SUITES  # noqa: E402
 
 MODELS = ("nfnet-f0", "nfnet-f1", "nfnet-f3", "nfnet-f5")
 SHARED = "Times are processor time on one machine with other programs, not wall-clock; `compile` states both."
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--channels-last", action="store_true", help="for both sides")
     made.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     made.add_argument("--quick", action="store_true", help="small shapes: a check, not a result")
-    made.add_argument("--output", type=Path, default=pages.RESULTS, help="folder of the result pages")
+    made.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the result pages")
     made.add_argument("--label", help="at the end of the result page's name")
     made.add_argument("--budget", type=float, help="of `all`: seconds after which nothing is started or goes on")
     made.add_argument("--no-write", action="store_true", help="print only")
@@ -111,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.processor_time:
         notes = [*notes, SHARED]
     command = "python benchmarks/run.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    text = pages.page(title, command, device, tables, notes)
+    text = report.page(title, command, device, tables, notes)
     print(text)
     if not args.no_write:
         label = f"{args.suite}-{args.label}" if args.label else args.suite
-        print(f"wrote {pages.write(text, label, device, args.output)}", file=sys.stderr)
+        print(f"wrote {report.write(text, label, device, args.output)}", file=sys.stderr)
     return 0
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.grouped_triton import forward, grouped_conv
+from benchmarks.suites.grouped_conv_triton import forward, grouped_conv
 from tests.support.helpers import relative as relative_on_cpu
 
 # The interpreter reads numbers out of arrays of one element, which numpy will not like one day.

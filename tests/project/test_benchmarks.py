@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import boundaries, contenders, everything, grouped, pages, peer, profiles, run, suites, timing
-from benchmarks.pages import Point, Table
+from benchmarks import contenders, everything, peer, report, run, timing
+from benchmarks.report import Point, Table
+from benchmarks.suites import against_timm, graph_boundary, grouped_conv, profiles
 from nfzoo import model
 from nfzoo.models.weight_standardization import PLAIN_ROWS
 from nfzoo.optim.agc_sgd import AGCSGD
@@ -69,23 +70,23 @@ def test_the_machine_is_measured():
 
 def test_a_page(tmp_path):
     table = Table("Title", ["a", "much longer"], [["1", "2"]], "A note.")
-    text = pages.page("Page", "python benchmarks/run.py x", CPU, [table], ["Noticed."])
+    text = report.page("Page", "python benchmarks/run.py x", CPU, [table], ["Noticed."])
     assert "| a | much longer |\n| - | ----------- |\n| 1 | 2           |\n\nA note." in text
     assert torch.__version__ in text
     assert "Noticed." in text
-    path = pages.write(text, "x", CPU, tmp_path / "new")
+    path = report.write(text, "x", CPU, tmp_path / "new")
     assert path.name.endswith("-cpu-x.md")
     assert path.read_text() == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.01234, "0.012"), (1.2345, "1.23"), (123.45, "123"), (98765.4, "98765")])
 def test_numbers_have_three_digits(value, text):
-    assert pages.number(value) == text
+    assert report.number(value) == text
 
 
 def test_the_plot(tmp_path):
     points = [Point("nfzoo NFNet", "F0", 0.1, 83.6), Point("timm EfficientNet", "B0", 0.05, 77.3)]
-    path = pages.plot(points, tmp_path / "plot.png", xlabel="seconds")
+    path = report.plot(points, tmp_path / "plot.png", xlabel="seconds")
     assert path is not None
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -150,11 +151,11 @@ def test_the_region_that_begins_after_the_sum_is_the_block():
     params, x = random_params(cfg), images(cfg)
     activated = None
     for block in model.plan(cfg):
-        if isinstance(block.fn, boundaries.FBlock):
+        if isinstance(block.fn, graph_boundary.FBlock):
             local = model.block_params(block, params)
             expected = model.run_block(block, params, x)
             first = block.fn.layers.act(x) if activated is None else activated
-            x, activated = boundaries.beginning_after_the_sum(block.fn, local, x, first, torch.tensor(block.beta))
+            x, activated = graph_boundary.beginning_after_the_sum(block.fn, local, x, first, torch.tensor(block.beta))
             assert relative(x, expected) < 1e-6
         else:
             x = model.run_block(block, params, x)
@@ -162,12 +163,12 @@ def test_the_region_that_begins_after_the_sum_is_the_block():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_wherever_graphs_end_the_network_is_the_same(monkeypatch, training):
-    monkeypatch.setattr(boundaries, "compile_alone", lambda fn: fn)
-    monkeypatch.setattr(boundaries, "compiled_rows", lambda options: PLAIN_ROWS)
+    monkeypatch.setattr(graph_boundary, "compile_alone", lambda fn: fn)
+    monkeypatch.setattr(graph_boundary, "compiled_rows", lambda options: PLAIN_ROWS)
     cfg = SMALL["nfnet"]
     params, x = random_params(cfg), images(cfg)
     expected = model.apply(cfg, params, x)
-    made = boundaries.networks(cfg, CPU, training=training)
+    made = graph_boundary.networks(cfg, CPU, training=training)
     assert len(made) == 5
     for name, net in made.items():
         assert relative(net(params, x), expected) < 1e-6, name
@@ -178,14 +179,14 @@ def test_an_unusable_device_is_refused(capsys):
     assert "cuda:99" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("way", list(grouped.ways(CPU)))
+@pytest.mark.parametrize("way", list(grouped_conv.ways(CPU)))
 def test_every_way_to_a_grouped_convolution_is_that_convolution(way):
-    conv, last = grouped.ways(CPU)[way]
+    conv, last = grouped_conv.ways(CPU)[way]
     g = generator()
     x, w = torch.randn(2, 12, 5, 6, generator=g), torch.randn(12, 4, 3, 3, generator=g)
     layout = torch.channels_last if last else torch.contiguous_format
     results = []
-    for fn in (grouped.by_torch, conv):
+    for fn in (grouped_conv.by_torch, conv):
         a, b = (t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in (x, w))
         y = fn(a.to(memory_format=layout), b.to(memory_format=layout), 3)
         results.append((y, *torch.autograd.grad(y.square().sum(), (a, b))))
@@ -194,7 +195,7 @@ def test_every_way_to_a_grouped_convolution_is_that_convolution(way):
 
 
 def test_the_grouped_convolutions_are_those_of_the_plan():
-    found = grouped.layers("nfnet-f0", 192)
+    found = grouped_conv.layers("nfnet-f0", 192)
     assert [(x.channels, x.groups, x.size, x.number) for x in found] == [
         (128, 1, 48, 2),
         (256, 2, 24, 3),
@@ -205,7 +206,7 @@ def test_the_grouped_convolutions_are_those_of_the_plan():
 
 def test_all_suites_have_a_job_and_what_is_left_of_the_time(monkeypatch, capsys):
     jobs = everything.jobs(["nfnet-f0", "nfnet-f1"])
-    assert {job.suite for job in jobs} == set(suites.SUITES)
+    assert {job.suite for job in jobs} == set(against_timm.SUITES)
     assert len(set(jobs)) == len(jobs)
     started: list[list[str]] = []
 

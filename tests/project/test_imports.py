@@ -45,7 +45,7 @@ SEAMS = {
     "timm": ("nfzoo.conversion.verify", "benchmarks.peer"),
     "tensorflow": ("nfzoo.conversion.verify",),
 }
-APART = ("tests.reference", "tests.xla", "tests.tpu", "tests.gpu", "benchmarks.xla_scan")
+APART = ("tests.reference", "tests.xla", "tests.tpu", "tests.gpu")
 
 
 class Module(NamedTuple):

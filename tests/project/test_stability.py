@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bn_twin, independence, stability
-from benchmarks.independence import Network
-from benchmarks.stability import CONFIG, Cell, Data, Grid, Run
+from benchmarks.claims import batch_norm_twin, independence, stability
+from benchmarks.claims.independence import Network
+from benchmarks.claims.stability import CONFIG, Cell, Data, Grid, Run
 from nfzoo.analysis.signal_propagation import open_branches
 from nfzoo.model import apply, init, specs
 from nfzoo.optim.sgd import CLIPPED, DECAYED, sgd, sgd_init, warmup_cosine
@@ -32,7 +32,7 @@ def small(images: int = 24) -> Data:
 
 
 def twin_params() -> Params:
-    return bn_twin.init(CONFIG, generator=generator())
+    return batch_norm_twin.init(CONFIG, generator=generator())
 
 
 # ---------------------------------------------------------------- the twin
@@ -50,20 +50,20 @@ def test_the_twin_has_the_same_convolutions() -> None:
 
 def test_the_twin_normalises_before_every_activation() -> None:
     params, x = twin_params(), inputs(64)
-    _, used = bn_twin.apply(CONFIG, params, x)
-    assert len(used) == 2 * len(bn_twin.norms(CONFIG)) == 2 * (3 * sum(CONFIG.depths) + 1)
-    logits, same = bn_twin.apply(CONFIG, params, x, used)  # evaluation with the batch's own statistics
-    assert relative(logits, bn_twin.apply(CONFIG, params, x)[0]) < ROUNDING
+    _, used = batch_norm_twin.apply(CONFIG, params, x)
+    assert len(used) == 2 * len(batch_norm_twin.norms(CONFIG)) == 2 * (3 * sum(CONFIG.depths) + 1)
+    logits, same = batch_norm_twin.apply(CONFIG, params, x, used)  # evaluation with the batch's own statistics
+    assert relative(logits, batch_norm_twin.apply(CONFIG, params, x)[0]) < ROUNDING
     assert all(torch.equal(same[k], used[k]) for k in used)
 
 
 def test_running_statistics_converge_to_those_of_a_repeated_batch() -> None:
     params, x = twin_params(), inputs(16)
-    used = bn_twin.apply(CONFIG, params, x)[1]
-    running = bn_twin.init_statistics(CONFIG)
+    used = batch_norm_twin.apply(CONFIG, params, x)[1]
+    running = batch_norm_twin.init_statistics(CONFIG)
     assert running.keys() == used.keys()
     for _ in range(200):  # 0.9 ** 200 is 7e-10
-        running = bn_twin.update(running, used)
+        running = batch_norm_twin.update(running, used)
     assert all(torch.allclose(running[k], used[k], rtol=1e-4, atol=1e-5) for k in used)
 
 
@@ -73,9 +73,11 @@ def test_the_twin_mixes_examples_and_the_nf_network_does_not() -> None:
     nf = open_branches(CONFIG, init(CONFIG, generator=generator()))
     assert relative(apply(CONFIG, nf, other)[0], apply(CONFIG, nf, x)[0]) < ROUNDING
     twin = twin_params()
-    assert relative(bn_twin.apply(CONFIG, twin, other)[0][0], bn_twin.apply(CONFIG, twin, x)[0][0]) > 0.1
-    running = bn_twin.apply(CONFIG, twin, x)[1]
-    evaluated = [bn_twin.apply(CONFIG, twin, batch, running)[0][0] for batch in (x, other)]
+    assert (
+        relative(batch_norm_twin.apply(CONFIG, twin, other)[0][0], batch_norm_twin.apply(CONFIG, twin, x)[0][0]) > 0.1
+    )
+    running = batch_norm_twin.apply(CONFIG, twin, x)[1]
+    evaluated = [batch_norm_twin.apply(CONFIG, twin, batch, running)[0][0] for batch in (x, other)]
     assert relative(*evaluated) < ROUNDING  # the mixing is that of the training mode alone
 
 
@@ -219,15 +221,15 @@ def test_the_reading_follows_from_the_counts() -> None:
 def test_independence_tells_the_networks_apart() -> None:
     nf, twin = open_branches(CONFIG, init(CONFIG, generator=generator())), twin_params()
     data = stability.digits()
-    statistics = bn_twin.apply(CONFIG, twin, data.train[0][:200])[1]
+    statistics = batch_norm_twin.apply(CONFIG, twin, data.train[0][:200])[1]
     rows = [
         independence.measure(name, net, 4, data, examples=1)
         for name, net in {
             "NF-ResNet": Network(nf, lambda p, x: apply(CONFIG, p, x), lambda p, x: apply(CONFIG, p, x)),
             "batch norm": Network(
                 twin,
-                lambda p, x: bn_twin.apply(CONFIG, p, x)[0],
-                lambda p, x: bn_twin.apply(CONFIG, p, x, statistics)[0],
+                lambda p, x: batch_norm_twin.apply(CONFIG, p, x)[0],
+                lambda p, x: batch_norm_twin.apply(CONFIG, p, x, statistics)[0],
             ),
         }.items()
     ]

@@ -1,6 +1,6 @@
 """Does an example's result depend on the examples beside it, and is training the function that is evaluated?
 
-    python -m benchmarks.independence --output benchmarks/results     # about a minute
+    python -m benchmarks.claims.independence --output benchmarks/results     # about a minute
 
 An NF-ResNet and its batch-normalised twin, both trained on the digits for a few epochs, see digits held out. Measured:
 
@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bn_twin
-from benchmarks.machine import machine
-from benchmarks.stability import CONFIG, TWIN, Data, digits, fit
+from benchmarks.claims import batch_norm_twin
+from benchmarks.claims.stability import CONFIG, TWIN, Data, digits, fit
+from benchmarks.report import machine
 from nfzoo.analysis.style import BLUE, INK, ORANGE, PAPER, QUIET, RULE
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.model import apply
@@ -70,11 +70,11 @@ def networks(data: Data, *, epochs: int = EPOCHS) -> dict[str, Network]:
         params = {key: value[0] for key, value in fitted.params.items()}
         if method == TWIN:
             with torch.no_grad():
-                full = bn_twin.apply(CONFIG, params, data.train[0])[1]
+                full = batch_norm_twin.apply(CONFIG, params, data.train[0])[1]
             found[name] = Network(
                 params,
-                lambda p, x: bn_twin.apply(CONFIG, p, x)[0],
-                lambda p, x, s=full: bn_twin.apply(CONFIG, p, x, s)[0],
+                lambda p, x: batch_norm_twin.apply(CONFIG, p, x)[0],
+                lambda p, x, s=full: batch_norm_twin.apply(CONFIG, p, x, s)[0],
             )
         else:
             found[name] = Network(params, lambda p, x: apply(CONFIG, p, x), lambda p, x: apply(CONFIG, p, x))
@@ -191,14 +191,16 @@ def page(rows: Sequence[Row], command: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write `independence.png` and `independence.md`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.independence", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.independence", allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("runs/independence"), metavar="FOLDER")
     options = parser.parse_args(argv)
     data = digits()
     rows = [measure(name, net, batch, data) for name, net in networks(data).items() for batch in BATCHES]
     draw(rows, options.output / "independence.png")
     with replaced(options.output / "independence.md") as scratch:
-        scratch.write_text(page(rows, f"python -m benchmarks.independence --output {options.output}"), encoding="utf-8")
+        scratch.write_text(
+            page(rows, f"python -m benchmarks.claims.independence --output {options.output}"), encoding="utf-8"
+        )
     print(table(rows) + f"\n\nwrote {options.output}/independence.md, .png")
     return 0
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import contenders, timing
-from benchmarks.pages import Table, number
+from benchmarks.report import Options, Page, Table, number
 from nfzoo.model import plan
 from nfzoo.models import functional as nf
 from nfzoo.models.layers import Conv, attend
 from nfzoo.models.nfnet import FBlock
 from nfzoo.runtime.compile import compile_alone, compile_options, compiled_rows
 from nfzoo.types import Block, Plan
-
-if TYPE_CHECKING:
-    from benchmarks.suites import Options, Page
 
 Net = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 

@@ -1,7 +1,7 @@
 """Peak memory and largest batch of the NFNets on TPU chips, as the TPU's own compiler estimates them.
 
-    python -m benchmarks.tpu_table --models nfnet-f0 nfnet-f1 --chips v5e v6e
-    python -m benchmarks.tpu_table --render     # the table alone, of what has been compiled so far
+    python -m benchmarks.systems.tpu_table --models nfnet-f0 nfnet-f1 --chips v5e v6e
+    python -m benchmarks.systems.tpu_table --render     # the table alone, of what has been compiled so far
 
 Needs `pip install 'nfzoo[tpu-aot]'`, no TPU. Every compilation is kept in `results/tpu_table.json` as soon as it is
 done, and one that is kept is not repeated, so an interrupted run goes on where it stopped.
@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import processor
+from benchmarks.report import processor
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.export.tpu_chips import CHIPS, Request
 from nfzoo.export.tpu_compile import Check, compile_apart, largest_batch
 from nfzoo.variants import variant
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 MODELS = tuple(f"nfnet-f{n}" for n in range(7))
 GIB = 1 << 30
 
@@ -118,7 +118,7 @@ def render(rows: list[dict[str, Any]]) -> str:
     lines += [
         "Every compilation is in `tpu_table.json`. Compilation times are of a busy machine and no measurement.",
         "",
-        "- Command: `python -m benchmarks.tpu_table`",
+        "- Command: `python -m benchmarks.systems.tpu_table`",
         f"- Machine that compiled: {processor()}, {os.cpu_count()} threads; Python {platform.python_version()}",
         f"- Versions: {', '.join(f'{k} {v}' for k, v in versions.items())}",
         "",

@@ -10,7 +10,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from benchmarks.pages import number
+from benchmarks.report import number
 
 # The first pattern that a kernel's or operator's name holds decides.
 CLASSES = (

@@ -1,10 +1,12 @@
-"""Result pages: tables on the screen and in `benchmarks/results/`, and the plot of accuracy against latency."""
+"""Write result pages: what a suite is given and returns, the machine, tables, the plot of accuracy against latency."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import importlib.util
+import os
+import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +14,30 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.contenders import Work
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+class Options(NamedTuple):
+    """Hold what the command line chose; `None` leaves it to the suite."""
+
+    work: Work
+    models: list[str] | None = None
+    batches: list[int] | None = None
+    size: int | None = None
+    rounds: int = 9
+    compiled: bool = True
+    quick: bool = False
+    plot: Path | None = None
+
+    @property
+    def gpu(self) -> bool:
+        return self.work.device.type != "cpu"
+
+
 class Table(NamedTuple):
-    """A titled table, and what to know about it."""
+    """Hold a titled table and a note on it."""
 
     title: str
     header: Sequence[str]
@@ -33,8 +52,30 @@ class Table(NamedTuple):
         return "\n".join([f"## {self.title}", "", *lines, *(["", self.note] if self.note else [])])
 
 
+Page = tuple[str, Sequence[Table], Sequence[str]]
+"""Title, tables, notes: what a suite returns."""
+
+
+def machine() -> str:
+    """Return one line: processor, threads, system, versions."""
+    return (
+        f"{processor()}, {os.cpu_count()} cores visible, {torch.get_num_threads()} used; {platform.system()}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def processor() -> str:
+    """Return the processor's own name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def number(value: float, digits: int = 3) -> str:
-    """Three significant digits, without an exponent."""
+    """Format three significant digits, without an exponent."""
     return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}" if abs(value) >= 1 else f"{value:.{digits}f}"
 
 
@@ -67,7 +108,7 @@ def write(text: str, name: str, device: torch.device, folder: Path = RESULTS) ->
 
 
 class Point(NamedTuple):
-    """One model of the plot: a series, a label, seconds an image, ImageNet top-1 in percent as published."""
+    """Hold one model of the plot: a series, a label, seconds an image, ImageNet top-1 in percent as published."""
 
     series: str
     label: str
@@ -76,7 +117,7 @@ class Point(NamedTuple):
 
 
 def plot(points: Sequence[Point], path: Path, *, xlabel: str) -> Path | None:
-    """Published accuracy against measured latency, as in figure 1 of arXiv 2102.06171; `None` without matplotlib."""
+    """Plot published accuracy against measured latency, as figure 1 of arXiv 2102.06171; `None` without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib as mpl

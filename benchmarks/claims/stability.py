@@ -1,7 +1,7 @@
 """Which learning rates train at which batch sizes: no clipping, global-norm clipping, AGC, and batch normalisation.
 
-    python -m benchmarks.stability                                       # a few cells, about a minute
-    python -m benchmarks.stability --full --output benchmarks/results    # the whole grid
+    python -m benchmarks.claims.stability                                       # a few cells, about a minute
+    python -m benchmarks.claims.stability --full --output benchmarks/results    # the whole grid
 
 A small NF-ResNet and its batch-normalised twin learn the embedded digits. As in figure 2 of arXiv 2102.06171 every run
 has the same number of epochs, so that a batch four times as large takes a quarter of the steps; Nesterov momentum 0.9,
@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bn_twin
-from benchmarks.machine import machine
+from benchmarks.claims import batch_norm_twin
+from benchmarks.report import machine
 from nfzoo.analysis.style import INK, PAPER, QUIET
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
@@ -154,13 +154,13 @@ def fit(method: str, batch: int, rates: Sequence[float], *, seed: int, epochs: i
     images, labels = data.train
     twin, clip = method == TWIN, METHODS[method]
     generator = torch.Generator().manual_seed(seed)
-    first = bn_twin.init(CONFIG, generator=generator) if twin else init(CONFIG, generator=generator)
+    first = batch_norm_twin.init(CONFIG, generator=generator) if twin else init(CONFIG, generator=generator)
     order = torch.Generator().manual_seed(seed + 1)
     indices = torch.cat([torch.randperm(len(images), generator=order) for _ in range(epochs)])
     steps = len(indices) // batch  # batches run across the borders of epochs: no image is left out
 
     def loss_fn(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
-        logits, statistics = bn_twin.apply(CONFIG, params, x) if twin else (apply(CONFIG, params, x), {})
+        logits, statistics = batch_norm_twin.apply(CONFIG, params, x) if twin else (apply(CONFIG, params, x), {})
         return cross_entropy(logits, y), statistics
 
     def step(
@@ -175,11 +175,11 @@ def fit(method: str, batch: int, rates: Sequence[float], *, seed: int, epochs: i
             weight_decay=WEIGHT_DECAY,
             decay=lambda name: _KINDS.get(name) in DECAYED,
         )
-        return new, state.momentum, bn_twin.update(running, statistics) if twin else running, loss
+        return new, state.momentum, batch_norm_twin.update(running, statistics) if twin else running, loss
 
     params = _stack(first, len(rates))
     momentum = {name: torch.zeros_like(p) for name, p in params.items()}
-    running = _stack(bn_twin.init_statistics(CONFIG), len(rates)) if twin else {}
+    running = _stack(batch_norm_twin.init_statistics(CONFIG), len(rates)) if twin else {}
     alive = torch.arange(len(rates))
     peaks = torch.tensor(rates)
     diverged: dict[int, int] = {}
@@ -202,7 +202,7 @@ def fit(method: str, batch: int, rates: Sequence[float], *, seed: int, epochs: i
 
 def logits(method: str, params: Mapping[str, Tensor], running: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Evaluation mode of one run."""
-    return bn_twin.apply(CONFIG, params, x, running)[0] if method == TWIN else apply(CONFIG, params, x)
+    return batch_norm_twin.apply(CONFIG, params, x, running)[0] if method == TWIN else apply(CONFIG, params, x)
 
 
 def train(method: str, batch: int, rates: Sequence[float], *, seed: int, epochs: int, data: Data) -> list[Run]:
@@ -464,7 +464,7 @@ Every run is a line of `stability.jsonl`.
 
 def main(argv: list[str] | None = None) -> int:
     """Run a grid and write `stability.jsonl`, `stability.png` and `stability.md`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.stability", allow_abbrev=False)
     parser.add_argument("--full", action="store_true", help="the whole grid (half an hour of one core)")
     parser.add_argument("--output", type=Path, default=Path("runs/stability"), metavar="FOLDER")
     parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes instead of the grid's own")
@@ -472,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_flush_denormal(True)  # runs that die out would be slow, too
     grid = FULL if options.full else QUICK
-    command = "python -m benchmarks.stability" + (" --full" if options.full else "")
+    command = "python -m benchmarks.claims.stability" + (" --full" if options.full else "")
     if options.batches:
         grid = grid._replace(batches=tuple(sorted(options.batches)))
         command += " --batches " + " ".join(map(str, grid.batches))

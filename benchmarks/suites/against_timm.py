@@ -9,40 +9,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import nfzoo
-from benchmarks import boundaries, contenders, grouped, pages, peer, profiles, timing
+from benchmarks import contenders, peer, report, timing
 from benchmarks.contenders import Work
-from benchmarks.pages import Table, number
+from benchmarks.report import Options, Page, Table, number
+from benchmarks.suites import graph_boundary, grouped_conv, profiles
 from nfzoo.model import apply, specs
 from nfzoo.optim.agc_sgd import AGCSGD
 from nfzoo.optim.sgd import CLIPPED, DECAYED
 from nfzoo.variants import VARIANTS
-
-
-class Options(NamedTuple):
-    """What the command line chose; `None` leaves it to the suite."""
-
-    work: Work
-    models: list[str] | None = None
-    batches: list[int] | None = None
-    size: int | None = None
-    rounds: int = 9
-    compiled: bool = True
-    quick: bool = False
-    plot: Path | None = None
-
-    @property
-    def gpu(self) -> bool:
-        return self.work.device.type != "cpu"
-
-
-Page = tuple[str, Sequence[Table], Sequence[str]]
 
 
 def inference(options: Options) -> Page:
@@ -65,7 +46,7 @@ def inference(options: Options) -> Page:
                 found = [timing.median(v) for n, v in times.items() if n.startswith(start)]
                 if found and batch == 1:
                     points.append(
-                        pages.Point(series, variant.split("-")[1].upper(), min(found), contenders.ACCURACY[variant])
+                        report.Point(series, variant.split("-")[1].upper(), min(found), contenders.ACCURACY[variant])
                     )
             _forget(calls)
         against = "timm compiled" if options.compiled else "timm eager"
@@ -81,7 +62,7 @@ def inference(options: Options) -> Page:
     if peer.timm() is not None and points and (options.quick or len(models) > 1):
         points += _efficientnets(options)
     if options.plot is not None and points:
-        made = pages.plot(
+        made = report.plot(
             points,
             options.plot / f"accuracy-latency-{'gpu' if options.gpu else 'cpu'}{'-quick' if options.quick else ''}.png",
             xlabel=f"seconds an image, batch 1, {_dtype(work)}, "
@@ -92,7 +73,7 @@ def inference(options: Options) -> Page:
     return "Inference", tables, []
 
 
-def _efficientnets(options: Options) -> list[pages.Point]:
+def _efficientnets(options: Options) -> list[report.Point]:
     work, points = options.work, []
     for name, (accuracy, size) in list(contenders.EFFICIENTNETS.items())[: 2 if options.quick else None]:
         net: Any = peer.model(name, work.device, training=False).to(work.dtype)
@@ -106,7 +87,7 @@ def _efficientnets(options: Options) -> list[pages.Point]:
                     calls["graph"] = timing.captured(calls["compiled"])
         times = timing.interleave(calls, work.device, rounds=options.rounds)
         best = min(timing.median(v) for v in times.values())
-        points.append(pages.Point("timm EfficientNet", name.split("_")[-1].upper(), best, accuracy))
+        points.append(report.Point("timm EfficientNet", name.split("_")[-1].upper(), best, accuracy))
     return points
 
 
@@ -204,9 +185,9 @@ def compile_times(options: Options) -> Page:
 def _cold(options: Options, side: str, task: str, variant: str, size: int) -> dict[str, float]:
     code = (
         "import json, sys; sys.argv = ['run.py']; sys.path.insert(0, {root!r}); "
-        "from benchmarks import run, suites; print(json.dumps(suites.cold({args!r})))"
+        "from benchmarks import run; from benchmarks.suites.against_timm import cold; print(json.dumps(cold({args!r})))"
     ).format(
-        root=str(Path(__file__).resolve().parent.parent),
+        root=str(Path(__file__).resolve().parents[2]),
         args=(side, task, variant, size, str(options.work.device), str(options.work.dtype).split(".")[1]),
     )
     with tempfile.TemporaryDirectory() as cache:
@@ -438,7 +419,7 @@ def shell(options: Options) -> Page:
 
 
 def boundary(options: Options) -> Page:
-    return boundaries.page(options)
+    return graph_boundary.page(options)
 
 
 def profile(options: Options) -> Page:
@@ -479,6 +460,6 @@ SUITES: dict[str, Callable[[Options], Page]] = {
     "layout": layout,
     "shell": shell,
     "boundary": boundary,
-    "grouped": grouped.page,
+    "grouped": grouped_conv.page,
     "profile": profile,
 }

@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import contenders, timing
-from benchmarks.pages import Table, number
+from benchmarks.report import Options, Page, Table, number
 from nfzoo.model import plan
 from nfzoo.models.nfnet import FBlock
 from nfzoo.variants import VARIANTS
-
-if TYPE_CHECKING:
-    from benchmarks.suites import Options, Page
 
 Conv = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -73,7 +70,7 @@ def as_dense(x: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 
 def by_triton(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    from benchmarks.grouped_triton import grouped_conv
+    from benchmarks.suites.grouped_conv_triton import grouped_conv
 
     return grouped_conv(x, weight, groups)
 

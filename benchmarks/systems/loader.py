@@ -1,7 +1,7 @@
 """How many images a second one processor core reads, decodes, crops and resizes for training.
 
-    python -m benchmarks.loader --output benchmarks/results     # about two minutes
-    python -m benchmarks.loader --appetite 1500                 # how many cores keep a GPU of 1500 images/s fed
+    python -m benchmarks.systems.loader --output benchmarks/results     # about two minutes
+    python -m benchmarks.systems.loader --appetite 1500                 # how many cores keep a GPU of 1500 images/s fed
 
 Photographs of a given size are cut from scikit-learn's two and stored as JPEG in a folder, a tar file and (where
 `datasets` is installed) a parquet file. One process with one thread runs over them. Everything is timed in turn, in
@@ -29,7 +29,7 @@ import PIL
 import torch
 from PIL import Image
 
-from benchmarks.machine import machine
+from benchmarks.report import machine
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import Preprocessing, Resize
 from nfzoo.data.images import ImageFolder, Images
@@ -218,7 +218,7 @@ def _photo(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     """Print the page; write it where asked."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader", description="Images a second that one core prepares."
+        prog="python -m benchmarks.systems.loader", description="Images a second that one core prepares."
     )
     parser.add_argument("--images", type=int, default=64, metavar="N", help="photographs of each size (default: 64)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, after one more (default: 5)")
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"at least {CLASSES} images are needed")
     torch.set_num_threads(1)
     given = sys.argv[1:] if argv is None else argv
-    text = page(options, " ".join(["python -m benchmarks.loader", *given]))
+    text = page(options, " ".join(["python -m benchmarks.systems.loader", *given]))
     print(text, end="")
     if options.output is not None:
         with replaced(options.output / PAGE) as scratch:
