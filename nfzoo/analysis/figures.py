@@ -1,4 +1,4 @@
-"""Draw training curves and signal propagation with matplotlib."""
+"""Plots of training curves and of signal propagation, by matplotlib."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PREFIXES = ("train_", "", "ema_")
 
 
 def training_curves(metrics_jsonl: Path, output: Path) -> None:
-    """Loss and accuracy over the epochs, of the live weights and of their moving average, as a PNG.
+    """Plot loss and accuracy by epoch, of the live weights and of their moving average, to a PNG.
 
     Args:
-        metrics_jsonl: one JSON object an epoch, as `nfzoo.train` writes it; what is absent or null is not drawn.
+        metrics_jsonl: one JSON object for each epoch, written by `nfzoo.train`; absent or null values are not drawn.
 
     Raises:
         DataError: for a file that is missing, empty or damaged.
@@ -86,9 +86,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title: str = "") -> None:
-    """The papers' signal-propagation plot as a PNG: three statistics of the activations by depth.
+    """Plot the papers' signal propagation, three statistics of the activations by depth, to a PNG.
 
-    A dashed line is the variance for which the network's beta is made, which falls back at the start of each stage.
+    A dashed line shows the variance that beta assumes. It falls back to 1 at the start of each stage.
 
     Args:
         title: a line above the panels, such as the model's name and its input.
@@ -96,7 +96,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
     Source: arXiv 2101.08692, section 3.
 
     Raises:
-        DataError: without metrics.
+        DataError: if `metrics` is empty.
         MissingPlotsError: without matplotlib.
     """
     check_png(output)

@@ -147,8 +147,8 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
         for candidate in (np.arange(index, index + tries) % len(self.images)).tolist():
             try:
                 source, label = self.images[candidate]
-                least = 2 * self.size if self.augment.draft else None
-                image = open_image(source, channels=len(self.preprocessing.mean), least=least)
+                min_side = 2 * self.size if self.augment.draft else None
+                image = open_image(source, channels=len(self.preprocessing.mean), min_side=min_side)
             except DataError as error:
                 broken = broken or str(error)
                 continue
