@@ -173,8 +173,8 @@ def folded_plan(plan: Plan) -> Plan:
     after = [None if b.feature or not isinstance(b.fn, Conv) else _before(c) for b, c in itertools.pairwise(plan)]
     computed = [None, *after]  # the activation that the previous block has applied already
     return tuple(
-        Block(b.name, _function(b, None if done else _before(b), own), _specs(b), feature=b.feature)
-        for b, done, own in zip(plan, computed, [*after, None], strict=True)
+        Block(b.name, _function(b, None if applied else _before(b), own), _specs(b), feature=b.feature)
+        for b, applied, own in zip(plan, computed, [*after, None], strict=True)
     )
 
 

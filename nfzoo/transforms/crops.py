@@ -36,20 +36,20 @@ def distorted_box(
     `aspect_ratio_range` (3/4, 4/3), `min_object_covered` 0.1 and `max_attempts` 10 by the code released with
     arXiv 2102.06171 (dataset.py), which has the same fallback.
     """
-    least, most = (share * width * height for share in scale)
+    min_area, max_area = (share * width * height for share in scale)
     for _ in range(_ATTEMPTS):
         aspect = rng.uniform(*ratio)
-        low, high = round(math.sqrt(least / aspect)), round(math.sqrt(most / aspect))
+        low, high = round(math.sqrt(min_area / aspect)), round(math.sqrt(max_area / aspect))
         if round(high * aspect) > width:
             high = math.ceil((width + 0.5) / aspect) - 1  # the last whose width still rounds to `width` or less
         high = min(high, height)
         h = high if low >= high else int(rng.integers(low, high + 1))
-        if h * round(h * aspect) < least:  # the height was rounded down
+        if h * round(h * aspect) < min_area:  # the height was rounded down
             h += 1
-        if h * round(h * aspect) > most:
+        if h * round(h * aspect) > max_area:
             h -= 1
         w = round(h * aspect)
-        fits = 0 < w <= width and 0 < h <= height and least <= w * h <= most
+        fits = 0 < w <= width and 0 < h <= height and min_area <= w * h <= max_area
         if fits and w * h >= _LEAST_COVERED * width * height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             if (w, h) == (width, height):
