@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 # Whole packages, and modules directly in nfzoo/, whose functions are described in the imperative.
-PACKAGES = ("models", "transforms", "runtime", "analysis", "data")
+PACKAGES = ("models", "transforms", "runtime", "analysis", "data", "checkpoint")
 
 NO_VERB = re.compile(
     r"""
