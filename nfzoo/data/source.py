@@ -153,6 +153,7 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         facts = f"{path} {options.get('revision')} {[len(dataset[name]) for name in names]}"
         tables = {f"{name}, ": dataset[name] for name in names}
         return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), facts=facts)
+    # Local files: a folder of images, or the archives that the source names.
     path, options = split_options(source)
     root = Path(path)
     if root.is_dir():
@@ -172,6 +173,7 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         raise DataError(f"{source!r} is no folder, tar file or parquet file; give single images without --data")
     else:
         base, archives = root.parent, [root]
+    # Archives: parquet files, or else tar files.
     if _are_parquet(archives, source):
         _check_options(options, ("image",), source)
         facts = " ".join(f"{file.relative_to(base).as_posix()} {file.stat().st_size}" for file in archives)
