@@ -66,7 +66,7 @@ __all__ = [
 
 
 def list_models(*, pretrained: bool = False) -> list[str]:
-    """All names of the zoo in the order of its table, or those alone that have public weights."""
+    """List the names of the zoo in the order of its table, or only those with public weights."""
     if not pretrained:
         return list(VARIANTS)
     from nfzoo.hub.registry import PUBLIC

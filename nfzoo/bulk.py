@@ -1,8 +1,8 @@
 """Top labels or embeddings of many images, on one process or many: `nfzoo bulk MODEL --data SOURCE --output DIR`.
 
-Results are written in parts of consecutive images. Processes share the parts that are not there yet, so that a run can
-be killed at any moment and resumed by any number of processes. What is in a part depends neither on them nor on the
-loader's workers, since a batch never reaches into the next part.
+Results are written in parts of consecutive images. Processes share the missing parts, so a run can be killed at any
+moment and resumed by any number of processes. Batches do not cross parts, so the content of a part does not depend on
+the number of processes or loader workers.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ DTYPES = ("float32", "float16")
 SHARD_SIZE = 4096
 
 if TYPE_CHECKING:
-    from accelerate import PartialState  # at run time, only once `choose_xla` has spoken
+    from accelerate import PartialState  # at run time, only after `choose_xla`
 
 _Result = TypeVar("_Result")
-_PATIENCE = datetime.timedelta(days=7)  # the first process to be done waits for the last
+_PATIENCE = datetime.timedelta(days=7)  # the first process that finishes waits for the last
 
 
 class Summary(NamedTuple):
     """The work of a run.
 
     Attributes:
-        images: images that this run read, on all processes together, in `seconds`.
-        written: parts that this run wrote, of `parts` in all.
-        broken: images that cannot be read, in all parts.
+        images: number of images that all processes of this run read, in `seconds`.
+        written: number of parts that this run wrote, out of `parts`.
+        broken: number of unreadable images in all parts.
     """
 
     images: int
@@ -77,30 +77,30 @@ def predict_all(
     overwrite: bool = False,
     on_start: Callable[[], None] = lambda: None,
 ) -> Summary:
-    """Write the labels or embeddings of all images of `data` into a folder, or resume a run that is there.
+    """Write the labels or embeddings of all images of `data` into a folder, or resume an earlier run there.
 
-    Several processes (of Accelerate) share the work. The model is computed in its folded form.
+    Several processes (of Accelerate) share the work. The model runs in its folded form.
 
     Args:
         data, part: see `nfzoo.data.source.open_all`.
         output: the folder: see `nfzoo.checkpoint.part_files`.
         embeddings: write the pooled features `(N, F)` instead of the `topk` most probable labels.
-        dtype: of the embeddings, `float32` or `float16`.
-        format: `jsonl` or `parquet` for labels, `npz` or `parquet` for embeddings; the first is the default.
-        shard_size: images in a file.
+        dtype: dtype of the embeddings, `float32` or `float16`.
+        format: `jsonl` (default) or `parquet` for labels, `npz` (default) or `parquet` for embeddings.
+        shard_size: number of images in a file.
         size: side of the input in pixels; by default the model's test size.
-        batch_size: images at a time, in each process.
+        batch_size: batch size of each process.
         workers: loader processes per process; by default as many as there are processors, up to 8.
-        device: where to compute; by default an accelerator if there is one.
+        device: device of the computation; by default an accelerator if there is one.
         mixed_precision: see `device.precision`.
-        compile: compile the blocks; every batch is then filled up to one size.
-        skip_broken: leave images out that cannot be read, and name them in the manifest, instead of stopping.
-        overwrite: replace what an earlier run wrote.
-        on_start: called once the processes have agreed on the work, and this one begins its own parts.
+        compile: compile the blocks; every batch is then padded to one size.
+        skip_broken: leave out unreadable images and name them in the manifest, instead of stopping.
+        overwrite: replace the results of an earlier run.
+        on_start: called when the processes have agreed on the work, before this one begins its parts.
 
     Raises:
-        ConfigError: for a folder with the results of another run, and for options that do not go together.
-        DataError: for data that cannot be read; the parts before stay.
+        ConfigError: for a folder with the results of another run, and for incompatible options.
+        DataError: for unreadable data; finished parts stay.
         CheckpointError: if the outputs are not finite.
     """
     # Options.
@@ -110,7 +110,7 @@ def predict_all(
     if dtype not in DTYPES:
         raise ConfigError(f"embeddings have the dtype {' or '.join(DTYPES)}, not {dtype!r}")
     if not embeddings and dtype != "float32":
-        raise ConfigError(f"the dtype {dtype} is one of embeddings; ask for those, or leave it out")
+        raise ConfigError(f"the dtype {dtype} applies to embeddings only; ask for embeddings, or leave it out")
     kind = "embeddings" if embeddings else "top-k"
     format = format or part_files.FORMATS[kind][0]
     part_files.check_format(kind, format)
@@ -119,7 +119,7 @@ def predict_all(
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ConfigError(f"the results would lie in {str(folder)!r}, among the data; give a folder elsewhere")
 
-    # The parts that are missing, as the first process finds them.
+    # The missing parts, which the first process determines.
     state = processes(cpu=str(device) == "cpu", patience=_PATIENCE)
     target = share_of(state, device)
     images = open_all(data, part=part)
@@ -149,7 +149,7 @@ def predict_all(
     if first != seen:
         raise DataError(f"{data!r} holds other images for process {state.process_index} than for the first")
 
-    # The model, in a shell of its own around the parameters: the caller's stays where and as it is.
+    # A model object of our own around the parameters, so that the caller's stays unchanged and on its device.
     own = missing[state.process_index :: state.num_processes]
     labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
     if own:
@@ -177,7 +177,7 @@ def predict_all(
                     raise BrokenImageError(f"{next(iter(problems.values()))}; leave such images out with --skip-broken")
                 broken |= {images.name(rows[i]): problem for i, problem in problems.items()}
                 fill = batch_size - len(pixels) if compile else 0
-                if fill:  # one shape, one graph
+                if fill:  # one shape needs one graph
                     pixels = torch.cat([pixels, pixels.new_zeros((fill, *pixels.shape[1:]))])
                 outputs.append(compute(model, pixels, target, autocast, embeddings=embeddings)[: len(rows)])
                 bar.update(min(len(rows) * state.num_processes, total - bar.n))
@@ -210,11 +210,11 @@ def _run(state: PartialState, device: torch.device, batch_size: int, compile: bo
 
 
 class _ElsewhereError(NfzooError):
-    """An error of the first process, which reports it."""
+    """An error of the first process, which reports it, raised in the others."""
 
 
 def _agreed(state: PartialState, make: Callable[[], _Result]) -> _Result:
-    """Return what the first process makes, or raise its error, in every process."""
+    """Call `make` in the first process; return its result, or raise its error, in every process."""
     from accelerate.utils import broadcast_object_list
 
     message: list[Any] = [None, None]  # result, error
@@ -245,7 +245,7 @@ def _exchange(state: PartialState, exchange: Callable[[], object]) -> None:
     try:
         exchange()
     except RuntimeError as error:  # the connection ends with the process
-        raise DataError("another process has ended early; run the same again to go on") from error
+        raise DataError("another process has ended early; run the same command again to go on") from error
 
 
 def _bar(total: int, state: PartialState) -> tqdm:
@@ -312,8 +312,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command: 0 when all parts are there, 2 for bad input, 1 when the disk gave out, 130 after Ctrl-C."""
-    started: list[bool] = []  # filled once this process works on its own parts, and reports its own errors
+    """Run the command; return 0 if all parts are written, 2 for bad input, 1 for a disk error, 130 for Ctrl-C."""
+    started: list[bool] = []  # filled when this process begins its parts; it then reports its own errors
     return program.run(
         "nfzoo bulk",
         lambda: _main(_parser().parse_args(argv), lambda: started.append(True)),
@@ -326,21 +326,21 @@ def _main(options: argparse.Namespace, on_start: Callable[[], None]) -> None:
 
     keywords = dict(vars(options))
     model = from_pretrained(keywords.pop("model"))
-    done = predict_all(model, keywords.pop("data"), keywords.pop("output"), on_start=on_start, **keywords)
+    summary = predict_all(model, keywords.pop("data"), keywords.pop("output"), on_start=on_start, **keywords)
     if not processes(cpu=options.device == "cpu").is_main_process:
         return
     output = printable(options.output)
-    if done.written:
-        rate = done.images / max(done.seconds, 1e-9)
-        earlier = f", {done.parts - done.written:,} were there" if done.written < done.parts else ""
+    if summary.written:
+        rate = summary.images / max(summary.seconds, 1e-9)
+        earlier = f", {summary.parts - summary.written:,} were there" if summary.written < summary.parts else ""
         print(
-            f"wrote {done.written:,} of {done.parts:,} parts to {output}{earlier}: "
-            f"{done.images:,} images in {done.seconds:.1f} s, {rate:,.1f} images/s"
+            f"wrote {summary.written:,} of {summary.parts:,} parts to {output}{earlier}: "
+            f"{summary.images:,} images in {summary.seconds:.1f} s, {rate:,.1f} images/s"
         )
     else:
-        print(f"all {done.parts:,} parts are in {output} already")
-    if done.broken:
-        print(f"{done.broken:,} images cannot be read; {part_files.MANIFEST} names them")
+        print(f"all {summary.parts:,} parts are in {output} already")
+    if summary.broken:
+        print(f"{summary.broken:,} images cannot be read; {part_files.MANIFEST} names them")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a model is, as data: frozen configurations of the three families, checked when they are made."""
+"""Frozen configurations of the three families, which are checked when they are created."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Resize = Literal["deepmind", "shortest-edge"]
 
 T = TypeVar("T")
 
-# Far beyond any network. They keep a damaged configuration from asking for endless plans and overflowing numbers.
+# Far above any network. Without limits a damaged configuration would give endless plans and overflowing numbers.
 MAX_BLOCKS = 1024  # of one stage
 MAX_SIZE = 1 << 20  # channels, classes, pixels, ratios
 
@@ -27,19 +27,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The arithmetic in which networks trained by different code differ. Weights only work under their own rules.
+    """Differences in arithmetic between networks trained by different code. Weights work only under their own rules.
 
     Attributes:
         gamma_on_weight: gamma multiplies every standardised kernel instead of every activation.
-        variance_floor: `max(var * fan_in, 1e-4)` under the root, else `(var + 1e-5) * fan_in`.
-        same_padding: SAME padding as TensorFlow does it, else symmetric.
-        skip_gain: residual branches end in a learned scalar, initially 0; without it the gains of their last
-            convolutions start at 0.
-        pooled_shortcut: downsampling shortcuts average 2x2 pixels; else (NF-ResNet only) their 1x1 kernel strides.
-        divisor: channel counts are rounded to multiples of it (0: truncated).
+        variance_floor: the root is of `max(var * fan_in, 1e-4)`, else of `(var + 1e-5) * fan_in`.
+        same_padding: padding is TensorFlow's SAME, else symmetric.
+        skip_gain: residual branches end in a learned scalar that starts at 0; else the gains of their last convolutions
+            start at 0.
+        pooled_shortcut: downsampling shortcuts average 2x2 pixels; else (NF-ResNet only) their 1x1 kernel has a stride.
+        divisor: channel counts are rounded to multiples of it; 0 truncates them to integers.
         se_ratio: NF-ResNet's squeeze-excite ratio.
         rescale_drop: kept residual branches are divided by the keep probability.
-        last_block_rate: the stochastic depth rate rises to its full value at the last block (else at the one after).
+        last_block_rate: the last block has the full stochastic depth rate `r`; else block i of n has `r * i / n`.
     """
 
     gamma_on_weight: bool
@@ -73,7 +73,7 @@ RULES: dict[str, Rules] = {
         rescale_drop=False,
         last_block_rate=False,
     ),
-    # timm 1.0, models/nfnet.py, all but its dm_ models.
+    # timm 1.0, models/nfnet.py, except for its dm_ models.
     "timm": Rules(
         gamma_on_weight=True,
         variance_floor=False,
@@ -90,7 +90,7 @@ RULES: dict[str, Rules] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What all families share.
+    """Fields of all families.
 
     Attributes:
         depths: number of blocks of each of the four stages.
@@ -100,10 +100,10 @@ class ModelConfig:
         num_classes: outputs of the classifier.
         in_channels: channels of the input image.
         output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead.
-        alpha: scale of the residual branches.
+        alpha: factor of the residual branches.
         drop_rate: dropout on the pooled features, in [0, 1).
         stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.
-        folded: the inference form, whose weights `nfzoo.model.fold` makes; it cannot be trained.
+        folded: whether this is the inference form, with weights from `nfzoo.model.fold`; it cannot be trained.
     """
 
     family: ClassVar[str]
@@ -121,11 +121,11 @@ class ModelConfig:
     folded: bool = False
 
     def __post_init__(self) -> None:
-        for name, most in (("depths", MAX_BLOCKS), ("widths", MAX_SIZE)):
+        for name, limit in (("depths", MAX_BLOCKS), ("widths", MAX_SIZE)):
             value = getattr(self, name)
             value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-            if not isinstance(value, tuple) or len(value) != 4 or not all(is_int(v, 1, most) for v in value):
-                raise ConfigError(f"{name} must be four positive integers up to {most}, not {value!r}")
+            if not isinstance(value, tuple) or len(value) != 4 or not all(is_int(v, 1, limit) for v in value):
+                raise ConfigError(f"{name} must be four positive integers up to {limit}, not {value!r}")
             object.__setattr__(self, name, value)
         _one_of("activation", self.activation, get_args(Activation))
         _one_of("rules", self.rules, RULES)
@@ -149,12 +149,12 @@ class ModelConfig:
         return RULES[self.rules]
 
     def replace(self, **changes: Any) -> Self:
-        """This configuration with some fields changed; an unknown field is a `ConfigError`."""
+        """Return the configuration with some fields changed; raise a `ConfigError` for an unknown field."""
         _check_keys(type(self), changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, `family` first; `folded` only where it is set."""
+        """Return the fields for JSON, `family` first; `folded` only if it is set."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if not self.folded:
             del fields["folded"]
@@ -202,7 +202,7 @@ class NFResNetConfig(ModelConfig):
 
     Attributes:
         bottleneck: width of the 3x3 convolution as a fraction of the block's output.
-        attention: `"se"`, `"eca"` or `"none"`; the squeeze-excite ratio is one of the rules.
+        attention: `"se"`, `"eca"` or `"none"`; the squeeze-excite ratio is a field of `Rules`.
         stem_width: output channels of the 7x7 stem.
     """
 
@@ -252,12 +252,12 @@ class NFRegNetConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes the model's input.
+    """Transform from an image to the model's input.
 
     Attributes:
         train_size, test_size: side of the square input in pixels.
-        resize: `"deepmind"`: the whole image to `(size + margin)` squared, TensorFlow's bicubic, then a centre crop;
-            `"shortest-edge"`: the shorter edge to `size / crop`, Pillow's antialiased bicubic, then a centre crop.
+        resize: `"deepmind"` resizes the whole image to a square of side `size + margin` by TensorFlow's bicubic;
+            `"shortest-edge"` resizes the shorter edge to `size / crop` by Pillow's. A centre crop follows.
         margin: pixels that the centre crop removes (`"deepmind"`).
         crop: fraction of the shorter edge that the crop keeps (`"shortest-edge"`).
         mean, std: per channel, of pixel values in [0, 1].
@@ -293,18 +293,18 @@ class Preprocessing:
             raise ConfigError(f"crop must be in (0, 1], not {self.crop!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
+        """Return the fields for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def for_channels(self, channels: int) -> Self:
-        """This, with mean and deviation 0.5 where `channels` is not the number that they are given for."""
+        """Return the preprocessing for `channels`, with mean and std 0.5 if it has another number of channels."""
         if channels == len(self.mean):
             return self
         return dataclasses.replace(self, mean=(0.5,) * channels, std=(0.5,) * channels)
 
     def check_channels(self, config: ModelConfig) -> None:
-        """Raise a `ConfigError` unless there is one mean for each input channel of the model."""
+        """Raise a `ConfigError` unless `mean` has the number of the model's input channels."""
         if len(self.mean) != config.in_channels:
             raise ConfigError(
                 f"the preprocessing has {len(self.mean)} channels and the model {config.in_channels}; "
@@ -313,7 +313,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; unknown or missing fields are a `ConfigError`."""
+        """Invert `to_dict`; raise a `ConfigError` for unknown or missing fields."""
         return _build(cls, fields)
 
 
@@ -321,7 +321,7 @@ FAMILIES: dict[str, type[ModelConfig]] = {c.family: c for c in (NFNetConfig, NFR
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that `ModelConfig.to_dict` wrote; anything unknown or missing is a `ConfigError`."""
+    """Invert `ModelConfig.to_dict`; raise a `ConfigError` for unknown or missing fields."""
     rest = dict(fields)
     family = rest.pop("family", None)
     if not isinstance(family, str):
@@ -354,15 +354,15 @@ def _one_of(name: str, value: object, known: Iterable[str]) -> None:
         )
 
 
-def is_int(value: object, least: int, most: float = math.inf) -> TypeGuard[int]:
-    """Return true for an integer, which `True` is not, from `least` to `most`."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def is_int(value: object, low: int, high: float = math.inf) -> TypeGuard[int]:
+    """Return whether `value` is an integer from `low` to `high`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return -math.inf < value < math.inf  # and not NaN; an integer too large for a float compares all the same
+    return -math.inf < value < math.inf  # false for NaN; integers too large for a float compare exactly
 
 
 def _positive(config: ModelConfig, name: str) -> None:

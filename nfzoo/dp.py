@@ -1,10 +1,10 @@
-"""Differentially private training: each example's gradient is clipped by itself, then noise is added to their sum.
+"""Differentially private training: clip each example's gradient, then add noise to the sum.
 
-A network without batch normalisation has a gradient for each example, so `torch.func.vmap` over `torch.func.grad` is
-all that it takes. `python -m nfzoo.dp` trains `nfnet-test` on the embedded digits and says what privacy it kept.
+Without batch normalisation every example has its own gradient, and `torch.func.vmap` over `torch.func.grad` computes
+it. `python -m nfzoo.dp` trains `nfnet-test` on the embedded digits, and prints the epsilon that the training spent.
 
-This is an example of the method for research. The noise comes from torch's ordinary generators in floating point, not
-from a source that withstands an attack on the generator itself, and the search for good options costs privacy, too.
+This is an example for research. The noise comes from torch's floating-point generators, which do not withstand an
+attack on the generator. A search for good options costs privacy too, which the epsilon does not count.
 
 Source: Abadi et al., "Deep Learning with Differential Privacy" (arXiv 1607.00133), algorithm 1.
 """
@@ -49,15 +49,15 @@ def clipped_sum(
     clip_norm: float,
     chunk: int | None = None,
 ) -> tuple[Params, Tensor]:
-    """The sum over examples of `g * min(1, clip_norm / |g|)`, and the norms `|g|`, `(N,)`.
+    """Return the sum over examples of `g * min(1, clip_norm / |g|)`, and the norms `|g|`, `(N,)`.
 
-    `|g|` is the L2 norm of an example's whole gradient. A gradient that is not finite counts as 0, since nothing else
-    would keep its part of the sum within `clip_norm`.
+    `|g|` is the L2 norm of an example's gradient over all parameters. A gradient that is not finite counts as 0, as no
+    scaling would bring it within `clip_norm`.
 
     Args:
         loss_fn: `loss_fn(params, *example)`, the scalar loss of one example without a batch axis.
-        batch: tensors with one first axis `N`, which may be 0.
-        chunk: examples whose gradients are in memory at a time; all by default.
+        batch: tensors with a common first axis `N`, which may be 0.
+        chunk: number of examples whose gradients are in memory at a time; all by default.
     """
 
     def one(params: Mapping[str, Tensor], *example: Tensor) -> tuple[Params, Tensor]:
@@ -72,9 +72,9 @@ def clipped_sum(
     each = torch.func.vmap(one, in_dims=(None, *([0] * len(batch))))
     for start in range(0, count, chunk or max(count, 1)):
         part = [t[start : start + (chunk or count)] for t in batch]
-        grads, found = each(params, *part)
+        grads, chunk_norms = each(params, *part)
         total = {name: value + grads[name].sum(0) for name, value in total.items()}
-        norms.append(found)
+        norms.append(chunk_norms)
     return total, torch.cat(norms)
 
 
@@ -89,15 +89,15 @@ def private_gradient(
     generator: torch.Generator | None = None,
     chunk: int | None = None,
 ) -> Params:
-    """A differentially private estimate of the mean gradient: `(clipped_sum + noise) / expected_batch`.
+    """Estimate the mean gradient with differential privacy: `(clipped_sum + noise) / expected_batch`.
 
-    The noise is N(0, (noise_multiplier * clip_norm) ** 2) for every number.
+    The noise of every element is drawn from N(0, (noise_multiplier * clip_norm) ** 2).
 
     Args:
-        loss_fn, batch, chunk: see `clipped_sum`. `batch` must have been drawn by Poisson sampling for the epsilon of
-            `epsilon` to hold.
-        expected_batch: the sampling rate times the number of examples. It replaces the size of the batch, which would
-            tell of the examples in it.
+        loss_fn, batch, chunk: see `clipped_sum`. The function `epsilon` assumes that `batch` comes from
+            `poisson_sample`.
+        expected_batch: the sampling rate times the number of examples. The actual size of the batch would reveal
+            something about the examples in it.
         generator: source of the noise, on the parameters' device.
 
     Raises:
@@ -119,17 +119,17 @@ def private_gradient(
 
 
 def poisson_sample(count: int, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """Indices of a batch into which each of `count` examples comes with probability `rate`, by itself."""
+    """Draw the indices of a batch; each of `count` examples is in it independently with probability `rate`."""
     return (torch.rand(count, generator=generator, dtype=torch.float64) < rate).nonzero()[:, 0]
 
 
 def epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float = 1e-5) -> float:
-    """The epsilon that `steps` private gradients keep at `delta`, where neighbours differ by one example added or gone.
+    """Return the epsilon of `steps` private gradients at `delta`, for data sets that differ by one added example.
 
-    It is computed from the privacy loss distribution of the Poisson-sampled Gaussian mechanism, by dp-accounting.
+    The package dp-accounting computes it from the privacy loss distribution of the Poisson-sampled Gaussian mechanism.
 
     Args:
-        rate: the probability of Poisson sampling.
+        rate: probability of each example in `poisson_sample`.
 
     Raises:
         MissingAccountantError: without dp-accounting.
@@ -159,7 +159,7 @@ class PrivateRun(NamedTuple):
 
 
 def digits(cfg: ModelConfig, part: Digits) -> tuple[Tensor, Tensor]:
-    """All images of a part `(N, in_channels, S, S)`, as `nfnet-test` is evaluated, and labels `(N,)`."""
+    """Return all images of a part as inputs of `nfnet-test`, `(N, in_channels, S, S)`, and labels `(N,)`."""
     preprocessing = variant(MODEL).preprocessing.for_channels(cfg.in_channels)
     mode = "L" if cfg.in_channels == 1 else "RGB"
     images = [evaluation_transform(part[i][0].convert(mode), preprocessing) for i in range(len(part))]
@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    value = float(text)  # a ValueError is argparse's to report
+    value = float(text)  # argparse reports a ValueError
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
@@ -274,7 +274,7 @@ def _main(options: argparse.Namespace) -> None:
         if step % 10 == 0 or step == options.steps:
             print(f"step {step} of {options.steps}", flush=True)
 
-    found = train_privately(
+    result = train_privately(
         cfg,
         train,
         held_out,
@@ -286,7 +286,7 @@ def _main(options: argparse.Namespace) -> None:
         seed=options.seed,
         report=report,
     )
-    print(f"\n{MODEL} reads {found.accuracy:.1%} of {len(held_out[0])} held-out digits")
+    print(f"\n{MODEL} reads {result.accuracy:.1%} of {len(held_out[0])} held-out digits")
     print(
         f"it is ({spent:.2f}, {options.delta:g})-differentially private towards each of the {count} training digits\n"
         f"(one digit added or gone; {options.steps} steps, each digit in each with probability {rate:.3g}, "

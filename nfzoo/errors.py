@@ -1,4 +1,4 @@
-"""The errors that bad input raises. Messages name the value and the remedy; the command line then exits with 2."""
+"""Errors for bad input. Messages give the value and the remedy; commands then exit with status 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ class NfzooError(Exception):
     """Base of all errors below.
 
     Attributes:
-        exit_status: of a command that this error ends. From 129 on, a signal ended it, and the message is no error's.
+        exit_status: exit status of a command that this error ends. From 129 on, a signal ended the command, and the
+            message reports no error.
     """
 
     exit_status = 2
@@ -41,11 +42,11 @@ class DataError(NfzooError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'a' or 'b'?`, or nothing when no known name is near."""
+    """Return `; did you mean 'a' or 'b'?`, or "" if no known name is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def printable(text: str) -> str:
-    """Return `text` without control characters and lone surrogates, which file names and labels may hold."""
+    """Replace control characters and lone surrogates, which file names and labels may hold."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

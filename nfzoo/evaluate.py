@@ -1,6 +1,6 @@
 """Top-1 and top-5 accuracy on labelled images: `accelerate launch -m nfzoo.evaluate MODEL --data FOLDER`.
 
-Every image counts once, however many processes share them: counts are whole numbers, added up before the division.
+Every image counts once with any number of processes: their integer counts are added before the division.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nfzoo.runtime.device import backend, default_workers, processes, share_of
 from nfzoo.runtime.distributed import gather
 
 if TYPE_CHECKING:
-    from accelerate import PartialState  # at run time, only once `choose_xla` has spoken
+    from accelerate import PartialState  # at run time, only after `choose_xla`
 
 logger = logging.getLogger("nfzoo")
 
@@ -40,7 +40,7 @@ EVALUATION_FILE = "evaluation.json"
 
 
 class Score(NamedTuple):
-    """Shares of `images` whose class has the greatest logit, and one of the five greatest; and the mean loss."""
+    """Top-1 and top-5 accuracy over `images` images, shares in [0, 1], and the mean loss."""
 
     images: int
     top1: float
@@ -54,8 +54,9 @@ def score(
 ) -> Score:
     """Score a function from images to logits `(N, classes)`, over the batches of all processes together.
 
-    An image is right among the k best if fewer than k classes come before its own, of equal logits the first in order;
-    never if a logit is no number. The loss is the cross-entropy, NaN where there are no images.
+    An image counts as correct in the top k if fewer than k classes rank before its own. Among equal logits the lower
+    index ranks first. An image with a NaN among its logits is never correct. The loss is the cross-entropy. All values
+    are NaN if there are no images.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     losses: list[Tensor] = []
@@ -69,7 +70,7 @@ def score(
         rank = (~behind).sum(1)
         counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), rank.new_tensor(len(labels))])
         losses.append(F.cross_entropy(outputs, labels, reduction="sum"))
-    # Thousands of batches are added up in float64, which Apple's GPUs do not have.
+    # Thousands of losses are added in float64, which Apple's GPUs do not have.
     wide = torch.float32 if counts.device.type == "mps" else torch.float64
     loss = torch.stack(losses).to(wide).sum() if losses else torch.zeros((), dtype=wide, device=device)
     from accelerate.utils import reduce
@@ -82,11 +83,11 @@ def score(
 
 
 class Labelled(NamedTuple):
-    """Images whose labels are the model's outputs.
+    """Images whose labels are indices of the model's outputs.
 
     Attributes:
-        dataset, split: names for the record; a split only where the data have one.
-        matched_by: the names that those of the classes were found among.
+        dataset, split: names for the result; `split` is `None` if the data have no parts.
+        matched_by: the table of names that matched the classes, see `match_classes`.
     """
 
     images: Images
@@ -96,10 +97,10 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(source: str, classes: int, labels: Sequence[str] | None, *, held_out: float = HELD_OUT) -> Labelled:
-    """Open the images of a source, see `nfzoo.data.source`, for a model of `classes` outputs named `labels`.
+    """Open the images of a source (see `nfzoo.data.source`) for a model with `classes` outputs named `labels`.
 
-    Of a source with its own held-out part, such as a folder with `train/` and `val/` inside, that part is taken; of
-    others all images; of `"digits"` the part, `held_out` of them, that training does not see.
+    A source with a held-out part, such as a folder with `train/` and `val/`, gives that part. `"digits"` gives the
+    share `held_out` that training does not see. Any other source gives all images.
 
     Raises:
         DataError: see `open_split` and `match_classes`.
@@ -112,7 +113,7 @@ def open_labelled(source: str, classes: int, labels: Sequence[str] | None, *, he
     names = part.images.classes
     numbered = not isinstance(part.images, ImageFolder) and names == tuple(map(str, range(len(names))))
     if numbered and len(names) <= classes and not {*names} & {*(labels or ())}:
-        index, matched_by = tuple(range(len(names))), "numbers"  # labels without names are numbers of outputs
+        index, matched_by = tuple(range(len(names))), "numbers"  # unnamed classes are numbers of outputs
     else:
         index, matched_by = match_classes(names, classes, labels, source=part.source)
     return Labelled(part.images.relabelled(index), part.dataset, part.split, matched_by)
@@ -124,14 +125,14 @@ class Evaluation(NamedTuple):
     Attributes:
         model: name of the model, or of its folder.
         dataset, split, matched_by: see `Labelled`.
-        classes: number of folders.
-        images: images that count.
-        skipped: images left out because they cannot be read.
-        top1, top5, loss: see `Score`; shares in [0, 1].
+        classes: number of classes in the data.
+        images: number of images that count.
+        skipped: number of unreadable images that were left out.
+        top1, top5, loss: see `Score`.
         size: side of the input in pixels.
-        resize: the rule by which images come to that size.
+        resize: the rule of the resize, in words.
         nfzoo, torch: versions.
-        date: as given, since a result that repeats should look the same.
+        date: the caller's, never today's, so that a repeated evaluation gives an equal result.
     """
 
     model: str
@@ -167,25 +168,25 @@ def evaluate(
     skip_broken: bool = False,
     date: str | None = None,
 ) -> Evaluation:
-    """Score a model on a folder of images. Several processes (of Accelerate) share the images and give one result.
+    """Score a model on labelled images. Several processes (of Accelerate) share the images and return one result.
 
     Args:
         data: see `open_labelled`.
-        name: what the record calls the model; by default its own name.
+        name: name of the model in the result; by default its own.
         size: side of the input in pixels; by default the model's test size.
-        batch_size: images at a time, in each process.
+        batch_size: batch size of each process.
         workers: loader processes per process; by default as many as there are processors, up to 8.
-        device: where to compute, and where the model then stays; by default an accelerator if there is one.
-        skip_broken: leave images out that cannot be read, and name them, instead of stopping.
+        device: device to which the model is moved; by default an accelerator if there is one.
+        skip_broken: leave out unreadable images and log their names, instead of stopping.
 
     Raises:
-        DataError: for data that cannot be read or do not fit the model.
+        DataError: for data that are unreadable or do not fit the model.
         CheckpointError: if the outputs are not finite.
-        ConfigError: for a device that is not there.
+        ConfigError: for a device that is not available.
     """
     from nfzoo import __version__
 
-    # The images that count for this model.
+    # The images, with labels of this model.
     state = processes(cpu=str(device) == "cpu")
     target = share_of(state, device)
     trained = model.provenance or {}
@@ -197,7 +198,7 @@ def evaluate(
     if workers is None:
         workers = 0 if isinstance(images, Digits) else default_workers(state.num_processes)
 
-    # This process's share of them, in the trained form: the same bits as in training.
+    # This process's share of the images, by the trained form, which gives the same bits as in training.
     model = model.to(target)
     params = dict(model.named_parameters())
     dtype = next(iter(params.values())).dtype
@@ -316,7 +317,7 @@ def _date(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command: 0 when there is a result, 2 for bad input, 1 when the disk gave out."""
+    """Run the command; return 0 for a result, 2 for bad input, 1 for a disk error."""
     return program.run(
         "nfzoo evaluate",
         lambda: _main(_parser().parse_args(argv)),

@@ -1,7 +1,7 @@
-"""One plan, many readings: initial parameters, the forward pass, features, noise, and counts.
+"""Pure functions over a plan: initial parameters, forward pass, features, noise, counts, folding.
 
-A plan is a tuple of blocks. Everything here is a pure function of a configuration and its arguments; randomness comes
-from a generator or from a noise dictionary, never from hidden state.
+A plan is a tuple of blocks. Every function depends on a configuration and its arguments alone. Randomness comes from a
+generator or a noise dictionary, never from hidden state.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from nfzoo.types import Block, Kind, Noise, Params, Plan
 
 
 def plan(cfg: ModelConfig) -> Plan:
-    """The blocks of a model, in order. A `TypeError` for a configuration of no known family."""
-    # Kept on the configuration itself, where compiled code finds it finished: Dynamo would trace through a cache, and
-    # that of torch 2.9 cannot trace the making of frozen dataclasses.
-    made = getattr(cfg, "_plan", None)
-    if made is None:
-        made = _plan(cfg)
+    """Return the blocks of a model, in order.
+
+    Raises:
+        TypeError: for a configuration of no known family.
+    """
+    # Cached on the configuration, where compiled code reads it: Dynamo traces through a `functools.cache`, and that of
+    # torch 2.9 cannot trace the construction of frozen dataclasses.
+    blocks = getattr(cfg, "_plan", None)
+    if blocks is None:
+        blocks = _plan(cfg)
         if not torch.compiler.is_compiling():
-            object.__setattr__(cfg, "_plan", made)
-    return made
+            object.__setattr__(cfg, "_plan", blocks)
+    return blocks
 
 
 def _plan(cfg: ModelConfig) -> Plan:
@@ -46,7 +50,7 @@ def _plan(cfg: ModelConfig) -> Plan:
 
 
 def specs(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], Kind]]:
-    """Shape and kind of every parameter under its full key."""
+    """Return shape and kind of every parameter under its full key."""
     return {f"{b.name}.{k}": (s.shape, s.kind) for b in plan(cfg) for k, s in b.specs.items()}
 
 
@@ -57,7 +61,7 @@ def init(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Params:
-    """Fresh parameters as the reference code draws them; `device="meta"` gives shapes without memory.
+    """Draw initial parameters as the reference code does; `device="meta"` gives shapes without memory.
 
     Args:
         generator: source of randomness, on `device`; torch's global one by default.
@@ -77,10 +81,12 @@ def sample_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Keep masks of one training step: block name -> `(batch, 1, 1, 1)`, `"head"` -> `(batch, features)`.
+    """Draw the keep masks of one training step: block name -> `(batch, 1, 1, 1)`, `"head"` -> `(batch, features)`.
 
-    Stochastic depth drops block i of n with probability `rate * i / n` and does not rescale what it keeps; dropout
-    divides by its keep probability. Empty where both rates are 0. Source: the code released with arXiv 2102.06171.
+    Stochastic depth drops block i of n with probability `rate * i / n`, and does not rescale the branches it keeps;
+    `Rules` names timm's two differences. Dropout divides by its keep probability. Blocks without a rate have no mask.
+
+    Source: the code released with arXiv 2102.06171.
     """
     noise = {}
     for b in plan(cfg):
@@ -97,28 +103,28 @@ def block_params(block: Block, params: Mapping[str, Tensor]) -> Params:
 
 
 def run_block(block: Block, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
-    """One block of a plan on its part of the full parameter dictionary."""
+    """Run one block of a plan on its part of the full parameter dictionary."""
     return block.fn(block_params(block, params), x, block.beta, None if noise is None else noise.get(block.name))
 
 
 def apply(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
-    """Logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`; `noise=None` is evaluation."""
+    """Return logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`; `noise=None` is evaluation."""
     for block in plan(cfg):
         x = run_block(block, params, x, noise)
     return x
 
 
 def embed(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor, noise: Noise | None = None) -> Tensor:
-    """The pooled features `(N, F)` that the classifier sees, before dropout."""
+    """Return the pooled features `(N, F)`, the classifier's input before dropout."""
     for block in plan(cfg)[:-1]:
         x = run_block(block, params, x, noise)
     return x
 
 
 def features(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
-    """Feature maps at strides 2, 4, 8, 16 and 32 (or as far as `output_stride` goes): the stem's, then each stage's.
+    """Return feature maps of stride 2, 4, 8, 16 and 32, at most `output_stride`: the stem's, then each stage's.
 
-    The maps are the residual stream before the next block's activation.
+    A map is the residual stream before the next block's activation.
     """
     maps = []
     for block in feature_blocks(cfg):
@@ -129,18 +135,18 @@ def features(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor) -> list[
 
 
 def feature_blocks(cfg: ModelConfig) -> Plan:
-    """The blocks of `features`: stem and tower."""
+    """Return the blocks that `features` runs: stem and tower."""
     blocks = plan(cfg)
     return blocks[: max(i for i, block in enumerate(blocks) if block.feature) + 1]
 
 
 def parameter_count(cfg: ModelConfig) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(math.prod(shape) for shape, _ in specs(cfg).values())
 
 
 class BlockCost(NamedTuple):
-    """What one block costs on one image: output `(C, H, W)` or `(C,)`, parameters, multiply-accumulates."""
+    """Cost of one block for one image: output `(C, H, W)` or `(C,)`, parameters, multiply-accumulates."""
 
     name: str
     output: tuple[int, ...]
@@ -149,14 +155,14 @@ class BlockCost(NamedTuple):
 
 
 def costs(cfg: ModelConfig, height: int, width: int | None = None) -> list[BlockCost]:
-    """Cost of each block on one `height x width` image, found by running the plan on shapes alone.
+    """Return the cost of each block for one `height x width` image, by running the plan on the meta device.
 
-    Multiply-accumulates are those of convolutions, attention and classifier; weight standardisation, which does not
-    grow with the image, and element-wise work are not counted, as in the papers.
+    As in the papers, multiply-accumulates of convolutions, attention and classifier count. Weight standardisation and
+    element-wise operations do not.
     """
     params = init(cfg, device="meta")
     x = torch.empty((1, cfg.in_channels, height, width or height), device="meta")
-    seen: dict[tuple[object, ...], tuple[Tensor, int]] = {}  # blocks that differ in name and beta alone cost the same
+    seen: dict[tuple[object, ...], tuple[Tensor, int]] = {}  # blocks that differ only in name and beta have equal costs
     table = []
     for block in plan(cfg):
         key = (block.fn, tuple(s.shape for s in block.specs.values()), tuple(x.shape))
@@ -170,16 +176,16 @@ def costs(cfg: ModelConfig, height: int, width: int | None = None) -> list[Block
 
 
 def mac_count(cfg: ModelConfig, height: int, width: int | None = None) -> int:
-    """Multiply-accumulates of one `height x width` image, as the papers count "FLOPs"."""
+    """Return the multiply-accumulates of one `height x width` image, which the papers call "FLOPs"."""
     return sum(cost.macs for cost in costs(cfg, height, width))
 
 
 def fold(cfg: ModelConfig, params: Mapping[str, Tensor]) -> tuple[ModelConfig, Params]:
-    """Multiply scaled weight standardisation, gains, gamma, beta, alpha and skip gains into plain convolutions.
+    """Fold weight standardisation, gains, gamma, beta, alpha and skip gains into the weights of plain convolutions.
 
-    `apply(*fold(cfg, params), x) == apply(cfg, params, x)`, and so for `embed` and `features`. Computed in float64 and
-    rounded once; the result shares no memory with `params` and has its dtypes, device and memory format. Gradients
-    pass through it.
+    `apply(*fold(cfg, params), x) == apply(cfg, params, x)` up to rounding, and likewise for `embed` and `features`.
+    Weights are computed in float64 and rounded once. They share no memory with `params`, and have its dtypes, device
+    and memory format. Gradients pass through.
 
     Returns:
         The configuration with `folded` set, and the parameters of its plan: `weight` and `bias` of every convolution
@@ -189,7 +195,7 @@ def fold(cfg: ModelConfig, params: Mapping[str, Tensor]) -> tuple[ModelConfig, P
         ConfigError: if the configuration is folded already, or the parameters are not those of its plan.
     """
     if cfg.folded:
-        raise ConfigError("the model is folded already; fold the trained one, or use this as it is")
+        raise ConfigError("the model is folded already; use it as it is")
     _check_params(cfg, params)
     result: Params = {}
     for block in plan(cfg):
@@ -211,11 +217,11 @@ def _layout(like: Tensor) -> torch.memory_format:
 
 
 def _check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
-    wanted = {key: shape for key, (shape, _) in specs(cfg).items()}
-    for key in [*wanted, *params]:
-        found = tuple(params[key].shape) if key in params else None
-        if found != wanted.get(key):
+    expected = {key: shape for key, (shape, _) in specs(cfg).items()}
+    for key in [*expected, *params]:
+        shape = tuple(params[key].shape) if key in params else None
+        if shape != expected.get(key):
             raise ConfigError(
                 f"the parameters are not those of the configuration: {key!r} is "
-                f"{found or 'missing'} instead of {wanted.get(key) or 'absent'}"
+                f"{shape or 'missing'} instead of {expected.get(key) or 'absent'}"
             )

@@ -39,15 +39,15 @@ logger = logging.getLogger("nfzoo")
 class NFNet(nn.Module):
     """A Normalizer-Free network of any family.
 
-    In training mode `forward` draws its own dropout and stochastic depth unless it is given `noise`. A model whose
-    configuration is folded (see `for_inference`) stays in evaluation mode and wants no gradients.
+    In training mode, `forward` draws dropout and stochastic depth itself unless it gets `noise`. A model with a folded
+    configuration (see `for_inference`) stays in evaluation mode, and its parameters require no gradients.
 
     Args:
         config: the architecture.
-        preprocessing: what turns an image into the input; by default that of the zoo's variant of this configuration,
-            or of 224 pixels.
+        preprocessing: the transform from image to input; by default that of the zoo's variant `name`, else one for 224
+            pixels.
         labels: class names.
-        name: a name to save with the weights.
+        name: name that is saved with the weights.
         generator, device, dtype: as for `nfzoo.model.init`.
     """
 
@@ -79,7 +79,7 @@ class NFNet(nn.Module):
 
     @classmethod
     def from_params(cls, description: Description, params: Params) -> Self:
-        """A module around existing parameters, which it does not copy."""
+        """Return a model that holds these parameters, without a copy."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.config, self.preprocessing, self.name, self.labels, provenance = description
@@ -108,22 +108,22 @@ class NFNet(nn.Module):
 
     @property
     def description(self) -> Description:
-        """What is saved beside the weights."""
+        """The description that is saved beside the weights."""
         return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance)
 
     def parameter_kinds(self) -> dict[str, str]:
-        """Parameter name -> kind: `weight`, `gain`, `bias`, `skip_gain`, or `head` for the classifier's weight."""
+        """Return the kind of every parameter: `weight`, `gain`, `bias`, `skip_gain`, or `head` (classifier weight)."""
         self._check_trainable()
         return {name: kind for name, (_, kind) in functional_model.specs(self.config).items()}
 
     def sample_noise(self, batch: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Dropout and stochastic depth masks for one step, on the parameters' device."""
+        """Draw dropout and stochastic depth masks for one step, on the parameters' device."""
         self._check_trainable()
         p = next(self.parameters())
         return functional_model.sample_noise(self.config, batch, generator=generator, device=p.device, dtype=p.dtype)
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """Logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`."""
+        """Return logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`."""
         self._check_input(x)
         if noise is not None:
             self._check_trainable()
@@ -135,14 +135,14 @@ class NFNet(nn.Module):
         return x
 
     def embed(self, x: Tensor) -> Tensor:
-        """Pooled features `(N, F)` of normalised images, without noise."""
+        """Return the pooled features `(N, F)` of normalised images, without noise."""
         self._check_input(x)
         for run in self._blocks()[:-1]:
             x = run(x)
         return x
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of the stem (stride 2) and of each stage, as `nfzoo.model.features`."""
+        """Return the feature maps of `nfzoo.model.features`: the stem's (stride 2), then each stage's."""
         self._check_input(x)
         maps = []
         blocks = functional_model.feature_blocks(self.config)
@@ -153,16 +153,16 @@ class NFNet(nn.Module):
         return maps
 
     def for_inference(self) -> NFNet:
-        """A model of the same function in plain convolutions, with parameters of its own: see `nfzoo.model.fold`.
+        """Return a folded model, which computes the same by plain convolutions: see `nfzoo.model.fold`.
 
-        It is saved, loaded, compiled and exported as any other, and cannot be trained: `train()`, noise, another
-        classifier and a second folding are a `ConfigError`.
+        It has its own parameters. It can be saved, loaded, compiled and exported like any other model, but not trained:
+        `train()`, noise, another classifier and a second folding raise a `ConfigError`.
         """
         config, params = fold(self.config, {name: p.detach() for name, p in self.named_parameters()})
         return NFNet.from_params(self.description._replace(config=config), params)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, or evaluation mode, which a folded model never leaves."""
+        """Set training or evaluation mode; a folded model has only the latter."""
         if mode:
             self._check_trainable()
         return super().train(mode)
@@ -183,26 +183,28 @@ class NFNet(nn.Module):
         options: Mapping[str, Any] | None = None,
         dynamic: bool | None = False,
     ) -> Self:
-        """Compile the model block by block, one graph for each distinct block, and return it.
+        """Compile one graph for each distinct block, and return the model.
 
-        For training on a CPU one more pair of graphs standardises the weights of all blocks. The time to compile does
-        not grow with depth. Nothing falls back to eager: a block that cannot be compiled whole raises. The keys of
-        `state_dict` stay as they are.
+        The time to compile does not grow with depth. For training on a CPU, one more pair of graphs standardises the
+        weights of all blocks. Nothing falls back to eager: a graph break raises. The keys of `state_dict` do not
+        change.
 
         Args:
-            enabled: `False` goes back to eager.
-            backend, mode, options, dynamic: as for `torch.compile`. By default every shape of input has its own graphs.
+            enabled: `False` returns to eager.
+            backend, mode, options, dynamic: as for `torch.compile`. By default each input shape has its own graphs.
         """
         compile_blocks(self, compile_options(backend, mode, options, dynamic) if enabled else None)
         return self
 
     def prepack(self, *, enabled: bool = True) -> Self:
-        """Let oneDNN lay out the weights of a folded model for the CPU once, not in every call; returns the model.
+        """Let oneDNN lay out a folded model's weights for the CPU once instead of in every call; return the model.
 
-        It pays where one size of batch comes again and again; there it outruns `compile_blocks`, whose place it takes.
-        Where sizes alternate, it costs. The weights need as much memory again. Where gradients are asked for, torch's
-        own convolution computes. `state_dict` stays as it is. Weights that change are laid out again, but call this
-        again after changes through `.data` or numpy, and to weights that were made in inference mode.
+        For batches of one size this is faster than `compile_blocks`, which it replaces; for sizes that alternate it is
+        slower. The weights take twice the memory. `state_dict` does not change. If gradients are required, torch's own
+        convolution computes.
+
+        Changed weights are laid out again. Changes through `.data` or numpy, and of weights that were created in
+        inference mode, go unnoticed: call this again after them.
 
         Raises:
             ConfigError: if the model is not folded; see `for_inference`.
@@ -215,9 +217,9 @@ class NFNet(nn.Module):
         return self
 
     def checkpoint_blocks(self, *, enabled: bool = True) -> Self:
-        """Keep only what passes between blocks for the backward pass and compute the rest again; returns the model.
+        """Keep only the blocks' inputs for the backward pass, which recomputes the other activations; return the model.
 
-        This costs one more forward pass and saves most of the memory of activations.
+        This costs one more forward pass, and saves most of the memory of activations.
         """
         for module in self.modules():
             if isinstance(module, BlockModule):
@@ -237,7 +239,7 @@ class NFNet(nn.Module):
         return evaluation_transform(opened, self.preprocessing, size=size)
 
     def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
-        """A fresh classifier for another number of classes."""
+        """Replace the classifier by a randomly initialised one for `num_classes`."""
         self._check_trainable()
         if labels is not None and len(labels) != num_classes:
             raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
@@ -309,11 +311,14 @@ def create(
     labels: Sequence[str] | None = None,
     **changes: Any,
 ) -> NFNet:
-    """A zoo model with random weights: `create("nfnet-f0", num_classes=10)`.
+    """Create a zoo model with random weights: `create("nfnet-f0", num_classes=10)`.
 
     Args:
-        name: a name of `nfzoo.list_models()`; an unknown one is an `UnknownModelError` with the nearest names.
+        name: a name of `nfzoo.list_models()`.
         changes: configuration fields to change, such as `num_classes`, `in_channels`, `output_stride`, `drop_rate`.
+
+    Raises:
+        UnknownModelError: for an unknown name; the message has the nearest ones.
     """
     row = variant(name)
     config = row.config.replace(**changes) if changes else row.config
@@ -332,7 +337,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
-    """The model, in evaluation mode, of a checkpoint folder or weight file; another `num_classes` draws a new head.
+    """Load a checkpoint folder or weight file, in evaluation mode; another `num_classes` draws a new classifier.
 
     Raises:
         CheckpointError: see `nfzoo.checkpoint.model_folder.load_checkpoint`.
@@ -343,7 +348,7 @@ def load(
 
 
 def check_num_classes(num_classes: int | None) -> None:
-    """A `ConfigError` for a number of classes that no model has, before anything is read or fetched."""
+    """Raise a `ConfigError` for an invalid number of classes; call it before anything is read or downloaded."""
     if num_classes is not None and not is_int(num_classes, 1):
         raise ConfigError(f"num_classes must be a positive integer, not {num_classes!r}")
 
@@ -356,7 +361,7 @@ def assemble(
     dtype: torch.dtype | None = None,
     source: str | Path,
 ) -> NFNet:
-    """The model, in evaluation mode, of parameters that were read; `source` is named if its classifier is replaced."""
+    """Return a model of these parameters, in evaluation mode; warn, with `source`, if its classifier is replaced."""
     check_num_classes(num_classes)
     if dtype is not None:
         params = {key: value.to(dtype) for key, value in params.items()}

@@ -1,4 +1,4 @@
-"""Labels with probabilities for image files, and the outputs of a model for batches of very many."""
+"""Most probable labels of image files, and the outputs of a model for large data sets (see `nfzoo.bulk`)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def classify(
 ) -> list[list[tuple[str, float]]]:
     """Return the `topk` most probable labels of each image `(C, H, W)`, with their softmax probabilities.
 
-    Computes without noise whatever mode the model is in, on the device of its parameters. Images of one batch have one
-    size. A model without labels has "class 0", "class 1", …; one with fewer classes than `topk` gives them all.
+    There is no noise, even in training mode. The device is that of the parameters. Images of one batch must have one
+    size. Without labels the classes are called "class 0", "class 1", …; a model with fewer classes than `topk` returns
+    all of them.
 
     Raises:
         CheckpointError: if the logits are not finite.
@@ -68,20 +69,20 @@ def predict(
     batch_size: int = 32,
     device: torch.device | str | None = None,
 ) -> list[Prediction]:
-    """Return the most probable labels of image files, prepared by the model's own evaluation rule.
+    """Return the most probable labels of image files, after the model's own preprocessing.
 
     Args:
-        sheet: a PNG file to write, which shows the images with their labels (of many, the first `SHEET_LIMIT`).
-        device: where to compute, and where the model then stays; by default where it is.
+        sheet: a PNG file to write, with the images (at most `SHEET_LIMIT`) and their labels.
+        device: device to which the model is moved; by default it stays where it is.
 
     Raises:
-        DataError: for a file that is no readable image; nothing is written then.
-        ConfigError: for a device that is not there.
+        DataError: for an unreadable image; nothing is written then.
+        ConfigError: for a device that is not available.
     """
     _check_counts(batch_size=batch_size, topk=topk)
     files = [Path(path) for path in paths]
     if not files:
-        raise DataError("there are no images to look at; give at least one")
+        raise DataError("there are no images to classify; give at least one")
     if sheet is not None:
         sheet = Path(sheet)
         check_png(sheet)
@@ -111,10 +112,10 @@ def predict(
 
 
 def image_files(sources: Sequence[str | Path], *, without: str | Path | None = None) -> list[Path]:
-    """List the image files of paths; a folder stands for the images directly inside, sorted.
+    """List image files; a folder gives the images directly in it, sorted.
 
     Args:
-        without: a file to pass over in folders, such as the sheet of an earlier run.
+        without: a file to skip in folders, such as the sheet of an earlier run.
 
     Raises:
         DataError: for a path that does not exist, or a folder without images.
@@ -156,7 +157,7 @@ def _check_counts(**counts: int) -> None:
 
 @torch.inference_mode()
 def compute(model: NFNet, pixels: Tensor, device: torch.device, precision: str, *, embeddings: bool) -> Tensor:
-    """Return pooled features or logits of a batch, float32, on the device, which need not have finished."""
+    """Return float32 pooled features or logits of a batch, on the device, without waiting for the computation."""
     target = backend(device)
     x = target.images(pixels, next(model.parameters()).dtype)
     with target.autocast(AUTOCAST[precision]):
@@ -166,7 +167,7 @@ def compute(model: NFNet, pixels: Tensor, device: torch.device, precision: str, 
 
 
 def embedding_columns(features: Tensor, dtype: str) -> dict[str, Any]:
-    """Return what is written of pooled features `(n, F)`."""
+    """Return the columns of a result file for pooled features `(n, F)`."""
     values = features.cpu().numpy()
     with np.errstate(over="ignore"):
         embeddings = values.astype(dtype)
@@ -177,7 +178,7 @@ def embedding_columns(features: Tensor, dtype: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def label_columns(logits: Tensor, topk: int, labels: Sequence[str]) -> dict[str, Any]:
-    """Return what is written of logits `(n, classes)`: the most probable labels first."""
+    """Return the columns of a result file for logits `(n, classes)`; the most probable label comes first."""
     top = logits.softmax(1).topk(topk, dim=1)
     classes = top.indices.cpu().numpy()
     names = [[labels[i] for i in row] for row in classes.tolist()]
@@ -185,7 +186,7 @@ def label_columns(logits: Tensor, topk: int, labels: Sequence[str]) -> dict[str,
 
 
 def check_finite(outputs: Tensor, names: Sequence[str]) -> Tensor:
-    """Return the outputs `(n, F)` for images of these names, or raise a `CheckpointError` if one is not finite."""
+    """Return the outputs `(n, F)` of the images `names`; raise a `CheckpointError` if one is not finite."""
     wrong = outputs.isfinite().all(1).logical_not().nonzero()
     if len(wrong):
         name = names[int(wrong[0])]

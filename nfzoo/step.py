@@ -30,19 +30,20 @@ from nfzoo.types import Noise, Params
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """Hyper-parameters of a step, but for the learning rate; by default those of arXiv 2102.06171.
+    """Hyper-parameters of a step, except for the learning rate.
 
-    They are for batches of 1024 to 4096. `nfzoo.train.config.OptimConfig` has the same fields for smaller ones.
+    The defaults are those of arXiv 2102.06171, for batches of 1024 to 4096. `nfzoo.train.config.OptimConfig` has the
+    same fields with defaults for smaller batches.
 
     Attributes:
-        clip: AGC threshold; `None` trains without.
+        clip: AGC threshold; `None` trains without AGC.
         agc_eps: floor of the parameter norm in AGC.
         momentum, nesterov: of SGD.
-        weight_decay: added to the gradients of kernels and linears.
+        weight_decay: coefficient of the weights that are added to the gradients of kernels and linears.
         label_smoothing: of the cross-entropy.
         ema_decay: of the moving average; `None` keeps none.
-        sam_rho: radius of sharpness-aware minimisation; `None` trains without. F6 was trained with 0.05.
-        sam_fraction: part of the batch, its first rows, that finds SAM's ascent.
+        sam_rho: radius of sharpness-aware minimisation; `None` trains without SAM. F6 was trained with 0.05.
+        sam_fraction: share of the batch, its first rows, whose gradient gives SAM's ascent.
     """
 
     clip: float | None = CLIP
@@ -57,7 +58,7 @@ class StepConfig:
 
 
 class TrainState(NamedTuple):
-    """State that a step changes. `step` is a 0-dimensional tensor that counts the steps taken."""
+    """Everything that a step changes. `step` is a 0-dimensional tensor, the number of steps taken."""
 
     params: Params
     sgd: SGDState
@@ -66,14 +67,14 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Mean loss, and logits `(N, classes)`, of the parameters before the step."""
+    """Mean loss and logits `(N, classes)` of the parameters before the step."""
 
     loss: Tensor
     logits: Tensor
 
 
 def init_state(params: Params, config: StepConfig | None = None) -> TrainState:
-    """Return the state before the first step; the average starts as a clone."""
+    """Return the state before the first step; the average starts as a clone of the parameters."""
     config = config or StepConfig()
     average = None if config.ema_decay is None else {n: p.detach().clone() for n, p in params.items()}
     device = next(iter(params.values())).device
@@ -81,7 +82,7 @@ def init_state(params: Params, config: StepConfig | None = None) -> TrainState:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean softmax cross-entropy, in float32, of `(N, classes)` with labels `(N,)` or `(N, classes)`."""
+    """Return the mean softmax cross-entropy, in float32 at least, of logits `(N, classes)`; labels may be soft."""
     return F.cross_entropy(
         logits.float() if logits.dtype != torch.float64 else logits, labels, label_smoothing=label_smoothing
     )
@@ -96,7 +97,7 @@ def train_step(
     *,
     config: StepConfig | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Take one step on `(images, labels)`; return the state after it, and the metrics.
+    """Return the state after one step on `(images, labels)`, and the metrics of that step.
 
     Args:
         cfg: the model.
@@ -105,7 +106,7 @@ def train_step(
         noise: from `sample_noise`; `None` trains without dropout and stochastic depth.
         lr: learning rate, a tensor in compiled code.
 
-    With `config.sam_rho` the gradient is taken at `sam_ascent`'s parameters; loss and logits are then those there.
+    With `config.sam_rho`, gradient, loss and logits are those of the parameters that `sam_ascent` returns.
 
     Source: arXiv 2102.06171, section 5: AGC on the raw gradient, then weight decay, then Nesterov momentum.
     """
@@ -145,5 +146,5 @@ def train_step(
 
 
 def parameter_kinds(cfg: ModelConfig) -> dict[str, str]:
-    """Return the kind of every parameter by its key."""
+    """Return the kind of every parameter, by its key."""
     return {name: kind for name, (_, kind) in specs(cfg).items()}

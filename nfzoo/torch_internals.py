@@ -1,6 +1,6 @@
-"""Hold every private name of torch that the library uses, behind names that say what they do.
+"""Every private name of torch that the library uses, behind functions with telling names.
 
-torch may drop any of them in any release. `tests/core/test_torch_internals.py` then fails by name.
+Any release of torch may drop one of them. `tests/core/test_torch_internals.py` then fails and names it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ _C: Any = torch._C
 _forward_ad: Any = forward_ad
 
 foreach: Any = torch
-"""Where the `_foreach_*` functions are, which compute with many tensors in one kernel."""
+"""The namespace of the `_foreach_*` functions, which compute with many tensors in one kernel."""
 
 
 def in_functorch() -> bool:
-    """Return whether a transform of `torch.func` is under way."""
+    """Return whether a transform of `torch.func` is active."""
     return _C._functorch.maybe_current_level() is not None
 
 
 def in_forward_ad() -> bool:
-    """Return whether forward-mode derivatives are under way."""
+    """Return whether forward-mode differentiation is active."""
     return _forward_ad._current_level >= 0
 
 
 def in_dispatch_mode() -> bool:
-    """Return whether a `TorchDispatchMode` is active: it counts or records operators, or makes tensors fake."""
+    """Return whether a `TorchDispatchMode` is active, which counts or records operators, or makes tensors fake."""
     return _C._len_torch_dispatch_stack() > 0
 
 
@@ -41,7 +41,7 @@ def in_jit_trace() -> bool:
 
 
 def under_ddp() -> bool:
-    """Return whether the forward pass of a `DistributedDataParallel` module is under way."""
+    """Return whether the forward pass of a `DistributedDataParallel` module is running."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +50,7 @@ def under_ddp() -> bool:
 
 
 def allow_recompilations(limit: int) -> None:
-    """Let Dynamo make at least `limit` graphs of one function before it gives up on it."""
+    """Let Dynamo compile at least `limit` graphs of one function before it gives up."""
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
@@ -63,13 +63,13 @@ def without_ddp_graph_cuts() -> contextlib.AbstractContextManager[Any]:
 
 
 def sizes_of_one_are_general() -> contextlib.AbstractContextManager[Any]:
-    """Let `torch.export` treat a dynamic size of 1 like any other size, not as a case to be left out."""
+    """Let `torch.export` treat a dynamic size of 1 like any other size, instead of excluding it."""
     config: Any = torch.fx.experimental._config  # type: ignore[attr-defined]
     return config.patch(backed_size_oblivious=True)
 
 
 def onednn_convolution_dtypes() -> tuple[torch.dtype, ...]:
-    """Return the dtypes that `onednn_convolution` takes; none where torch was built without oneDNN."""
+    """Return the dtypes that `onednn_convolution` supports; none if torch was built without oneDNN."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return ()
     bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -79,7 +79,7 @@ def onednn_convolution_dtypes() -> tuple[torch.dtype, ...]:
 def onednn_convolution_weight(
     weight: Tensor, images: torch.Size, *, padding: int, stride: int, dilation: int, groups: int
 ) -> Tensor:
-    """Lay out a kernel `(out, in / groups, h, w)` as oneDNN wants it for a convolution of `images` `(N, in, H, W)`."""
+    """Lay out a kernel `(out, in / groups, h, w)` for oneDNN's convolution of `images` `(N, in, H, W)`."""
     geometry = ([padding] * 2, [stride] * 2, [dilation] * 2)
     return _C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, groups, list(images))
 
@@ -95,7 +95,7 @@ def onednn_convolution(
     groups: int,
     activation: Sequence[str],
 ) -> Tensor:
-    """Convolve `x` `(N, in, H, W)` and apply `activation`, oneDNN's name of it and of its variant, in one kernel."""
+    """Convolve `x` `(N, in, H, W)` and apply `activation`, oneDNN's (name, variant), in one kernel."""
     name, variant = activation
     geometry = ([padding] * 2, [stride] * 2, [dilation] * 2)
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, groups, name, [], variant)

@@ -1,4 +1,4 @@
-"""The types that everything else is written in: parameters, noise, parameter specifications, blocks."""
+"""Types that all modules share: parameters, noise, parameter specifications, blocks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Noise: TypeAlias = Mapping[str, Tensor]
 """Block name -> keep mask, already scaled. Absent or `None` means evaluation."""
 
 Kind: TypeAlias = Literal["weight", "gain", "bias", "skip_gain", "head"]
-"""What a parameter is to the optimizer. `head` is the classifier's weight, the one that AGC leaves alone."""
+"""Kind of a parameter, for the optimizer. `head` is the classifier's weight, which AGC does not clip."""
 
 
 class Init(Protocol):
-    """Draws the initial value of one parameter."""
+    """Function that draws the initial value of one parameter."""
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ Specs: TypeAlias = dict[str, ParamSpec]
 
 
 class Drop(NamedTuple):
-    """How a block's keep mask is drawn: Bernoulli(1 - rate) of shape `(batch, *shape)`, times `scale`."""
+    """Distribution of a block's keep mask: Bernoulli(1 - rate) of shape `(batch, *shape)`, times `scale`."""
 
     rate: float
     shape: tuple[int, ...]

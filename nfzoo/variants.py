@@ -1,4 +1,4 @@
-"""The one table of variants: every name of the zoo, what it is, and where that is written."""
+"""The table of variants: the name, configuration, preprocessing and source of every model of the zoo."""
 
 from __future__ import annotations
 
@@ -165,7 +165,11 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant(name: str) -> Variant:
-    """The row of `name`; an `UnknownModelError` with the nearest names if there is none."""
+    """Return the row of `name`.
+
+    Raises:
+        UnknownModelError: for an unknown name; the message has the nearest ones.
+    """
     if name not in VARIANTS:
         raise UnknownModelError(f"no model is called {name!r}{nearest(name, VARIANTS)}; `nfzoo list` shows all")
     return VARIANTS[name]

@@ -1,4 +1,4 @@
-"""Draw training curves and signal propagation with matplotlib."""
+"""Plots of training curves and of signal propagation, by matplotlib."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PREFIXES = ("train_", "", "ema_")
 
 
 def training_curves(metrics_jsonl: Path, output: Path) -> None:
-    """Loss and accuracy over the epochs, of the live weights and of their moving average, as a PNG.
+    """Plot loss and accuracy by epoch, of the live weights and of their moving average, to a PNG.
 
     Args:
-        metrics_jsonl: one JSON object an epoch, as `nfzoo.train` writes it; what is absent or null is not drawn.
+        metrics_jsonl: one JSON object for each epoch, written by `nfzoo.train`; absent or null values are not drawn.
 
     Raises:
         DataError: for a file that is missing, empty or damaged.
@@ -86,9 +86,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title: str = "") -> None:
-    """The papers' signal-propagation plot as a PNG: three statistics of the activations by depth.
+    """Plot the papers' signal propagation, three statistics of the activations by depth, to a PNG.
 
-    A dashed line is the variance for which the network's beta is made, which falls back at the start of each stage.
+    A dashed line shows the variance that beta assumes. It falls back to 1 at the start of each stage.
 
     Args:
         title: a line above the panels, such as the model's name and its input.
@@ -96,7 +96,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
     Source: arXiv 2101.08692, section 3.
 
     Raises:
-        DataError: without metrics.
+        DataError: if `metrics` is empty.
         MissingPlotsError: without matplotlib.
     """
     check_png(output)
@@ -105,6 +105,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
     figure = _figure(13, 4.6 if title else 4.2)
     if title:
         figure.suptitle(printable(title), x=0.012, ha="left", fontsize=12.5, color=INK)
+    # Stages, and the statistics of the panels.
     stages = [m.name.rpartition(".")[0] for m in metrics]
     starts = [i for i in range(1, len(metrics)) if stages[i] != stages[i - 1]]
     panels = (
@@ -115,6 +116,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
     for axes, (field, name, colour, expectation) in zip(figure.subplots(1, 3), panels, strict=True):
         marker = "o" if len(metrics) <= 60 else ""
         x, y = _by_depth(metrics, field)
+        # Curves: measured, and assumed by beta.
         axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.8, label="measured")
         _dress(axes, name, "residual blocks passed")
         axes.set_ylabel("average over channels", color=QUIET)
@@ -122,12 +124,14 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
             axes.plot(*expected, color=QUIET, linestyle=(0, (4, 2)), linewidth=1.3, label="assumed by beta")
             axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
             y = y + expected[1]
+        # Scale: logarithmic for values over more than two decades.
         if y and min(y) > 0 and max(y) > 100 * min(y):
             axes.set_yscale("log")
             axes.set_ylim(min(y) / 1.5, max(y) * (max(y) / min(y)) ** 0.15)  # room for the stages' names
         elif y and max(y) > 0:
             axes.set_ylim(0, 1.18 * max(y))
         axes.set_xlim(-0.5, len(metrics) - 0.5)
+        # Borders and names of the stages.
         for i in starts:
             axes.axvline(i - 0.5, color=RULE, linewidth=1.2, zorder=0)
         for number, (i, end) in enumerate(itertools.pairwise([*starts, len(metrics)]), start=1):

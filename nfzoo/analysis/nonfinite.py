@@ -1,4 +1,4 @@
-"""Where the first number that is none came up, in a training step that went wrong."""
+"""Find the origin of a number that is not finite, after a training step whose loss or gradient is not."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def first_not_finite(
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> str:
-    """The input, block or weight that is first not finite in the forward pass, in words; "" if all is finite.
+    """Return the name of the first input, weight or output of the forward pass that is not finite, or "".
 
-    Runs the model once more, block by block and not compiled. Sharded parameters are gathered, so that all processes
-    have to call this together.
+    This runs the model once more, block by block, without compilation. Sharded parameters are gathered, so all
+    processes have to call it.
     """
     complete = {name: full_tensor(p.detach()) for name, p in params.items()}
     if not bool(x.isfinite().all()):
@@ -47,6 +47,6 @@ def first_not_finite(
 
 @torch.no_grad()
 def bad_gradient(params: Mapping[str, Tensor]) -> str:
-    """The last parameter in the model's order whose gradient is not finite: where the backward pass went wrong."""
+    """Return the last parameter, in the model's order, whose gradient is not finite: the backward pass met it first."""
     bad = [name for name, p in params.items() if p.grad is not None and not bool(full_tensor(p.grad).isfinite().all())]
     return f"the gradient of {bad[-1]!r}" if bad else "the gradient's norm"

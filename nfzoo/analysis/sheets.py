@@ -1,4 +1,4 @@
-"""Draw sheets of pictures with Pillow alone: predictions, and augmented batches."""
+"""Contact sheets of predictions and of augmented batches, drawn by Pillow alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nfzoo.config import Preprocessing
 from nfzoo.errors import DataError, printable
 
 SHEET_LIMIT = 120
-"""Images that a sheet shows; of more, the first."""
+"""The most images that a sheet shows; of more, it shows the first."""
 
 AUGMENTED_LIMIT = 30
-"""Images of a batch that `augmentation_sheet` shows; of more, the first. Five full rows, with partners side by side."""
+"""The most images that `augmentation_sheet` shows: five full rows, with partners of a mixture side by side."""
 
 _THUMB, _PAD, _GAP, _HEAD = 256, 14, 18, 58  # pixels
 _ROW, _FIRST_ROW, _BAR = 36, 40, 8
@@ -31,9 +31,9 @@ class SheetEntry(NamedTuple):
     """One card of a prediction sheet.
 
     Attributes:
-        image: shown whole, in its own aspect.
-        title: the line under it, such as the file's name.
-        top: (label, probability in [0, 1]), the most probable first; the first three are drawn.
+        image: drawn uncropped, in its own aspect.
+        title: the line under the image, such as the file's name.
+        top: (label, probability in [0, 1]), the most probable first; three are drawn.
     """
 
     image: Image.Image
@@ -42,7 +42,7 @@ class SheetEntry(NamedTuple):
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """The RGB image at the size in which a sheet shows it; small ones are magnified pixel by pixel."""
+    """Return the image as RGB in the size of a sheet; a small image is magnified without smoothing."""
     scale = _THUMB / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS)
@@ -53,7 +53,7 @@ def prediction_sheet(entries: Sequence[SheetEntry], output: Path, *, title: str 
 
     Raises:
         DataError: without entries, or if `output` is not a `.png`.
-        OSError: if it cannot be written; what was there before is then still there.
+        OSError: if it cannot be written; an earlier file then stays.
     """
     if not entries:
         raise DataError("a prediction sheet needs at least one image")
@@ -114,15 +114,15 @@ def augmentation_sheet(
     classes: Sequence[str] | None = None,
     title: str = "Training images as the model gets them",
 ) -> None:
-    """Write a PNG of a batch of model inputs, turned back into pictures, each with the labels it is trained on.
+    """Write a PNG of a batch of model inputs, converted back to pictures, each with its target labels.
 
     Args:
         images: `(n, C, H, W)`, normalised by `preprocessing`.
-        targets: labels `(n,)`, or shares of mixed labels `(n, classes)`, of which the two largest are shown.
+        targets: labels `(n,)`, or mixed labels `(n, classes)`, of which the two largest are drawn.
         classes: names of the labels; by default their numbers.
 
     Raises:
-        DataError: for no images, other shapes than these, or an `output` that is not a `.png`.
+        DataError: if there are no images, a shape does not fit, or `output` is not a `.png`.
     """
     n, channels = len(images), len(preprocessing.mean)
     if images.ndim != 4 or images.shape[1] != channels or channels not in (1, 3):
@@ -148,7 +148,7 @@ def augmentation_sheet(
 
 
 def _shares(target: Tensor, classes: Sequence[str] | None) -> list[tuple[str, float]]:
-    """The labels of one image with their shares, the largest first; without those that would be shown as 0.0 %."""
+    """Return the labels of one image with their shares, the largest first, without those that round to 0.0 %."""
     if target.ndim == 0:
         pairs = [(1.0, int(target))]
     else:
@@ -158,10 +158,10 @@ def _shares(target: Tensor, classes: Sequence[str] | None) -> list[tuple[str, fl
 
 
 def _text(draw: ImageDraw.ImageDraw, left: tuple[int, int], text: str, *, size: int, fill: str, room: float) -> None:
-    """One line, its left end and vertical middle at `left`; too long a text loses its middle."""
+    """Draw one line with its left end and vertical middle at `left`; in one too long, `…` replaces the middle."""
     font, text = _font(size), printable(text)
     if font.getlength(text) > room:
-        text = text[:400]  # nothing longer fits on any sheet
+        text = text[:400]  # no sheet has room for more
         while len(text) > 2 and font.getlength(_elided(text)) > room:
             text = text[: len(text) // 2] + text[len(text) // 2 + 1 :]
         text = _elided(text)

@@ -1,4 +1,4 @@
-"""Signal propagation: how the statistics of activations evolve with depth, the papers' diagnostic.
+"""Signal propagation, the papers' diagnostic: statistics of the activations by depth.
 
 Source: arXiv 2101.08692, section 3.
 """
@@ -21,12 +21,11 @@ class SignalMetrics(NamedTuple):
     """Statistics at one depth, each a 0-dimensional tensor.
 
     Attributes:
-        name: the block after which they are taken; the first is the end of the stem.
+        name: the block whose output they describe; in the first row, the last block of the stem.
         avg_sq_mean: mean over channels of the squared channel mean, over batch and pixels.
         avg_var: mean channel variance.
         res_avg_var: mean channel variance of the residual branch before skip gain and alpha; `None` for the stem.
-        expected_var: the variance that the next beta assumes, if every branch had unit variance and a skip gain of 1:
-            see `expected_variances`.
+        expected_var: the variance that the next block's beta assumes: see `expected_variances`.
     """
 
     name: str
@@ -38,9 +37,10 @@ class SignalMetrics(NamedTuple):
 
 @torch.no_grad()
 def signal_metrics(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor) -> list[SignalMetrics]:
-    """Statistics after the stem and after each residual block, for images `(N, C, H, W)`, without noise.
+    """Measure the statistics after the stem and after each residual block, for images `(N, C, H, W)`, without noise.
 
-    A `ConfigError` for a folded model: its branches end in weights that have skip gain and alpha in them.
+    Raises:
+        ConfigError: for a folded model, as its branches contain skip gain and alpha.
     """
     if cfg.folded:
         raise ConfigError("the branches of a folded model cannot be told apart; measure the trained one")
@@ -63,27 +63,28 @@ def signal_metrics(cfg: ModelConfig, params: Mapping[str, Tensor], x: Tensor) ->
 
 
 def expected_variances(cfg: ModelConfig) -> list[float]:
-    """The variance of the residual stream for which beta is made: before the first block, then after each block.
+    """Return the variance that beta assumes of the residual stream, before the first block and after each block.
 
-    `1` before the first block, `1 + alpha ** 2` after the first block of each stage, `alpha ** 2` more after each
-    other: all but the last are `1 / beta ** 2` of the block that follows.
+    It assumes that every branch has unit variance and a skip gain of 1. The variance is then 1 before the first block
+    and `1 + alpha ** 2` after the first block of each stage; every other block adds `alpha ** 2`. The beta of a block
+    is `1 / sqrt` of the variance before it.
 
     Source: arXiv 2101.08692, section 4.
     """
-    found, variance = [1.0], 1.0
+    variances, variance = [1.0], 1.0
     for depth in cfg.depths:
         variance = 1.0
         for _ in range(depth):
             variance += cfg.alpha**2
-            found.append(variance)
-    return found
+            variances.append(variance)
+    return variances
 
 
 def open_branches(cfg: ModelConfig, params: Mapping[str, Tensor]) -> Params:
-    """These parameters with every residual branch at full strength: what starts at 0 to silence it becomes 1.
+    """Return the parameters with every residual branch at full strength.
 
-    That is the skip gain, or, under rules without one, the gain of the branch's last convolution. At initialisation a
-    plot of the signal shows nothing else: silent branches leave the stream as it is.
+    Branches are silent at initialisation, and a plot of the signal would show a constant stream: the skip gain is 0 or,
+    under rules without one, the gain of the branch's last convolution is. Here that gain is 1.
     """
     opened = dict(params)
     for block in plan(cfg):

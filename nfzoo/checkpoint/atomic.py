@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all.
 
 They are written under a hidden name beside the target, flushed to the disk, and renamed. A process that dies leaves the
-target as it was and at most one hidden file or folder.
+target unchanged, and at most one hidden file or folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PARTIAL = ".partial"
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """Yield an empty file beside `path`, which replaces `path` when the block ends, and is removed if the block fails.
+    """Yield an empty file beside `path`. It replaces `path` when the block ends, and is removed if the block fails.
 
     The hidden file has the suffix of `path`, and the permissions that a plain `open` would give it.
     """
@@ -38,9 +38,9 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` for the files of `folder`; it is removed if the block fails.
+    """Yield an empty folder beside `folder`. Its files go to `folder` when the block ends, and are removed if it fails.
 
-    A new folder appears by one rename. In a folder that exists, the files are replaced one by one, in the reverse order
+    A new folder appears by one rename. In an existing folder, the files are replaced one by one, in the reverse order
     of their names (`model.safetensors` before `config.json`); other files stay.
 
     Raises:
@@ -72,7 +72,7 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder under a hidden name, so that no half-removed folder is ever seen under its own."""
+    """Rename a folder to a hidden name, then remove it, so that no partial folder keeps its name."""
     hidden = folder.with_name(f".{folder.name}{PARTIAL}")
     os.replace(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder of `config.json` and `model.safetensors`, written atomically and read strictly.
 
-The weight file carries the configuration in its metadata too, so that it works alone, and so that a folder whose two
-files are not of one save is noticed.
+The weight file repeats the configuration in its metadata. A weight file alone therefore loads, and a folder with files
+of two different saves is refused.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Description(NamedTuple):
 
     Attributes:
         config: the architecture.
-        preprocessing: what turns an image into the model's input.
+        preprocessing: the transform from an image to the model's input.
         name: the zoo's name, if the model has one.
         labels: class names, in the order of the logits.
-        provenance: where the weights come from, free-form JSON.
+        provenance: origin of the weights, free-form JSON.
     """
 
     config: ModelConfig
@@ -64,7 +64,7 @@ def describe(fields: object, source: str | Path) -> Description:
         raise CheckpointError(f"{source} must hold a JSON object, not {type(fields).__name__}")
     if fields.get("library_name") != "nfzoo" or "architecture" not in fields:
         raise CheckpointError(
-            f"{source} is not an nfzoo configuration: no 'architecture' of 'library_name' nfzoo in it"
+            f"{source} is not an nfzoo configuration: it needs 'library_name' nfzoo and an 'architecture'"
         )
     unknown = sorted(set(fields) - _KEYS)
     if unknown:
@@ -104,8 +104,7 @@ def read_description(path: Path) -> Description:
             metadata = file.metadata() or {}
         if "nfzoo" not in metadata:
             raise CheckpointError(
-                f"{path} does not say what model it belongs to; put the {CONFIG_FILE} of its model beside it and load "
-                "the folder"
+                f"{path} has no model description in its metadata; put the {CONFIG_FILE} of its model beside it"
             )
         text, source = metadata["nfzoo"], f"the metadata of {path}"
     else:
@@ -131,12 +130,12 @@ def _parse(text: str, source: str) -> Description:
 def save_checkpoint(folder: str | Path, description: Description, params: Mapping[str, Tensor]) -> Path:
     """Write a checkpoint folder, whole or not at all.
 
-    A new folder appears by one rename. In a folder that exists the two files are replaced one after the other, the
+    A new folder appears by one rename. In an existing folder the two files are replaced one after the other, the
     weights first; other files stay.
 
     Raises:
         CheckpointError: if the parameters do not fit the configuration, or `folder` is a file.
-        OSError: if the disk does not take it; what was there before then still loads, at least from the weight file.
+        OSError: if writing fails; an earlier checkpoint then still loads, at least from its weight file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -158,10 +157,13 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
 def load_checkpoint(
     path: str | Path, *, device: torch.device | str | None = None, skip_head: bool = False
 ) -> tuple[Description, Params]:
-    """Read a checkpoint folder or a single weight file. Strict: see `CheckpointError`.
+    """Read a checkpoint folder or a single weight file.
 
     Args:
         skip_head: leave out the classifier's weight and bias (for a new number of classes).
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or inconsistent, or the tensors are not exactly the model's.
     """
     path = Path(path)
     weights = path / WEIGHTS_FILE if path.is_dir() else path
@@ -181,8 +183,8 @@ def load_checkpoint(
             own = _parse(text, f"the metadata of {weights}")
             if own[:2] != description[:2] or own.labels != description.labels:
                 raise CheckpointError(
-                    f"{CONFIG_FILE} and {WEIGHTS_FILE} in {path} describe different models, as after an interrupted "
-                    f"save or an edit by hand; load {weights} alone and save it anew, or restore the pair"
+                    f"{CONFIG_FILE} and {WEIGHTS_FILE} in {path} describe different models, perhaps after an "
+                    f"interrupted save or an edit; load {weights} alone and save it anew, or restore the pair"
                 )
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         check_params(description.config, shapes, str(weights))

@@ -1,6 +1,7 @@
-"""A folder of results in parts: each file whole or absent, a manifest that says what they are, and going on later.
+"""A folder of results in parts, with a manifest; each file appears whole or not at all, and a run can be resumed.
 
-`part-00000-of-00013.npz` and so on hold the results of consecutive images, `manifest.json` of what, made by what.
+`part-00000-of-00013.npz` and so on hold the results of consecutive images. `manifest.json` describes the model, the
+data and the runs.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from nfzoo.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 FORMATS = {"top-k": ("jsonl", "parquet"), "embeddings": ("npz", "parquet")}
-"""Kind of results -> the formats it can have, of which the first is the usual one."""
+"""Kind of results -> its formats, the default first."""
 
 _VERSION = 1
-_OURS = re.compile(r"\.?part-\d{5,}-of-\d{5,}\..*|\.manifest\..*\.json")  # with what a killed run left of either
+_OURS = re.compile(r"\.?part-\d{5,}-of-\d{5,}\..*|\.manifest\..*\.json")  # also hidden files that a killed run left
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where results belong.
+    """The files of a folder of results.
 
     Attributes:
-        images: number of images in all.
-        size: images of each part but the last, which may have fewer.
-        format: ending of the files, one of `FORMATS`.
+        images: number of all images.
+        size: number of images in a part; the last part may have fewer.
+        format: suffix of the files, one of `FORMATS`.
     """
 
     folder: Path
@@ -45,7 +46,7 @@ class Parts:
         return -(-self.images // self.size)
 
     def rows(self, k: int) -> range:
-        """Return the images of part k."""
+        """Return the indices of the images in part k."""
         return range(k * self.size, min((k + 1) * self.size, self.images))
 
     def path(self, k: int) -> Path:
@@ -53,11 +54,11 @@ class Parts:
         return self.folder / f"part-{k:05}-of-{len(self):05}.{self.format}"
 
     def broken_path(self, k: int) -> Path:
-        """Return the file that says what was wrong with images of part k, if anything was, until `finish`."""
+        """Return the file that lists unreadable images of part k until `finish` moves them to the manifest."""
         return self.path(k).with_suffix(".broken.json")
 
     def unfinished(self) -> list[int]:
-        """Return the parts that are still to be written."""
+        """Return the parts that are not yet written."""
         return [k for k in range(len(self)) if not self.path(k).exists()]
 
 
@@ -69,33 +70,33 @@ def start(
     *,
     overwrite: bool = False,
 ) -> list[int]:
-    """Write the manifest, or take up the run that it tells of; the parts that are still to be written.
+    """Begin a run, or resume the one in the folder; write the manifest, and return the parts that are not yet written.
 
     Args:
-        identity: what makes two runs the same, and has to agree with what the folder holds.
-        facts: what the manifest says besides.
-        run: what may differ from run to run, such as versions; noted for each that wrote parts.
-        overwrite: remove the parts of an earlier run, whatever it was.
+        identity: facts that determine the results; a resumed run must have the same.
+        facts: further fields of the manifest.
+        run: facts that may differ between runs, such as versions; the manifest lists those of each run.
+        overwrite: remove the parts of an earlier run.
 
     Raises:
-        ConfigError: if the folder holds the results of another run; nothing is changed then.
+        ConfigError: if the folder holds the results of another run; nothing changes then.
     """
     folder = parts.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; give a folder for the results")
-    results = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)] if folder.is_dir() else []
+    existing = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)] if folder.is_dir() else []
     manifest = _read(folder / MANIFEST)
     remedy = "give another folder, or --overwrite to replace them"
     if manifest is not None and not isinstance(manifest.get("identity"), dict):
         raise ConfigError(f"{str(folder / MANIFEST)!r} is no manifest of predictions; give another folder")
     if not overwrite:
-        if manifest is None and any(not path.name.startswith(".") for path in results):
-            raise ConfigError(f"{str(folder)!r} holds parts without a {MANIFEST} that says of what; {remedy}")
+        if manifest is None and any(not path.name.startswith(".") for path in existing):
+            raise ConfigError(f"{str(folder)!r} holds parts without a {MANIFEST}; {remedy}")
         if manifest is not None:
             different = _differences(manifest["identity"], identity)
             if different:
                 raise ConfigError(f"{str(folder)!r} holds the results of another run: {different}; {remedy}")
-    for path in results:  # parts before the manifest that describes them
+    for path in existing:  # parts go before the manifest that describes them
         if overwrite or path.name.startswith("."):
             path.unlink()
     todo = parts.unfinished()
@@ -113,10 +114,10 @@ def start(
 
 
 def finish(parts: Parts) -> list[dict[str, Any]]:
-    """Note in the manifest that all parts are written; return which images could not be read, and why.
+    """Mark the manifest as complete, and return its list of unreadable images with their errors.
 
     Raises:
-        DataError: if none could be read.
+        DataError: if no image could be read.
     """
     path = parts.folder / MANIFEST
     manifest = _read(path) or {}
@@ -137,23 +138,23 @@ def finish(parts: Parts) -> list[dict[str, Any]]:
 def write_part(
     parts: Parts, k: int, names: Sequence[str], columns: Mapping[str, Any], broken: Mapping[str, str]
 ) -> None:
-    """Write part k: one row for each of `names`, and a note of what is `broken`.
+    """Write part k, with one row for each of `names`, and the list of its unreadable images.
 
     Args:
-        columns: arrays of one row for each name; of `labels` a list of texts for each.
-        broken: names of images that are not among `names` -> what is wrong with them.
+        columns: arrays with one row for each name; `labels` has a list of texts for each name.
+        broken: names of unreadable images, which are not among `names` -> error.
     """
     note = parts.broken_path(k)
     if broken:
         _write(note, [{"part": k, "image": name, "problem": problem} for name, problem in broken.items()])
     else:
-        note.unlink(missing_ok=True)  # of a run that was killed between note and part
+        note.unlink(missing_ok=True)  # left by a run that was killed between note and part
     with replaced(parts.path(k)) as scratch:
         {"jsonl": _write_jsonl, "npz": _write_npz, "parquet": _write_parquet}[parts.format](scratch, names, columns)
 
 
 def check_format(kind: str, format: str) -> None:
-    """Raise a `ConfigError` for a format that results of this kind do not have, or that needs what is not installed."""
+    """Raise a `ConfigError` if results of this kind do not have the format, or its package is not installed."""
     if format not in FORMATS[kind]:
         raise ConfigError(f"{kind} are written as {' or '.join(FORMATS[kind])}, not {format}")
     if format == "parquet":
@@ -190,7 +191,7 @@ def _write_parquet(path: Path, names: Sequence[str], columns: Mapping[str, Any])
 
     table = {"image": pyarrow.array([_text(name) for name in names], pyarrow.string())}
     for key, value in columns.items():
-        if key == "embeddings":  # (n, F): n lists of one length in one piece of memory
+        if key == "embeddings":  # (n, F), as n lists of one length in contiguous memory
             table[key] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(value.reshape(-1)), value.shape[1])
         else:
             rows = [list(map(_text, row)) for row in value] if key == "labels" else list(value)
@@ -200,13 +201,13 @@ def _write_parquet(path: Path, names: Sequence[str], columns: Mapping[str, Any])
 
 
 def _text(name: str) -> str:
-    """Return a file name, escaped where its bytes are not UTF-8, which parquet cannot hold."""
+    """Escape bytes of a file name that are not UTF-8, which parquet cannot hold."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} {_short(found.get(key))} and not {_short(wanted.get(key))}" for key in keys)
+def _differences(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    keys = [key for key in {**present, **earlier} if earlier.get(key) != present.get(key)]
+    return ", ".join(f"{key} {_short(earlier.get(key))} and not {_short(present.get(key))}" for key in keys)
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints to resume a run from: written whole or not at all, rotated, and found again.
+"""Checkpoints from which a run resumes: written whole or not at all, rotated, and searched for the newest.
 
 A checkpoint is a folder `step_00000123` of safetensors files and `state.json`, which is written last and lists every
 file with its size and checksum. It is built under a hidden name, flushed to the disk and renamed, so a process that
@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Return the number of steps before it was written."""
+        """Number of steps taken before the checkpoint."""
         return int(self.facts["step"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -50,22 +50,22 @@ class Saved(NamedTuple):
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); remove {self.folder} to resume from before") from error
+            raise CheckpointError(f"{path} is damaged ({error}); remove {self.folder} to use an earlier one") from error
 
 
 def save_state(
     root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], *, keep: int = 2
 ) -> Path:
-    """Write the checkpoint of a step, then remove all but the newest `keep`. One process calls this.
+    """Write the checkpoint of a step, then remove all but the newest `keep`. Only one process may call this.
 
     Args:
         root: the folder of the run's checkpoints.
-        step: steps taken so far; a checkpoint of the same step stays if it is complete.
+        step: steps taken so far; a complete checkpoint of the same step is kept instead.
         tensors: file name without suffix -> tensors on the CPU.
-        facts: what else to remember, ready for JSON.
+        facts: further fields of `state.json`, ready for JSON.
 
     Raises:
-        OSError: if the disk does not take it; the checkpoints that were there are then untouched.
+        OSError: if writing fails; earlier checkpoints then stay.
     """
     root = Path(root)
     folder = root / f"step_{step:08d}"
@@ -94,20 +94,20 @@ def save_state(
 
 
 def latest_state(root: str | Path) -> Saved | None:
-    """Return the newest intact checkpoint, or `None`. Incomplete and damaged ones are named in warnings."""
+    """Return the newest intact checkpoint, or `None`. A warning names each incomplete or damaged one."""
     for folder in _folders(Path(root)):
         facts = _read(folder)
         if facts is None:
-            logger.warning("%s is not complete, and is passed over", folder)
+            logger.warning("%s is not complete, and is skipped", folder)
         elif any(_checksum(folder / name) != value for name, value in facts.get("crc32", {}).items()):
-            logger.warning("%s is damaged, and is passed over", folder)
+            logger.warning("%s is damaged, and is skipped", folder)
         else:
             return Saved(folder, facts)
     return None
 
 
 def _folders(root: Path) -> list[Path]:
-    """List the checkpoints under `root`, the newest first."""
+    """List the folders of checkpoints in `root`, the newest first."""
     if not root.is_dir():
         return []
     numbered = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
@@ -127,7 +127,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _checksum(path: Path) -> int:
-    """Return the CRC-32 of a file, which guards against disks and copies, not against people."""
+    """Return the CRC-32 of a file, which reveals accidental damage, not manipulation."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -23,13 +23,13 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "cat
 
 @dataclass(frozen=True, eq=False)
 class HFDataset(Images[Path | io.BytesIO]):
-    """Images in a column of a table, of which one row is read at a time.
+    """Images in a column of a table; one row is read at a time.
 
     Attributes:
-        table: the image column alone, as stored bytes and path.
-        prefixes: what stands before `row 17` in the names of images, for each of the tables joined into this one.
-        ends: number of rows up to the end of each of them.
-        facts: see `stamp`.
+        table: the image column, as encoded bytes and path; several tables may be concatenated in it.
+        prefixes: the text before `row 17` in the names of images, for each of the concatenated tables.
+        ends: end row of each of them.
+        facts: the value of `stamp`.
     """
 
     table: datasets.Dataset
@@ -50,13 +50,13 @@ class HFDataset(Images[Path | io.BytesIO]):
         """Return the images of a table with a column of images and one of class numbers or names.
 
         Args:
-            table: its images are encoded bytes or paths.
-            source: what error messages call the table.
-            classes: the class names to expect, where they are known already.
-            image, label: names of the columns; by default they are found by their type and name.
+            table: a table whose images are encoded bytes or paths.
+            source: the table's name in error messages.
+            classes: the expected class names, if they are known.
+            image, label: names of the columns; by default they are found by type and name.
 
         Raises:
-            DataError: if there are no such columns, or a label is missing or no class.
+            DataError: if a column does not exist, or a label is missing or is not a class.
         """
         import datasets
 
@@ -79,12 +79,12 @@ class HFDataset(Images[Path | io.BytesIO]):
         """Return the images of several tables, one after the other.
 
         Args:
-            tables: by what stands before `row 17` in the names of their images.
+            tables: the text before `row 17` in the names of images -> table.
             source, image: see `labelled`.
-            facts: see `stamp`.
+            facts: the value of `stamp`.
 
         Raises:
-            DataError: if there is no column of images, or no row.
+            DataError: if a table has no column of images, or there are no rows.
         """
         import datasets
 
@@ -119,7 +119,7 @@ class HFDataset(Images[Path | io.BytesIO]):
 def _column(
     table: datasets.Dataset, source: str, key: str, name: str | None, feature: type, usual: tuple[str, ...]
 ) -> str:
-    """Return the column that is asked for, or else that of the type, which has a usual name where there are several."""
+    """Return the column `name`; for `None`, the only column of type `feature`, or the first that has a usual name."""
     names = ", ".join(table.features)
     if name is not None:
         if name not in table.features:
@@ -129,12 +129,12 @@ def _column(
     named = [name for name in usual if name in table.features]
     choices = [name for name in named if name in typed] or (typed[:1] if len(typed) == 1 else named)
     if not choices:
-        raise DataError(f"{source} has no column of {key}s known by name; its columns are {names}: add ?{key}=COLUMN")
+        raise DataError(f"{source} has no column of {key}s with a usual name but {names}; add ?{key}=COLUMN")
     return choices[0]
 
 
 def _images(table: datasets.Dataset, source: str, column: str) -> datasets.Dataset:
-    """Return one column as stored bytes and path, under the same name for every table."""
+    """Return one column as encoded bytes and path, renamed to `image`."""
     import datasets
 
     try:
@@ -154,14 +154,14 @@ def _labels(
     names = getattr(feature, "names", None)
     if values.dtype.kind in "iu":
         numbers = values.astype(np.int64)
-        least, most = int(numbers.min()), int(numbers.max())
-        if least < 0:
-            raise DataError(f"{where} holds {least}, which stands for no class; take a part that has labels")
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0:
+            raise DataError(f"{where} holds {low}, which means no label; take a part that has labels")
         if names is not None and classes is not None:
             check_classes(where, tuple(names), classes)
-        known = tuple(names or ()) or classes or tuple(map(str, range(most + 1)))
-        if most >= len(known):
-            raise DataError(f"{where} holds {most}, beyond the {len(known)} classes; labels count from 0")
+        known = tuple(names or ()) or classes or tuple(map(str, range(high + 1)))
+        if high >= len(known):
+            raise DataError(f"{where} holds {high}, beyond the {len(known)} classes; labels count from 0")
         return numbers, known
     if all(isinstance(value, str) for value in values):
         known = classes or tuple(sorted(set(values)))
@@ -174,10 +174,10 @@ def _labels(
 
 
 def open_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
-    """Return the rows of parquet files, mapped into memory from a copy in the cache of `datasets`.
+    """Return the rows of parquet files, memory-mapped from a copy in the cache of `datasets`.
 
     Raises:
-        DataError: for files that are damaged or do not fit each other, and if `datasets` is not installed.
+        DataError: if files are damaged, if their columns differ, or if `datasets` is not installed.
     """
     return _load(
         lambda load: load("parquet", data_files=[str(path) for path in files], split="train"),
@@ -186,17 +186,17 @@ def open_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
     )
 
 
-@functools.lru_cache(maxsize=4)  # opening asks the Hub anew
+@functools.lru_cache(maxsize=4)  # each opening asks the Hub
 def open_hub(repository: str, config: str | None, revision: str | None, source: str) -> datasets.DatasetDict:
     """Return the parts of a data set on the Hub, downloaded once into the cache of `datasets`.
 
     Raises:
-        DataError: for a data set that is not there, or not for you, and if `datasets` is not installed.
+        DataError: if the data set does not exist or is not accessible, or if `datasets` is not installed.
     """
     return _load(
         lambda load: load(repository, config, revision=revision),
         source,
-        "check its name and configuration, and for one that asks for consent log in with `hf auth login`",
+        "check its name and configuration; log in with `hf auth login` if it asks for consent",
     )
 
 

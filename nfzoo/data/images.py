@@ -1,4 +1,4 @@
-"""Images read at random: the interface of every source, the embedded digits, and folders of image files."""
+"""Images with random access: the interface of every source, the embedded digits, and folders of image files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
 DIGITS = "digits"
 UNLABELLED = -1
-"""The label of images that have none."""
+"""The label of an image without one."""
 
 _DIGITS_SIZE = 32
 
 ImageSource: TypeAlias = Path | Image.Image | BinaryIO
-"""An image that `open_image` reads."""
+"""A source that `open_image` accepts."""
 Indices: TypeAlias = Sequence[int] | np.ndarray
 
 _Source_co = TypeVar("_Source_co", bound=ImageSource, covariant=True)
@@ -34,14 +34,14 @@ _Source_co = TypeVar("_Source_co", bound=ImageSource, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Images(ABC, Generic[_Source_co]):
-    """Images read at random, with or without labels: `images[i]` is `(what open_image reads, label)`.
+    """Images with random access, with or without labels: `images[i]` is `(source for open_image, label)`.
 
-    Sources differ in how a row is read and named. Choosing and relabelling images is the same for all.
+    A subclass reads and names the rows of a source. Selecting and relabelling images is the same for all.
 
     Attributes:
-        rows: the rows of the source that count, in order, int64 `(len,)`.
-        labels: the label of each, int64 `(len,)`, known without reading any image; `UNLABELLED` if there are none.
-        classes: the name of each label; empty if there are none.
+        rows: the selected rows of the source, in order, int64 `(len,)`.
+        labels: the label of each image, int64 `(len,)`, known before images are read; `UNLABELLED` without labels.
+        classes: the name of each class; empty without labels.
     """
 
     rows: np.ndarray
@@ -50,31 +50,31 @@ class Images(ABC, Generic[_Source_co]):
 
     @abstractmethod
     def read_row(self, row: int) -> _Source_co:
-        """Return a row of the source, subset or not, in a form that `open_image` reads.
+        """Return a row of the source, selected or not, for `open_image`.
 
         Raises:
-            DataError: if it cannot be read.
+            DataError: if the row cannot be read.
         """
 
     @abstractmethod
     def row_name(self, row: int) -> str:
-        """Return the name of a row, which no other row of the source has."""
+        """Return the unique name of a row of the source."""
 
     @abstractmethod
     def stamp(self) -> str:
-        """Return what is known of the contents, beside names and number, without reading any image."""
+        """Return a text that identifies the contents, apart from names and number, without reading images."""
 
     def name(self, index: int) -> str:
-        """Return the image's name, for messages and for joining results."""
+        """Return the name of an image, for messages and as a key of results."""
         return self.row_name(int(self.rows[index]))
 
     def subset(self, indices: Indices) -> Self:
-        """Return these images alone, in this order."""
-        chosen = np.asarray(indices, np.int64)
-        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+        """Return the images of these indices, in this order."""
+        selected = np.asarray(indices, np.int64)
+        return replace(self, rows=self.rows[selected], labels=self.labels[selected])
 
     def relabelled(self, index: Indices) -> Self:
-        """Return the same images with the labels `index[label]`; the names of the classes stay those of the source."""
+        """Return the images with labels `index[label]`; `classes` stay those of the source."""
         return replace(self, labels=np.asarray(index, np.int64)[self.labels])
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Images(ABC, Generic[_Source_co]):
 
 
 class Texts(Sequence[str]):
-    """Many short texts in two arrays: a million Python strings would take hundreds of megabytes in every process."""
+    """Many short texts in two arrays; a million Python strings would take hundreds of megabytes in every process."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         encoded = [os.fsencode(text) for text in texts]
@@ -106,7 +106,7 @@ class Digits(Images[Image.Image]):
     """The embedded 1,797 handwritten digits, as 32x32 greyscale images with white strokes on black.
 
     Attributes:
-        pixels: all of them, 0 to 16, `(1797, 8, 8)`.
+        pixels: grey levels 0 to 16 of all digits, `(1797, 8, 8)`.
     """
 
     pixels: np.ndarray
@@ -120,7 +120,7 @@ class Digits(Images[Image.Image]):
 
     @property
     def images(self) -> np.ndarray:
-        """The pixels of the digits that count, `(len, 8, 8)`."""
+        """Pixels of the selected digits, `(len, 8, 8)`."""
         return self.pixels[self.rows]
 
     def read_row(self, row: int) -> Image.Image:
@@ -139,7 +139,7 @@ class ImageFolder(Images[Path]):
     """Image files.
 
     Attributes:
-        root: the folder that the paths start from; empty where they are whole.
+        root: the folder that relative paths start from.
         paths: path of every file, which is also its name.
     """
 
@@ -148,13 +148,13 @@ class ImageFolder(Images[Path]):
 
     @classmethod
     def scan(cls, folder: str | Path, classes: tuple[str, ...] | None = None) -> ImageFolder:
-        """Find all images below `folder/CLASS/`, sorted; hidden entries and files that are no images are passed over.
+        """Find all images below `folder/CLASS/`, sorted; hidden entries and other files are skipped.
 
         Args:
-            classes: the class names to expect, where they are known already.
+            classes: the expected class names, if they are known.
 
         Raises:
-            DataError: for a missing folder, no classes, a class without images, or other classes than expected.
+            DataError: for a missing folder, no classes, a class without images, or unexpected classes.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -164,7 +164,7 @@ class ImageFolder(Images[Path]):
         if not names:
             raise DataError(f"{str(folder)!r} has no subfolders; put the images of each class into a folder of its own")
         for name in names:
-            if any("\ud800" <= c <= "\udfff" for c in name):  # bytes that are no UTF-8, which no file of ours can hold
+            if any("\ud800" <= c <= "\udfff" for c in name):  # not UTF-8, so that config.json cannot hold it
                 raise DataError(f"the class folder {str(folder / name)!r} has a name that is no text; rename it")
         if classes is not None:
             check_classes(repr(str(folder)), names, classes)
@@ -181,7 +181,7 @@ class ImageFolder(Images[Path]):
 
     @classmethod
     def unlabelled(cls, root: Path, paths: Sequence[str]) -> ImageFolder:
-        """Return the files of these paths below `root`, by which they are named, without labels."""
+        """Return the files of these paths below `root`, without labels; each is named by its path."""
         return cls(np.arange(len(paths)), np.full(len(paths), UNLABELLED), (), root, Texts(paths))
 
     def read_row(self, row: int) -> Path:
@@ -206,9 +206,9 @@ def check_classes(source: str, names: tuple[str, ...], expected: tuple[str, ...]
 
 
 def files_below(root: Path, endings: tuple[str, ...]) -> list[str]:
-    """List the files below a folder that are not hidden, by their path from there with slashes, part by part in order.
+    """List the visible files below a folder, as relative paths with slashes, sorted part by part.
 
-    Links to folders are followed; none is entered twice.
+    Links to folders are followed, and no folder is entered twice.
 
     Raises:
         DataError: for a folder that cannot be read.
@@ -232,20 +232,20 @@ def _walk(root: Path, endings: tuple[str, ...]) -> Iterator[str]:
 
 
 def has_ending(name: str, endings: tuple[str, ...]) -> bool:
-    """Return whether a file's name ends in one of these, in whatever case, and is not hidden."""
+    """Return whether a file is visible and its name has one of these endings, in upper or lower case."""
     return name.lower().endswith(endings) and not name.startswith(".")
 
 
 def is_pattern(path: str) -> bool:
-    """Return whether a name has `*`, `?`, `[…]` or braces."""
+    """Return whether a name contains `*`, `?`, `[…]` or braces."""
     return re.search(r"[*?\[]|\{[^{}]*\}", path) is not None
 
 
 def expand(pattern: str, endings: tuple[str, ...]) -> list[Path]:
-    """List the files of a pattern with `*`, `?`, `[…]`, `{a,b}` and `{000..146}` that have one of the endings.
+    """List the files with one of the endings that match a pattern of `*`, `?`, `[…]`, `{a,b}` and `{000..146}`.
 
     Raises:
-        DataError: if there are none, or a name that the braces alone make is missing.
+        DataError: if none matches, or if braces give a name without `*`, `?` or `[…]` that does not exist.
     """
     missing: list[str] = []
     files: list[Path] = []
@@ -269,7 +269,7 @@ def expand(pattern: str, endings: tuple[str, ...]) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """Expand the first pair of braces, and so on; numbers keep their leading zeros."""
+    """Expand all pairs of braces, one by one; numbers keep their leading zeros."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -282,4 +282,4 @@ def _braces(pattern: str) -> list[str]:
             raise DataError(f"{match[0]!r} in {pattern!r} does not count upwards; write {{000..146}}")
         inner = [f"{n:0{len(bounds[1])}}" for n in range(low, high + 1)]
     texts = [text for part in inner for text in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
-    return list(dict.fromkeys(texts))  # pairs inside of pairs give some more than once
+    return list(dict.fromkeys(texts))  # nested pairs give some names more than once

@@ -1,4 +1,4 @@
-"""The names of the ImageNet classes, and the matching of class names to the outputs of a model."""
+"""Names of the ImageNet classes, and the matching of class names to a model's outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _table() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def imagenet() -> tuple[str, ...]:
-    """Return the 1,000 labels of ILSVRC-2012, in the order of the logits; no two are alike, even if case is ignored.
+    """Return the 1,000 labels of ILSVRC-2012, in the order of the logits; they differ even in lower case.
 
     Source: WordNet 3.0, the first word of each class; see `assets/README.md`.
     """
@@ -34,14 +34,17 @@ def imagenet_wnids() -> tuple[str, ...]:
 def match_classes(
     names: Sequence[str], classes: int, labels: Sequence[str] | None, *, source: str
 ) -> tuple[tuple[int, ...], str]:
-    """Return the model's output for each folder name, and the table that matched them all.
+    """Return the model's output for each folder name, and the name of the table that has all of them.
 
-    Tried in this order: the model's labels; for an ImageNet model the WordNet ids, then the labels of ImageNet; for a
-    model without labels the numbers of its outputs; else, if there are as many folders as outputs, their sorted order.
-    The names may be a part of the classes, except for the last.
+    The first of these tables that has every name is used: the model's labels; for an ImageNet model, the WordNet ids,
+    then ImageNet's labels; for a model without labels, the numbers of its outputs. Otherwise, for a model without
+    labels and with as many outputs as folders, the folders' sorted order counts.
+
+    Args:
+        source: the data's name in messages.
 
     Raises:
-        DataError: for a name that is no class of the model, or two that are the same; `source` is named.
+        DataError: if a name is no class of the model, or two names are the same class.
     """
     own = dict(zip(labels, range(classes), strict=True)) if labels is not None else {}
     tables = [("labels", own)]

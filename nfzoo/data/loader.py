@@ -1,6 +1,7 @@
-"""Batches of images, whose order and crops depend on the seed, the epoch and the image alone.
+"""Batches of images, whose order and crops depend on seed, epoch and image alone.
 
-So a run is the same with any number of workers and processes, and can be resumed after any batch by any number.
+A run is therefore the same with any number of workers and processes, and any number of them can resume it after any
+batch.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.mixing import Augment
 from nfzoo.transforms.preprocess import evaluation_transform, training_crop
 
-_IN_A_ROW = 100  # unreadable images after which the data set, not an image, is what is broken
+_MAX_UNREADABLE = 100  # consecutive unreadable images after which the data set counts as broken
 
 
 class BrokenImageError(DataError):
-    """An image that cannot be read, found in the middle of a pass; of several processes perhaps by one alone."""
+    """An unreadable image, met in the middle of a pass. One of several processes may raise it alone."""
 
 
 # -- training
 
 
 class TrainingBatch(NamedTuple):
-    """One process's part of a global batch, or of one of the steps over which its gradient is accumulated.
+    """A micro-batch: one process's share of a global batch, divided by the steps of gradient accumulation.
 
     Attributes:
         pixels: grey levels 0..255 `(n, C, S, S)`, not normalised: see `preprocess.training_crop`.
         labels: `(n,)` int64.
-        indices: which images of the data set these are, `(n,)` int64.
-        offset: row of the first of them in the global batch.
-        broken: what was wrong with the images that could not be read; others stand in for them.
+        indices: indices of the images in the data set, `(n,)` int64.
+        offset: row of the first image in the global batch.
+        broken: messages about unreadable images, which other images replace.
     """
 
     pixels: Tensor
@@ -53,14 +54,14 @@ class TrainingBatch(NamedTuple):
 
 def epoch_order(length: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return the order of one epoch's samples, `(length,)`."""
-    return np.random.default_rng([seed, epoch, 0x0DE2, 1]).permutation(length)  # crops have three words
+    return np.random.default_rng([seed, epoch, 0x0DE2, 1]).permutation(length)  # keys of crops have three words
 
 
 def share_of_batch(batch_size: int, *, world: int, accumulation: int) -> int:
-    """Return the images of a global batch that one process computes at a time.
+    """Return the size of a micro-batch: the number of images that one process computes at a time.
 
     Raises:
-        ConfigError: for a batch that does not divide among processes and accumulated steps.
+        ConfigError: if the batch does not divide among processes and accumulated steps.
     """
     parts = world * accumulation
     if batch_size % parts:
@@ -86,22 +87,22 @@ def training_batches(
     augment: Augment | None = None,
     workers: int = 0,
 ) -> Iterator[TrainingBatch]:
-    """Load one process's part of every batch of one shuffled epoch, cropped and flipped.
+    """Load one process's micro-batches of one shuffled epoch, cropped and flipped.
 
-    The epoch's order, from sample `start` on, is cut into global batches; a last one that would not be full is left
-    out. Of each, rank r gets the r-th consecutive part, as `accumulation` consecutive smaller ones.
+    The epoch's order, from sample `start` on, is cut into global batches; an incomplete last one is dropped. Rank r
+    gets the r-th part of each, in `accumulation` micro-batches. All parts are consecutive.
 
-    An image that cannot be read is replaced by the next one of the data set that can, with its label. It is reported
-    once, at its own turn, so that all processes together report each once an epoch.
+    The next readable image of the data set replaces an unreadable one, with its own label. The unreadable one is
+    reported only in its own row of the epoch, so all processes together report it once an epoch.
 
     Args:
         batch_size: images of a global batch, over all processes and accumulated steps.
-        start: samples of this epoch that all processes together have had already.
+        start: samples of this epoch that all processes together have processed before.
 
     Raises:
-        ConfigError: for a batch that does not divide among processes and steps, or a `start` outside of the epoch.
-        DataError: if a whole epoch does not fill one batch.
-        BrokenImageError: if no image can be read, or none of a hundred in a row.
+        ConfigError: if the batch does not divide among processes and steps, or `start` is outside the epoch.
+        DataError: if the data set does not fill one batch.
+        BrokenImageError: if no image can be read, or none of a hundred consecutive ones.
     """
     share = share_of_batch(batch_size, world=world, accumulation=accumulation)
     if len(images) < batch_size:
@@ -114,7 +115,7 @@ def training_batches(
     samples = _TrainingSamples(
         images, preprocessing, size or preprocessing.train_size, augment or Augment(), (seed, epoch)
     )
-    # Made on demand: the indices of a long epoch are many.
+    # A generator, as a long epoch has many indices.
     batches = (order[first + offset : first + offset + share].tolist() for first in firsts for offset in offsets)
     return _training_batches(_load(samples, batches, _collate_training, workers), offsets)
 
@@ -143,16 +144,16 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
 
     def __getitem__(self, index: int) -> _TrainingSample:  # type: ignore[override]
         broken: str | None = None
-        tries = min(_IN_A_ROW, len(self.images))
+        tries = min(_MAX_UNREADABLE, len(self.images))
         for candidate in (np.arange(index, index + tries) % len(self.images)).tolist():
             try:
                 source, label = self.images[candidate]
-                least = 2 * self.size if self.augment.draft else None
-                image = open_image(source, channels=len(self.preprocessing.mean), least=least)
+                min_side = 2 * self.size if self.augment.draft else None
+                image = open_image(source, channels=len(self.preprocessing.mean), min_side=min_side)
             except DataError as error:
                 broken = broken or str(error)
                 continue
-            # The generator is that of the turn: as a stand-in, an image is cropped otherwise than at its own turn.
+            # Keyed by the row's own index: a replacement gets another crop here than in its own row.
             rng = np.random.default_rng([*self.seeds, index])
             pixels = training_crop(
                 image,
@@ -164,7 +165,7 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
                 size=self.size,
             )
             return _TrainingSample(pixels, label, candidate, broken)
-        row = "none of the images can be read" if tries < _IN_A_ROW else f"{tries} images in a row cannot be read"
+        row = "none of the images can be read" if tries < _MAX_UNREADABLE else f"{tries} images in a row cannot be read"
         return _TrainingSample(None, 0, index, f"{row}, such as: {broken}")
 
 
@@ -186,12 +187,12 @@ def _collate_training(
 
 
 class EvaluationBatch(NamedTuple):
-    """Images as the model's inputs.
+    """A batch of model inputs.
 
     Attributes:
-        pixels: `(n, C, S, S)`; zeros for images that cannot be read, so that the others keep their rows.
+        pixels: `(n, C, S, S)`; rows of unreadable images are zero.
         labels: `(n,)` int64.
-        broken: what is wrong with each image that cannot be read, by its row.
+        broken: row of each unreadable image -> message.
     """
 
     pixels: Tensor
@@ -202,7 +203,7 @@ class EvaluationBatch(NamedTuple):
 def load_batches(
     images: Images, preprocessing: Preprocessing, size: int, batches: Sequence[Sequence[int]], workers: int
 ) -> Iterator[EvaluationBatch]:
-    """Load these batches of images, with sides of `size` pixels."""
+    """Load batches of the given indices as model inputs with sides of `size` pixels."""
     samples = _EvaluationSamples(images, preprocessing, size)
     return _load(samples, batches, samples.collate, workers if batches else 0)
 
@@ -218,13 +219,13 @@ def evaluation_batches(
     workers: int = 0,
     broken: list[str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Load one process's share of all images, each exactly once over all processes; the last batch may be smaller.
+    """Load one process's share of all images. Processes share no image; the last batch may be smaller.
 
     Args:
-        broken: is appended what is wrong with each image that cannot be read, which is then left out.
+        broken: list to which a message about each unreadable image is appended; the image is left out.
 
     Raises:
-        BrokenImageError: for an image that cannot be read, by name, if there is no `broken`.
+        BrokenImageError: for an unreadable image, if `broken` is `None`.
     """
     share = range(rank, len(images), world)
     batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
@@ -243,7 +244,7 @@ def evaluation_batches(
 
 @dataclass
 class _EvaluationSamples(TorchDataset["tuple[Tensor, int] | str"]):
-    """Model inputs with labels, or what is wrong with the image."""
+    """Model inputs with labels, or messages about unreadable images."""
 
     images: Images
     preprocessing: Preprocessing

@@ -1,4 +1,4 @@
-"""Open what the user names as data: split for training, a held-out part to evaluate on, or all images.
+"""Sources of data by name: split for training, held-out images for evaluation, or all images.
 
 A source is one of
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import datasets
 
 HELD_OUT = 0.2
-"""Part of each class that is held out by default."""
+"""Share of each class that is held out by default."""
 HUB = "hub:"
 
 _VALIDATION_NAMES = ("val", "validation", "valid", "dev", "test")
@@ -43,7 +43,7 @@ _ARCHIVES = (".tar", ".parquet", ".tgz", *(f".tar{ending}" for ending in COMPRES
 _OPTIONS = ("image", "label", "train", "validation", "revision")
 
 Opener: TypeAlias = Callable[[tuple[str, ...] | None], Images]
-"""From the class names to expect, if they are known, to images."""
+"""Opens images; the argument is the expected class names, or `None` if they are unknown."""
 
 
 class Split(NamedTuple):
@@ -54,12 +54,12 @@ class Split(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Images to evaluate a model on: the part that a source holds out, or all that it has.
+    """Images for evaluation: the held-out part of a source, or all of its images.
 
     Attributes:
-        dataset: name of the data, for the record.
-        split: name of the part, where the data have one.
-        source: what messages call it.
+        dataset: name of the data, for the result.
+        split: name of the part, if the data have parts.
+        source: the data's name in messages.
     """
 
     images: Images
@@ -69,7 +69,7 @@ class Part(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """The parts of a source, to be opened on demand: one, or one to train on and one held out."""
+    """The parts of a source, opened on demand: one with all images, or one for training and one held out."""
 
     first: Opener
     held_out: Opener | None = None
@@ -79,13 +79,13 @@ class _Source(NamedTuple):
 def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int = 0) -> Split:
     """Open a source as training and held-out images.
 
-    A folder with `train/` and `val/` (or `validation/`, `test/`) inside, tar or parquet files with such names, and a
-    data set of the Hub with such parts are split already. Of any other source `validation_fraction` of each class is
-    held out, the same part for the same `seed`.
+    Some sources are split already: a folder with `train/` and `val/` (or `validation/`, `test/`), tar or parquet files
+    with such names, and a data set of the Hub with such parts. Of any other source, `validation_fraction` of each class
+    is held out; the same `seed` holds out the same images.
 
     Raises:
-        DataError: for data that are not there or cannot be read: see `ImageFolder.scan`, `TarShards.index`,
-            `HFDataset.labelled`; also if a class is too small to be split.
+        DataError: if the data are missing or unreadable (see `ImageFolder.scan`, `TarShards.index`,
+            `HFDataset.labelled`), or if a class is too small to be split.
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction must be between 0 and 1, not {validation_fraction!r}")
@@ -98,12 +98,12 @@ def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int 
 
 
 def has_held_out(source: str) -> bool:
-    """Return whether the source brings its own held-out part."""
+    """Return whether the source has a held-out part of its own."""
     return _parts(source).held_out is not None
 
 
 def open_held_out(source: str) -> Part:
-    """Open the part that a source holds out itself, or else all of its images.
+    """Open the held-out part of a source, or all of its images if it has none.
 
     Raises:
         DataError: as `open_split`.
@@ -124,22 +124,22 @@ def open_held_out(source: str) -> Part:
 
 
 def open_all(source: str, *, part: str | None = None) -> Images:
-    """Open every image of a source, whatever labels and parts it has, in an order that is the same each time.
+    """Open every image of a source, with or without labels, of all its parts, always in the same order.
 
     - Digits are named `digit 17`.
-    - Of a folder, every image at any depth is meant, named by its path from there. A folder without images stands for
-      the tar or parquet files below it.
-    - Of tar files, every image member, with a label or without, named by its file and its own name.
-    - Of parquet files, every row, named `row 17`, counted over the files in the order of their names.
-    - Of the Hub, every row, named `train, row 17`.
+    - A folder gives every image at any depth, named by its path from the folder. A folder without images gives those
+      of the tar or parquet files below it.
+    - Tar files give every image member, named by file and member.
+    - Parquet files give every row, named `row 17`, counted over the files in the order of their names.
+    - A Hub data set gives every row, named `train, row 17`.
 
-    Hidden files and folders are passed over.
+    Hidden files and folders are skipped.
 
     Args:
-        part: open this part of a Hub data set alone.
+        part: open only this part of a Hub data set.
 
     Raises:
-        DataError: for data that are not there, hold no images, or cannot be opened.
+        DataError: if the data are missing, hold no images, or cannot be opened.
     """
     if part is not None and not source.startswith(HUB):
         raise DataError(f"{source!r} has no parts to choose from, as {HUB}ORG/NAME has; leave the part {part!r} out")
@@ -153,6 +153,7 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         facts = f"{path} {options.get('revision')} {[len(dataset[name]) for name in names]}"
         tables = {f"{name}, ": dataset[name] for name in names}
         return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), facts=facts)
+    # Local files: a folder of images, or the archives that the source names.
     path, options = split_options(source)
     root = Path(path)
     if root.is_dir():
@@ -172,6 +173,7 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         raise DataError(f"{source!r} is no folder, tar file or parquet file; give single images without --data")
     else:
         base, archives = root.parent, [root]
+    # Archives: parquet files, or else tar files.
     if _are_parquet(archives, source):
         _check_options(options, ("image",), source)
         facts = " ".join(f"{file.relative_to(base).as_posix()} {file.stat().st_size}" for file in archives)
@@ -182,7 +184,7 @@ def open_all(source: str, *, part: str | None = None) -> Images:
 
 
 def fingerprint(images: Images) -> str:
-    """Return the SHA-256 of names and stamp: other images, or another order of them, have another one."""
+    """Return the SHA-256 of names and stamp, which differs for other images or another order."""
     digest = hashlib.sha256(images.stamp().encode())
     for i in range(len(images)):
         digest.update(b"\0" + os.fsencode(images.name(i)))
@@ -214,7 +216,7 @@ def _parts(source: str) -> _Source:
 
 
 def _held_out_folder(root: Path) -> Path | None:
-    """Return the part beside `root/train/` that is not trained on; `None` if there is no `train/`."""
+    """Return the held-out folder beside `root/train/`; `None` if there is no `train/`."""
     if not (root / "train").is_dir():
         return None
     name = _first(_VALIDATION_NAMES, {name for name in _VALIDATION_NAMES if (root / name).is_dir()})
@@ -233,7 +235,7 @@ def _open_folder(folder: Path, options: dict[str, str]) -> Opener:
 
 
 def _archives_in(folder: Path) -> list[Path]:
-    """List the tar and parquet files directly in a folder; none if there are subfolders, which are then classes."""
+    """List the tar and parquet files directly in a folder; none if it has subfolders, which are then classes."""
     entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(path.is_dir() for path in entries):
         return []
@@ -241,20 +243,20 @@ def _archives_in(folder: Path) -> list[Path]:
 
 
 def _file_parts(files: list[Path], source: str, options: dict[str, str]) -> _Source:
-    """Split files where names such as `train-00000.tar` and `data_val.parquet` say of all of them what they are."""
+    """Split files if all their names tell the part, such as `train-00000.tar` and `data_val.parquet`."""
     words = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
     train = options.get("train", "train")
     validation = options.get("validation") or _first(_VALIDATION_NAMES, set().union(*words.values()))
-    trained = [path for path in files if train in words[path]]
+    training = [path for path in files if train in words[path]]
     held_out = [path for path in files if validation in words[path]]
-    if not trained or not held_out:
+    if not training or not held_out:
         if "train" in options or "validation" in options:
-            raise DataError(f"no files of {source!r} have the names that it asks for as parts")
+            raise DataError(f"{source!r} needs files named after both parts, {train} and {validation or 'validation'}")
         return _Source(_open_files(files, source, options))
     strange = [path for path in files if not words[path] & {train, validation, *_VALIDATION_NAMES}]
     if strange:
-        raise DataError(f"{str(strange[0])!r} names no part, as train and {validation} do; move it elsewhere")
-    return _Source(_open_files(trained, source, options), _open_files(held_out, source, options), validation)
+        raise DataError(f"{str(strange[0])!r} has the name of no part ({train}, {validation}); move it elsewhere")
+    return _Source(_open_files(training, source, options), _open_files(held_out, source, options), validation)
 
 
 def _open_files(files: list[Path], source: str, options: dict[str, str]) -> Opener:
@@ -307,7 +309,7 @@ def _first(names: tuple[str, ...], present: set[str]) -> str | None:
 
 
 def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, seed: int) -> np.ndarray:
-    """Choose a part of each class at random; `(len(labels),)` bool."""
+    """Select `fraction` of each class at random, as a bool mask `(len(labels),)`."""
     rng = np.random.default_rng([seed, 0x5EED])
     held_out = np.zeros(len(labels), dtype=bool)
     for label, name in enumerate(classes):
@@ -326,19 +328,19 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
 
 
 def split_options(source: str) -> tuple[str, dict[str, str]]:
-    """Split a name from its options `?image=…&label=…`; a `?` of a file pattern begins none."""
+    """Split a source into name and options `?image=…&label=…`; a `?` of a file pattern stays in the name."""
     path, mark, query = source.rpartition("?")
     if not mark or not re.fullmatch(r"\w+=[^&=]*(&\w+=[^&=]*)*", query):
         return source, {}
     options = dict(parse_qsl(query, keep_blank_values=True))
     _check_options(options, _OPTIONS, source)
     if not all(options.values()):
-        raise DataError(f"{source!r} leaves an option empty")
+        raise DataError(f"{source!r} has an option without a value; write ?NAME=VALUE")
     return path, options
 
 
 def _check_options(options: dict[str, str], known: tuple[str, ...], source: str) -> None:
     for name in options:
         if name not in known:
-            remedy = f"there {', '.join(known)} can stand" if known else "it takes none"
+            remedy = f"it takes {', '.join(known)}" if known else "it takes none"
             raise DataError(f"{source!r} does not take the option {name!r}; {remedy}")

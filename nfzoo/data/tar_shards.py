@@ -1,4 +1,4 @@
-"""Images in tar files of the WebDataset layout, read at random from an index of their members, without unpacking."""
+"""Images in tar files of the WebDataset layout: random access by an index of the members, without unpacking."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
 CLASSES_FILE = "classes.txt"
 COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
-"""Endings of what is no plain tar file and has no members that could be read at random."""
+"""Endings of compressed files, whose members allow no random access."""
 
-_LONGEST_LABEL = 1 << 20  # bytes of a label file
+_MAX_LABEL_SIZE = 1 << 20  # bytes of a label file
 _OPEN_FILES = 128
-_READERS = 16  # files indexed at a time: on a network disk the headers cost waiting, not work
+_READERS = 16  # files indexed at a time; on a network disk, reading headers is waiting
 _LOCK = threading.Lock()
 
 
@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """A tar file as it was when it was indexed."""
+    """The state of a tar file when it was indexed."""
 
     path: str
     size: int
@@ -55,12 +55,12 @@ _Index = tuple[_Shard, list[tuple[Member, int]]]  # images with their labels
 class TarShards(Images[io.BytesIO]):
     """Images in tar files.
 
-    Reading moves no position and takes no lock, so threads and processes share the object, forked or pickled.
+    Reading changes no file position and takes no lock, so threads and processes, forked or pickled, share the object.
 
     Attributes:
         shards: the files.
-        prefixes: what stands before the names of their members in the names of images.
-        names: the image members of all files.
+        prefixes: the text before the member's name in the names of images, for each file.
+        names: names of the image members of all files.
         ranges: shard, first byte and number of bytes of each member, int64 `(len(names), 3)`.
     """
 
@@ -71,18 +71,18 @@ class TarShards(Images[io.BytesIO]):
 
     @classmethod
     def index(cls, paths: Sequence[str | Path], classes: tuple[str, ...] | None = None) -> TarShards:
-        """Read the headers and labels of all files, and of the images nothing.
+        """Read the headers and labels of all files, but no images.
 
         The label of `KEY.jpg` (or another image) is the number in `KEY.cls`, or `label` in `KEY.json`. `KEY` is the
         member's name up to the first dot of its last part, as in WebDataset.
 
         Args:
-            classes: the class names, where they are known already. Else they are the lines of a `classes.txt` beside
-                the first file or one folder up, or, without one, the numbers from 0 to the greatest label.
+            classes: the class names, if they are known. By default they are the lines of a `classes.txt` beside the
+                first file or one folder up. Without that file they are the numbers from 0 to the greatest label.
 
         Raises:
-            DataError: for a file that is cut off, compressed or no tar file, for an image without a label or the
-                reverse, for two members of the same name, and for a label that is no number of a class.
+            DataError: if a file is cut off, compressed or no tar file; if an image has no label, or a label no image;
+                if two members have one name; or if a label is no number of a class.
         """
         if not paths:
             raise DataError("there are no tar files to read")
@@ -105,10 +105,10 @@ class TarShards(Images[io.BytesIO]):
 
     @classmethod
     def unlabelled(cls, paths: Sequence[Path], base: Path) -> TarShards:
-        """Read the headers of all files; images are named by the file's path from `base` and the member's name.
+        """Read the headers of all files; an image is named by its file's path from `base` and its member's name.
 
         Raises:
-            DataError: as `index`, but for labels.
+            DataError: as `index`, except for labels.
         """
         files = [str(path) for path in paths]
         indices = _read_indices(files, labelled=False)
@@ -149,27 +149,27 @@ class TarShards(Images[io.BytesIO]):
 
 
 class _Opened:
-    """A file descriptor that is closed with its last user."""
+    """A file descriptor that is closed with its last reference."""
 
     def __init__(self, shard: _Shard) -> None:
         self.descriptor = os.open(shard.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         status = os.fstat(self.descriptor)
         if (status.st_size, status.st_mtime_ns) != (shard.size, shard.modified):
-            raise DataError(f"{shard.path!r} was changed after it was indexed; start again with files that stay")
+            raise DataError(f"{shard.path!r} changed after it was indexed; start again, and keep the files unchanged")
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
 
-# A descriptor is inherited by a forked process and reading by offset moves nothing in it, so all may share it.
+# Forked processes inherit descriptors, and reading at an offset does not move them, so all may share them.
 _opened = functools.lru_cache(maxsize=_OPEN_FILES)(_Opened)
 
 
 def _read_at(descriptor: int, size: int, offset: int) -> bytes:
     if hasattr(os, "pread"):
         return os.pread(descriptor, size, offset)
-    with _LOCK:  # Windows has no such call, and no fork
+    with _LOCK:  # Windows has neither pread nor fork
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, size)
 
@@ -180,11 +180,10 @@ def _read_at(descriptor: int, size: int, offset: int) -> bytes:
 def list_members(file: BinaryIO, path: str) -> Iterator[Member]:
     """List the regular files of an open tar file, in its order.
 
-    `tarfile` ends its list without an error at a damaged or missing header. So the end mark is looked for where it
-    stopped.
+    `tarfile` stops without an error at a damaged or missing header, so this looks for the end mark there.
 
     Raises:
-        DataError: for a file that is no tar file, damaged, cut off before its end mark, or has sparse members.
+        DataError: if the file is no tar file, is damaged, is cut off before its end mark, or has sparse members.
     """
     length = os.fstat(file.fileno()).st_size
     try:
@@ -194,13 +193,13 @@ def list_members(file: BinaryIO, path: str) -> Iterator[Member]:
     while True:
         try:
             member = tar.next()
-        except (tarfile.TarError, ValueError):  # of the header after the last good member
+        except (tarfile.TarError, ValueError):  # from the header after the last good member
             break
         if member is None:
             if _read_at(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(tarfile.BLOCKSIZE):
                 return
             break
-        tar.members.clear()  # type: ignore[attr-defined]  # else all are kept
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
         if member.issparse():
             raise DataError(f"{path!r} holds sparse members; make it again without `tar --sparse`")
         if member.size < 0:
@@ -272,16 +271,15 @@ def _labelled_images(file: BinaryIO, path: str, members: Iterable[Member]) -> li
         text = texts.get((key, "cls")) or texts.get((key, "json"))
         if text is None:
             raise DataError(
-                f"{image.name!r} in {path!r} has no label; beside it belongs {key + '.cls'!r}, which holds the number "
-                "of its class"
+                f"{image.name!r} in {path!r} has no label; add {key + '.cls'!r}, which holds the number of its class"
             )
         samples.append((image, _label(file, path, text)))
     return samples
 
 
 def _label(file: BinaryIO, path: str, member: Member) -> int:
-    if member.size > _LONGEST_LABEL:
-        raise DataError(f"{member.name!r} in {path!r} is {member.size:,} bytes long, and no label")
+    if member.size > _MAX_LABEL_SIZE:
+        raise DataError(f"{member.name!r} in {path!r} is {member.size:,} bytes long, too long for a label")
     content = _read_at(file.fileno(), member.size, member.offset)
     is_json = member.name.lower().endswith(".json")
     try:
@@ -301,7 +299,7 @@ def _label(file: BinaryIO, path: str, member: Member) -> int:
 
 
 def _class_names(shard: Path) -> tuple[str, ...] | None:
-    """Read the lines of `classes.txt`; empty ones at the end do not count."""
+    """Read the lines of `classes.txt`, if it exists; trailing empty lines do not count."""
     for folder in (shard.parent, shard.absolute().parent.parent):
         path = folder / CLASSES_FILE
         if path.is_file():

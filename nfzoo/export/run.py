@@ -79,9 +79,13 @@ def exported_program(
 def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
     """Write a program of torch.export, `torch.export.load(path).module()`, for images of other sizes too."""
     count, channels, _, side = images.shape
-    # An example that is square or odd, or whose last map has one pixel, would be taken for a rule.
-    images = images.new_zeros((count, channels, 64, 96))
-    torch.export.save(exported_program(model, images, batch=batch, step=size_step(side)), path)
+    # An example that is square or odd, or whose last map has one pixel, would be taken for a rule. So would one that
+    # divides by more than the sizes that are to come.
+    step = size_step(side)
+    unit = max(2, step)
+    height, width = (unit * (n // unit + 1) for n in (64, 96))
+    program = exported_program(model, images.new_zeros((count, channels, height, width)), batch=batch, step=step)
+    torch.export.save(program, path)
 
 
 def size_step(size: int) -> int:

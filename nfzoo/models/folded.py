@@ -1,7 +1,8 @@
-"""The inference form of a plan: plain convolutions, with everything that is constant multiplied into their weights.
+"""The inference form of a plan: plain convolutions whose weights have every constant factor multiplied into them.
 
-An activation's gamma and a block's beta are linear in the convolutions that read them, the shortcut's included (its
-average pool is linear too); alpha and the skip gain end a branch whose last step is a convolution, or else a gate.
+An activation's gamma and a block's beta scale the input of a convolution, so they can scale its weight instead. This
+holds for the shortcut's convolution too, as its average pool is linear. Alpha and the skip gain scale the output of a
+branch: they go into its last convolution, or into the scale of the gate that follows it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NO_NOISE = "a model folded for inference takes no noise: dropout and stochastic 
 
 @dataclasses.dataclass(frozen=True)
 class FoldedConv:
-    """A convolution between the activations `before` and `after`, where there are such."""
+    """A convolution between the activations `before` and `after`, each of which may be absent."""
 
     before: str | None
     after: str | None
@@ -43,19 +44,19 @@ class FoldedConv:
         )
 
     def by_itself(self) -> FoldedConv:
-        """The same, to be compiled alone: see `FoldedBlock.alone`."""
+        """Return this convolution for a graph of its own: see `FoldedBlock.alone`."""
         return dataclasses.replace(self, alone=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldedBlock:
-    """The residual block of any family: `x -> shortcut + residual`, all scales being in the weights.
+    """The residual block of any family: `x -> shortcut + residual`, with all scales in the weights.
 
     Attributes:
         pair: whether a second 3x3 convolution follows the first.
         inner: whether attention follows the first 3x3 convolution, not the last 1x1.
         pooled: whether a downsampling shortcut averages 2x2 pixels; else its kernel strides.
-        alone: whether, when compiled, the block is all there is to compile, with no transform around it.
+        alone: whether a compiled graph holds this block only, with no transform of `torch.func` around it.
     """
 
     activation: str
@@ -94,17 +95,17 @@ class FoldedBlock:
         return torch.addcmul(shortcut, self.gate(p, out), out)  # one pass, not two
 
     def by_itself(self) -> FoldedBlock:
-        """The same, to be compiled alone."""
+        """Return this block for a graph of its own: see `alone`."""
         return dataclasses.replace(self, alone=True)
 
     def act(self, x: Tensor) -> Tensor:
-        """The activation, whose gamma is in the weights that read it."""
+        """Apply the activation; its gamma is in the weights that read it."""
         return nf.activate(x, self.activation)
 
     def conv(
         self, p: Mapping[str, Tensor], name: str, x: Tensor, activation: str | None = None, **geometry: int
     ) -> Tensor:
-        """Convolution `name` with its weight as it is, and the activation behind it."""
+        """Convolve with the weight `name`, already standardised, then apply the activation."""
         return onednn.conv2d(
             x,
             p[f"{name}.weight"],
@@ -116,16 +117,16 @@ class FoldedBlock:
         )
 
     def attend(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Attention inside the branch."""
+        """Apply the attention that lies inside the branch."""
         return x if self.attention == "none" else self.gate(p, x) * x
 
     def gate(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """`scale * gate`, `(N, C, 1, 1)`, where `scale` is the attention's 2 times whatever ends the branch."""
+        """Return `scale * gate`, `(N, C, 1, 1)`; `scale` is the attention's factor 2, times alpha and the skip gain."""
         gate = nf.squeeze_excite(p, x) if self.attention == "se" else nf.efficient_channel_attention(p, x)
         return p["scale"] * gate
 
     def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
-        """`x`; on a transition a 1x1 kernel on the activated input `out`, pooled or strided."""
+        """Return `x` or, on a transition, a 1x1 convolution of the activated input `out`, pooled or strided."""
         g = self.geometry
         if not g.transition:
             return x
@@ -138,7 +139,7 @@ class FoldedBlock:
 
 @dataclasses.dataclass(frozen=True)
 class FoldedPool:
-    """`(N, C, H, W) -> (N, C)`: activation, the mean over all pixels, then gamma, so that embeddings stay equal."""
+    """`(N, C, H, W) -> (N, C)`: activation, mean over all pixels, times gamma, so that embeddings stay equal."""
 
     before: str | None
     gamma: float
@@ -150,7 +151,7 @@ class FoldedPool:
 
 
 def folded_classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-    """`(N, C) -> (N, classes)`: a linear layer."""
+    """Map `(N, C)` to logits `(N, classes)` by a linear layer."""
     _refuse(keep)
     return classifier(p, x, beta, None)
 
@@ -164,20 +165,21 @@ def _refuse(keep: Tensor | None) -> None:
 
 
 def folded_plan(plan: Plan) -> Plan:
-    """The plan whose blocks are the inference form of `plan`'s, with the same names and features.
+    """Return the plan of the blocks' inference forms, with the same names and features.
 
-    A convolution takes over the activation that the next block begins with, unless its output is a feature map.
+    A convolution of the stem or the end computes the activation with which the next block begins, unless its own
+    output is a feature map.
     """
     after = [None if b.feature or not isinstance(b.fn, Conv) else _before(c) for b, c in itertools.pairwise(plan)]
-    handed = [None, *after]
+    computed = [None, *after]  # the activation that the previous block has applied already
     return tuple(
-        Block(b.name, _function(b, None if taken else _before(b), own), _specs(b), feature=b.feature)
-        for b, taken, own in zip(plan, handed, [*after, None], strict=True)
+        Block(b.name, _function(b, None if applied else _before(b), own), _specs(b), feature=b.feature)
+        for b, applied, own in zip(plan, computed, [*after, None], strict=True)
     )
 
 
 def _before(block: Block) -> str | None:
-    """The activation that a block of the stem or the end begins with."""
+    """Return the activation with which a block of the stem or the end begins."""
     fn = block.fn
     return fn.layers.activation if isinstance(fn, Pool) or (isinstance(fn, Conv) and fn.activated) else None
 
@@ -215,15 +217,15 @@ def _specs(block: Block) -> Specs:
 
 
 def _no_init(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """A shape on the meta device; there are no random weights of a folded model."""
+    """Return an empty tensor on the meta device; a folded model has no random weights."""
     value = torch.empty(shape, device=device, dtype=dtype)
     if not value.is_meta:
-        raise ConfigError("a folded model has no random weights; create the model without folded, and fold that")
+        raise ConfigError("a folded model has no random weights; create the model without `folded`, then fold it")
     return value
 
 
 def fold_block(block: Block, p: Mapping[str, Tensor]) -> Params:
-    """The parameters of a block's inference form, in the dtype of `p`, which should be float64."""
+    """Return the parameters of a block's inference form, in the dtype of `p`, which should be float64."""
     fn = block.fn
     if isinstance(fn, Conv):
         scale = _gamma(fn.layers) if fn.activated else 1.0
@@ -248,5 +250,5 @@ def fold_block(block: Block, p: Mapping[str, Tensor]) -> Params:
 
 
 def _gamma(layers: Layers) -> float:
-    """The factor of every activation; where the rules have it on the weights, it is there already."""
+    """Return the factor of every activation; 1 where the rules put it on the weights."""
     return 1.0 if layers.rule.gamma_on_weight else nf.GAMMA[layers.activation]

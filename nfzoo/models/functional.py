@@ -32,19 +32,19 @@ _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """`act(x)` without its gamma; `name` is a key of `GAMMA`."""
+    """Return `act(x)`, without gamma; `name` is a key of `GAMMA`."""
     return _ACTIVATION[name](x)
 
 
 def scaled_activation(x: Tensor, name: str) -> Tensor:
-    """`gamma * act(x)`, of unit variance for `x ~ N(0, 1)`. Source: arXiv 2101.08692, section 4."""
+    """Return `gamma * act(x)`, of unit variance for `x ~ N(0, 1)`. Source: arXiv 2101.08692, section 4."""
     return _ACTIVATION[name](x) * GAMMA[name]
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
-    """Padding before and after one axis of `size` pixels that TensorFlow calls SAME: output `ceil(size / stride)`.
+    """Return TensorFlow's SAME padding before and after an axis of `size` pixels: the output has `ceil(size / stride)`.
 
-    Of an odd total the extra pixel goes behind, so that it is not symmetric under stride 2.
+    If the total is odd, the extra pixel goes behind. Under stride 2 the padding is therefore not symmetric.
     """
     # In this form the padding of a symbolic size, such as 32 * n in an export, is a plain number.
     total = max((kernel - 1) * dilation + 1 - stride + -size % stride, 0)
@@ -52,10 +52,10 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tupl
 
 
 def dense_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """SAME padding of a strided kernel whose stride is left out (output stride below 32).
+    """Return the SAME padding of a strided kernel whose stride is left out (output stride below 32).
 
-    The axis holds `dilation` interleaved copies of the strided network's axis; the front padding is the strided
-    network's own, so that every `stride * dilation`-th output is the strided network's output.
+    The axis holds `dilation` interleaved copies of the strided network's axis. The front padding is that of the strided
+    network, so every `stride * dilation`-th output is the strided network's output.
     """
     front = same_padding(-(-size // dilation), kernel, stride)[0] * dilation
     return front, (kernel - 1) * dilation - front
@@ -77,7 +77,7 @@ def conv2d(
     same: bool = True,
     skipped_stride: int = 1,
 ) -> Tensor:
-    """Convolution of `(N, in, H, W)` with SAME (TensorFlow) or symmetric padding, to `ceil(H / stride)` rows.
+    """Convolve `(N, in, H, W)` with SAME (TensorFlow) or symmetric padding, to `ceil(H / stride)` rows.
 
     `skipped_stride` is the stride that was taken out of this convolution to keep the output dense.
     """
@@ -90,7 +90,7 @@ def conv2d(
 def conv_input(
     x: Tensor, kernel: int, *, stride: int, dilation: int, same: bool, skipped_stride: int
 ) -> tuple[Tensor, int]:
-    """`(N, in, H, W)` padded where `conv2d` needs more than an equal margin on all sides, and that margin."""
+    """Return the input of `conv2d`, padded where its padding is asymmetric, and the symmetric padding that is left."""
     half = (kernel - 1) * dilation // 2
     if kernel == 1 or not same or (stride == 1 and skipped_stride == 1):
         return x, half
@@ -103,9 +103,9 @@ def conv_input(
 
 
 def shortcut_pool(x: Tensor, *, stride: int, dilation: int = 1) -> Tensor:
-    """2x2 average pool that halves `(N, C, H, W)`, rounding up, padding not counted.
+    """Halve `(N, C, H, W)` by a 2x2 average pool; odd sides are rounded up, and padding does not count.
 
-    With `stride=1` it is the same pool with the stride left out, over neighbours `dilation` pixels apart.
+    `stride=1` leaves the stride out, and averages pixels that lie `dilation` apart.
     """
     if stride == 2:
         return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
@@ -120,9 +120,9 @@ def shortcut_pool(x: Tensor, *, stride: int, dilation: int = 1) -> Tensor:
 
 
 def squeeze_excite(p: Mapping[str, Tensor], x: Tensor, prefix: str = "se") -> Tensor:
-    """Channel gates `sigmoid(fc1(relu(fc0(mean(x)))))` of `(N, C, H, W)`, shape `(N, C, 1, 1)`.
+    """Return the channel gates `sigmoid(fc1(relu(fc0(mean(x)))))`, `(N, C, 1, 1)`, of `(N, C, H, W)`.
 
-    Source: arXiv 1709.01507. NF-networks multiply by 2 as well, which is the caller's.
+    The caller multiplies by the 2 that NF-networks add. Source: arXiv 1709.01507.
     """
     pooled = global_mean(x)
     hidden = F.relu(F.linear(pooled, p[f"{prefix}.fc0.weight"], p[f"{prefix}.fc0.bias"]))
@@ -130,14 +130,14 @@ def squeeze_excite(p: Mapping[str, Tensor], x: Tensor, prefix: str = "se") -> Te
 
 
 def efficient_channel_attention(p: Mapping[str, Tensor], x: Tensor, prefix: str = "eca") -> Tensor:
-    """Channel gates `sigmoid(conv1d(mean(x)))` of `(N, C, H, W)`, shape `(N, C, 1, 1)`. Source: arXiv 1910.03151."""
+    """Return channel gates `sigmoid(conv1d(mean(x)))`, `(N, C, 1, 1)`, of `(N, C, H, W)`. Source: arXiv 1910.03151."""
     weight = p[f"{prefix}.weight"]
     gates = F.conv1d(global_mean(x)[:, None], weight, padding=weight.shape[-1] // 2)
     return torch.sigmoid(gates)[:, 0, :, None, None]
 
 
 def global_mean(x: Tensor) -> Tensor:
-    """Mean over the pixels of `(N, C, H, W)`, accumulated in float32 at least; `(N, C)`, of the dtype of `x`."""
+    """Return the mean over the pixels of `(N, C, H, W)`, accumulated in float32 at least, in the dtype of `x`."""
     if x.dtype in (torch.float32, torch.float64):
         return x.mean(dim=(2, 3))
     # Not `mean(..., dtype=torch.float32)`: XLA would sum in the dtype of `x` and convert the result.

@@ -1,4 +1,4 @@
-"""What the three families' plans share: layers under a set of rules, parameter specs, residual blocks, the head."""
+"""The parts of every family's plan: layers under a set of rules, parameter specs, residual blocks, the head."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from nfzoo.types import Block, Drop, Init, ParamSpec, Specs
 
 
 def zeros(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """All 0."""
+    """Return zeros."""
     return torch.zeros(shape, device=device, dtype=dtype)
 
 
 def ones(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """All 1."""
+    """Return ones."""
     return torch.ones(shape, device=device, dtype=dtype)
 
 
 def fan_in_normal(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """N(0, 1 / fan_in)."""
+    """Draw from N(0, 1 / fan_in)."""
     std = math.prod(shape[1:]) ** -0.5
     return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, std, generator=generator)
 
 
 def fan_in_truncated(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """N(0, 1 / fan_in) truncated at two standard deviations: Haiku's default for linear layers."""
+    """Draw from N(0, 1 / fan_in) truncated at two standard deviations: Haiku's default for linear layers."""
     std = math.prod(shape[1:]) ** -0.5
     value = torch.empty(shape, device=device, dtype=dtype)
     return torch.nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator)
 
 
 def fan_in_uniform(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """U(-a, a) with a = fan_in ** -0.5: torch's default for convolutions."""
+    """Draw from U(-a, a) with a = fan_in ** -0.5: torch's default for convolutions."""
     bound = math.prod(shape[1:]) ** -0.5
     return torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
 
 def classifier_normal(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """N(0, 0.01 ** 2). Source: arXiv 2102.06171, appendix."""
+    """Draw from N(0, 0.01 ** 2). Source: arXiv 2102.06171, appendix."""
     return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 0.01, generator=generator)
 
 
@@ -58,10 +58,10 @@ def classifier_normal(shape, *, generator=None, device=None, dtype=None) -> Tens
 
 @dataclass(frozen=True)
 class Layers:
-    """Activation and convolution as a set of rules has them. Hashable, so that equal blocks compare equal.
+    """Activation and convolution under a set of rules. It compares by value, as blocks must.
 
     Attributes:
-        ready: whether kernels come standardised, as `standardized` gives them.
+        ready: whether the kernels in the parameters are standardised already, by `standardized`.
     """
 
     activation: str
@@ -73,11 +73,11 @@ class Layers:
         return cls(cfg.activation, cfg.rule)
 
     def act(self, x: Tensor) -> Tensor:
-        """The activation, times gamma unless the rules put gamma on the weights."""
+        """Apply the activation, times gamma unless the rules put gamma on the weights."""
         return (nf.activate if self.rule.gamma_on_weight else nf.scaled_activation)(x, self.activation)
 
     def weight(self, p: Mapping[str, Tensor], name: str, kernels: RowKernels | None = None) -> Tensor:
-        """The standardised kernel of convolution `name`."""
+        """Return the standardised kernel of convolution `name`."""
         if self.ready:
             return p[f"{name}weight"]
         scale = nf.GAMMA[self.activation] if self.rule.gamma_on_weight else 1.0
@@ -86,7 +86,7 @@ class Layers:
         )
 
     def standardized(self, p: Mapping[str, Tensor], kernels: RowKernels) -> dict[str, Tensor]:
-        """Parameters with every kernel standardised, its gain gone: what a block with `ready` layers takes."""
+        """Return the parameters of a block with `ready` layers: kernels standardised, their gains removed."""
         names = [key.removesuffix("weight") for key in p if key.endswith("weight")]
         convolutions = [name for name in names if f"{name}gain" in p]
         rest = {key: value for key, value in p.items() if key.removesuffix("gain") not in convolutions}
@@ -103,7 +103,7 @@ class Layers:
         groups: int = 1,
         skipped_stride: int = 1,
     ) -> Tensor:
-        """The weight-standardised convolution whose parameters are `{name}weight`, `{name}gain`, `{name}bias`."""
+        """Convolve `x` with the standardised `{name}weight` and its `{name}gain`, and add `{name}bias`."""
         return nf.conv2d(
             x,
             self.weight(p, name),
@@ -117,7 +117,7 @@ class Layers:
 
 
 def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 1, gain: Init = ones) -> Specs:
-    """Parameters of one weight-standardised convolution."""
+    """Return the parameters of one weight-standardised convolution."""
     return {
         f"{name}weight": ParamSpec((outputs, inputs // groups, kernel, kernel), fan_in_normal, "weight"),
         f"{name}gain": ParamSpec((outputs,), gain, "gain"),
@@ -126,7 +126,7 @@ def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 
 
 
 def attention_specs(kind: Attention, channels: int, hidden: int, rule: Rules) -> Specs:
-    """Parameters of squeeze-excite (`se.fc0`, `se.fc1`) or efficient channel attention (`eca`)."""
+    """Return the parameters of squeeze-excite (`se.fc0`, `se.fc1`) or efficient channel attention (`eca`)."""
     if kind == "none":
         return {}
     if kind == "eca":
@@ -143,7 +143,10 @@ def attention_specs(kind: Attention, channels: int, hidden: int, rule: Rules) ->
 
 
 def attend(kind: Attention, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """`2 * gate * x`: the 2 restores the scale, as a gate is 1/2 on average. Source: arXiv 2101.08692, section 4."""
+    """Return `2 * gate * x`: a gate is 1/2 on average, so the 2 keeps the scale.
+
+    Source: arXiv 2101.08692, section 4.
+    """
     if kind == "none":
         return x
     gate = nf.squeeze_excite(p, x) if kind == "se" else nf.efficient_channel_attention(p, x)
@@ -156,8 +159,8 @@ def attend(kind: Attention, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
 class Geometry(NamedTuple):
     """Channels and pixels of a residual block.
 
-    `dilation` is that of the grid the block receives, `out_dilation` of the one it hands on; they differ, by
-    `skipped_stride`, only where the output stride is kept below the network's own.
+    `dilation` belongs to the input grid, `out_dilation` to the output grid. They differ by the factor `skipped_stride`,
+    which is above 1 only where `output_stride` is below the network's own.
     """
 
     inputs: int
@@ -169,45 +172,45 @@ class Geometry(NamedTuple):
 
     @property
     def downsamples(self) -> bool:
-        """Whether the block halves the resolution, or would if its stride were not left out."""
+        """True if the block halves the resolution, or would if its stride were not left out."""
         return self.stride * self.skipped_stride > 1
 
     @property
     def transition(self) -> bool:
-        """Whether the block changes resolution or width, so that its shortcut is a convolution."""
+        """True if the block changes resolution or width, so that its shortcut is a convolution."""
         return self.downsamples or self.inputs != self.outputs
 
 
-class Site(NamedTuple):
-    """Where in the tower a residual block stands."""
+class Position(NamedTuple):
+    """Position of a residual block in the tower."""
 
     name: str
-    position: int
+    block_index: int
     geometry: Geometry
     beta: float
     drop: Drop | None
     feature: bool
 
 
-def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int, ...]) -> Iterator[Site]:
-    """The sites of all residual blocks, in order.
+def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int, ...]) -> Iterator[Position]:
+    """Yield the position of each residual block, in order.
 
-    `beta = 1 / sqrt(expected variance)`; the variance starts at 1, is reset to 1 by the first block of each stage, and
-    every block, that one included, adds `alpha ** 2`. Source: arXiv 2101.08692, section 4.
+    `beta = 1 / sqrt(expected variance)`. The expected variance starts at 1. The first block of each stage resets it to
+    1; then every block, the first included, adds `alpha ** 2`. Source: arXiv 2101.08692, section 4.
     """
-    variance, reached, dilation, index = 1.0, stem_stride, 1, 0
+    variance, total_stride, dilation, index = 1.0, stem_stride, 1, 0
     blocks = sum(cfg.depths)
     steps = max(blocks - 1, 1) if cfg.rule.last_block_rate else blocks
     for stage, (depth, outputs) in enumerate(zip(cfg.depths, widths, strict=True)):
         for b in range(depth):
-            wanted = 2 if b == 0 and (stage > 0 or stem_stride == 2) else 1
-            stride = wanted if reached * wanted <= cfg.output_stride else 1
-            skipped = wanted // stride
+            nominal = 2 if b == 0 and (stage > 0 or stem_stride == 2) else 1
+            stride = nominal if total_stride * nominal <= cfg.output_stride else 1
+            skipped = nominal // stride
             rate = cfg.stochastic_depth * index / steps
             scale = 1 / (1 - rate) if cfg.rule.rescale_drop else 1.0
-            yield Site(
+            yield Position(
                 name=f"stages.{stage}.{b}",
-                position=index,
+                block_index=index,
                 geometry=Geometry(inputs, outputs, stride, skipped, dilation, dilation * skipped),
                 beta=variance**-0.5,
                 drop=Drop(rate, (1, 1, 1), scale) if cfg.stochastic_depth else None,
@@ -216,12 +219,12 @@ def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int,
             if b == 0:
                 variance = 1.0
             variance += cfg.alpha**2
-            inputs, reached, dilation, index = outputs, reached * stride, dilation * skipped, index + 1
+            inputs, total_stride, dilation, index = outputs, total_stride * stride, dilation * skipped, index + 1
 
 
 @dataclass(frozen=True)
 class ResidualBlock(abc.ABC):
-    """`x -> shortcut + alpha * skip_gain * keep * residual`; a family says what the two branches are."""
+    """`x -> shortcut + alpha * skip_gain * keep * residual`; a family defines the two branches."""
 
     layers: Layers
     geometry: Geometry
@@ -233,11 +236,11 @@ class ResidualBlock(abc.ABC):
 
     @abc.abstractmethod
     def specs(self) -> Specs:
-        """The block's parameters."""
+        """Return the block's parameters."""
 
     @abc.abstractmethod
     def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-        """`(shortcut, residual)` of `(N, inputs, H, W)`; the residual before stochastic depth, skip gain and alpha."""
+        """Return shortcut and residual of `(N, inputs, H, W)`, without stochastic depth, skip gain and alpha."""
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         shortcut, residual = self.branches(p, x, beta)
@@ -248,23 +251,23 @@ class ResidualBlock(abc.ABC):
         return residual * self.alpha + shortcut
 
     def pooled(self, out: Tensor) -> Tensor:
-        """Return what the shortcut's 1x1 kernel reads: the activated input, average-pooled if the block downsamples."""
+        """Return the input of the shortcut's convolution: `out`, average-pooled if the block downsamples."""
         g = self.geometry
         return nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation) if g.downsamples else out
 
     @property
     def strided(self) -> dict[str, int]:
-        """Return the geometry of `conv1`, the 3x3 convolution that has the block's stride."""
+        """The geometry of `conv1`, the 3x3 convolution that has the block's stride."""
         g = self.geometry
         return {"stride": g.stride, "skipped_stride": g.skipped_stride, "dilation": g.dilation, "groups": self.groups}
 
     def shortcut_specs(self) -> Specs:
-        """The shortcut's convolution, on a transition."""
+        """Return the parameters of the shortcut's convolution, which only a transition has."""
         g = self.geometry
         return conv_specs("shortcut.", g.inputs, g.outputs, 1) if g.transition else {}
 
     def skip_gain_specs(self) -> Specs:
-        """The skip gain, if the rules have one."""
+        """Return the skip gain, if the rules have one."""
         return {"skip_gain": ParamSpec((1,), zeros, "skip_gain")} if self.layers.rule.skip_gain else {}
 
     @property
@@ -272,10 +275,16 @@ class ResidualBlock(abc.ABC):
         """Initial gain of the branch's last convolution: 0 where no skip gain closes the branch."""
         return ones if self.layers.rule.skip_gain else zeros
 
-    def block(self, site: Site) -> Block:
-        """This function at its place in the plan."""
+    def block(self, position: Position) -> Block:
+        """Return the block of the plan that computes this function at `position`."""
         return Block(
-            site.name, self, self.specs(), beta=site.beta, drop=site.drop, branches=self.branches, feature=site.feature
+            position.name,
+            self,
+            self.specs(),
+            beta=position.beta,
+            drop=position.drop,
+            branches=self.branches,
+            feature=position.feature,
         )
 
 
@@ -305,14 +314,14 @@ class Pool:
 
 
 def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-    """`(N, C) -> (N, classes)`: dropout, then a linear layer."""
+    """Map `(N, C)` to logits `(N, classes)` by dropout and a linear layer."""
     if keep is not None:
         x = x * keep.to(x.dtype)
     return torch.nn.functional.linear(x, p["weight"], p["bias"])
 
 
 def head_blocks(cfg: ModelConfig, channels: int, init: Init = classifier_normal) -> tuple[Block, Block]:
-    """The two blocks that end every plan: `pool` gives the embedding, `head` the logits."""
+    """Return the last two blocks of every plan: `pool` computes the embedding, `head` the logits."""
     drop = Drop(cfg.drop_rate, (channels,), 1 / (1 - cfg.drop_rate)) if cfg.drop_rate else None
     specs: Specs = {
         "weight": ParamSpec((cfg.num_classes, channels), init, "head"),

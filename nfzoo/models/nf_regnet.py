@@ -49,26 +49,26 @@ class RegNetBlock(ResidualBlock):
 
 
 def plan(cfg: NFRegNetConfig) -> Plan:
-    """The blocks of an NF-RegNet: a 3x3 convolution, the tower, a final 1x1 convolution, pool, head."""
+    """Return the blocks of an NF-RegNet: a 3x3 convolution, the tower, a final 1x1 convolution, pool, head."""
     layers, rule = Layers.of(cfg), cfg.rule
     widths = tuple(rule.channels(w * cfg.width_factor) for w in cfg.widths)
     stem_width = widths[0]
     stem = conv_specs("", cfg.in_channels, stem_width, 3)
     blocks = [Block("stem.conv", Conv(layers, activated=False, stride=2), stem, feature=True)]
-    for site in tower(cfg, inputs=stem_width, stem_stride=2, widths=widths):
-        ratio = 1.0 if site.position == 0 else cfg.bottleneck
-        groups = rule.channels(site.geometry.inputs * ratio) // cfg.group_width
+    for position in tower(cfg, inputs=stem_width, stem_stride=2, widths=widths):
+        ratio = 1.0 if position.block_index == 0 else cfg.bottleneck
+        groups = rule.channels(position.geometry.inputs * ratio) // cfg.group_width
         middle = groups * cfg.group_width
         block = RegNetBlock(
             layers,
-            site.geometry,
+            position.geometry,
             middle=middle,
             groups=groups,
             attention="se",
             se_hidden=rule.channels(middle * cfg.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
         )
-        blocks.append(block.block(site))
+        blocks.append(block.block(position))
     if rule.divisor:
         features = rule.channels(1280 * cfg.widths[-1] // 440 * cfg.width_factor)
     else:

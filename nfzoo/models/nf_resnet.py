@@ -60,7 +60,7 @@ class MaxPool:
 
 
 def plan(cfg: NFResNetConfig) -> Plan:
-    """The blocks of an NF-ResNet: a 7x7 convolution and a max pool, the tower, pool, head."""
+    """Return the blocks of an NF-ResNet: a 7x7 convolution and a max pool, the tower, pool, head."""
     layers, rule = Layers.of(cfg), cfg.rule
     stem = conv_specs("", cfg.in_channels, cfg.stem_width, 7)
     blocks = [
@@ -68,16 +68,16 @@ def plan(cfg: NFResNetConfig) -> Plan:
         Block("stem.pool", MaxPool(rule.same_padding), {}),
     ]
     widths = tuple(rule.channels(w) for w in cfg.widths)
-    for site in tower(cfg, inputs=cfg.stem_width, stem_stride=4, widths=widths):
-        outputs = site.geometry.outputs
+    for position in tower(cfg, inputs=cfg.stem_width, stem_stride=4, widths=widths):
+        outputs = position.geometry.outputs
         block = BottleneckBlock(
             layers,
-            site.geometry,
+            position.geometry,
             middle=rule.channels(outputs * cfg.bottleneck),
             groups=1,
             attention=cfg.attention,
             se_hidden=rule.channels(outputs * rule.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
         )
-        blocks.append(block.block(site))
+        blocks.append(block.block(position))
     return (*blocks, *head_blocks(cfg, widths[-1]))

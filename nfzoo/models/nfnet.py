@@ -40,7 +40,7 @@ class FBlock(ResidualBlock):
 
 
 def plan(cfg: NFNetConfig) -> Plan:
-    """The blocks of an NFNet: a stem of four 3x3 convolutions, the tower, a final 1x1 convolution, pool, head."""
+    """Return the blocks of an NFNet: four 3x3 convolutions, the tower, a final 1x1 convolution, pool, head."""
     layers, rule = Layers.of(cfg), cfg.rule
     width = cfg.stem_width
     blocks: list[Block] = []
@@ -50,19 +50,19 @@ def plan(cfg: NFNetConfig) -> Plan:
         blocks.append(Block(f"stem.conv{i}", conv, conv_specs("", inputs, outputs, 3), feature=i == 2))
         inputs = outputs
     widths = tuple(rule.channels(w) for w in cfg.widths)
-    for site in tower(cfg, inputs=inputs, stem_stride=4, widths=widths):
-        outputs = site.geometry.outputs
+    for position in tower(cfg, inputs=inputs, stem_stride=4, widths=widths):
+        outputs = position.geometry.outputs
         groups = rule.channels(outputs * cfg.bottleneck) // cfg.group_width
         block = FBlock(
             layers,
-            site.geometry,
+            position.geometry,
             middle=groups * cfg.group_width,
             groups=groups,
             attention=cfg.attention,
             se_hidden=rule.channels(outputs * cfg.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
         )
-        blocks.append(block.block(site))
+        blocks.append(block.block(position))
     features = rule.channels(cfg.widths[-1] * cfg.head_ratio)
     final = Conv(layers, activated=False)
     blocks.append(Block("final_conv", final, conv_specs("", widths[-1], features, 1)))

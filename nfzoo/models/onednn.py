@@ -1,8 +1,8 @@
-"""Convolutions of inference on a CPU by oneDNN, the activation in the same kernel, weights laid out for it once.
+"""Inference on a CPU by oneDNN: convolution and activation in one kernel, with weights laid out once.
 
-Torch's own convolution lays its weights out anew in every call, passes over its output once more for the activation,
-and takes a slower kernel for a single image on a single core. The operator used here is the one that torch's compiler
-puts in the place of convolutions whose weights are constants.
+torch's own convolution lays out its weights anew in every call, passes over its output once more for the activation,
+and takes a slower kernel for one image on one core. This module calls the operator with which torch's compiler
+replaces convolutions whose weights are constants.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nfzoo import torch_internals
 from nfzoo.models import functional as nf
 from nfzoo.types import BlockFn
 
-# What oneDNN calls the activations, and its variant of GELU.
+# oneDNN's name of each activation, and its variant of GELU.
 _NAMES = {
     None: ("none", ""),
     "gelu_tanh": ("gelu", "tanh"),
@@ -30,34 +30,34 @@ _DTYPES = torch_internals.onednn_convolution_dtypes()
 
 
 class PackedWeight:
-    """A kernel `(out, in / groups, height, width)`, and what oneDNN makes of it when it is first used.
+    """A kernel `(out, in / groups, height, width)`, laid out for oneDNN at its first use.
 
-    It is laid out anew for another size of batch or image, so that results depend on nothing but their input, and for a
-    weight that is written to or replaced. Changes through `.data` or numpy, and to weights that were made in inference
-    mode, are not noticed.
+    The kernel is laid out anew for another size of batch or image, so that results depend on their input alone, and
+    after an in-place change of the weight. Changes through `.data` or numpy go unnoticed, and so do changes of weights
+    that were created in inference mode.
     """
 
     def __init__(self, plain: Tensor) -> None:
         self.plain = plain
-        # What it was made of, that memory (so that no other weight comes to lie there unnoticed), and the result: one
-        # attribute, as other threads may compute with the same model.
-        self._made: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        # The key, the plain weight (which keeps its memory from being reused, as the key has its address), and the
+        # result. They are one attribute, since other threads may compute with the same model.
+        self._cache: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
         return self.plain.shape
 
     def packed(self, images: torch.Size, padding: int, stride: int, dilation: int, groups: int) -> Tensor:
-        """The kernel as oneDNN wants it for a convolution of `images`."""
-        plain, made = self.plain, self._made
+        """Return the kernel in oneDNN's layout for a convolution of `images`."""
+        plain, cache = self.plain, self._cache
         version = None if plain.is_inference() else plain._version
-        now = (plain.data_ptr(), version, plain.dtype, images, padding, stride, dilation, groups)
-        if made is None or made[0] != now:
+        key = (plain.data_ptr(), version, plain.dtype, images, padding, stride, dilation, groups)
+        if cache is None or cache[0] != key:
             source = plain.detach()
             geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}
             packed = torch_internals.onednn_convolution_weight(source, images, **geometry)
-            self._made = made = (now, source, packed)
-        return made[2]
+            self._cache = cache = (key, source, packed)
+        return cache[2]
 
 
 class PackedBlock:
@@ -68,9 +68,9 @@ class PackedBlock:
         self._weights: dict[str, PackedWeight] = {}
 
     def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-        if not takes(x):
+        if not supports(x):
             if x.device.type != "cpu":
-                self._weights.clear()  # the model has left
+                self._weights.clear()  # the model has moved to another device
             return self.fn(params, x, beta, keep)
         local: dict[str, Any] = dict(params)
         for name, value in params.items():
@@ -87,15 +87,15 @@ class PackedBlock:
         return PackedBlock, (self.fn,)
 
 
-def takes(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
-    """Return whether oneDNN's operator may compute with these.
+def supports(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
+    """Return whether oneDNN's operator supports these tensors in the current mode.
 
-    It knows no derivatives, transforms, tracing or autocast. `alone` says of what is being compiled that no transform
-    is around it.
+    It supports no derivatives, transforms, tracing or autocast. While a graph is compiled, a transform around it cannot
+    be seen from within: `alone` asserts that there is none.
     """
     if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
         return False
-    if any(t.dtype != x.dtype for t in weights):  # torch's own convolution says so
+    if any(t.dtype != x.dtype for t in weights):  # refused by torch's own convolution, with its own message
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
         return False
@@ -124,12 +124,12 @@ def conv2d(
     skipped_stride: int = 1,
     alone: bool = False,
 ) -> Tensor:
-    """`nfzoo.models.functional.conv2d`, and the activation behind it, without its gamma; by oneDNN where it can."""
+    """Compute `functional.conv2d`, then the activation without gamma; by oneDNN where it supports that."""
     x, padding = nf.conv_input(
         x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
     )
     plain = weight.plain if isinstance(weight, PackedWeight) else weight
-    if not takes(x, plain, bias, alone=alone):
+    if not supports(x, plain, bias, alone=alone):
         x = F.conv2d(x, plain, bias, stride, padding, dilation, groups)
         return x if activation is None else nf.activate(x, activation)
     if isinstance(weight, PackedWeight):

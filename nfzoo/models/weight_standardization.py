@@ -1,4 +1,4 @@
-"""Scaled weight standardisation, eager, for compilers, and by compiled passes over the rows of a kernel."""
+"""Scaled weight standardisation in three forms: eager, for compilers, and by compiled passes over a kernel's rows."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class RowKernels(NamedTuple):
 def standardize_weight(
     weight: Tensor, gain: Tensor, *, floor: bool = True, scale: float = 1.0, kernels: RowKernels | None = None
 ) -> Tensor:
-    """Scaled weight standardisation of a kernel, per output channel.
+    """Standardise a kernel per output channel, and scale it by its gain.
 
-    `(W - mean(W)) * s`, `s = scale * gain * rsqrt(max(var(W) * fan_in, 1e-4))`, with the biased variance; with
-    `floor=False` the root is of `(var(W) + 1e-5) * fan_in` instead. Computed in float32 at least.
+    The result is `(W - mean(W)) * s` with `s = scale * gain * rsqrt(max(var(W) * fan_in, 1e-4))` and the biased
+    variance. With `floor=False`, `s = scale * gain * rsqrt((var(W) + 1e-5) * fan_in)`. Computed in float32 at least.
 
     Args:
         weight: `(out, in / groups, height, width)`.
         gain: `(out,)`.
         floor: whether small variances are floored (DeepMind) or offset (timm).
-        scale: a constant that multiplies the result (timm puts gamma here).
-        kernels: compiled forms of `PLAIN_ROWS`, to compute with them.
+        scale: a constant factor (gamma, under timm's rules).
+        kernels: compiled forms of `PLAIN_ROWS` to compute with.
 
     Source: arXiv 2101.08692, equation 5; `WSConv2D` of the code released with arXiv 2102.06171.
     """
@@ -52,7 +52,7 @@ def standardize_weight(
 
 
 def _centred(w: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The means of rows, rows without them, the squared norms of those, and the factors that divide by the root."""
+    """Return the rows' means, the centred rows, their squared norms, and the reciprocal square roots."""
     mean = w.mean(dim=1, keepdim=True)
     centred = w - mean  # two passes over rows: E[W²] - E[W]² would cancel
     total = centred.square().sum(dim=1, keepdim=True)  # var(W) * fan_in
@@ -61,20 +61,23 @@ def _centred(w: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _standardized(w: Tensor, gain: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardised rows, and what their derivatives need besides the rows: mean, squared norm, factor."""
+    """Return standardised rows, and for their derivatives the means, squared norms and reciprocal square roots."""
     mean, centred, total, s = _centred(w, floor)
     return centred * (s * gain[:, None]), mean, total, s
 
 
 def _bending(value: Tensor, total: Tensor, floor: bool) -> Tensor:
-    """`value` where the factor of a row depends on the row: not below the floor."""
+    """Return `value`, but 0 for rows below the floor, whose factor is constant."""
     return torch.where(total >= VARIANCE_FLOOR, value, 0.0) if floor else value
 
 
 def _row_gradients(
     w: Tensor, gain: Tensor, mean: Tensor, total: Tensor, s: Tensor, g: Tensor, floor: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of rows and gains, of `g` with respect to standardised rows; in place where nobody sees it."""
+    """Return the gradients of rows and gains, where `g` is the gradient of the standardised rows.
+
+    Temporaries are written in place.
+    """
     centred = w - mean
     along = (g * centred).sum(dim=1, keepdim=True) * s
     k = gain[:, None] * s
@@ -86,11 +89,11 @@ PLAIN_ROWS = RowKernels(_standardized, _row_gradients)
 
 
 class _Rows(torch.autograd.Function):
-    """`standardize_weight` of rows, its derivatives written out.
+    """`standardize_weight` of rows, with its derivatives written out.
 
-    Fewer passes over memory, and no second copy of the weights is kept for the backward pass. With c the centred row,
-    `s = rsqrt(max(|c|², floor))` and `a = <g, c> s`, the gradient of the row is `gain s (g - mean(g) - c a s)`, without
-    its last term below the floor, and that of the gain is a.
+    This takes fewer passes over memory than autograd, and keeps no second copy of the weights for the backward pass.
+    Let c be the centred row, `s = rsqrt(max(|c|², floor))` and `a = <g, c> s`. The gradient of the row is
+    `gain s (g - mean(g) - c a s)`, where the last term is 0 below the floor. The gradient of the gain is a.
     """
 
     generate_vmap_rule = True
@@ -115,7 +118,7 @@ class _Rows(torch.autograd.Function):
             return None, None, None, None
         if not (torch.is_grad_enabled() or in_forward_ad() or in_functorch()):
             return *ctx.kernels.backward(w, gain, mean, total, s, g, ctx.floor), None, None
-        # Somebody differentiates this as well, through what was saved too, or maps it, which allows no writing.
+        # This pass is itself differentiated, and must follow from `w`, or mapped, and must not write in place.
         mean, centred, total, s = _centred(w, ctx.floor)
         along = (g * centred).sum(dim=1, keepdim=True) * s
         k = gain[:, None] * s

@@ -1,8 +1,8 @@
 """Compilation of a plan: one graph for each distinct block, so that the time to compile does not grow with depth.
 
-Blocks of one shape differ in `beta` alone, which compiled code takes as a tensor. For training on a CPU one more pair
-of graphs standardises the weights of all blocks. Nothing falls back to eager: a graph break is an error, and so is
-reaching the limit of recompilations.
+Blocks of one shape differ in `beta` alone, which compiled code takes as a tensor. For training on a CPU, one more pair
+of graphs standardises the weights of all blocks. Nothing falls back to eager: a graph break is an error, and so are
+more recompilations than the limit.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from nfzoo.runtime.device import backend as device_backend
 from nfzoo.types import Block, BlockFn
 
 RECOMPILE_LIMIT = 64
-"""Graphs that one block shape may need: for each image size, batch, dtype, training or not. torch's own limit is 8."""
+"""Limit of graphs for one block shape, which has one for each image size, batch, dtype and mode. torch's own is 8."""
 
 
 INDUCTOR = "inductor"
 STANDARDIZED_APART: set[str | Callable[..., Any]] = {INDUCTOR}
-"""The backends for which `CompiledBlock` standardises weights apart from the block."""
+"""Backends for which `CompiledBlock` standardises weights in graphs of their own."""
 
 
 class CompileOptions(NamedTuple):
-    """Arguments of `torch.compile`; `options` as sorted pairs, so that equal ones share their graphs."""
+    """Arguments of `torch.compile`. `options` are sorted pairs, so that equal ones share their graphs."""
 
     backend: str | Callable[..., Any] = INDUCTOR
     mode: str | None = None
@@ -42,10 +42,10 @@ class CompileOptions(NamedTuple):
 
 
 class CompiledBlock:
-    """A block function, compiled; `graph_of` gives equal blocks the same one, also when copied or unpickled.
+    """A compiled block function. `graph_of` returns the same object for equal blocks, copied and unpickled ones too.
 
-    For training on a CPU torch's own compiler gets the standardisation of weights apart from the block, as one pair of
-    graphs for the kernels of all blocks. That is faster, also to compile; for inference it would be slower.
+    For training on a CPU with inductor, one pair of graphs standardises the kernels of all blocks, apart from the
+    blocks' own graphs. That computes and compiles faster. In inference it would be slower.
     """
 
     def __init__(self, fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> None:
@@ -66,7 +66,7 @@ class CompiledBlock:
             if self._layers is None or x.device.type != "cpu" or not torch.is_grad_enabled():
                 return self._compiled(params, x, beta, keep)
             params = self._layers.standardized(params, compiled_rows(self.options))
-            if self.options.dynamic is not False:  # a parameter's sizes are constants to Dynamo, but not its result's
+            if self.options.dynamic is not False:  # sizes are constants for parameters only, not for results
                 for value in params.values():
                     if value.ndim == 4:
                         torch._dynamo.mark_static(value)
@@ -81,7 +81,7 @@ class CompiledBlock:
 
 @functools.cache
 def graph_of(fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> CompiledBlock:
-    """The one compiled form, in this process, of equal block functions with parameters of equal shapes."""
+    """Return the compiled form that equal block functions with parameters of equal shapes share in this process."""
     return CompiledBlock(fn, shapes, options)
 
 
@@ -95,7 +95,7 @@ def _compiled_function(fn: BlockFn, options: CompileOptions) -> Callable[..., Te
 
 
 def compiled_rows(options: CompileOptions) -> RowKernels:
-    """The passes of standardisation over the rows of a kernel, compiled once for kernels of every shape."""
+    """Return the two passes of weight standardisation, compiled once for kernels of every shape."""
     return _compiled_rows(options._replace(mode=None, dynamic=True))  # no mode has anything to tune here
 
 
@@ -105,32 +105,33 @@ def _compiled_rows(options: CompileOptions) -> RowKernels:
 
 
 def compile_of_any_shape(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:
-    """`compile_alone` for tensors of every size in one graph; no autograd through it, nor through what it writes to.
+    """Compile a function as `compile_alone` does, in one graph for tensors of every size.
 
-    Sizes of 0 and 1, and sizes that happened to be equal in the first call, lead to a further graph. Under a
-    `TorchDispatchMode`, under which Dynamo compiles nothing, it is `fn` that runs.
+    Autograd neither differentiates the call nor notices what it writes to. Another graph follows for sizes of 0 or 1,
+    and where sizes that were equal in the first call differ. Under a `TorchDispatchMode`, `fn` runs uncompiled, as
+    Dynamo compiles nothing there.
     """
     options = options or CompileOptions()
     own = dict(options.options)
-    if options.backend == INDUCTOR:  # or the sizes of the first call decide for all whether threads share the work
+    if options.backend == INDUCTOR:  # otherwise the sizes of the first call decide on multithreading for all
         own.setdefault("cpp.dynamic_threads", True)
     compiled_fn = compile_alone(fn, options._replace(dynamic=True, options=tuple(sorted(own.items()))))
 
     def call(*args: Any) -> Any:
         if torch_internals.in_dispatch_mode():
             return fn(*args)
-        # Dynamo guards the sizes of a view's base too. `.data` is no view, so that another base compiles nothing.
+        # Dynamo also guards the sizes of a view's base. `.data` is no view, so another base causes no new graph.
         return compiled_fn(*(arg.data if isinstance(arg, Tensor) else arg for arg in args))
 
     return call
 
 
 def compile_alone(fn: Callable[..., Any], options: CompileOptions | None = None) -> Callable[..., Any]:
-    """`torch.compile(fn, fullgraph=True)`, with a limit of recompilations that is `fn`'s own; past it, it raises."""
+    """Return `torch.compile(fn, fullgraph=True)` with `fn`'s own count of recompilations; past the limit it raises."""
     options = options or CompileOptions()
     torch_internals.allow_recompilations(RECOMPILE_LIMIT)
     assert isinstance(fn, types.FunctionType)
-    # Dynamo keeps graphs, and counts them against the limit, by code object: functions of one source get one each.
+    # Dynamo keeps and counts graphs by code object, so each function gets a copy of its own.
     own = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     return torch.compile(
         own,
@@ -143,7 +144,7 @@ def compile_alone(fn: Callable[..., Any], options: CompileOptions | None = None)
 
 
 def compiled(block: Block, options: CompileOptions) -> CompiledBlock:
-    """The compiled function of a block, which all blocks of its shape share."""
+    """Return the compiled function of a block, which all equal blocks share."""
     return graph_of(block.fn, tuple(spec.shape for spec in block.specs.values()), options)
 
 
@@ -153,18 +154,18 @@ def compile_options(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = False,
 ) -> CompileOptions:
-    """`CompileOptions` from arguments as `torch.compile` takes them."""
+    """Return `CompileOptions` for arguments of `torch.compile`."""
     return CompileOptions(backend, mode, tuple(sorted((options or {}).items())), dynamic)
 
 
 def compile_blocks(module: nn.Module, options: CompileOptions | None) -> int:
     """Let each block module of a model run its compiled function, or its plain one for `options=None`.
 
-    A block module has a `block` of a plan and calls its attribute `fn`. Nothing is compiled before the first call, and
-    `state_dict` stays as it is.
+    A block module has an attribute `block`, of a plan, and calls its attribute `fn`. Compilation waits for the first
+    call. `state_dict` does not change.
 
     Returns:
-        The number of distinct functions. Each has one graph per image size, batch, dtype and mode it meets.
+        The number of distinct functions. Each has one graph for each image size, batch, dtype and mode.
 
     Raises:
         ValueError: if the module has no blocks.
@@ -179,16 +180,16 @@ def compile_blocks(module: nn.Module, options: CompileOptions | None) -> int:
 
 
 def checkpointed(fn: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`fn(*args)`, its intermediate values computed again in the backward pass; the first of `args` is a tensor."""
+    """Return `fn(*args)`, and recompute its activations in the backward pass; `args[0]` is a tensor."""
     return device_backend(args[0].device).checkpoint(fn, *args)
 
 
 @functools.cache
 def _scalar(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # one tensor for all modes: autograd could not save an inference tensor
+    with torch.inference_mode(False):  # the tensor is shared by all modes, and autograd cannot save an inference tensor
         return torch.full((), value, device=device, dtype=dtype)
 
 
 def _whole_under_ddp() -> contextlib.AbstractContextManager[Any]:
-    """Keep Dynamo from cutting a block's graph at DDP's buckets: a block hands on its gradients early enough."""
+    """Keep Dynamo from cutting a block's graph at DDP's buckets; gradients of a block arrive early enough."""
     return torch_internals.without_ddp_graph_cuts() if torch_internals.under_ddp() else contextlib.nullcontext()

@@ -1,6 +1,6 @@
-"""Where to compute: devices, what differs between them, and the processes that share them.
+"""Devices behind one interface, and the processes that share them.
 
-A `Backend` is all that a training loop has to know about its device. There are three: torch's own devices (CPU, CUDA,
+A `Backend` hides the differences between devices from a training loop. There are three: torch's own devices (CPU, CUDA,
 MPS), XLA through torch-xla, and TPUs through torch-tpu. No other module imports torch-xla.
 """
 
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 AUTOCAST: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Names of mixed precisions, as Accelerate has them -> what `Backend.autocast` takes."""
+"""Accelerate's names of mixed precisions -> the argument of `Backend.autocast`."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Torch's own devices, and the base of the others: `backend(device)` gives the right one.
+    """torch's own devices, and the base class of the others; `backend(device)` returns the one for a device.
 
-    Parameters stay float32 everywhere; low precision is a matter of `autocast` alone.
+    Parameters stay float32 everywhere; only `autocast` lowers the precision.
     """
 
     device: torch.device
 
     def start(self) -> None:
-        """Bring the device up. Call it once, before the first tensor and the first backward pass."""
+        """Initialise the device. Call it once, before the first tensor and the first backward pass."""
 
     def images(self, batch: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`(N, C, H, W)` on the device, in the layout in which it computes fastest, as measured.
+        """Move `(N, C, H, W)` to the device, in the fastest layout that was measured there.
 
-        That is channels last on a CPU (`benchmarks/results`); elsewhere the batch's own.
+        That is channels last on a CPU (`benchmarks/results`). Elsewhere nothing was measured, and the layout stays.
         """
         last = self.device.type == "cpu" and batch.dim() == 4
         layout = torch.channels_last if last else torch.preserve_format
         return batch.to(self.device, dtype, non_blocking=True, memory_format=layout)
 
     def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-        """Convolutions and linears in `dtype`, sums and losses in float32; nothing for `None`."""
+        """Compute convolutions and linears in `dtype`, sums and losses in float32; `None` changes nothing."""
         if dtype is None:
             return contextlib.nullcontext()
         if dtype not in (torch.bfloat16, torch.float16):
@@ -56,26 +56,26 @@ class Backend:
         return torch.autocast(self.device.type, dtype=dtype)
 
     def scalar(self, value: float) -> float | Tensor:
-        """A number that changes from step to step, such as a learning rate, so that its value compiles nothing."""
+        """Wrap a number that changes in each step, such as a learning rate, so that no new value is compiled anew."""
         return value
 
     def step_mark(self) -> None:
-        """End of a training step. Lazy devices compile and run here what the step recorded."""
+        """End a training step. Lazy devices compile and run the recorded step here."""
 
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
-        """Make each process's gradients the mean over all processes, in place. AGC has to come after it.
+        """Average the gradients over all processes, in place; AGC has to come after it.
 
-        Nothing is left to do here: `DistributedDataParallel` has averaged while `backward` ran.
+        Here `DistributedDataParallel` has averaged them during `backward`, so this does nothing.
         """
 
     def to_cpu(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors in the CPU's memory, detached, to be saved; what is there already is not copied."""
+        """Return detached tensors in the CPU's memory, to be saved; those already there are not copied."""
         return {name: t.detach().cpu() for name, t in tensors.items()}
 
     def checkpoint(self, fn: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`fn(*args)`, whose activations are computed again in the backward pass and not kept until then.
+        """Return `fn(*args)`, and recompute its activations in the backward pass instead of keeping them.
 
-        `fn` must not draw random numbers. Differentiate with `backward()`; `torch.func` does not know checkpoints.
+        `fn` must not draw random numbers. Differentiate with `backward()`; `torch.func` does not support checkpoints.
         """
         from torch.utils.checkpoint import checkpoint
 
@@ -87,7 +87,7 @@ class Backend:
             torch.accelerator.synchronize(self.device)
 
     def launch_hint(self) -> str:
-        """A command that starts several processes on such devices."""
+        """Return the command that starts several processes on such devices."""
         if self.device.type == "cpu":
             return "ACCELERATE_USE_CPU=true accelerate launch --cpu --num_processes 2 -m nfzoo.train ..."
         if self.device.type == "mps":
@@ -100,7 +100,7 @@ class XlaBackend(Backend):
     """XLA devices through torch-xla: TPUs, or the CPU with `PJRT_DEVICE=CPU`. Steps are recorded, compiled, run."""
 
     def start(self) -> None:
-        _import("torch_xla", "xla").device()  # a backward pass before it finds no device to run its threads for
+        _import("torch_xla", "xla").device()  # a backward pass before this finds no device for its threads
 
     def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
         if dtype is torch.float16:
@@ -108,8 +108,8 @@ class XlaBackend(Backend):
         return super().autocast(dtype)
 
     def scalar(self, value: float) -> float | Tensor:
-        # Moved here without a dimension it would compile anew where it is 0 or 1, which are written into the program,
-        # or equal to another number of the program, with which it then shares a buffer.
+        # A tensor that has no dimension when it is moved would compile anew for 0 and 1, which become constants of the
+        # program, and for a value equal to another number of the program, with which it would share a buffer.
         return torch.tensor([value], dtype=torch.float32).to(self.device).reshape(())
 
     def step_mark(self) -> None:
@@ -118,9 +118,9 @@ class XlaBackend(Backend):
         torch_xla.sync()
 
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
-        """Make each process's gradients the mean over all processes, in place. AGC has to come after it.
+        """Average the gradients over all processes, in place; AGC has to come after it.
 
-        No wrapper averages gradients here. Under SPMD there is one process, and the compiler adds the reduction.
+        Under SPMD there is one process, and the compiler adds the reduction.
         """
         import torch_xla.core.xla_model as xm  # pyright: ignore[reportMissingImports]
         import torch_xla.runtime as xr  # pyright: ignore[reportMissingImports]
@@ -128,14 +128,14 @@ class XlaBackend(Backend):
         xm.all_reduce(xm.REDUCE_SUM, list(tensors), scale=1.0 / xr.world_size())
 
     def to_cpu(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.step_mark()  # one program for all that is pending, not one for each tensor
+        self.step_mark()  # runs everything pending as one program, instead of one for each tensor
         return super().to_cpu(tensors)
 
     def checkpoint(self, fn: Callable[..., Tensor], *args: Any) -> Tensor:
         from torch_xla.utils.checkpoint import checkpoint  # pyright: ignore[reportMissingImports]
 
-        # Torch's own does not work here. This one gives what `fn` closes over no gradient, without a word, unless an
-        # argument wants one.
+        # torch's own checkpoint does not work here. This one silently gives no gradient to tensors that `fn` closes
+        # over, unless some argument requires a gradient.
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         result = checkpoint(lambda _, *rest: fn(*rest), anchor, *args, preserve_rng_state=False)
         assert isinstance(result, Tensor)
@@ -155,12 +155,12 @@ class TpuBackend(Backend):
     """TPUs through torch-tpu (torch >= 2.11, Python >= 3.12), which makes `tpu` a device of torch's own kind.
 
     Unverified on hardware: written to the documentation of torch-tpu 0.2.0, and never run on a TPU. Accelerate does not
-    know this device, so that training with `nfzoo.train` reaches TPUs through torch-xla; here stands what a loop of
-    one's own over `torch.distributed` (backend `tpu_dist`) and DistributedDataParallel needs.
+    support this device, so `nfzoo.train` reaches TPUs through torch-xla. This class serves your own loops over
+    `torch.distributed` (backend `tpu_dist`) and DistributedDataParallel.
     """
 
     def start(self) -> None:
-        _import("torch_tpu", "tpu")  # loads itself with torch already unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
+        _import("torch_tpu", "tpu")  # torch loads it itself unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
     def launch_hint(self) -> str:
         return (
@@ -170,12 +170,15 @@ class TpuBackend(Backend):
 
 
 def backend(device: torch.device | str) -> Backend:
-    """What computes on a device, by its type: `cpu`, `cuda`, `mps` and the like, `xla`, or `tpu`.
+    """Return the backend of a device, by its type: `cpu`, `cuda`, `mps` and the like, `xla`, or `tpu`.
 
-    Starts nothing; see `Backend.start`. A `ConfigError` for a device of no known type.
+    It is not started: see `Backend.start`.
+
+    Raises:
+        ConfigError: for a device of unknown type.
     """
     if str(device).partition(":")[0] == "tpu" and not hasattr(torch, "tpu"):
-        _import("torch_tpu", "tpu")  # until then torch does not know the word
+        _import("torch_tpu", "tpu")  # before this import torch does not know the type
     try:
         known = torch.device(device)
     except RuntimeError as error:
@@ -184,7 +187,7 @@ def backend(device: torch.device | str) -> Backend:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, tried out; a `ConfigError` for one that is not here."""
+    """Return the device after a trial computation; raise a `ConfigError` if it is not available."""
     chosen = backend(device)
     try:
         chosen.start()
@@ -195,16 +198,12 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerator:
-    """Accelerate's view of the processes and their devices.
-
-    Accelerate takes XLA wherever torch-xla can be imported; here it does if `PJRT_DEVICE` is set (or `USE_TORCH_XLA`,
-    its own switch). It has to decide before its first import, so that a program which imports `accelerate` before it
-    calls this has to set `USE_TORCH_XLA=0` itself.
+    """Return the `Accelerator` of the launched processes; see `choose_xla` for when it uses XLA.
 
     Args:
-        mixed_precision: a key of `AUTOCAST`, by default that which Accelerate is configured with. Accelerate itself
-            only learns of `"fp16"`, whose gradients it scales. Its `"bf16"` would make the parameters on a TPU bf16;
-            use `Backend.autocast` around the forward pass.
+        mixed_precision: a key of `AUTOCAST`; by default that of Accelerate's configuration. `"fp16"` is passed on to
+            Accelerate, which scales the gradients. `"bf16"` is not, as Accelerate would make the parameters on a TPU
+            bf16: wrap the forward pass in `Backend.autocast`.
         options: further arguments of `Accelerator`, such as a tracker.
     """
     choose_xla()
@@ -214,12 +213,15 @@ def accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerat
 
 
 def choose_xla() -> None:
-    """Keep Accelerate from taking XLA unless `PJRT_DEVICE` or `USE_TORCH_XLA` asks for it: before it is imported."""
+    """Let Accelerate use XLA only if `PJRT_DEVICE` or its own `USE_TORCH_XLA` is set, not whenever torch-xla is there.
+
+    Accelerate decides at its first import. A program that imports it earlier has to set `USE_TORCH_XLA=0` itself.
+    """
     os.environ.setdefault("USE_TORCH_XLA", "1" if os.environ.get("PJRT_DEVICE") else "0")
 
 
 def precision(mixed_precision: str | None = None) -> str:
-    """The mixed precision itself or, for `None`, that of `accelerate launch`; a `ConfigError` for an unknown one."""
+    """Return the mixed precision, for `None` that of `accelerate launch`; raise a `ConfigError` for an unknown one."""
     name = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if name not in AUTOCAST:
         raise ConfigError(f"mixed_precision must be one of {', '.join(AUTOCAST)}, not {name!r}")
@@ -227,11 +229,11 @@ def precision(mixed_precision: str | None = None) -> str:
 
 
 def processes(*, cpu: bool, patience: datetime.timedelta | None = None) -> PartialState:
-    """The processes that share a work without gradients, as Accelerate sees them; see `accelerator` on XLA.
+    """Return Accelerate's state of the processes that share work without gradients; see `choose_xla` for XLA.
 
     Args:
-        cpu: compute on the CPU, whatever else there is.
-        patience: how long a process waits for the others, by default as long as torch's backend does.
+        cpu: compute on the CPU, even if there is an accelerator.
+        patience: time that a process waits for the others; by default that of torch's backend.
 
     Raises:
         ConfigError: see `check_processes`.
@@ -247,30 +249,31 @@ def processes(*, cpu: bool, patience: datetime.timedelta | None = None) -> Parti
 
 
 def share_of(state: PartialState, device: torch.device | str | None) -> torch.device:
-    """Where this process computes: on the device asked for, which one of several processes cannot choose.
+    """Return the device of this process: `device`, or Accelerate's choice for `None` and for several processes.
 
-    A `ConfigError` for a device that is not here, or not this process's.
+    Raises:
+        ConfigError: if `device` is not available, or is not that of this one of several processes.
     """
-    given = state.device
-    assert given is not None  # it is before the state is made, says Accelerate's annotation
+    assigned = state.device
+    assert assigned is not None  # Accelerate's annotation allows None before the state is set up
     if device is None:
-        return given
-    wanted = usable_device(device)
-    if state.num_processes > 1 and (wanted.type != given.type or wanted.index not in (None, given.index)):
+        return assigned
+    chosen = usable_device(device)
+    if state.num_processes > 1 and (chosen.type != assigned.type or chosen.index not in (None, assigned.index)):
         raise ConfigError(
-            f"several processes compute on the devices that `accelerate launch` gives them, here {given}; "
+            f"several processes compute on the devices that `accelerate launch` gives them, here {assigned}; "
             "leave --device out"
         )
-    return given if state.num_processes > 1 else wanted
+    return assigned if state.num_processes > 1 else chosen
 
 
-def check_processes(found: int) -> None:
-    """Raise a `ConfigError` if more processes were launched than the `found` that share the work.
+def check_processes(count: int) -> None:
+    """Raise a `ConfigError` unless `count`, the number of processes that share the work, is the number launched.
 
-    Accelerate gives each of several processes without an accelerator of its own the whole work, unless told otherwise.
+    By default Accelerate lets each process without an accelerator of its own do all of the work.
     """
     launched = os.environ.get("WORLD_SIZE", "1")
-    if launched != str(found):
+    if launched != str(count):
         raise ConfigError(
             f"{launched} processes were launched and do not find each other, for lack of as many accelerators; "
             "to let them share the CPU, set ACCELERATE_USE_CPU=true"
@@ -278,12 +281,12 @@ def check_processes(found: int) -> None:
 
 
 def default_workers(processes: int) -> int:
-    """Loader processes of each of several processes on this machine: one per processor, up to 8."""
+    """Return the number of loader processes for each process on this machine: its share of the processors, up to 8."""
     return min(8, max(1, (os.cpu_count() or 1) // processes))
 
 
 def _import(module: str, extra: str) -> Any:
-    """A device's own package, whose extra has the device's name."""
+    """Import the package of a device; the extra that installs it has the device's name."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Several processes as one: sharded parameters, whole tensors out of them, and agreement on when to stop."""
+"""Several processes: sharded parameters and their full tensors, gathering, and agreement on when to stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the tensor itself, or all of a `DTensor`."""
+    """Return the full tensor of a `DTensor`, or the tensor itself."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -30,7 +30,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def shard(model: Model, device: torch.device) -> Model:
-    """Shard parameters along dimension 0 over all processes with FSDP2: each residual block apart, then the rest."""
+    """Shard parameters along dimension 0 over all processes with FSDP2: residual blocks one by one, then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -49,7 +49,7 @@ def full_tensors(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_(target: Tensor, value: Tensor) -> None:
-    """Copy a full tensor into one that may be a `DTensor`."""
+    """Copy a full tensor into `target`, which may be a `DTensor`."""
     if is_dtensor(target):
         from torch.distributed.tensor import distribute_tensor
 
@@ -63,20 +63,20 @@ def copy_(target: Tensor, value: Tensor) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The state of every named parameter under `"parameter::entry"`, whole."""
-    found = {}
+    """Return the optimizer's state as full tensors, under keys `"parameter::entry"`."""
+    tensors = {}
     for p, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                found[f"{names[p]}::{key}"] = full_tensor(value.detach())
-    return found
+                tensors[f"{names[p]}::{key}"] = full_tensor(value.detach())
+    return tensors
 
 
 @torch.no_grad()
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`; entries of a parameter's shape are sharded as the parameter is."""
+    """Invert `optimizer_tensors`; entries of a parameter's shape are sharded as the parameter is."""
     params = {name: p for p, name in names.items()}
     for full_key, value in tensors.items():
         name, _, key = full_key.partition("::")
@@ -93,19 +93,19 @@ T = TypeVar("T")
 
 
 def gather(items: list[T]) -> list[T]:
-    """The items of all processes one after the other, which all of them have to ask for."""
+    """Return the items of all processes, in their order. All processes have to call this."""
     if not (dist.is_available() and dist.is_initialized()):
         return items
-    found: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, items)
-    return [item for part in found for item in part]
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
 
 
 class Agreement:
-    """All processes' answer to "has anyone been asked to stop?", and the signals that ask it.
+    """Agreement of all processes on whether any of them was asked to stop.
 
-    The first SIGTERM or Ctrl-C asks; the second ends the process as it would have without this. The end of `accelerate
-    launch` asks as well, which passes no SIGTERM on to a single process.
+    The first SIGTERM or Ctrl-C asks to stop. The second ends the process as usual. The end of the parent process
+    `accelerate launch` asks too, as the launcher passes no SIGTERM on to a single process.
     """
 
     def __init__(self) -> None:
@@ -113,33 +113,33 @@ class Agreement:
         self._launcher = _launcher()
         self._before: dict[int, Any] = {}
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        # Flags travel on the CPU, where reading them does not wait for the accelerator.
+        # Exchanged on the CPU, so that reading the flags does not wait for the accelerator.
         self._group = dist.new_group(backend="gloo") if several else None
 
     def __enter__(self) -> Agreement:
         try:
             for number in STOPPING:
                 self._before[number] = signal.signal(number, self._ask)
-        except ValueError:  # not the main thread, which alone may
+        except ValueError:  # only the main thread may set handlers
             self._before.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._give_back()
+        self._restore_handlers()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
-        self._give_back()
+        self._restore_handlers()
 
-    def _give_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
     def reached(self, count: int = 0) -> tuple[int | None, int]:
-        """The signal that any process was asked to stop with, and the sum of all processes' `count`.
+        """Return the signal by which any process was asked to stop, and the sum of `count` over all processes.
 
-        All processes call this together.
+        All processes have to call this.
         """
         if self._launcher is not None and os.getppid() != self._launcher:
             self.asked = self.asked or signal.SIGTERM
@@ -152,7 +152,7 @@ class Agreement:
 
 
 def _launcher() -> int | None:
-    """The parent process, if it is Accelerate's launcher."""
+    """Return the id of the parent process, if it is Accelerate's launcher."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
@@ -163,5 +163,5 @@ def _launcher() -> int | None:
 
 
 def gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients there are."""
+    """Return the gradients of the parameters that have one."""
     return [p.grad for p in params if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Options, exit statuses, error messages and JSON output, as all commands have them."""
+"""Options, exit statuses, error messages and JSON output that all commands share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nfzoo.errors import ConfigError, NfzooError, nearest, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse the options of a command as all commands of nfzoo do.
+    """An argument parser with the conventions of all commands.
 
-    Bad arguments raise a `ConfigError`. Options cannot be abbreviated; `--batch_size` is `--batch-size`. Texts keep
-    their line breaks.
+    Bad arguments raise a `ConfigError`. Options cannot be abbreviated. `--batch_size` means `--batch-size`. Help texts
+    keep their line breaks.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -49,7 +49,7 @@ def _with_dashes(word: str) -> str:
 
 
 def nonnegative_int(text: str) -> int:
-    """Read an integer from 0 on, as the `type` of an option."""
+    """Read a non-negative integer, as the `type` of an option."""
     if not re.fullmatch("[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
@@ -63,7 +63,7 @@ def positive_int(text: str) -> int:
 
 
 def is_first_process(_: object = None) -> bool:
-    """Return true in the first of the processes that were launched, which reports for all."""
+    """Return true in the first of the launched processes, which reports for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -74,12 +74,12 @@ def run(
     failures: tuple[type[Exception], ...] = (OSError,),
     reports: Callable[[BaseException], bool] = is_first_process,
 ) -> int:
-    """Do the work and return its exit status: 0 for `None`, an error's `exit_status`, 1 for a failure, 130 for Ctrl-C.
+    """Call `work` and return the exit status: 0 for `None`, an error's `exit_status`, 1 for a failure, 130 for Ctrl-C.
 
     Args:
         program: the beginning of an error message, such as `nfzoo evaluate`.
-        failures: errors that are not the input's: of the disk, of a compiler.
-        reports: returns true where this process has to print the error, in one line on standard error.
+        failures: exceptions that bad input does not cause, such as those of a full disk or a compiler.
+        reports: returns true if this process has to print the error, in one line on standard error.
     """
     try:
         return work() or 0
@@ -90,11 +90,11 @@ def run(
 
 
 def report(program: str, error: BaseException, *, reports: Callable[[BaseException], bool] = is_first_process) -> int:
-    """Print the error that a command ends with, and return its exit status; see `run`."""
+    """Print the error that ends a command, and return the exit status; see `run`."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, BrokenPipeError):
-        raise error  # the reader of the output went away, which `nfzoo` handles
+        raise error  # the reader of the output is gone; the `nfzoo` command handles it
     status = error.exit_status if isinstance(error, NfzooError) else 1
     if reports(error):
         text = printable(" ".join(str(error).split())) or type(error).__name__
@@ -103,13 +103,13 @@ def report(program: str, error: BaseException, *, reports: Callable[[BaseExcepti
 
 
 def leave_processes() -> None:
-    """Leave the group of processes at a program's end, if it is in one."""
+    """Destroy the process group, if there is one, at the end of a program."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
-    """Raise a `ConfigError` before the work whose result could not be written to this file or folder."""
+    """Raise a `ConfigError` if this file or folder cannot be written; call it before long work."""
     target = path.resolve()
     if folder and target.exists() and not target.is_dir():
         raise ConfigError(f"{str(path)!r} is a file; give a folder")
@@ -121,7 +121,7 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
 
 
 def write_result(target: str | None, fields: Mapping[str, Any], text: str) -> None:
-    """Print a result as text and write it as JSON to a file. For the target `-`, print the JSON instead."""
+    """Print a result as text, and write it as JSON to the file `target`. For `-`, print the JSON instead."""
     written = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
     if target == "-":
         print(written, end="")

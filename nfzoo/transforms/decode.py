@@ -34,9 +34,9 @@ IMAGE_SUFFIXES = frozenset(
         ".webp",
     ]
 )
-"""Lower-case endings of the files that a folder of images is taken to hold."""
+"""Lower-case suffixes of the files that count as images in a folder."""
 
-# Formats that are pixels. Left out are those that Pillow hands to other programs, such as EPS to Ghostscript.
+# Formats that Pillow decodes itself. Others go to other programs, such as EPS to Ghostscript.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 # EXIF tag 0x0112. Source: CIPA DC-008, table of "Orientation".
@@ -56,24 +56,24 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def open_image(
-    source: str | Path | BinaryIO | Image.Image | np.ndarray, *, channels: int = 3, least: int | None = None
+    source: str | Path | BinaryIO | Image.Image | np.ndarray, *, channels: int = 3, min_side: int | None = None
 ) -> Image.Image:
-    """An upright 8-bit image, fully loaded, of mode `RGB` (three channels) or `L` (one).
+    """Return an upright 8-bit image, fully loaded, of mode `RGB` (three channels) or `L` (one).
 
-    Transparent pixels are laid over white, 16-bit values are scaled by 255 / 65535, the EXIF orientation is applied,
-    and of an animation the first frame is taken. The result carries no metadata.
+    Transparent pixels are composed over white, 16-bit values are scaled by 255 / 65535, the EXIF orientation is
+    applied, and an animation gives its first frame. The result carries no metadata.
 
     Args:
         source: a path, a binary file, a Pillow image, or a `uint8` array of `(H, W)` or `(H, W, 1 | 3 | 4)`.
-        least: let the decoder of a JPEG file give a half, a quarter or an eighth of its size, the smallest whose
-            shorter side has as many pixels: Pillow's draft mode.
+        min_side: let Pillow's draft mode decode a JPEG file at 1/2, 1/4 or 1/8 of its size. It takes the smallest of
+            them whose shorter side has at least so many pixels.
 
     Raises:
-        DataError: for what is absent, damaged, no image, or beyond Pillow's limit of 179 million pixels.
+        DataError: for a source that is absent, damaged, no image, or beyond Pillow's limit of 179 million pixels.
     """
     if channels not in MODES:
         raise DataError(
-            f"images are read with 1 or 3 channels, not {channels}; prepare the input of such a model yourself"
+            f"images are read with 1 or 3 channels, not {channels}; prepare other inputs without open_image"
         )
     if isinstance(source, np.ndarray):
         return _convert(_from_array(source), channels)
@@ -84,8 +84,8 @@ def open_image(
                 return _convert(source, channels)
             Image.init()  # finds the formats that this Pillow was built with
             with Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
-                if least is not None:
-                    image.draft(None, (least, least))  # does nothing in other formats
+                if min_side is not None:
+                    image.draft(None, (min_side, min_side))  # does nothing in other formats
                 return _convert(image, channels)
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise DataError(f"{name} {_reason(source, error)}") from error
@@ -103,7 +103,7 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         plain = plain.convert("RGBA")
         plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
     plain = plain if plain.mode == MODES[channels] else plain.convert(MODES[channels])
-    plain.info = {}  # an orientation that stayed would be applied again
+    plain.info = {}  # an orientation left here would be applied again
     return plain
 
 
@@ -115,7 +115,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Modes `I;16*`, and `I`, as which Pillow before 11 opens 16-bit PNG files."""
+    """Scale modes `I;16*` to 8 bits, and mode `I`, in which Pillow before 11 opens 16-bit PNG files."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError("holds 32-bit pixels; save it with 8 or 16 bits a channel")
@@ -169,7 +169,7 @@ def _reason(source: object, error: Exception) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Pillow's warnings (large images, broken metadata) held back; those of others pass."""
+    """Suppress Pillow's warnings (large images, broken metadata) and no others."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
         yield

@@ -1,7 +1,7 @@
-"""How training images are varied: MixUp and CutMix of pairs, then RandAugment, on whichever device holds the batch.
+"""Augment training batches: MixUp and CutMix of pairs, then RandAugment, on the device that holds the batch.
 
-The loader crops and flips; what comes after works on whole batches of grey levels. All random numbers are drawn
-beforehand, from the seed, the epoch and the image's own index, so that a batch may be cut anywhere between two pairs.
+The loader crops and flips single images; this module works on batches of grey levels. All random numbers are drawn
+beforehand from the seed, the epoch and the image's index. A batch may therefore be split between any two pairs.
 
 Source: arXiv 2102.06171 and the code released with it, dataset.py.
 """
@@ -21,30 +21,29 @@ from nfzoo.config import Preprocessing, is_int
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.transforms.randaugment import OPERATIONS, rand_augment, send
 
-MOST_LAYERS, MOST_MAGNITUDE = 16, 20.0
+MAX_LAYERS, MAX_MAGNITUDE = 16, 20.0
 
-# Told apart from each other, and from the loader's generators, by the last word of the key.
+# The last word of a generator's key, which tells these from each other and from the loader's.
 _RANDAUGMENT_KEY, _PAIR_KEY = 0x2A06, 0x3177
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """How training images are varied.
+    """Options of the augmentation of training images.
 
-    Each image is cropped, scaled and flipped by itself; pairs of a batch are then mixed; RandAugment comes last. With
-    both `mixup` and `cutmix`, one half of the batch's pairs gets the one and the other half the other.
+    Each image is cropped, resized and flipped by itself. Then pairs of the batch are mixed. RandAugment comes last.
+    With both `mixup` and `cutmix`, half of the batch's pairs get MixUp and the other half CutMix.
 
     Attributes:
         scale: smallest and largest part of the image's area that a crop covers.
         ratio: smallest and largest ratio of a crop's width to its height.
         flip: probability of a horizontal flip.
-        layers: operations that RandAugment applies to each image, one after the other; 0 for none.
+        layers: number of operations that RandAugment applies to each image in turn; 0 for none.
         magnitude: strength of RandAugment's operations, 0 to 20.
         mixup: alpha of the distribution Beta(alpha, alpha) of MixUp's ratio; 0 for none.
         cutmix: whether boxes are exchanged between images.
-        draft: whether large JPEG photographs are decoded at a half, a quarter or an eighth of their size, which is
-            faster and gives slightly other pixels: see the argument `least` of `preprocess.open_image`, here twice the
-            size of the training images.
+        draft: whether large JPEG photographs are decoded at 1/2, 1/4 or 1/8 of their size. That is faster, and pixels
+            differ slightly. It sets the argument `min_side` of `decode.open_image` to twice the training size.
 
     Source: arXiv 1710.09412 (MixUp), 1905.04899 (CutMix), 1909.13719 (RandAugment). NFNets take a mixup of 0.2, cutmix,
     and four layers of magnitude 5 (F0), 10 (F1, F2) or 15 (F3 to F6).
@@ -66,10 +65,10 @@ class Augment:
                 raise ConfigError(f"{name} must be two rising positive numbers, not {value!r}")
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"flip must be a probability, not {self.flip!r}")
-        if not is_int(self.layers, 0, MOST_LAYERS):
-            raise ConfigError(f"layers must be a whole number from 0 (none) to {MOST_LAYERS}, not {self.layers!r}")
-        if not 0 <= self.magnitude <= MOST_MAGNITUDE:
-            raise ConfigError(f"magnitude must be from 0 to {MOST_MAGNITUDE:g}, not {self.magnitude!r}")
+        if not is_int(self.layers, 0, MAX_LAYERS):
+            raise ConfigError(f"layers must be a whole number from 0 (none) to {MAX_LAYERS}, not {self.layers!r}")
+        if not 0 <= self.magnitude <= MAX_MAGNITUDE:
+            raise ConfigError(f"magnitude must be from 0 to {MAX_MAGNITUDE:g}, not {self.magnitude!r}")
         if not 0 <= self.mixup < math.inf:
             raise ConfigError(f"mixup must be the alpha of a Beta distribution, or 0 for none; not {self.mixup!r}")
         for name in ("cutmix", "draft"):
@@ -78,12 +77,12 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs."""
+        """True if images are mixed in pairs."""
         return self.mixup > 0 or self.cutmix
 
 
 GENTLE = Augment(scale=(0.7, 1.0), ratio=(0.85, 1.18), flip=0.0)
-"""For pictures that a flip or a tight crop would turn into something else, such as digits."""
+"""Augmentation of images whose class a flip or a tight crop would change, such as digits."""
 
 
 class Draws(NamedTuple):
@@ -91,10 +90,10 @@ class Draws(NamedTuple):
 
     Attributes:
         operations: RandAugment's, as numbers of `randaugment.OPERATIONS`, int64 `(n, layers)`.
-        signs: 1 or -1, the way in which an operation goes, int64 `(n, layers)`.
+        signs: 1 or -1, the direction of an operation, int64 `(n, layers)`.
         centres: row and column of Cutout, int64 `(n, layers, 2)`.
         cut: which images get CutMix, bool `(n,)`; the others get MixUp.
-        boxes: top, left, bottom and right of what an image keeps in CutMix, int64 `(n, 4)`.
+        boxes: top, left, bottom and right of the box that an image keeps in CutMix, int64 `(n, 4)`.
         weights: share of the image itself in the mixture, float32 `(n,)`; its partner has the rest.
     """
 
@@ -109,22 +108,22 @@ class Draws(NamedTuple):
 def draw(
     augment: Augment, *, seed: int, epoch: int, indices: Sequence[int] | np.ndarray, offset: int, size: int
 ) -> Draws:
-    """The random numbers for the images `indices` of a data set, which are consecutive rows of a global batch.
+    """Draw the random numbers for the images `indices` of a data set, which are consecutive rows of a global batch.
 
-    RandAugment's are each image's own. Rows 2 k and 2 k + 1 of the global batch are partners and are mixed both ways by
-    one draw, which hangs on the first one's index. With MixUp and CutMix, pairs of even k get MixUp. (The released code
-    mixes the first half of a batch of twice the size into the second; each output is distributed alike.)
+    For RandAugment, each image has its own numbers. For MixUp and CutMix, rows 2 k and 2 k + 1 of the global batch are
+    partners: one draw, by the index of the first, mixes each into the other. With both, pairs of even k get MixUp. (The
+    released code mixes the two halves of a batch of twice the size; each output has the same distribution.)
 
         MixUp:  weight ~ Beta(alpha, alpha)
-        CutMix: a box of sides `int(size sqrt(1 - u))`, u uniform, about a uniform pixel, cut off at the image's border;
+        CutMix: a box of side `int(size sqrt(1 - u))`, u uniform, around a uniform pixel, clipped to the image;
                 weight = box area / image area
 
     Args:
-        offset: the row of the first image in the global batch.
+        offset: row of the first image in the global batch.
         size: side of the images in pixels.
 
     Raises:
-        ConfigError: if images are to be mixed and the rows do not begin and end between two pairs.
+        ConfigError: if images are to be mixed, and the first or the last of them is without its partner.
     """
     n = len(indices)
     if augment.mixes and (n % 2 or offset % 2):
@@ -136,7 +135,7 @@ def draw(
     if augment.layers:
         for row, index in enumerate(indices):
             uniform[row] = np.random.default_rng([seed, epoch, int(index), _RANDAUGMENT_KEY]).random(uniform.shape[1:])
-    whole = torch.from_numpy((uniform * (len(OPERATIONS), 2, size, size)).astype(np.int64))
+    integers = torch.from_numpy((uniform * (len(OPERATIONS), 2, size, size)).astype(np.int64))
     cut, boxes, weights = np.zeros(n, bool), np.zeros((n, 4), np.int64), np.ones(n, np.float32)
     if augment.mixes:
         for row in range(0, n, 2):
@@ -149,9 +148,9 @@ def draw(
             else:
                 weights[pair] = rng.beta(augment.mixup, augment.mixup)
     return Draws(
-        whole[..., 0],
-        1 - 2 * whole[..., 1],
-        whole[..., 2:],
+        integers[..., 0],
+        1 - 2 * integers[..., 1],
+        integers[..., 2:],
         torch.from_numpy(cut),
         torch.from_numpy(boxes),
         torch.from_numpy(weights),
@@ -159,17 +158,17 @@ def draw(
 
 
 def _box(rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
-    """Halves are rounded down, as in the released code, so that sides are even before the border cuts them off."""
+    """Draw a box of CutMix; half its side is rounded down, as in the released code."""
     row, column = rng.integers(size, size=2).tolist()
     half = int(math.sqrt(1 - rng.random()) * size) // 2
     return max(row - half, 0), max(column - half, 0), min(row + half, size), min(column + half, size)
 
 
 def mix(pixels: Tensor, cut: Tensor, boxes: Tensor, weights: Tensor) -> Tensor:
-    """Each image `(n, C, H, W)` mixed with its partner, row 2 k with row 2 k + 1, as float32: `m x + (1 - m) partner`.
+    """Mix each image of `(n, C, H, W)` with its partner, row 2 k with row 2 k + 1, to float32 `m x + (1 - m) partner`.
 
-    m is the image's weight in MixUp; in CutMix it is 1 inside the box and 0 outside. The other arguments are as in
-    `Draws`, but on the device of the pixels.
+    In MixUp, m is the image's weight. In CutMix, m is 1 inside the box and 0 outside. The other arguments are fields of
+    `Draws`, on the device of the pixels.
     """
     rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[2:])
     top, left, bottom, right = boxes[:, :, None].unbind(1)
@@ -180,38 +179,39 @@ def mix(pixels: Tensor, cut: Tensor, boxes: Tensor, weights: Tensor) -> Tensor:
 
 
 def mix_labels(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
-    """`w onehot(label) + (1 - w) onehot(partner's label)`, float32 `(n, num_classes)`."""
+    """Return `w onehot(label) + (1 - w) onehot(partner's label)`, float32 `(n, num_classes)`."""
     targets = torch.zeros(len(labels), num_classes, device=labels.device)
     targets.scatter_(1, labels[:, None], weights[:, None])
     return targets.scatter_add_(1, partners(labels)[:, None], 1 - weights[:, None])
 
 
 def partners(rows: Tensor) -> Tensor:
-    """Rows 2 k and 2 k + 1 exchanged."""
+    """Exchange rows 2 k and 2 k + 1."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def augment_batch(
     pixels: Tensor, labels: Tensor, draws: Draws, augment: Augment, *, num_classes: int, preprocessing: Preprocessing
 ) -> tuple[Tensor, Tensor]:
-    """The model's input and the targets of the loss: mixed, then through RandAugment, then `(x / 255 - mean) / std`.
+    """Return the model's input and the loss's targets: mix, apply RandAugment, then `(x / 255 - mean) / std`.
 
-    Before RandAugment, grey levels are clipped to 0..255 and their fractions dropped. Label smoothing is left to the
-    loss: the papers smooth the mixed labels too, which is what `torch.nn.functional.cross_entropy` does.
+    Before RandAugment, grey levels are clipped to 0..255 and truncated. Label smoothing is left to the loss: the papers
+    smooth the mixed labels, as `torch.nn.functional.cross_entropy` does.
 
-    For XLA devices let the batch go through this on the CPU: groups of other sizes in each step would be compiled anew.
+    For XLA devices, call this on the CPU. The sizes of RandAugment's groups change with each batch, and each new size
+    would be compiled anew.
 
     Args:
         pixels: grey levels `(n, C, S, S)`, uint8, or float32 that may overshoot; already cropped and flipped.
         labels: int64 `(n,)`, on the device of the pixels.
-        draws: of the same images and `augment`, for images of this size.
+        draws: random numbers for these images, from `draw` with the same `augment` and size.
 
     Returns:
-        float32 images `(n, C, S, S)`, and the labels as they were or, where images are mixed, float32 shares
-        `(n, num_classes)` that sum to 1.
+        Float32 images `(n, C, S, S)`. The targets: float32 `(n, num_classes)`, with rows that sum to 1, if images are
+        mixed; else the labels.
 
     Raises:
-        DataError: for pixels of another dtype or shape than the draws and the preprocessing have.
+        DataError: if the pixels' dtype or shape does not fit the draws and the preprocessing.
     """
     n, channels = len(draws.weights), len(preprocessing.mean)
     if pixels.dtype not in (torch.uint8, torch.float32):
@@ -226,8 +226,8 @@ def augment_batch(
         cut, boxes, weights = (send(t, pixels.device) for t in (draws.cut, draws.boxes, draws.weights))
         pixels, targets = mix(pixels, cut, boxes, weights), mix_labels(labels, weights, num_classes)
     if augment.layers:
-        whole = pixels if pixels.dtype == torch.uint8 else pixels.clamp(0, 255).to(torch.uint8)
-        pixels = rand_augment(whole, draws.operations, draws.signs, draws.centres, augment.magnitude)
+        levels = pixels if pixels.dtype == torch.uint8 else pixels.clamp(0, 255).to(torch.uint8)
+        pixels = rand_augment(levels, draws.operations, draws.signs, draws.centres, augment.magnitude)
     mean, std = (
         send(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), pixels.device)
         for values in (preprocessing.mean, preprocessing.std)

@@ -16,17 +16,17 @@ from nfzoo.transforms.crops import distorted_box, random_box
 from nfzoo.transforms.decode import MODES
 from nfzoo.transforms.resize import check_size, tf_bicubic
 
-# An image longer than this many times its height is cut to that before the shorter edge is scaled up: a line of
-# 1 x 100000 pixels would else need gigabytes of which the centre crop keeps one square.
-_LONGEST = 32
+# An image with a larger aspect ratio is cropped to this one before it is resized. Otherwise a line of 1 x 100000 pixels
+# would be scaled up to gigabytes, of which the centre crop keeps one square.
+_MAX_ASPECT = 32
 
 
 def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, size: int | None = None) -> Tensor:
-    """The model's input, float32 `(C, size, size)`, of an image from `open_image`.
+    """Turn an image from `open_image` into the model's input, float32 `(C, size, size)`.
 
-    `"deepmind"`: the whole image, its aspect not kept, to `(size + margin)` squared by `tf_bicubic`, centre crop.
-    `"shortest-edge"`: the shorter edge to `floor(size / crop)` by Pillow's antialiased bicubic, centre crop.
-    Then `(pixel / 255 - mean) / std`.
+    `"deepmind"` resizes the whole image to a square of side `size + margin` by `tf_bicubic`; the aspect is not kept.
+    `"shortest-edge"` resizes the shorter edge to `floor(size / crop)` by Pillow's antialiased bicubic. Both then take
+    the centre crop, and `(pixel / 255 - mean) / std`.
 
     Args:
         size: side of the result in pixels; `preprocessing.test_size` by default.
@@ -54,20 +54,20 @@ def training_crop(
     flip: float = 0.5,
     size: int | None = None,
 ) -> Tensor:
-    """A random part of an image from `open_image`, resized to grey levels `(C, size, size)`, perhaps mirrored.
+    """Crop an image from `open_image` at random, resize it to `(C, size, size)`, and mirror it at random.
 
-    `"deepmind"`: the part of `distorted_box` by `tf_bicubic`, float32 and not clamped: some levels are below 0 or above
-    255. `"shortest-edge"`: the part of `random_box` by Pillow's antialiased bicubic, uint8.
+    `"deepmind"` resizes the crop of `distorted_box` by `tf_bicubic`. The result is float32 and not clamped: some levels
+    are below 0 or above 255. `"shortest-edge"` resizes that of `random_box` by Pillow's antialiased bicubic, to uint8.
 
     Args:
-        rng: where all randomness comes from.
+        rng: source of all randomness.
         scale: least and greatest share of the image's area, in (0, 1].
         ratio: least and greatest width / height.
         flip: probability of a horizontal reflection.
         size: side of the result in pixels; `preprocessing.train_size` by default.
 
-    Source: the code released with arXiv 2102.06171, which mirrors before the resize: the same but for the rounding of
-    the kernel's table; timm 1.0.
+    Source: the code released with arXiv 2102.06171; timm 1.0. The released code mirrors before it resizes, which
+    differs only in the rounding of the kernel's table.
     """
     size = check_size(preprocessing.train_size if size is None else size)
     _check_mode(image, preprocessing)
@@ -91,17 +91,17 @@ def training_crop(
 def training_transform(
     image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, **options: Any
 ) -> Tensor:
-    """The model's input of a `training_crop`: its grey levels normalised, float32 `(C, size, size)`.
+    """Return a normalised `training_crop`, the model's input, float32 `(C, size, size)`.
 
     Args:
-        options: of `training_crop`.
+        options: arguments of `training_crop`.
     """
     pixels = training_crop(image, preprocessing, rng, **options)
     return normalize_batch(pixels[None], preprocessing)[0]
 
 
 def normalize(pixels: np.ndarray, preprocessing: Preprocessing) -> Tensor:
-    """`(pixel / 255 - mean) / std` of grey levels `(H, W, C)`, as a float32 tensor `(C, H, W)`."""
+    """Return `(pixel / 255 - mean) / std` of grey levels `(H, W, C)`, as a float32 tensor `(C, H, W)`."""
     mean = np.asarray(preprocessing.mean, np.float32)
     std = np.asarray(preprocessing.std, np.float32)
     values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
@@ -109,8 +109,8 @@ def normalize(pixels: np.ndarray, preprocessing: Preprocessing) -> Tensor:
 
 
 def normalize_batch(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """`(pixel / 255 - mean) / std` of grey levels `(N, C, H, W)`, float32: that of `normalize` to the last bit."""
-    # All three are tensors on the device: a GPU multiplies by the rounded reciprocal of a plain number instead.
+    """Return `(pixel / 255 - mean) / std` of grey levels `(N, C, H, W)`, float32, bit-equal to `normalize`."""
+    # 255 is a tensor too: a GPU divides by a plain number by multiplying with its rounded reciprocal.
     levels, mean, std = (
         torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
         for values in ([255.0], preprocessing.mean, preprocessing.std)
@@ -119,9 +119,9 @@ def normalize_batch(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _shorter_edge(image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter edge is `size`; the other is truncated, as torchvision does it."""
+    """Resize the shorter edge to `size`; the longer one is rounded down, as in torchvision."""
     width, height = image.size
-    limit = _LONGEST * min(width, height)
+    limit = _MAX_ASPECT * min(width, height)
     if max(width, height) > limit:
         w, h = min(width, limit), min(height, limit)
         left, top = (width - w) // 2, (height - h) // 2
@@ -140,6 +140,6 @@ def _check_mode(image: Image.Image, preprocessing: Preprocessing) -> None:
     channels = len(preprocessing.mean)
     if image.mode != MODES.get(channels):
         raise DataError(
-            f"the model wants {channels} channels and the image has mode {image.mode!r}; "
+            f"the model takes {channels} channels, and the image has mode {image.mode!r}; "
             f"open it with open_image(source, channels={channels})"
         )

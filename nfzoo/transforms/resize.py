@@ -1,6 +1,6 @@
-"""TensorFlow's bicubic resize, written out since no other library computes it.
+"""TensorFlow's bicubic resize, which no other library computes.
 
-Torch's has another kernel (a = -0.75), Pillow's is antialiased.
+torch's has another kernel (a = -0.75), and Pillow's is antialiased.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _TABLE = 1024  # TensorFlow, resize_bicubic_op.cc: kTableSize
 
 
 def tf_bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """TensorFlow's bicubic resize of `(H, W, C)` to float32 `(height, width, C)`, without antialiasing or clamping.
+    """Resize `(H, W, C)` to float32 `(height, width, C)` as TensorFlow's bicubic, without antialiasing or clamping.
 
     Output i lies at `x = (i + 1/2) * H / height - 1/2` and sums the four pixels around x with Keys' kernel, a = -0.5:
 
         w(d) = 3/2 d³ - 5/2 d² + 1              for d <= 1
         w(d) = -1/2 d³ + 5/2 d² - 4 d + 2       for 1 < d < 2
 
-    where `d = |x - pixel|` with `x - floor(x)` rounded to multiples of 1/1024. Pixels outside the image have weight 0,
-    the others are divided by their sum.
+    where `d = |x - pixel|`, and `x - floor(x)` is rounded to a multiple of 1/1024. Pixels outside the image have weight
+    0, and the weights of the others are divided by their sum.
 
     Source: `tf.image.resize(..., "bicubic")`, tensorflow/core/kernels/image/resize_bicubic_op.cc; R. G. Keys, 1981.
     """
@@ -33,19 +33,19 @@ def tf_bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     check_size(height)
     check_size(width)
     length, breadth, channels = pixels.shape
-    # Whole rows of numbers that lie in one piece are what NumPy is fast with: so columns become rows in between.
+    # NumPy is fast on contiguous rows, so the second pass works on the transposed image.
     rows = _taps(np.ascontiguousarray(pixels).reshape(length, -1), height).reshape(height, breadth, channels)
     columns = _taps(np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(breadth, -1), width)
     return columns.reshape(width, height, channels).swapaxes(0, 1)
 
 
 def _taps(rows: np.ndarray, size: int) -> np.ndarray:
-    """Resize the first axis of two, adding the four taps in TensorFlow's order."""
+    """Resize the first of two axes, adding the four taps in TensorFlow's order."""
     index, weight = _bicubic_weights(len(rows), size)
     shape = (size, rows.shape[1])
     result, scaled, taken = np.zeros(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, rows.dtype)
     for k in range(4):
-        np.take(rows, index[:, k], axis=0, out=taken, mode="clip")  # "clip" needs no second buffer; none is outside
+        np.take(rows, index[:, k], axis=0, out=taken, mode="clip")  # "clip" avoids a second buffer; no index is outside
         np.multiply(taken, weight[:, k, None], out=scaled)
         result += scaled
     return result
@@ -71,7 +71,7 @@ def _bicubic_weights(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _kernel() -> tuple[np.ndarray, np.ndarray]:
-    """Keys' kernel at d = k / 1024 and at d = 1 + k / 1024."""
+    """Return Keys' kernel at d = k / 1024 and at d = 1 + k / 1024."""
     a = -0.5
     d = np.arange(_TABLE + 1) / _TABLE
     near = ((a + 2) * d - (a + 3)) * d * d + 1
@@ -81,7 +81,7 @@ def _kernel() -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_size(size: int) -> int:
-    """The side of an image in pixels; a `DataError` for what is no positive whole number."""
+    """Return the side of an image in pixels; raise a `DataError` unless it is a positive whole number."""
     if not is_int(size, 1):
         raise DataError(f"the size must be a positive number of pixels, not {size!r}")
     return size

@@ -347,7 +347,7 @@ def test_the_weight_file_alone(folder, tmp_path):
     assert load_checkpoint(folder)[0] == DESCRIPTION  # config.json is enough
     assert load_checkpoint(folder / "model.safetensors")[0] == DESCRIPTION  # and is found beside the file
     os.remove(folder / "config.json")
-    with pytest.raises(CheckpointError, match="does not say what model it belongs to"):
+    with pytest.raises(CheckpointError, match="has no model description in its metadata"):
         load(folder / "model.safetensors")
 
 

@@ -99,7 +99,7 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFix
     saved = latest_state(tmp_path)
     assert saved is not None
     assert saved.step == 1
-    assert "step_00000002 is damaged, and is passed over" in caplog.text
+    assert "step_00000002 is damaged, and is skipped" in caplog.text
 
 
 def test_another_format_is_an_error(tmp_path: Path) -> None:

@@ -429,7 +429,7 @@ def test_what_ends_one_process_is_told_once_and_the_rest_is_kept(
     (status, out, err), other = run_in_group(main, command, tmp_path)
     assert (status, other[0], out) == (2, 2, "")
     assert other[2].count(f"nfzoo bulk: error: {data / broken}") == 1
-    assert "another process has ended early; run the same again" in err
+    assert "another process has ended early; run the same command again" in err
     assert sorted(contents(tmp_path / "out")) == [f"{part}.jsonl" for part in PARTS[:3]]
 
     shutil.copy(folder / broken, data / broken)
@@ -466,7 +466,7 @@ def test_the_module_runs_under_accelerates_launcher(checkpoint: Path, folder: Pa
         (["{model}", "--data", "{data}", "--output", "{data}/out"], "among the data"),
         (["{model}", "--data", "{data}", "--output", "{out}", "--format", "npz"], "top-k are written as jsonl or parq"),
         (["{model}", "--data", "{data}", "--output", "{out}", "--embeddings", "--format", "jsonl"], "npz or parquet"),
-        (["{model}", "--data", "{data}", "--output", "{out}", "--dtype", "float16"], "one of embeddings"),
+        (["{model}", "--data", "{data}", "--output", "{out}", "--dtype", "float16"], "applies to embeddings only"),
         (["{model}", "--data", "{data}", "--output", "{out}", "--topk", "0"], "--topk"),
         (["{model}", "--data", "{data}", "--output", "{out}", "--shard-size", "-1"], "--shard-size"),
         (["{model}", "--data", "{data}", "--output", "{out}", "--device", "tpu9"], "'tpu9' cannot be used"),

@@ -124,12 +124,12 @@ def test_labels_by_name_are_numbered_in_order_of_the_alphabet() -> None:
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"image": cells(1)}, {}, r"no column of labels known by name; its columns are image: add \?label="),
-        ({"label": [0], "x": [1]}, {}, r"no column of images known by name; its columns are label, x"),
+        ({"image": cells(1)}, {}, r"no column of labels with a usual name but image; add \?label="),
+        ({"label": [0], "x": [1]}, {}, r"no column of images with a usual name but label, x"),
         ({"image": cells(1), "label": [0]}, {"label": "kind"}, r"no column 'kind' for \?label="),
         ({"image": cells(1), "label": [0]}, {"image": "img"}, r"no column 'img' for \?image="),
         ({"image": [0.5], "label": [0]}, {}, "holds no encoded images"),
-        ({"image": cells(1), "label": [-1]}, {}, "holds -1, which stands for no class"),
+        ({"image": cells(1), "label": [-1]}, {}, "holds -1, which means no label"),
         ({"image": cells(1), "label": [0.5]}, {}, "neither class numbers nor names"),
         ({"image": cells(1), "label": [True]}, {}, "neither class numbers nor names"),
         ({"image": cells(1), "label": [[1, 2]]}, {}, "neither class numbers nor names"),

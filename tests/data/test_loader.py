@@ -309,6 +309,6 @@ def test_draft_decodes_large_photographs_smaller_and_leaves_others(tmp_path: Pat
         assert torch.equal(plain, draft) == (suffix == "png")  # 64 pixels of 200 suffice: a half
         assert (plain - draft).abs().mean() < 6
         assert torch.equal(small, large)  # 202 do not
-        sizes = [open_image(path, least=least).size for least in (None, 201, 200, 101, 100, 51, 50, 25, 1)]
+        sizes = [open_image(path, min_side=least).size for least in (None, 201, 200, 101, 100, 51, 50, 25, 1)]
         drafted = [(300, 200)] * 4 + [(150, 100)] * 2 + [(75, 50)] + [(38, 25)] * 2
         assert sizes == (drafted if suffix == "jpg" else [(300, 200)] * 9)

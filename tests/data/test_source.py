@@ -160,7 +160,7 @@ def test_parts_by_the_names_of_files(tmp_path: Path) -> None:
     found = open_held_out(str(tmp_path))
     assert (found.dataset, found.split, len(found.images)) == (tmp_path.name, "validation", 2)
     write_shard(tmp_path / "pets-more-0.tar", {"a": 0, "b": 1})
-    with pytest.raises(DataError, match=r"pets-more-0\.tar' names no part, as train and validation do"):
+    with pytest.raises(DataError, match=r"pets-more-0\.tar' has the name of no part"):
         open_split(str(tmp_path))
 
 
@@ -190,12 +190,12 @@ def test_what_is_judged_has_a_name(tmp_path: Path) -> None:
         ("nowhere/*.tar", "matches no files"),
         ("nowhere.tar", "cannot be read: No such file"),
         ("a.tar.gz", "is compressed"),
-        ("000.tar?image=img", "does not take the option 'image'; there train, validation can stand"),
+        ("000.tar?image=img", "does not take the option 'image'; it takes train, validation"),
         ("000.tar?colour=red", "does not take the option 'colour'"),
-        ("000.tar?train=", "leaves an option empty"),
+        ("000.tar?train=", "has an option without a value"),
         ("pets?label=x", "does not take the option 'label'; it takes none"),
         ("both", "holds tar files and parquet files"),
-        ("?train=one", "have the names that it asks for"),
+        ("?train=one", "needs files named after both parts, one and validation"),
     ],
 )
 def test_bad_names_are_explained(tmp_path: Path, folder: Path, source: str, message: str) -> None:

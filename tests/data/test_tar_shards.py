@@ -183,7 +183,7 @@ PNG = picture(0)
         ([("a.png", PNG), ("a.json", b'{"class": 1}')], "where a class number from 0 on is expected, under 'label'"),
         ([("a.png", PNG), ("a.json", b'{"label": true}')], "under 'label'"),
         ([("a.png", PNG), ("a.json", b"[" * 10_000)], "under 'label'"),
-        ([("a.png", PNG), ("a.cls", b"0" * ((1 << 20) + 1))], "1,048,577 bytes long, and no label"),
+        ([("a.png", PNG), ("a.cls", b"0" * ((1 << 20) + 1))], "1,048,577 bytes long, too long for a label"),
         ([("a.cls", b"0")], r"'a\.cls' and no image 'a\.jpg'"),
         ([("a.png", PNG), ("a.cls", b"0"), ("a.jpg", PNG)], r"'a\.png' and 'a\.jpg', both for the key 'a'"),
         ([("a.png", PNG), ("a.cls", b"0"), ("a.cls", b"0")], r"'a\.cls' and 'a\.cls', both for the key 'a'"),
@@ -255,7 +255,7 @@ def test_missing_and_changed_files_are_named(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "x.tar", {"a": 0, "b": 1})
     images = TarShards.index([path])
     write_shard(path, {"a": 0, "b": 1, "c": 2})
-    with pytest.raises(DataError, match=r"x\.tar' was changed after it was indexed"):
+    with pytest.raises(DataError, match=r"x\.tar' changed after it was indexed"):
         images[0]
     path.unlink()
     with pytest.raises(DataError, match=r"x\.tar, a\.png cannot be read: No such file"):

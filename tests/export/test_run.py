@@ -98,12 +98,13 @@ def test_torch_program_runs_without_nfzoo_on_images_of_other_sizes(name, tmp_pat
 
 
 @pytest.mark.slow
-def test_torch_program_of_an_odd_size_takes_any_size(tmp_path):
-    model = shell("nfnet", size=37)
+@pytest.mark.parametrize(("size", "step"), [(37, 1), (34, 2), (36, 4), (40, 8), (48, 16)])
+def test_torch_program_of_another_size_takes_all_of_its_kind(size, step, tmp_path):
+    model = shell("nfnet", size=size)
     path = export(model, tmp_path / "out", format="torch")
-    assert json.loads((path.parent / SHEET).read_text())["multiple"] == 1
+    assert json.loads((path.parent / SHEET).read_text())["multiple"] == step
     run = torch.export.load(path).module()
-    for height, width in ((37, 37), (1, 1), (50, 33)):
+    for height, width in ((size, size), (step, step), (50 * step, 33 * step), (64, 96)):
         x = images(model.config, 2, height, width)
         assert relative(run(x), model(x)) < CLOSE
 

@@ -36,7 +36,7 @@ def plainly(model: NFNet, x: torch.Tensor) -> torch.Tensor:
     """The folded model by torch's own convolutions, which gradients ask for."""
     with torch.enable_grad():
         wanted = x.clone().requires_grad_()
-        assert not onednn.takes(wanted)
+        assert not onednn.supports(wanted)
         return model(wanted).detach()
 
 
@@ -49,7 +49,7 @@ def test_it_is_the_folded_model(name, output_stride):
     folded = made.eval().for_inference()
     expected = plainly(folded, x)
     with torch.no_grad():
-        assert onednn.takes(x)
+        assert onednn.supports(x)
         assert relative(folded(x), expected) < EXACT
         packed = copy.deepcopy(folded).prepack()
         for _ in range(2):
@@ -162,7 +162,7 @@ def test_weights_made_in_inference_mode_are_laid_out_too():
         x = images(model.config)
         first = model(x)
         block: Any = model.get_submodule("stem.conv0")
-        assert block.fn._weights["weight"]._made is not None
+        assert block.fn._weights["weight"]._cache is not None
         assert torch.equal(model(x), first)
     assert relative(first, lean()(x)) < EXACT
 

@@ -175,10 +175,10 @@ def plan(n: int, layers: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor,
     return operations, signs, torch.randint(0, size, (n, layers, 2), generator=g)
 
 
-@pytest.mark.parametrize("cached", [3, 64])
+@pytest.mark.parametrize("chunk", [3, 64])
 @pytest.mark.parametrize("layers", [0, 1, 4])
-def test_images_go_through_their_own_layers(cached: int, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(randaugment, "_CACHED", cached)
+def test_images_go_through_their_own_layers(chunk: int, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(randaugment, "_CHUNK", chunk)
     x, (operations, signs, centres) = noise(40, 3, 16, 16), plan(40, layers, 16)
     before = x.clone()
     result = rand_augment(x, operations, signs, centres, 1.3)
