@@ -1,4 +1,4 @@
-"""Peak memory and largest batch of the NFNets on TPU chips, as the TPU's own compiler estimates them.
+"""Tabulate peak memory and largest batch of the NFNets on TPU chips, as the TPU's own compiler estimates them.
 
     python -m benchmarks.systems.tpu_table --models nfnet-f0 nfnet-f1 --chips v5e v6e
     python -m benchmarks.systems.tpu_table --render     # the table alone, of what has been compiled so far
@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.report import processor
 from nfzoo.checkpoint.atomic import replaced
-from nfzoo.export.tpu_chips import CHIPS, Request
-from nfzoo.export.tpu_compile import Check, compile_apart, largest_batch
+from nfzoo.export.tpu_check import Check, compile_in_process, largest_batch
+from nfzoo.export.tpu_worker import CHIPS, Request
 from nfzoo.variants import variant
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -38,7 +38,7 @@ START = {
     "nfnet-f5": 16,
     "nfnet-f6": 16,
 }
-"""Of the training step on v5e."""
+"""First batch of the training step on v5e."""
 
 
 def compile_missing(models: list[str], chips: list[str], steps: list[str], timeout: float) -> None:
@@ -52,7 +52,7 @@ def compile_missing(models: list[str], chips: list[str], steps: list[str], timeo
 
 
 def one(model: str, chip: str, step: str, batch: int, timeout: float) -> Check:
-    """One compilation, from the file if it is there."""
+    """Compile one batch, or read its check from the file."""
     row = variant(model)
     sizes = row.preprocessing
     request = Request(
@@ -72,14 +72,16 @@ def one(model: str, chip: str, step: str, batch: int, timeout: float) -> Check:
             step,
             batch,
         ):
-            return Check(request=request, outcome=fields["outcome"], peak=fields.get("peak"))
+            return fields
     start = time.monotonic()
-    found = compile_apart(request, timeout=timeout)
-    print(f"{model} {step} {request.topology} {batch}: {found.outcome}, {time.monotonic() - start:.0f} s", flush=True)
-    if found.outcome in ("compiles", "too big"):
-        save([*kept, {"model": model, **found.to_dict()}])
+    found = compile_in_process(request, timeout=timeout)
+    print(
+        f"{model} {step} {request.topology} {batch}: {found['outcome']}, {time.monotonic() - start:.0f} s", flush=True
+    )
+    if found["outcome"] in ("compiles", "too big"):
+        save([*kept, {"model": model, **found}])
     else:
-        print(found.reason, file=sys.stderr, flush=True)
+        print(found["reason"], file=sys.stderr, flush=True)
     return found
 
 
@@ -94,7 +96,7 @@ def save(rows: list[dict[str, Any]]) -> None:
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown: for each model and chip the largest batch that fits, and what came before and after it."""
+    """Format as Markdown, for each model and chip, the largest batch that fits and what came before and after it."""
     lines = [
         "# Memory of the NFNets on TPU chips",
         "",
@@ -127,7 +129,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 
 def cell(rows: list[dict[str, Any]], model: str, chip: str, step: str) -> tuple[str, ...] | None:
-    """A line of the table; none if no batch was compiled."""
+    """Return a line of the table, `None` if no batch compiles."""
     mine = [r for r in rows if (r["model"], r["topology"].split(":")[0], r["step"]) == (model, chip, step)]
     good = max((r for r in mine if r["outcome"] == "compiles"), key=lambda r: r["batch"], default=None)
     if good is None:

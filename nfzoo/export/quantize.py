@@ -1,7 +1,6 @@
-"""Weights and activations of eight bits, for processors that multiply them faster: through onnxruntime or torchao.
+"""Quantise a folded model to int8 weights and activations, through onnxruntime or torchao.
 
-Both want a folded model, whose weights are those that are multiplied, and a few batches of typical images, from which
-they take the range of every activation.
+Both take the range of every activation from a few batches of typical images.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tens
     """Quantise a float32 ONNX model to int8: weights per channel, activations per tensor, in QDQ pairs.
 
     Args:
-        source: a model of one input, as `nfzoo.export` writes it.
-        target: the file to write; it takes the place of an older one.
+        source: a model of one input, as `nfzoo export` writes it.
+        target: the file to write; an older one is replaced.
         batches: prepared images `(N, C, H, W)` to calibrate with.
 
     Raises:
         ConfigError: without a batch, or without onnxruntime.
     """
-    _need("onnxruntime", "export")
+    _check_package("onnxruntime", "export")
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     name = onnx.load(str(source), load_external_data=False).graph.input[0].name
     arrays = [batch.detach().cpu().numpy() for batch in batches]
-    _some(arrays)
+    _check_batches(arrays)
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.rest = iter(arrays)
+            self.remaining = iter(arrays)
 
         def get_next(self) -> dict[str, np.ndarray]:
-            batch = next(self.rest, None)
-            return None if batch is None else {name: batch}  # type: ignore[return-value] # the end, says its class
+            batch = next(self.remaining, None)
+            return None if batch is None else {name: batch}  # type: ignore[return-value] # `None` is the end, by its documentation
 
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises a pass over the graph which the exporter has made already
@@ -69,9 +68,9 @@ def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tens
 
 
 def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:
-    """Quantise a folded model to int8 on the CPU, through torchao's quantiser for inductor on x86.
+    """Quantise a folded model on the CPU to int8, through torchao's quantiser for inductor on x86.
 
-    It computes what int8 arithmetic does, slowly; `torch.compile` with `freezing` turns it into int8 kernels.
+    The result emulates int8 arithmetic slowly. `torch.compile` with `freezing` turns it into int8 kernels.
 
     Args:
         batches: prepared images `(N, C, H, W)` to calibrate with.
@@ -81,9 +80,9 @@ def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:
     """
     if not model.config.folded:
         raise ConfigError("quantisation needs the folded model: model.for_inference()")
-    _need("torchao", "int8")
+    _check_package("torchao", "int8")
     batches = list(batches)
-    _some(batches)
+    _check_batches(batches)
     with _quiet(), torch.no_grad():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -104,17 +103,17 @@ def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torchao's notes on kernels for GPUs that are not here."""
+    """Silence torchao's notes on kernels for absent GPUs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is", DeprecationWarning, r"torch\.jit\._script")
         yield
 
 
-def _need(package: str, extra: str) -> None:
+def _check_package(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"this needs {package}: pip install 'nfzoo[{extra}]'")
 
 
-def _some(batches: list[Any]) -> None:
+def _check_batches(batches: list[Any]) -> None:
     if not batches:
         raise ConfigError("calibration needs at least one batch of images")

@@ -1,6 +1,6 @@
-"""Models for other runtimes: `nfzoo export MODEL --format onnx|aoti|torch|stablehlo --output FOLDER`.
+"""Export models to other runtimes: `nfzoo export MODEL --format onnx|aoti|torch|stablehlo --output FOLDER`.
 
-The model is folded first. Beside each program stands `nfzoo.json`, which says what goes in and what comes out.
+The model is folded first. The file `nfzoo.json` beside the program describes its input and output.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
 
 SHEET = "nfzoo.json"
-_CALIBRATION = 256  # images, the first ones of the training part; more change the ranges little
+_CALIBRATION = 256  # images, the first of the training split; more change the ranges little
 INPUT, OUTPUT = "images", "logits"
 
 
 class Format(NamedTuple):
-    """A kind of program.
+    """Describe a format.
 
     Attributes:
-        file: the program's name in the output folder.
-        write: `write(model, images, batch, path)` for a folded model and an example of its input.
-        needs: packages that it is written with, of the extra `export`.
-        any_size: whether height and width are left open.
+        file: the program's file name in the output folder.
+        write: `write(model, images, batch, path)`, which writes a folded model, traced on example images.
+        needs: packages of the extra `export` that `write` imports.
+        any_size: true if height and width are dynamic.
     """
 
     file: str
@@ -57,19 +57,19 @@ class Format(NamedTuple):
 def exported_program(
     model: NFNet, images: Tensor, *, batch: int | None = None, step: int | None = None
 ) -> ExportedProgram:
-    """Export the graph of a model in evaluation mode.
+    """Return the graph of a model in evaluation mode.
 
     Args:
-        images: an example `(N, C, H, W)`.
+        images: example `(N, C, H, W)`.
         batch: a fixed number of images; by default any number.
-        step: leave height and width open, in multiples of this many pixels; by default they are those of `images`.
+        step: make height and width dynamic, in multiples of this many pixels; by default they are those of `images`.
     """
     shape: dict[int, Any] = {} if batch else {0: Dim("batch", min=1, max=MAX_SIZE)}
     if step:
         for axis, name in ((2, "height"), (3, "width")):
             shape[axis] = Dim(name, min=1, max=MAX_SIZE) * step if step > 1 else Dim(name)
-    # Without the first, a size for which some map shrinks to one pixel would be left out; without the second, sizes
-    # that are not a multiple of the network's stride.
+    # The context admits sizes for which some map shrinks to one pixel. The deferred asserts admit sizes that are not a
+    # multiple of the network's stride.
     with torch_internals.sizes_of_one_are_general():
         return torch.export.export(
             model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
@@ -77,10 +77,10 @@ def exported_program(
 
 
 def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
-    """Write a program of torch.export, `torch.export.load(path).module()`, for images of other sizes too."""
+    """Write a program of torch.export for images of other sizes too; load it by `torch.export.load(path).module()`."""
     count, channels, _, side = images.shape
-    # An example that is square or odd, or whose last map has one pixel, would be taken for a rule. So would one that
-    # divides by more than the sizes that are to come.
+    # torch.export would specialise on an example that is square or odd, or whose last map has one pixel. It would also
+    # specialise on sides that a larger number than `step` divides.
     step = size_step(side)
     unit = max(2, step)
     height, width = (unit * (n // unit + 1) for n in (64, 96))
@@ -89,15 +89,15 @@ def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> 
 
 
 def size_step(size: int) -> int:
-    """Return what the sides of an image are multiples of, in a program for any size, made for `size` pixels.
+    """Return the number that divides an image's sides in a program for any size, made for `size` pixels.
 
-    Multiples of the network's stride of 32 have the same padding everywhere; other sizes make large programs.
+    Multiples of the network's stride of 32 have the same padding everywhere. Other sizes make large programs.
     """
     return math.gcd(size, 32)
 
 
 def write_aoti(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
-    """Write a compiled package, `torch._inductor.aoti_load_package(path)`, for the device that the model is on."""
+    """Compile a package for the model's device; load it by `torch._inductor.aoti_load_package(path)`."""
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(exported_program(model, images, batch=batch), package_path=str(path))
@@ -106,14 +106,14 @@ def write_aoti(model: NFNet, images: Tensor, batch: int | None, path: Path) -> N
 def write_onnx(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
     """Write an ONNX model with input `images` and output `logits`."""
     graph = exported_program(model, images, batch=batch)
-    made = torch.onnx.export(graph, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
-    assert made is not None
-    made.save(path)
+    onnx_program = torch.onnx.export(graph, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+    assert onnx_program is not None
+    onnx_program.save(path)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without notes on torchvision's operators, which no model here has, and on what torch 2.13 does to itself."""
+    """Silence warnings about torchvision's operators, which no model has, and about torch 2.13's own code."""
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry.level
     registry.setLevel(logging.ERROR)
@@ -143,20 +143,20 @@ def export(
     device: torch.device | str | None = None,
     int8: Iterable[Tensor] | None = None,
 ) -> Path:
-    """Write a model's program and its `nfzoo.json` into a folder, both or neither; the program's path.
+    """Write a model's program and its `nfzoo.json` into a folder, both or neither, and return the program's path.
 
     Args:
-        model: a trained or a folded model, which stays as it is.
+        model: a trained or folded model, which is left as it is.
         format: a key of `FORMATS`; a float64 model becomes float32 in `onnx`.
         size: side of the images in pixels; by default that of the model's evaluation.
         batch: a fixed number of images; by default any number.
-        device: what `aoti` compiles for; by default where the model is.
-        int8: batches of prepared images; `onnx` is then quantised with their ranges (see `nfzoo.export.quantize`).
+        device: device that `aoti` compiles for; by default the model's.
+        int8: batches of prepared images, with whose ranges `onnx` is quantised (see `nfzoo.export.quantize`).
 
     Raises:
-        ConfigError: for an unknown format, a number out of range, a device or package that is not there, a folder that
+        ConfigError: if the format is unknown, a number is out of range, a device or package is missing, or the folder
             holds other files.
-        CheckpointError: for weights that are not finite.
+        CheckpointError: if a weight is not finite.
     """
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
@@ -180,25 +180,25 @@ def export(
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise CheckpointError(f"the weight {name} is not finite; the model is damaged, or its training diverged")
-    if format == "onnx" and next(model.parameters()).dtype == torch.float64:  # for which runtimes have no convolution
+    if format == "onnx" and next(model.parameters()).dtype == torch.float64:  # onnxruntime has no float64 convolution
         model = NFNet.from_params(model.description, {k: v.detach().float() for k, v in model.named_parameters()})
-    lean = model if model.config.folded else model.for_inference()
+    folded = model if model.config.folded else model.for_inference()
     if device is not None:
-        lean = NFNet.from_params(lean.description, {k: v.detach().clone() for k, v in lean.named_parameters()})
-        lean = lean.to(usable_device(device))
-    p = next(lean.parameters())
-    side = size or lean.preprocessing.test_size
-    # An example of one image would be taken for a rule, even where the number is left open.
-    images = torch.zeros((batch or 2, lean.config.in_channels, side, side), dtype=p.dtype, device=p.device)
+        folded = NFNet.from_params(folded.description, {k: v.detach().clone() for k, v in folded.named_parameters()})
+        folded = folded.to(usable_device(device))
+    p = next(folded.parameters())
+    side = size or folded.preprocessing.test_size
+    # torch.export would specialise on an example of one image, even where the number is dynamic.
+    images = torch.zeros((batch or 2, folded.config.in_channels, side, side), dtype=p.dtype, device=p.device)
     with replaced_folder(folder) as scratch, torch.no_grad():
         with _quiet():
-            kind.write(lean, images, batch, scratch / kind.file)
+            kind.write(folded, images, batch, scratch / kind.file)
         if int8 is not None:
-            whole = (scratch / kind.file).rename(scratch / f"float-{kind.file}")
-            quantize_onnx(whole, scratch / kind.file, int8)
-            whole.unlink()
+            unquantized = (scratch / kind.file).rename(scratch / f"float-{kind.file}")
+            quantize_onnx(unquantized, scratch / kind.file, int8)
+            unquantized.unlink()
         arithmetic = str(p.dtype).removeprefix("torch.") if int8 is None else "int8"
-        fields = sheet(lean, format, side, batch) | {"arithmetic": arithmetic}
+        fields = sheet(folded, format, side, batch) | {"arithmetic": arithmetic}
         text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
         (scratch / SHEET).write_text(text, encoding="utf-8")
     return Path(folder) / kind.file
@@ -209,9 +209,9 @@ def _entries(folder: str | Path) -> list[Path]:
 
 
 def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, Any]:
-    """Return the content of `nfzoo.json`: the program's input and output, preprocessing, labels, provenance.
+    """Return the content of `nfzoo.json`: the program's input and output, preprocessing, labels and provenance.
 
-    A shape is a list of numbers and of names for what is open.
+    A shape is a list of numbers, and of names for dynamic dimensions.
     """
     from nfzoo import __version__
 
@@ -270,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: 0 when the program is written, 2 for bad input, 1 when the disk or a compiler gave out."""
+    """Run the command; return 0 if the program is written, 2 for bad input, 1 if the disk or a compiler fails."""
     return program.run("nfzoo export", lambda: _main(_parser().parse_args(argv)), failures=(OSError, RuntimeError))
 
 
@@ -310,9 +310,9 @@ def _main(options: argparse.Namespace) -> None:
 
 def _calibration(model: NFNet, source: str, size: int | None, batch: int | None) -> list[Tensor]:
     images = open_split(source).train
-    few = batch or 32
-    batches = evaluation_batches(images, model.preprocessing, batch_size=few, rank=0, world=1, size=size, workers=0)
-    return [x for x, _ in itertools.islice(batches, -(-_CALIBRATION // few)) if batch is None or len(x) == batch]
+    count = batch or 32
+    batches = evaluation_batches(images, model.preprocessing, batch_size=count, rank=0, world=1, size=size, workers=0)
+    return [x for x, _ in itertools.islice(batches, -(-_CALIBRATION // count)) if batch is None or len(x) == batch]
 
 
 if __name__ == "__main__":

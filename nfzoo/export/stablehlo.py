@@ -1,8 +1,8 @@
-"""StableHLO: a model's forward pass, and its whole training step, as programs that any XLA compiles (torch-xla, jax).
+"""Write a model's forward pass and its training step as StableHLO, which any XLA compiles (torch-xla, jax).
 
-A program takes and gives tensors by name, in the order that the file beside it lists: `params/KEY` with the keys of
-`model.safetensors`, `images`, `logits`; a training step also `momentum/KEY`, `ema/KEY`, `noise/BLOCK`, `step`,
-`labels`, `lr` and `loss`. Weights are arguments, so that one program serves all weights and a step can follow a step.
+A program's inputs and outputs have names, which the JSON file beside it lists in order. They are `params/KEY` with the
+keys of `model.safetensors`, `images` and `logits`; a training step also has `momentum/KEY`, `ema/KEY`, `noise/BLOCK`,
+`step`, `labels`, `lr` and `loss`. Weights are arguments: one program serves all weights, and a step can follow a step.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ TEXT, BYTECODE, NAMES = ".mlir", ".mlirbc", ".json"
 
 
 class Program(NamedTuple):
-    """A function of named tensors, and tensors to trace it with, whose shapes it keeps."""
+    """Hold a function of named tensors, and the tensors to trace it with, whose shapes it keeps."""
 
     fn: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     inputs: dict[str, Tensor]
 
 
 class Lowered(NamedTuple):
-    """A program as MLIR; `names` holds name, shape and dtype of its `inputs` and `outputs`, in order."""
+    """Hold a program as MLIR; `names` lists name, shape and dtype of its `inputs` and `outputs`, in order."""
 
     text: str
     bytecode: bytes
@@ -52,16 +52,16 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
 
     Args:
         model: its weights become `model.safetensors`, its preprocessing and labels `config.json`.
-        folder: where to; files of these names are replaced together, or not at all.
-        size: pixels of an image's side; by default those of the model's evaluation, and of its training for the step.
-        batch: images at once. Shapes are part of a program.
+        folder: the output folder; files of these names are replaced together or not at all.
+        size: side of the images in pixels; by default the model's evaluation size, and its training size for the step.
+        batch: number of images, which is fixed in the program.
         training: also write the step: loss, gradient, AGC, Nesterov SGD and moving average with the papers' settings.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        ConfigError: for a size or batch out of range, a folded model's training step, or no torch-xla.
+        ConfigError: if size or batch is out of range, a folded model is to train, or torch-xla is missing.
     """
     for name, value in (("batch", batch), ("size", size)):
         if value is not None and not is_int(value, 1, MAX_SIZE):
@@ -76,11 +76,11 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
     lowered = {name: lower(program) for name, program in programs.items()}
     with replaced_folder(folder) as scratch:
         model.save_pretrained(scratch)
-        for name, made in lowered.items():
-            (scratch / f"{name}{TEXT}").write_text(made.text, encoding="utf-8")
-            (scratch / f"{name}{BYTECODE}").write_bytes(made.bytecode)
-            facts = made.names | ({"config": dataclasses.asdict(StepConfig())} if name == TRAIN_STEP else {})
-            (scratch / f"{name}{NAMES}").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for name, program in lowered.items():
+            (scratch / f"{name}{TEXT}").write_text(program.text, encoding="utf-8")
+            (scratch / f"{name}{BYTECODE}").write_bytes(program.bytecode)
+            signature = program.names | ({"config": dataclasses.asdict(StepConfig())} if name == TRAIN_STEP else {})
+            (scratch / f"{name}{NAMES}").write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
         written = sorted(path.name for path in scratch.iterdir())
     return [Path(folder) / name for name in written]
 
@@ -88,8 +88,8 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
 def forward_program(cfg: ModelConfig, params: Params, *, batch: int, size: int) -> Program:
     """Return the program `params/KEY`, `images` -> `logits`."""
 
-    def fn(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"logits": apply(cfg, _under(inputs, "params/"), inputs["images"])}
+    def fn(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": apply(cfg, _under(tensors, "params/"), tensors["images"])}
 
     return Program(fn, {**_named("params/", params), "images": torch.zeros(batch, cfg.in_channels, size, size)})
 
@@ -97,18 +97,19 @@ def forward_program(cfg: ModelConfig, params: Params, *, batch: int, size: int) 
 def step_program(
     cfg: ModelConfig, params: Params, *, batch: int, size: int, config: StepConfig | None = None
 ) -> Program:
-    """Return the program of `train_step`: the state, `images`, `labels`, `lr`, masks -> the state, `loss`, `logits`.
+    """Return the program of `train_step`: state, `images`, `labels`, `lr`, `noise/BLOCK` -> state, `loss`, `logits`.
 
-    The state is `params/KEY`, `momentum/KEY`, `ema/KEY` (unless the configuration keeps no average) and `step`.
+    `noise/BLOCK` are the masks of `sample_noise`. The state is `params/KEY`, `momentum/KEY`, `ema/KEY` (unless the
+    configuration keeps no average) and `step`.
     """
     config = config or StepConfig()
 
-    def fn(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        average = _under(inputs, "ema/") or None
-        state = TrainState(_under(inputs, "params/"), SGDState(_under(inputs, "momentum/")), average, inputs["step"])
-        batch = inputs["images"], inputs["labels"]
-        state, seen = train_step(cfg, state, batch, _under(inputs, "noise/") or None, inputs["lr"], config=config)
-        return {**_state(state), "loss": seen.loss, "logits": seen.logits}
+    def fn(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        average = _under(tensors, "ema/") or None
+        state = TrainState(_under(tensors, "params/"), SGDState(_under(tensors, "momentum/")), average, tensors["step"])
+        batch = tensors["images"], tensors["labels"]
+        state, metrics = train_step(cfg, state, batch, _under(tensors, "noise/") or None, tensors["lr"], config=config)
+        return {**_state(state), "loss": metrics.loss, "logits": metrics.logits}
 
     return Program(
         fn,
@@ -126,39 +127,39 @@ def lower(program: Program) -> Lowered:
     """Trace a program with torch-xla and write it as StableHLO, its numbers as constants.
 
     Raises:
-        ConfigError: without torch-xla.
-        RuntimeError: if the program is not wholly one of XLA's, or reads a tensor that is none of its inputs.
+        ConfigError: if torch-xla is missing.
+        RuntimeError: if an operator runs outside XLA, or the program reads a tensor that is not among its inputs.
     """
-    chosen = backend("xla")
-    chosen.start()
+    xla = backend("xla")
+    xla.start()
     import torch_xla  # pyright: ignore[reportMissingImports]
     import torch_xla.core.xla_model as xm  # pyright: ignore[reportMissingImports]
     import torch_xla.debug.metrics as metrics  # pyright: ignore[reportMissingImports]
 
-    # What arrives without a dimension is taken for a constant; see also `XlaBackend.scalar`.
-    placed = {
-        name: t.reshape(1).to(chosen.device).reshape(()) if t.ndim == 0 else t.to(chosen.device)
+    # torch-xla takes a tensor that arrives without a dimension for a constant; see `XlaBackend.scalar`.
+    device_inputs = {
+        name: t.reshape(1).to(xla.device).reshape(()) if t.ndim == 0 else t.to(xla.device)
         for name, t in program.inputs.items()
     }
-    chosen.synchronize()
-    name_of = {torch_xla._XLAC._xla_get_tensor_id(t): name for name, t in placed.items()}
+    xla.synchronize()
+    name_of = {torch_xla._XLAC._xla_get_tensor_id(t): name for name, t in device_inputs.items()}
     metrics.clear_counters()
     torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)  # or they would be further arguments
     try:
-        outputs = program.fn(placed)
+        outputs = program.fn(device_inputs)
         ids, values = torch_xla._XLAC._get_tensors_xla_device_data_node([*outputs.values()])
         text = xm.get_stablehlo([*outputs.values()])
         bytecode = xm.get_stablehlo_bytecode([*outputs.values()])
     finally:
         torch_xla._XLAC._set_xla_all_numbers_special_scalars(False)
-        torch_xla._XLAC._clear_pending_irs(str(chosen.device))
-    outside = [name for name in metrics.counter_names() if name.startswith("aten::")]
-    if outside:
-        raise RuntimeError(f"torch-xla leaves {', '.join(outside)} to the CPU, which a program cannot do")
+        torch_xla._XLAC._clear_pending_irs(str(xla.device))
+    fallbacks = [name for name in metrics.counter_names() if name.startswith("aten::")]
+    if fallbacks:
+        raise RuntimeError(f"torch-xla leaves {', '.join(fallbacks)} to the CPU, which a program cannot do")
     for known, value in zip(ids, values, strict=True):
         if known not in name_of:
             raise RuntimeError(f"the program reads a tensor {tuple(value.shape)} that is none of its inputs")
-    inputs = {name_of[known]: placed[name_of[known]] for known in ids}
+    inputs = {name_of[known]: device_inputs[name_of[known]] for known in ids}
     return Lowered(text, bytecode, {"inputs": _signature(inputs), "outputs": _signature(outputs)})
 
 
@@ -166,8 +167,8 @@ def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": t for name, t in tensors.items()}
 
 
-def _under(inputs: Mapping[str, Tensor], prefix: str) -> Params:
-    return {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> Params:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _state(state: TrainState) -> dict[str, Tensor]:

@@ -1,80 +1,192 @@
-"""Compile a model for a TPU that is not here: report the memory it takes there, and the largest batch that fits.
+"""Compile a model for a TPU that is not here, and report its memory there and the largest batch that fits.
 
-The compiler is the one of a real TPU; it runs in a process of its own, see `nfzoo.export.tpu_compile`. Its figures are
-estimates: nothing has run on the chip. Needs `pip install 'nfzoo[tpu-aot]'`.
+Each compilation runs in a process of its own, `nfzoo.export.tpu_worker`, with the compiler of a real TPU. The figures
+are that compiler's estimates: nothing has run on the chip. Needs `pip install 'nfzoo[tpu-aot]'`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import json
+import os
 import re
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nfzoo import __version__
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, read_description
-from nfzoo.config import ModelConfig, Preprocessing
+from nfzoo.config import MAX_SIZE, ModelConfig, Preprocessing
 from nfzoo.errors import CheckpointError, ConfigError, printable
-from nfzoo.export.tpu_chips import CHIPS, Request
-from nfzoo.export.tpu_compile import TIMEOUT, Check, best, check_installed, compile_apart, largest_batch
+from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, REQUIRED, Request
 from nfzoo.model import parameter_count
 from nfzoo.runtime import program
 from nfzoo.variants import variant
 
+TIMEOUT = 30.0  # minutes; NFNet-F6's training step takes its time on a few cores
+WORKER = (sys.executable, "-m", "nfzoo.export.tpu_worker")
+
 _GIB = 1 << 30
+
+Check = dict[str, Any]
+"""A request and the compiler's answer, with the keys that `--json` writes.
+
+The request's are `topology`, `chips`, `step`, `batch`, `size`, `dtype`. `outcome` is `compiles`, `too big` for the
+chip's memory, `refused` for any other error of the compiler, `crashed` or `timed out`. `reason` is one line, of every
+outcome but `compiles`. The other keys are those of `tpu_worker.compile_for_tpu`.
+"""
+
+
+# ---------------------------------------------------------------- one compilation
+
+
+def check_installed() -> None:
+    """Raise a `ConfigError` with the remedy if a package of the extra is missing."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"this needs {', '.join(missing)}: pip install 'nfzoo[tpu-aot]'")
+
+
+def compile_in_process(request: Request, *, timeout: float = TIMEOUT, log: Path | None = None) -> Check:
+    """Compile one request in a process of its own, which has ended when this returns or raises.
+
+    Args:
+        timeout: minutes for the whole of it.
+        log: file to append to what the compiler prints.
+    """
+    with tempfile.TemporaryFile() if log is None else log.open("a+b") as errors:
+        begin = errors.seek(0, os.SEEK_END)
+        try:
+            process = subprocess.run(
+                [*WORKER, str(os.getpid())],
+                input=request.to_json().encode(),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, **ENVIRONMENT},
+                timeout=60 * timeout,
+            )
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {timeout:g} minutes; allow more with --timeout"
+            return {**request.describe(), "outcome": "timed out", "reason": reason}
+        try:
+            answer = json.loads(process.stdout)
+        except ValueError:  # nothing, or what a dying process had written of it
+            errors.seek(begin)
+            printed = errors.read().decode(errors="replace")
+            answer = {"outcome": "crashed", "reason": _ending(process.returncode) + _last_line(printed)}
+    return {**request.describe(), **answer}
+
+
+def _ending(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "the compiler was killed, as when the memory of this machine gives out"
+    if status < 0:
+        return f"the compiler crashed ({signal.Signals(-status).name})"
+    return f"the compiler's process ended with status {status}"
+
+
+def _last_line(printed: str) -> str:
+    # The last line of a traceback of jax is an advertisement of a switch, after a rule.
+    lines = [line.strip() for line in printed.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("---", "For simplicity, JAX"))]
+    return f": {kept[-1]}" if kept else ""
+
+
+# ---------------------------------------------------------------- the largest batch
+
+
+def next_batch(fits: dict[int, bool], start: int, *, multiple: int | None = None, chips: int = 1) -> int | None:
+    """Return the batch to try next in the search for the largest that fits, `None` at the search's end.
+
+    `start` is doubled until a batch is too big, or halved until one fits. With `multiple` the gap is then bisected down
+    to neighbouring multiples of it.
+
+    Args:
+        fits: batch -> whether it fits, of all batches tried so far.
+        start: the first batch, a multiple of `chips`.
+        multiple: a multiple of `chips`.
+        chips: every batch is a multiple of it.
+    """
+    good = max((batch for batch, fit in fits.items() if fit), default=0)
+    bad = min((batch for batch, fit in fits.items() if not fit), default=MAX_SIZE + 1)
+    if bad > MAX_SIZE and 2 * good <= MAX_SIZE:
+        return 2 * good or start
+    if not good:
+        return bad // 2 // chips * chips or None
+    if multiple is None:
+        return None
+    first, last = good // multiple + 1, (bad - 1) // multiple
+    return (first + last) // 2 * multiple if first <= last else None
+
+
+def largest_batch(
+    check: Callable[[int], Check], start: int, *, multiple: int | None = None, chips: int = 1
+) -> list[Check]:
+    """Check batches in the order of `next_batch`, up to an outcome that says nothing about memory."""
+    tried: list[Check] = []
+    while True:
+        fits = {c["batch"]: c["outcome"] == "compiles" for c in tried}
+        batch = next_batch(fits, start, multiple=multiple, chips=chips)
+        if batch is None or (tried and tried[-1]["outcome"] not in ("compiles", "too big")):
+            return tried
+        tried.append(check(batch))
+
+
+def best(checks: Sequence[Check]) -> Check | None:
+    """Return the check of the largest batch that compiles, `None` if none does."""
+    return max((c for c in checks if c["outcome"] == "compiles"), key=lambda c: c["batch"], default=None)
 
 
 # ---------------------------------------------------------------- the report
 
 
-def report(check: Check, *, name: str, tried: Sequence[Check] = ()) -> str:
-    """Return a check as lines of text; `tried` are those of the search for the largest batch."""
-    request = check.request
-    chip = CHIPS[request.chip]
-    kind = "training step" if request.train else "forward pass"
+def report(check: Check, *, name: str, parameters: int, tried: Sequence[Check] = ()) -> str:
+    """Return a check as lines of text, followed by those that the search for the largest batch tried."""
+    chip = CHIPS[check["topology"].partition(":")[0]]
+    kind = "training step" if check["step"] == "train" else "forward pass"
+    compiles = check["outcome"] == "compiles"
     rows = [
-        ("model", f"{name}, {parameter_count(request.config) / 1e6:.1f} M parameters"),
-        ("step", f"{kind}, {request.batch:,} images of {request.size} x {request.size} pixels"),
-        ("numbers", f"{request.dtype} activations, float32 parameters"),
-        ("topology", f"{request.topology}, {_many(request.chips, 'chip')} with {_gib(chip.hbm)} for programs"),
-        ("result", "compiles" if check.outcome == "compiles" else _result(check)),
+        ("model", f"{name}, {parameters / 1e6:.1f} M parameters"),
+        ("step", f"{kind}, {check['batch']:,} images of {check['size']} x {check['size']} pixels"),
+        ("numbers", f"{check['dtype']} activations, float32 parameters"),
+        ("topology", f"{check['topology']}, {_many(check['chips'], 'chip')} with {_gib(chip.hbm)} for programs"),
+        ("result", "compiles" if compiles else _result(check)),
     ]
-    if check.outcome == "compiles":
-        assert check.peak is not None
-        assert check.arguments is not None
-        assert check.temporaries is not None
-        assert check.flops is not None
-        assert check.shortest_step is not None
-        rate = float(f"{request.batch / check.shortest_step:.3g}")
-        listed = [f"{_many(c['count'], n)} of {c['bytes'] / 1e6:,.1f} MB" for n, c in check.collectives.items()]
+    if compiles:
+        rate = float(f"{check['batch'] / check['shortest_step']:.3g}")
+        listed = [f"{_many(c['count'], n)} of {c['bytes'] / 1e6:,.1f} MB" for n, c in check["collectives"].items()]
+        least = 1e3 * check["shortest_step"]
         rows += [
-            ("peak memory", f"{_gib(check.peak)} a chip, {check.peak / chip.hbm:.0%} (estimate)"),
-            ("", f"{_gib(check.arguments)} arguments, up to {_gib(check.temporaries)} temporaries"),
-            ("FLOPs", f"{check.flops / 1e12:.3g} T a chip and step"),
-            ("step time", f"at least {1e3 * check.shortest_step:.3g} ms at the published {chip.peak / 1e12:g} TFLOP/s"),
+            ("peak memory", f"{_gib(check['peak'])} a chip, {check['peak'] / chip.hbm:.0%} (estimate)"),
+            ("", f"{_gib(check['arguments'])} arguments, up to {_gib(check['temporaries'])} temporaries"),
+            ("FLOPs", f"{check['flops'] / 1e12:.3g} T a chip and step"),
+            ("step time", f"at least {least:.3g} ms at the published {chip.peak / 1e12:g} TFLOP/s"),
             ("", f"of bfloat16, which is at most {rate:,.0f} images/s (estimate)"),
             ("collectives", ", ".join(listed) or "none"),
         ]
-    if check.seconds:
-        rows.append(("compilation", ", ".join(f"{v:.0f} s to {k}" for k, v in check.seconds.items())))
-    if check.versions:
-        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in check.versions.items())))
+    if seconds := check.get("seconds"):
+        rows.append(("compilation", ", ".join(f"{v:.0f} s to {k}" for k, v in seconds.items())))
+    if versions := check.get("versions"):
+        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
     if tried:
-        found = best(tried)
-        rows.append(("largest", "none fits" if found is None else f"{found.request.batch:,} images (estimate)"))
-        rows += [("", f"{c.request.batch:,}: {_result(c)}") for c in tried]
+        largest = best(tried)
+        rows.append(("largest", "none fits" if largest is None else f"{largest['batch']:,} images (estimate)"))
+        rows += [("", f"{c['batch']:,}: {_result(c)}") for c in tried]
     return "\n".join(f"{key + ':' if key else '':<13}{printable(value)}" for key, value in rows)
 
 
 def _result(check: Check) -> str:
-    if check.outcome == "compiles":
-        return f"compiles, {_gib(check.peak or 0)}"
-    if check.outcome == "too big":
-        return f"too big: needs at least {_gib(check.needed or 0)} a chip, which has {_gib(check.available or 0)}"
-    return f"{check.outcome}: {check.reason}"
+    if check["outcome"] == "compiles":
+        return f"compiles, {_gib(check['peak'])}"
+    if check["outcome"] == "too big":
+        return f"too big: needs at least {_gib(check['needed'])} a chip, which has {_gib(check['available'])}"
+    return f"{check['outcome']}: {check['reason']}"
 
 
 def _gib(size: int) -> str:
@@ -109,11 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the chips, such as v5e:1x1, v6e:2x2, v4:2x2x1, v5p:2x2x2; the batch is divided among them",
     )
     parser.add_argument(
-        "--batch",
-        required=True,
-        type=program.positive_int,
-        metavar="N",
-        help="images in a step, over all chips together",
+        "--batch", required=True, type=program.positive_int, metavar="N", help="images in a step, over all chips"
     )
     parser.add_argument("--train", action="store_true", help="the whole training step, not the forward pass alone")
     parser.add_argument(
@@ -154,7 +262,7 @@ def _minutes(text: str) -> float:
 
 
 def _topology(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read a topology: `v5e:2x2` is `("v5e", (2, 2))`."""
+    """Read `v5e:2x2` as `("v5e", (2, 2))`."""
     chip, _, shape = text.partition(":")
     if chip not in CHIPS:
         raise argparse.ArgumentTypeError(f"{text!r}: no chip is called {chip!r}; known: {', '.join(CHIPS)}")
@@ -162,14 +270,14 @@ def _topology(text: str) -> tuple[str, tuple[int, ...]]:
     example = f"{chip}:{'x'.join('221'[:sides])}"
     if not re.fullmatch(rf"[0-9]{{1,3}}(x[0-9]{{1,3}}){{{sides - 1}}}", shape):
         raise argparse.ArgumentTypeError(f"{text!r} does not give {sides} sides, as in {example}")
-    found = tuple(map(int, shape.split("x")))
-    if any(side == 0 or (side % 2 and side > 1) for side in found):
+    lengths = tuple(map(int, shape.split("x")))
+    if any(side == 0 or (side % 2 and side > 1) for side in lengths):
         raise argparse.ArgumentTypeError(f"{text!r}: a side is 1 or even, as in {example}")
-    return chip, found
+    return chip, lengths
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command: 0 when it compiles, 1 when it does not, or ran out of time or disk, 2 for bad input."""
+    """Run the command; return 0 if it compiles, 1 if it does not or time or disk ran out, 2 for bad input."""
     return program.run("nfzoo tpu-check", lambda: _main(_parser().parse_args(argv)))
 
 
@@ -193,23 +301,26 @@ def _main(options: argparse.Namespace) -> int:
     check_installed()
 
     def check(batch: int) -> Check:
-        asked = dataclasses.replace(request, batch=batch)
-        title = f"{name}, {'train' if asked.train else 'forward'}, batch {batch}, {asked.topology}"
-        print(f"{title}: compiling, which takes minutes", file=sys.stderr, flush=True)
-        found = compile_apart(asked, timeout=options.timeout, log=options.log)
+        title = f"{name}, {'train' if request.train else 'forward'}, batch {batch}, {request.topology}"
+        print(f"{title}: compiling", file=sys.stderr, flush=True)
+        answer = compile_in_process(dataclasses.replace(request, batch=batch), timeout=options.timeout, log=options.log)
         if options.largest:
-            print(f"{title}: {_result(found)}", file=sys.stderr, flush=True)
-        return found
+            print(f"{title}: {_result(answer)}", file=sys.stderr, flush=True)
+        return answer
 
-    tried: list[Check] = []
     if options.largest:
         tried = largest_batch(check, request.batch, multiple=options.multiple, chips=request.chips)
-        found = best(tried) or tried[-1]
     else:
-        found = check(request.batch)
-    _print(options.json, found, name=name, tried=tried)
-    undecided = any(c.outcome not in ("compiles", "too big") for c in tried)
-    return 0 if found.outcome == "compiles" and not undecided else 1
+        tried = [check(request.batch)]
+    largest = best(tried)
+    chosen = largest or tried[-1]
+    fields = {"model": name, "nfzoo": __version__, "estimate": True, **chosen}
+    if options.largest:
+        fields |= {"largest": largest and largest["batch"], "tried": tried}
+    searched = tried if options.largest else ()
+    text = report(chosen, name=name, parameters=parameter_count(config), tried=searched)
+    program.write_result(options.json, fields, text)
+    return 0 if largest and all(c["outcome"] in ("compiles", "too big") for c in tried) else 1
 
 
 def _check_division(request: Request, options: argparse.Namespace) -> None:
@@ -230,17 +341,8 @@ def _model(source: str) -> tuple[str, ModelConfig, Preprocessing]:
         return row.name, row.config, row.preprocessing
     if path.is_file() and path.suffix not in (".safetensors", ".json"):
         raise CheckpointError(f"{path} is neither a checkpoint folder nor a .safetensors file")
-    found = read_description(path / CONFIG_FILE if path.is_dir() else path)
-    return found.name or path.resolve().name, found.config, found.preprocessing
-
-
-def _print(target: str | None, found: Check, *, name: str, tried: Sequence[Check]) -> None:
-    fields: dict[str, Any] = {"model": name, "nfzoo": __version__, "estimate": True, **found.to_dict()}
-    if tried:
-        largest = best(tried)
-        fields["largest"] = None if largest is None else largest.request.batch
-        fields["tried"] = [c.to_dict() for c in tried]
-    program.write_result(target, fields, report(found, name=name, tried=tried))
+    described = read_description(path / CONFIG_FILE if path.is_dir() else path)
+    return described.name or path.resolve().name, described.config, described.preprocessing
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pure optimizer as a `torch.optim.Optimizer`, for training loops that want one."""
+"""The papers' optimizer as a `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class AGCSGD(torch.optim.Optimizer):
         if self.gate is not None and (self.gate.dtype != torch.bool or self.gate.ndim):
             raise ValueError(f"the gate must be a boolean tensor without dimensions, not {self.gate!r}")
         for group in self.param_groups:
-            group["steps"] = group["steps"] + 1  # of a tensor, a new one: it may be the caller's
+            group["steps"] = group["steps"] + 1  # not in place, as a tensor may be the caller's
         gate = self.gate
         if gate is not None and gate.device.type == "cpu" and not torch.compiler.is_compiling():
             # The host reads it at no cost, and saves two passes over parameters and momenta.
@@ -137,7 +137,7 @@ class AGCSGD(torch.optim.Optimizer):
         return {name: self.state.get(p, {}).get("ema", p.detach()) for name, p in named.items()}
 
     def init_state(self) -> None:
-        """Make the momenta and averages of all parameters now; otherwise a parameter's first step makes them."""
+        """Create momenta and averages of all parameters, instead of at each parameter's first step."""
         for group in self.param_groups:
             for p in group["params"]:
                 self._init(group, p)
@@ -223,7 +223,7 @@ class AGCSGD(torch.optim.Optimizer):
 
         key = (params[0].device, tuple(p.shape for p in params))
         if key not in self._fused:
-            while len(self._fused) >= MAX_PREPARED:  # where other parameters have gradients in every step
+            while len(self._fused) >= MAX_PREPARED:  # if the parameters with gradients change from step to step
                 self._fused.pop(next(iter(self._fused)))
             self._fused[key] = FusedUpdate(params)
         fused = self._fused[key]
@@ -268,7 +268,7 @@ def _compiled_update(
     clip: float | None, eps: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> Callable[..., Tensor | None]:
     """Compile the whole update of one kernel `(out, fan_in)` to one graph."""
-    # As text: of numbers Dynamo makes inputs, which compiled code would read and convert for every element.
+    # As text: Dynamo turns numbers into inputs, which compiled code would load and convert for every element.
     limit = None if clip is None else repr(float(clip))
     floor, keep, decay = (repr(float(value)) for value in (eps, momentum, weight_decay))
 
@@ -297,7 +297,7 @@ def _compiled_update(
         m.copy_(new_m)
         if average is not None and weight is not None:
             average.copy_(average + weight * (new_p - average))
-        return mask  # to be counted outside: inductor fails on the sum beside in-place updates
+        return mask  # counted by the caller, as inductor fails on a sum beside in-place updates
 
     return compile_of_any_shape(update)
 

@@ -1,4 +1,4 @@
-"""Hold what a training run trains: a model on the devices of all its processes, its optimizer and its averages."""
+"""The model of a training run on the devices of all its processes, with its optimizer and its averages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Updater(Protocol):
-    """State what a training step asks of an optimizer."""
+    """The interface of an optimizer in a training step."""
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of all groups."""
@@ -47,14 +47,14 @@ class Updater(Protocol):
         """Clip each unit's gradient, update the parameters, and move their averages towards them.
 
         Args:
-            number: how many steps the run has taken before.
-            gate: a 0-dimensional boolean tensor. Where it is false, nothing changes.
+            number: number of steps taken before this one.
+            gate: a 0-dimensional boolean tensor. If it is false, nothing changes.
         """
         ...
 
     @property
     def clipped(self) -> Tensor | None:
-        """Return the fraction of units that AGC clipped in the last step; `None` where it is not counted."""
+        """Return the fraction of units that AGC clipped in the last step; `None` if it is not counted."""
         ...
 
     @property
@@ -68,14 +68,14 @@ class PapersUpdater:
 
     Args:
         optimizer: the optimizer.
-        prepared: what Accelerate made of it, or the optimizer itself.
+        prepared: the optimizer as Accelerate prepared it, or the optimizer itself.
         live: the model's parameters by name, frozen ones included.
-        device: where the learning rate and the number of the step have to lie.
+        device: device of the learning rate and of the step number.
     """
 
     def __init__(self, optimizer: AGCSGD, prepared: Any, live: Params, device: torch.device) -> None:
         self._optimizer, self._prepared, self._live, self._backend = optimizer, prepared, live, backend(device)
-        # State that begins inside the first step would make that step another program on a lazy device.
+        # Created before the first step: a lazy device would compile that step as a program of its own.
         optimizer.init_state()
 
     def set_lr(self, lr: float) -> None:
@@ -86,7 +86,7 @@ class PapersUpdater:
         self._optimizer.gate = gate
         for group in self._optimizer.param_groups:
             group["steps"] = self._backend.scalar(number)
-        self._optimizer.clipped_fraction = None  # stays so where a loss scaler skips the step
+        self._optimizer.clipped_fraction = None  # stays None if a loss scaler skips the step
         self._prepared.step()
 
     @property
@@ -105,7 +105,7 @@ class TorchUpdater:
 
     Args:
         optimizer: the optimizer.
-        prepared: what Accelerate made of it, or the optimizer itself.
+        prepared: the optimizer as Accelerate prepared it, or the optimizer itself.
         live: the model's parameters by name, frozen ones included.
         config: the threshold of AGC, which leaves out the classifier's weight, and the decay of the average.
     """
@@ -135,12 +135,12 @@ class TorchUpdater:
 
 
 class Learner:
-    """Hold a model, its optimizer and its averages, and do what a step of `Trainer.train_step` asks of them.
+    """A model, its optimizer and its averages, with the operations of `Trainer.train_step`.
 
     The device's backend has to be started before.
 
     Attributes:
-        model: what the forward pass of training goes through: the network itself, or what DDP wraps it in.
+        model: module of the training's forward pass: the network, or its DDP wrapper.
         live: the network's parameters by name, sharded under FSDP2.
         optimizer: the recipe's own; `updater` is what a step asks of it.
     """
@@ -195,7 +195,7 @@ class Learner:
 
     @contextmanager
     def part(self, inputs: Inputs, *, last: bool) -> Iterator[None]:
-        """Surround forward and backward pass of one of a batch's parts.
+        """Return the context of forward and backward pass of one part of a batch.
 
         With SAM the weights stand at the end of its ascent. Processes average their gradients in the `last` part alone.
         """
@@ -210,7 +210,7 @@ class Learner:
         self.accelerator.backward(loss)
 
     def clip(self) -> tuple[Tensor, Tensor | None]:
-        """Clip the whole gradient by its norm if the recipe says so. AGC is part of the update.
+        """Clip the gradient by its global norm if the recipe has `clip_norm`. AGC is part of the update.
 
         Returns:
             The norm before, and whether it is finite, both on the device; the latter `None` under a loss scaler, which
@@ -226,7 +226,7 @@ class Learner:
         return norm, None if self.accelerator.scaler is not None else norm.isfinite()
 
     def _ascend(self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor] | None) -> list[Tensor]:
-        """Move the weights up the loss of this process's first images; return the weights as they were."""
+        """Move the weights to SAM's ascent, by the loss of this process's first images; return the original weights."""
         rows = ascent_rows(len(images), self.optim.sam_fraction)
         masks = {name: mask[:rows] for name, mask in noise.items()} if noise else {}
         with self.autocast():
@@ -257,7 +257,7 @@ class Learner:
         return tensors
 
     def restore(self, saved: Saved) -> None:
-        """Copy everything from a checkpoint: the inverse of `tensors`."""
+        """Load a checkpoint: the inverse of `tensors`."""
         for name, value in saved.tensors("model").items():
             copy_(self.live[name], value)
         restore_optimizer(self.optimizer, self.names, saved.tensors("optimizer"))

@@ -53,7 +53,7 @@ __all__ = ["Result", "TrainConfig", "TrainingError", "main", "train"]
 CHANGEABLE = frozenset(
     [
         "output",
-        "data",  # compared by what it holds
+        "data",  # compared by content
         "accumulation",
         "workers",
         "compile",
@@ -87,10 +87,10 @@ def train(config: TrainConfig) -> Result:
 
 @contextlib.contextmanager
 def prepared(config: TrainConfig) -> Iterator[Trainer]:
-    """Check a run's options and data, and give its trainer; no other run writes into its folder meanwhile.
+    """Check a run's options and data, and yield its trainer, with the run folder locked against other runs.
 
     Raises:
-        LostError: where an error within came from another process that is gone.
+        LostError: if an error in the block was caused by another process that ended.
     """
     output = Path(config.output)
     with _locked(output):
@@ -107,7 +107,7 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         start = _resumed(config, split, saved) if saved else _fresh(config, split.train.classes)
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if saved is None and accelerator.is_main_process:
-            shutil.rmtree(output / STATES, ignore_errors=True)  # with --overwrite: those of the run before
+            shutil.rmtree(output / STATES, ignore_errors=True)  # with --overwrite: checkpoints of the earlier run
         trainer = Trainer(config, split, accelerator, start)
         accelerator.wait_for_everyone()
         try:
@@ -126,11 +126,12 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
 def _locked(output: Path) -> Iterator[None]:
     """Keep other runs of this machine out of a folder; a `ConfigError` if one is writing into it.
 
-    The lock lies elsewhere, since nothing is written before the first checkpoint, and goes with the process.
+    The lock file lies in the temporary folder, since nothing is written before the first checkpoint. The lock ends with
+    the process.
     """
     with contextlib.ExitStack() as stack:
         name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:32]
-        # No lock where there are none, nor where its file cannot be made: the disk is full, or it is another user's.
+        # No lock if the system has none, or if its file cannot be created: a full disk, another user's file.
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
@@ -146,7 +147,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:
-    """Return whether an error came from another process that is gone."""
+    """Return whether an error was caused by another process that ended."""
     text = str(error)
     return accelerator.num_processes > 1 and (
         isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))
@@ -183,7 +184,7 @@ def _open_saved(config: TrainConfig) -> Saved | None:
 
 
 def _check_writable(output: Path, data: str) -> None:
-    """Raise a `ConfigError` now where saving would fail after the first epoch, or mix with the data."""
+    """Raise a `ConfigError` if the output folder cannot be written or lies among the data."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{str(output)!r} is a file; the output must be a folder")
     existing = output.resolve()
@@ -264,7 +265,7 @@ def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> InitialState:
 
 def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
     """Return the model of a checkpoint, if it is one of this very run."""
-    # An option that the checkpoint's version did not have is what it is by default.
+    # Options newer than the checkpoint have their defaults.
     defaults = TrainConfig(model=config.model, data=config.data, output=config.output).to_dict()
     then, now = {**_flat(defaults), **_flat(saved.facts["config"])}, _flat(config.to_dict())
     changed = sorted(k for k in then.keys() | now.keys() if k not in CHANGEABLE and then.get(k) != now.get(k))
@@ -312,5 +313,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reports(error: BaseException) -> bool:
-    """Return whether this process reports an error: the first one does, and any that is alone in meeting it."""
+    """Return whether this process reports an error: the first does, and one that alone meets it."""
     return program.is_first_process() or isinstance(error, BrokenImageError | LostError)

@@ -1,8 +1,7 @@
 """Run the steps and epochs of a training run, save its checkpoints, and stop it.
 
 Every random choice depends on the seed, the epoch, the step and the image alone, and the position in the data is
-counted in samples over all processes. So a run that was interrupted goes on as if it had not been, with any number of
-processes.
+counted in samples over all processes. An interrupted run therefore resumes with the same result, on any number of processes.
 """
 
 from __future__ import annotations
@@ -45,21 +44,21 @@ if TYPE_CHECKING:
 STATES = "checkpoints"
 LOGS = "logs"
 LOG_STEPS = 10
-SKIPS_IN_A_ROW = 20  # then it is the weights that are ruined, and not a batch
+SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
 
 
 class TrainingError(NfzooError, RuntimeError):
-    """Training that cannot go on, such as a loss that is no longer a number."""
+    """Training cannot continue, for example because the loss is not finite."""
 
     exit_status = 1
 
 
 class LostError(TrainingError):
-    """Another process of the run is gone."""
+    """Another process of the run has ended."""
 
 
 class Stopped(NfzooError):
-    """A run that was asked to stop by a signal, and has saved where it was."""
+    """A signal stopped the run after it saved a checkpoint."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -76,12 +75,12 @@ class Result(NamedTuple):
 
 
 class InitialState(NamedTuple):
-    """Hold what a run begins with.
+    """Initial state of a run.
 
     Attributes:
-        model: the network, its weights those to begin with.
-        pretrained: whether they are somebody's, and not random.
-        saved: the checkpoint to go on from.
+        model: the network with its initial weights.
+        pretrained: whether the weights are pretrained, not random.
+        saved: the checkpoint to resume from, or `None`.
     """
 
     model: NFNet
@@ -90,7 +89,7 @@ class InitialState(NamedTuple):
 
 
 def split_identity(split: Split) -> dict[str, Any]:
-    """Return what tells the data of a run from other data: classes, number, and a hash of all names and labels."""
+    """Return the identity of a run's data: classes, number, and a hash of all names and labels."""
     digest = hashlib.sha256()
     for images in split:
         digest.update(np.ascontiguousarray(images.labels).tobytes())
@@ -122,7 +121,7 @@ class Trainer:
         self._data = split_identity(split)
         if start.saved is not None:
             self._restore(start.saved)
-        self.backend.step_mark()  # what was prepared is no part of the first step
+        self.backend.step_mark()  # keeps the preparation out of the first step's program
         self._start_tracker()
         origin = "pretrained" if self.pretrained else "random"
         if start.saved is not None:
@@ -137,7 +136,7 @@ class Trainer:
     # ------------------------------------------------------------ the run
 
     def fit(self) -> Result:
-        """Train the epochs that are left. Evaluate and save the model after each."""
+        """Train the remaining epochs. Evaluate and save the model after each."""
         config = self.config
         seconds = 0.0
         row: dict[str, Any] = self.rows[-1] if self.rows else {}
@@ -173,14 +172,14 @@ class Trainer:
                 if epoch + 1 < config.epochs:
                     self._stop_if_asked()
         self._say(f"saved to {config.output}")
-        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it goes after the group.
+        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after the group.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
         return Result(Path(config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
 
     def _after_step(self, bar: tqdm[Any]) -> None:
-        """Report a step; save and stop where it is time to. After an epoch's last step that is left to `fit`."""
+        """Report a step; save and stop if due. After the last step of an epoch, `fit` does this."""
         bar.update()
         if self.step % LOG_STEPS == 0:
             self._log(bar)
@@ -214,7 +213,7 @@ class Trainer:
             self.metrics.add(loss, logits, inputs.targets)
         # Clip by the norm of the whole gradient, where the recipe asks for that.
         self.metrics.norm, finite = learner.clip()
-        # Clip each unit by AGC, update, average: in one pass. Where the gradient is not finite nothing changes.
+        # Clip each unit by AGC, update, average: in one pass. If the gradient is not finite, nothing changes.
         learner.updater.step(self.step, finite)
         self.metrics.add_clipped(learner.updater.clipped)
         self.backend.step_mark()
@@ -249,7 +248,7 @@ class Trainer:
         )
 
     def _stop_if_asked(self) -> None:
-        """Stop where any process was asked to, or where all of them together met too many broken images."""
+        """Stop if any process was asked to, or if all processes together met too many unreadable images."""
         number, broken = self.agreement.reached(self.unreadable.unknown())
         self.unreadable.check(broken)
         if number is not None:
@@ -393,7 +392,7 @@ class Trainer:
         self.last_saved = root / f"step_{self.step:08d}"
 
     def _main_writes(self, write: Any) -> None:
-        """Let the main process write; what the disk says to it, all processes hear."""
+        """Let the main process write; raise its error in all processes."""
         failure: list[str] = []
         if self.accelerator.is_main_process:
             try:

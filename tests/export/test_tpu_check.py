@@ -11,18 +11,24 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import torch
 
 from nfzoo import model
 from nfzoo.errors import ConfigError
-from nfzoo.export import tpu_compile
-from nfzoo.export.tpu_check import main, report
-from nfzoo.export.tpu_chips import CHIPS, Request
-from nfzoo.export.tpu_compile import Check, best, check_installed, compile_apart, largest_batch
-from nfzoo.export.tpu_worker import ENVIRONMENT, LowPrecision, collectives, low_precision, too_big
+from nfzoo.export import tpu_check
+from nfzoo.export.tpu_check import (
+    Check,
+    best,
+    check_installed,
+    compile_in_process,
+    largest_batch,
+    main,
+    next_batch,
+    report,
+)
+from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, Autocast, Request, collectives, too_big
 from nfzoo.variants import VARIANTS, variant
 from tests.support.helpers import SMALL, images, random_params
 from tests.support.loops import each
@@ -40,43 +46,47 @@ COMPILED = {
     "code": 1 << 20,
     "flops": 1.97e12,
     "collectives": {},
+    "hbm": CHIPS["v5e"].hbm,
+    "shortest_step": 0.01,
 }
 
 
 def fake(body: str) -> tuple[str, ...]:
-    """A worker of a few lines; `request` and `send` are there."""
+    """Return the command of a worker of a few lines, which have `request` and `answer`."""
     head = """
-        import json, os, signal, subprocess, sys, time
-        request = json.loads(sys.stdin.readline())
-        def send(outcome, **fields): print(json.dumps({"outcome": outcome, **fields}), flush=True)
+        import json, os, signal, sys, time
+        request = json.loads(sys.stdin.read())
+        def answer(outcome, **fields): print(json.dumps({"outcome": outcome, **fields}), flush=True)
     """
     return (sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(body))
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+@pytest.fixture
+def worker(monkeypatch):
+    """Return a function that puts a stand-in in place of the compiler."""
+    monkeypatch.setattr(tpu_check, "REQUIRED", ())
+
+    def put(body: str) -> None:
+        monkeypatch.setattr(tpu_check, "WORKER", fake(body))
+
+    return put
+
+
+def check_of(batch: int, outcome: str, **fields: object) -> Check:
+    return {**dataclasses.replace(REQUEST, batch=batch).describe(), "outcome": outcome, **fields}
 
 
 def ends(pid: int) -> bool:
+    """Wait until a process has ended; a dead one that nobody has waited for has."""
     for _ in range(200):
-        if not alive(pid):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
             return True
         time.sleep(0.05)
     return False
-
-
-def wait_for(path: Path) -> None:
-    """Wait until a worker has written its number."""
-    for _ in range(400):
-        if path.exists() and path.read_text():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {path}")
 
 
 # ---------------------------------------------------------------- the environment
@@ -86,38 +96,62 @@ def test_libtpu_never_asks_the_network():
     assert ENVIRONMENT["TPU_SKIP_MDS_QUERY"] == "1"
 
 
-def test_the_worker_gets_the_environment_whatever_this_process_has(monkeypatch):
+def test_the_worker_gets_the_environment_whatever_this_process_has(worker, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "0")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    found = compile_apart(REQUEST, worker=fake("send('refused', reason=json.dumps(dict(os.environ)))"))
-    assert found.reason is not None
-    assert json.loads(found.reason).items() >= ENVIRONMENT.items()
+    worker("answer('refused', reason=json.dumps(dict(os.environ)))")
+    check = compile_in_process(REQUEST)
+    assert json.loads(check["reason"]).items() >= ENVIRONMENT.items()
+
+
+def with_module_jax(folder: Path, code: str) -> dict[str, str]:
+    """Return an environment in which `import jax` runs this code."""
+    (folder / "jax.py").write_text(code)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
 
 
 def test_the_environment_is_set_before_jax_is_imported(tmp_path):
     """Even in a worker that somebody else started: a jax that tells what it finds when it is imported."""
-    (tmp_path / "jax.py").write_text(
-        f"import os\nraise SystemExit(str([os.environ.get(name) for name in {list(ENVIRONMENT)!r}]))\n"
+    code = (
+        f"import os\nprint('told')\nraise SystemExit(str([os.environ.get(name) for name in {list(ENVIRONMENT)!r}]))\n"
     )
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    env = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT} | {"PYTHONPATH": path}
-    command = [sys.executable, "-m", "nfzoo.export.tpu_worker"]
-    with subprocess.Popen(command, env=env, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+    env = {k: v for k, v in with_module_jax(tmp_path, code).items() if k not in ENVIRONMENT}
+    command = [sys.executable, "-m", "nfzoo.export.tpu_worker", str(os.getpid())]
+    process = subprocess.run(command, env=env, input=REQUEST.to_json(), capture_output=True, text=True)
+    assert process.stderr.splitlines()[-2:] == ["told", str(list(ENVIRONMENT.values()))]
+    assert process.stdout == ""  # which is for the answer alone
+
+
+def test_a_worker_whose_parent_has_ended_ends(tmp_path):
+    env = with_module_jax(tmp_path, "raise SystemExit('imported')\n")
+    command = [sys.executable, "-m", "nfzoo.export.tpu_worker", "1"]
+    process = subprocess.run(command, env=env, input=REQUEST.to_json(), capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", "")
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_command(tmp_path, end):
+    """The worker itself, with a jax that is busy."""
+    busy = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)\n"
+    code = """
+import signal, sys
+from nfzoo.export import tpu_check
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+tpu_check.REQUIRED = ()
+sys.exit(tpu_check.main(["nfnet-test", "--topology", "v5e:1x1", "--batch", "8"]))
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=with_module_jax(tmp_path, busy), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        process.stdin.write(REQUEST.to_json() + "\n")
-        process.stdin.flush()  # and stays open, as the worker ends with it
-        assert process.stderr.read().splitlines()[-1] == str(list(ENVIRONMENT.values()))
-        assert process.stdout.read() == ""
-
-
-def test_the_worker_ends_when_its_input_does(tmp_path):
-    (tmp_path / "jax.py").write_text("import time\ntime.sleep(600)\n")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    command = [sys.executable, "-m", "nfzoo.export.tpu_worker"]
-    done = subprocess.run(command, input=REQUEST.to_json() + "\n", env=env, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (1, "")
+        assert process.stderr.readline() == "nfnet-test, forward, batch 8, v5e:1x1: compiling\n"
+        for _ in range(1200):
+            if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"):
+                break
+            time.sleep(0.05)
+        process.send_signal(end)
+        assert process.wait(timeout=60) == (130 if end == signal.SIGINT else -end)
+        assert process.stderr.read() == ""
+    assert ends(int((tmp_path / "pid").read_text()))
 
 
 def test_neither_module_imports_jax():
@@ -128,23 +162,15 @@ def test_neither_module_imports_jax():
 # ---------------------------------------------------------------- the process
 
 
-def test_what_the_worker_says_becomes_a_check():
-    worker = fake(
-        f"""
-        print("no answer", flush=True)
-        send(**{COMPILED!r})
-        """
-    )
-    found = compile_apart(REQUEST, worker=worker)
-    assert found.outcome == "compiles"
-    assert (found.peak, found.flops, found.seconds) == (3 << 30, 1.97e12, {"trace": 3.4, "compile": 69.6})
-    assert found.shortest_step == 0.01
+def test_the_worker_s_answer_becomes_a_check(worker):
+    worker(f"answer(**{COMPILED!r}); os.abort()")
+    assert compile_in_process(REQUEST) == {**REQUEST.describe(), **COMPILED}
 
 
-def test_the_worker_is_asked_what_was_asked():
+def test_the_worker_is_asked_what_was_asked(worker):
+    worker("answer('refused', reason=json.dumps(request))")
     request = dataclasses.replace(REQUEST, config=SMALL["nf-resnet-timm-eca"], shape=(2, 4), batch=16, train=False)
-    found = compile_apart(request, worker=fake("send('refused', reason=json.dumps(request))"))
-    assert Request.from_json(found.reason or "") == request
+    assert Request.from_json(compile_in_process(request)["reason"]) == request
     assert (request.chips, request.topology) == (8, "v5e:2x4")
 
 
@@ -160,57 +186,40 @@ def test_the_worker_is_asked_what_was_asked():
         ),
     ],
 )
-def test_a_worker_that_dies_is_one_clear_line(body, reason):
-    found = compile_apart(REQUEST, worker=fake(body))
-    assert (found.outcome, found.reason) == ("crashed", reason)
+def test_a_worker_that_dies_is_one_clear_line(worker, body, reason):
+    worker(body)
+    check = compile_in_process(REQUEST)
+    assert (check["outcome"], check["reason"]) == ("crashed", reason)
 
 
-def test_a_worker_that_does_not_even_read_is_no_traceback():
-    found = compile_apart(REQUEST, worker=(sys.executable, "-c", "import os; os.close(0); raise SystemExit(7)"))
-    assert found.reason == "the compiler's process ended with status 7"
+def test_a_worker_that_does_not_even_read_is_no_traceback(monkeypatch):
+    monkeypatch.setattr(tpu_check, "WORKER", (sys.executable, "-c", "import os; os.close(0); raise SystemExit(7)"))
+    assert compile_in_process(REQUEST)["reason"] == "the compiler's process ended with status 7"
 
 
-def test_a_timeout_ends_the_worker_and_what_it_started(tmp_path):
-    worker = fake(
+def test_a_timeout_ends_the_worker(worker, tmp_path):
+    pid = str(tmp_path / "pid")
+    worker(
         f"""
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        with open({str(tmp_path / "pids")!r}, "w") as file:
-            file.write(f"{{os.getpid()}} {{child.pid}}")
+        open({pid!r}, "w").write(str(os.getpid()))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
         """
     )
-    found = compile_apart(REQUEST, worker=worker, timeout=0.03)
-    assert found.outcome == "timed out"
-    assert found.reason == "not done after 0.03 minutes; allow more with --timeout"
-    assert all(ends(int(pid)) for pid in (tmp_path / "pids").read_text().split())
-
-
-def test_the_log_holds_what_the_compiler_prints(tmp_path):
-    log = tmp_path / "log"
-    compile_apart(REQUEST, worker=fake("sys.exit('said so')"), log=log)
-    assert log.read_text() == "said so\n"
-
-
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_leaves_no_process(tmp_path, end):
-    worker = fake("open('pid', 'w').write(str(os.getpid())); sys.stdin.read()")
-    code = f"""
-import signal, sys
-from nfzoo.export import tpu_check, tpu_compile
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
-tpu_compile.WORKER = {worker!r}
-tpu_compile.REQUIRED = ()
-sys.exit(tpu_check.main(["nfnet-test", "--topology", "v5e:1x1", "--batch", "8"]))
-"""
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "nfnet-test, forward, batch 8, v5e:1x1: compiling, which takes minutes\n"
-        wait_for(tmp_path / "pid")
-        process.send_signal(end)
-        assert process.wait(timeout=60) == (130 if end == signal.SIGINT else -end)
-        assert process.stderr.read() == ""
+    check = compile_in_process(REQUEST, timeout=0.05)
+    assert check["outcome"] == "timed out"
+    assert check["reason"] == "not done after 0.05 minutes; allow more with --timeout"
     assert ends(int((tmp_path / "pid").read_text()))
+
+
+def test_the_log_holds_what_the_compiler_prints(worker, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    worker("sys.exit('said so')")
+    assert compile_in_process(REQUEST, log=log)["reason"].endswith(": said so")
+    worker("sys.exit(3)")
+    assert compile_in_process(REQUEST, log=log)["reason"].endswith("status 3")
+    assert log.read_text() == "before\nsaid so\n"
 
 
 # ---------------------------------------------------------------- the largest batch
@@ -220,7 +229,7 @@ def machine(capacity: int, made: list[int], broken_at: int | None = None):
     def check(batch: int) -> Check:
         made.append(batch)
         outcome = "crashed" if batch == broken_at else "compiles" if batch <= capacity else "too big"
-        return Check(request=dataclasses.replace(REQUEST, batch=batch), outcome=outcome)
+        return check_of(batch, outcome)
 
     return check
 
@@ -236,9 +245,9 @@ def test_the_search_brackets_what_fits(capacity, start):
         assert found is None
     else:
         assert found is not None
-        assert found.request.batch <= capacity
+        assert found["batch"] <= capacity
         # The next that was tried, at most about twice as large, does not fit.
-        assert min(b for b in made if b > capacity) <= 2 * found.request.batch + 4
+        assert min(b for b in made if b > capacity) <= 2 * found["batch"] + 4
 
 
 @each("start", [4, 8, 64])
@@ -248,8 +257,8 @@ def test_a_multiple_makes_it_exact(capacity, start, multiple):
     made: list[int] = []
     found = best(largest_batch(machine(capacity, made), start, multiple=multiple, chips=4))
     assert found is not None
-    assert found.request.batch >= capacity // multiple * multiple
-    assert found.request.batch <= capacity
+    assert found["batch"] >= capacity // multiple * multiple
+    assert found["batch"] <= capacity
     assert len(made) == len(set(made))
 
 
@@ -257,7 +266,19 @@ def test_a_search_ends_where_nothing_is_learned():
     made: list[int] = []
     checks = largest_batch(machine(100, made, broken_at=32), 8)
     assert made == [8, 16, 32]
-    assert [c.outcome for c in checks] == ["compiles", "compiles", "crashed"]
+    assert [c["outcome"] for c in checks] == ["compiles", "compiles", "crashed"]
+
+
+@each("start", [4, 12, 3 << 18])
+@each("multiple", [None, 4])
+def test_the_next_batch_follows_from_those_tried(start, multiple):
+    assert next_batch({}, start, multiple=multiple, chips=4) == start
+    assert next_batch({4: False}, start, multiple=multiple, chips=4) is None
+    assert next_batch({12: False}, start, multiple=multiple, chips=4) == 4
+    assert next_batch({4: True}, start, multiple=multiple, chips=4) == 8
+    assert next_batch({4: True, 16: False}, start, multiple=multiple, chips=4) == (multiple and 8)
+    assert next_batch({4: True, 8: True, 12: False}, start, multiple=multiple, chips=4) is None
+    assert next_batch({3 << 18: True}, start, multiple=multiple, chips=4) == (multiple and 7 << 17)
 
 
 def test_a_search_without_end_ends():
@@ -307,18 +328,18 @@ def test_only_hbm_is_too_big(message, sizes):
     assert too_big(message) == sizes
 
 
-def test_low_precision_is_torch_s_autocast():
+def test_the_mode_is_torch_s_autocast():
     """The same bits, since both cast the inputs of the same functions."""
     for name in ("nfnet", "nf-resnet", "nf-regnet", "nfnet-timm-eca"):
         cfg = SMALL[name]
         params, x = random_params(cfg), images(cfg)
         with torch.autocast("cpu", torch.bfloat16):
             wanted = model.apply(cfg, params, x)
-        with LowPrecision(torch.bfloat16):
+        with Autocast(torch.bfloat16):
             found = model.apply(cfg, params, x)
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, wanted), name
-        with low_precision("float32"):
+        with Autocast(torch.float32):
             assert torch.equal(model.apply(cfg, params, x), model.apply(cfg, params, x))
 
 
@@ -327,10 +348,9 @@ def test_low_precision_is_torch_s_autocast():
 
 def test_the_report_of_a_step():
     request = dataclasses.replace(REQUEST, shape=(2, 2))
-    fields = {k: v for k, v in COMPILED.items() if k != "outcome"}
     reduced = {"all-reduce": {"count": 2, "bytes": 1_500_000}}
-    check = Check(request=request, outcome="compiles", **{**fields, "collectives": reduced})
-    assert report(check, name="nfnet-test").splitlines() == [
+    check = {**request.describe(), **COMPILED, "collectives": reduced}
+    assert report(check, name="nfnet-test", parameters=240_000).splitlines() == [
         "model:       nfnet-test, 0.2 M parameters",
         "step:        training step, 8 images of 32 x 32 pixels",
         "numbers:     bfloat16 activations, float32 parameters",
@@ -348,16 +368,16 @@ def test_the_report_of_a_step():
 
 
 def test_the_report_of_what_does_not_fit():
-    check = Check(request=REQUEST, outcome="too big", reason="…", needed=18 << 30, available=CHIPS["v5e"].hbm)
-    small = Check(request=dataclasses.replace(REQUEST, batch=4), outcome="compiles", peak=1 << 20)
-    lines = report(check, name="m", tried=[check, small]).splitlines()
+    check = check_of(8, "too big", reason="…", needed=18 << 30, available=CHIPS["v5e"].hbm)
+    small = check_of(4, "compiles", peak=1 << 20)
+    lines = report(check, name="m", parameters=1, tried=[check, small]).splitlines()
     assert lines[4] == "result:      too big: needs at least 18.00 GiB a chip, which has 15.75 GiB"
     assert lines[-3:] == [
         "largest:     4 images (estimate)",
         "             8: too big: needs at least 18.00 GiB a chip, which has 15.75 GiB",
         "             4: compiles, 1.0 MiB",
     ]
-    assert report(check, name="m", tried=[check]).splitlines()[5] == "largest:     none fits"
+    assert report(check, name="m", parameters=1, tried=[check]).splitlines()[5] == "largest:     none fits"
 
 
 # ---------------------------------------------------------------- the command
@@ -366,19 +386,8 @@ def test_the_report_of_what_does_not_fit():
 GOOD = ["nfnet-test", "--topology", "v5e:1x1", "--batch", "8"]
 
 
-@pytest.fixture
-def worker(monkeypatch):
-    """Puts a stand-in in place of the compiler."""
-    monkeypatch.setattr(tpu_compile, "REQUIRED", ())
-
-    def put(body: str) -> None:
-        monkeypatch.setattr(tpu_compile, "WORKER", fake(body))
-
-    return put
-
-
 def test_the_command_writes_both_reports(worker, tmp_path, capsys):
-    worker(f"send(**{COMPILED!r})")
+    worker(f"answer(**{COMPILED!r})")
     path = tmp_path / "found.json"
     assert main([*GOOD, "--train", "--json", str(path)]) == 0
     printed = capsys.readouterr()
@@ -391,7 +400,7 @@ def test_the_command_writes_both_reports(worker, tmp_path, capsys):
 
 
 def test_the_size_is_the_model_s_own(worker, capsys):
-    worker("send('refused', reason=str(request['size']))")
+    worker("answer('refused', reason=str(request['size']))")
     for more, size in ((["--train"], 192), ([], 256), (["--size", "64"], 64)):
         assert main(["nfnet-f0", *GOOD[1:], *more, "--json", "-"]) == 1
         assert json.loads(capsys.readouterr().out)["reason"] == str(size)
@@ -400,8 +409,8 @@ def test_the_size_is_the_model_s_own(worker, capsys):
 def test_the_search_by_command(worker, capsys):
     worker(
         f"""
-        if request["batch"] <= 100: send(**{COMPILED!r})
-        else: send("too big", reason="…", needed=2 << 30, available=1 << 30)
+        if request["batch"] <= 100: answer(**{COMPILED!r})
+        else: answer("too big", reason="…", needed=2 << 30, available=1 << 30)
         """
     )
     assert main([*GOOD, "--largest", "--multiple", "32", "--json", "-"]) == 0
@@ -416,7 +425,7 @@ def test_the_search_by_command(worker, capsys):
 
 
 @pytest.mark.parametrize(
-    "body", ["send('too big', reason='…', needed=2, available=1)", "send('refused', reason='UNIMPLEMENTED')", ""]
+    "body", ["answer('too big', reason='…', needed=2, available=1)", "answer('refused', reason='UNIMPLEMENTED')", ""]
 )
 def test_what_does_not_compile_is_status_1(worker, capsys, body):
     worker(body)
@@ -464,7 +473,7 @@ def test_bad_input_is_one_line(worker, capsys, arguments, message):
 
 
 def test_the_remedy_for_a_missing_extra(monkeypatch, capsys):
-    monkeypatch.setattr(tpu_compile, "REQUIRED", ("json", "nfzoo_has_no_such_package"))
+    monkeypatch.setattr(tpu_check, "REQUIRED", ("json", "nfzoo_has_no_such_package"))
     assert main(GOOD) == 2
     assert capsys.readouterr().err == (
         "nfzoo tpu-check: error: this needs nfzoo_has_no_such_package: pip install 'nfzoo[tpu-aot]'\n"

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from nfzoo import model
-from nfzoo.export.tpu_chips import CHIPS, Dtype, Request
-from nfzoo.export.tpu_compile import compile_apart
-from nfzoo.export.tpu_worker import ENVIRONMENT, compile_for_tpu, jax_forward, jax_step, traced
+from nfzoo.export.tpu_check import compile_in_process
+from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, Dtype, Request, compile_for_tpu, jax_forward, jax_step, traced
 from nfzoo.step import StepConfig, init_state, train_step
 from nfzoo.variants import variant
 from tests.support.helpers import FAMILIES, SMALL, generator, images, random_params, relative
@@ -106,26 +105,24 @@ def test_convolutions_are_in_the_precision_asked_for(name):
 
 
 def test_a_training_step_compiles_for_a_tpu():
-    found = compile_apart(small(), timeout=MINUTES)
-    assert found.outcome == "compiles", found.reason
+    check = compile_in_process(small(), timeout=MINUTES)
+    assert check["outcome"] == "compiles", check
     parameters = model.parameter_count(small().config)
-    assert found.arguments is not None
-    assert found.peak is not None
-    assert found.flops is not None
-    assert found.arguments > 12 * parameters  # float32 parameters, momentum, average
-    assert found.arguments < found.peak < CHIPS["v5e"].hbm
+    assert check["arguments"] > 12 * parameters  # float32 parameters, momentum, average
+    assert check["arguments"] < check["peak"] < CHIPS["v5e"].hbm
     # Forward, and backward to weights and activations; the compiled program counts padding and element-wise work too.
     macs = model.mac_count(small().config, 32)
-    assert 8 * 3 * 2 * macs * 0.9 < found.flops < 8 * 3 * 2 * macs * 3
-    assert found.collectives == {}
-    assert {"torch", "jax", "jaxlib", "libtpu", "torchax"} == found.versions.keys()
+    assert 8 * 3 * 2 * macs * 0.9 < check["flops"] < 8 * 3 * 2 * macs * 3
+    assert check["collectives"] == {}
+    assert check["seconds"].keys() == {"trace", "compile"}
+    assert {"torch", "jax", "jaxlib", "libtpu", "torchax"} == check["versions"].keys()
 
 
 def test_a_batch_that_cannot_fit_is_too_big():
-    found = compile_apart(small(batch=1 << 19, size=64), timeout=MINUTES)
-    assert found.outcome == "too big", found.reason
-    assert found.available == CHIPS["v5e"].hbm
-    assert (found.needed or 0) > CHIPS["v5e"].hbm
+    check = compile_in_process(small(batch=1 << 19, size=64), timeout=MINUTES)
+    assert check["outcome"] == "too big", check
+    assert check["available"] == CHIPS["v5e"].hbm
+    assert check["needed"] > CHIPS["v5e"].hbm
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -177,7 +174,7 @@ def test_no_compiler_outlives_the_command(end):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "compiling" in line:
+            if line.endswith("compiling\n"):
                 break
         time.sleep(20)  # into the compiler, which is busy for much longer
         (worker,) = children(process.pid)
