@@ -18,13 +18,14 @@ XLA := .venv-xla
 TPU := .venv-tpu
 GPU := .venv-gpu
 
-.PHONY: help demo test test-slow test-xla test-tpu test-gpu lint format clean
+.PHONY: help demo test test-slow test-long test-xla test-tpu test-gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       show what the library does, in a minute, on the CPU"
 	@echo "make test       run the tests, in two processes; WORKERS=8 for more"
-	@echo "make test-slow  run the tests that 'make test' leaves out"
+	@echo "make test-slow  run the tests of seconds that 'make test' leaves out"
+	@echo "make test-long  run the tests of minutes that both leave out"
 	@echo "make test-xla   run the tests under torch-xla, in $(XLA); ARGS='-m slow' for the training runs"
 	@echo "make test-tpu   compile for TPUs that are not here, in $(TPU)"
 	@echo "make test-gpu   run Triton kernels in its interpreter and compile them for GPUs that are not here, in $(GPU)"
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
+
+test-long: $(STAMP)
+	$(PYTEST) -m long
 
 test-xla: $(XLA)/.installed
 	$(XLA)/bin/python -m pytest tests/xla $(ARGS)

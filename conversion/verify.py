@@ -118,7 +118,7 @@ def _network(cfg: ModelConfig, hk: Any, jax: Any, jnp: Any) -> Any:
             return 2 * jax.nn.sigmoid(gate)[:, None, None] * x
 
     def pooled(x: Any) -> Any:
-        """2x2 average pool of stride 2 that does not count padding."""
+        """Apply a 2x2 average pool of stride 2 that does not count padding."""
 
         def total(y: Any) -> Any:
             return lax.reduce_window(y, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")

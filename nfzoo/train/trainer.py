@@ -1,7 +1,8 @@
 """Run the steps and epochs of a training run, save its checkpoints, and stop it.
 
 Every random choice depends on the seed, the epoch, the step and the image alone, and the position in the data is
-counted in samples over all processes. An interrupted run therefore resumes with the same result, on any number of processes.
+counted in samples over all processes. An interrupted run therefore resumes with the same result, on any number of
+processes.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Trainer:
                 if epoch + 1 < config.epochs:
                     self._stop_if_asked()
         self._say(f"saved to {config.output}")
-        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after the group.
+        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after it.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()

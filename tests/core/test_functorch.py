@@ -140,7 +140,7 @@ COMPILE = {
 }
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 
 
 @pytest.mark.usefixtures("compiler")
@@ -148,8 +148,8 @@ BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("induct
     ("name", "backend"),
     [
         ("nfnet", "aot_eager"),
-        pytest.param("nfnet", "inductor", marks=pytest.mark.slow),
-        pytest.param("nf-resnet-timm-eca", "inductor", marks=pytest.mark.slow),
+        pytest.param("nfnet", "inductor", marks=pytest.mark.long),
+        pytest.param("nf-resnet-timm-eca", "inductor", marks=pytest.mark.long),
     ],
 )
 def test_compiled_apply_and_its_gradient(name, backend):
@@ -170,7 +170,12 @@ def test_compiled_apply_and_its_gradient(name, backend):
 
 
 @pytest.mark.parametrize(
-    "backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))]
+    "backend",
+    [
+        "eager",
+        pytest.param("aot_eager", marks=pytest.mark.slow),
+        pytest.param("inductor", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.usefixtures("compiler")
 def test_compiled_shell(backend):

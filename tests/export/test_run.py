@@ -109,7 +109,7 @@ def test_torch_program_of_another_size_takes_all_of_its_kind(size, step, tmp_pat
         assert relative(run(x), model(x)) < CLOSE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_package_runs_without_nfzoo(tmp_path):
     model = shell()
     path = export(model, tmp_path / "out", format="aoti")
@@ -219,7 +219,7 @@ def reader(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_int8_reads_as_many_digits(reader, tmp_path):
     """Through onnxruntime and through torchao, calibrated on images of the training part."""
     model = from_pretrained(reader).for_inference()

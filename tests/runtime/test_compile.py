@@ -228,7 +228,7 @@ def test_training_has_one_graph_a_distinct_block_at_any_depth(name):
         assert relative(p, q) < EXACT, key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*SMALL, "nfnet-f1"])
 def test_inductor_computes_the_same(name):
     cfg = SMALL[name] if name in SMALL else narrow(name)
@@ -251,7 +251,7 @@ def test_inductor_computes_the_same(name):
 
 @pytest.mark.slow
 def test_inductor_on_a_small_model():
-    cfg = SMALL["nfnet"]
+    cfg = SHALLOW
     module, x = shell(cfg).eval(), images(cfg)
     with torch.no_grad():
         expected = module(x)
