@@ -172,7 +172,6 @@ def test_compiled_apply_and_its_gradient(name, backend):
 @pytest.mark.parametrize(
     "backend",
     [
-        "eager",
         pytest.param("aot_eager", marks=pytest.mark.slow),
         pytest.param("inductor", marks=pytest.mark.long),
     ],

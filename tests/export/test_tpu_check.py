@@ -129,7 +129,14 @@ def test_a_worker_whose_parent_has_ended_ends(tmp_path):
     assert (process.returncode, process.stdout, process.stderr) == (1, "", "")
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_no_worker_outlives_the_command(tmp_path, end):
     """The worker itself, with a jax that is busy."""
     busy = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)\n"

@@ -110,6 +110,7 @@ def no_graph_break() -> bool:
     return not counters["graph_break"] and not counters["unimplemented"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEPTHS)
 def test_inference_has_one_graph_a_distinct_block_at_any_depth(name):
     cfg, count = narrow(name), Counting()
@@ -174,16 +175,6 @@ def test_weights_standardised_apart_under_every_set_of_rules(name, counting_apar
     with torch.no_grad():
         assert relative(fast.eval()(x), plain.eval()(x)) < EXACT
     assert counting_apart.forward_runs == before + len(fast.plan)  # inference has them in the blocks' graphs
-
-
-def test_dynamic_shapes_of_images_share_a_graph():
-    count = CountingEager()
-    module = shell(SHALLOW).eval().compile_blocks(backend=count.backend, dynamic=True)
-    graphs = []
-    for batch in (2, 3, 4):
-        module(images(SHALLOW, batch=batch))
-        graphs.append(count.forward)
-    assert graphs[0] == graphs[1] == graphs[2]
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ SAME = {
     ),
 }
 
-FAST = ("mixed", "sharded-accumulated")
-"""Between them: recomputation, two parts a step, gradients that are summed and those that are sharded."""
+FAST = ("mixed",)
+"""With recomputation; its gradients are summed."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
