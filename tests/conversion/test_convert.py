@@ -41,7 +41,7 @@ from tests.support.helpers import FAMILIES, SMALL, assert_same, random_params
 
 DEEPMIND = {name: row for name, row in VARIANTS.items() if row.config.rules == "deepmind"}
 ONE_OF_EACH = ("nfnet-test", "nf-resnet-50", "nf-regnet-b0")
-RATIO = 2.2  # peak memory over the file's size, issue 3
+RATIO = 2.2  # peak memory over the size of the file
 
 
 def model(name: str, folder: Path, **changes: Any) -> tuple[ModelConfig, Params]:
