@@ -163,7 +163,7 @@ def run(command: list[str], where: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_commands_and_code_run_as_written(user: tuple[Path, dict[str, str]]) -> None:
     folder, environment = user
