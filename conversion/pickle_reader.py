@@ -43,7 +43,7 @@ MOST_SHARING = 2  # times the file's bytes that its arrays may take, as one arra
 
 
 class PickledTree(NamedTuple):
-    """What a pickle holds: its protocol, and `{key: LazyArray}` or `{module: {key: LazyArray}}` as the file has it."""
+    """Content of a pickle: its protocol, and `{key: LazyArray}` or `{module: {key: LazyArray}}` as the file has it."""
 
     protocol: int
     tree: dict[Any, Any]

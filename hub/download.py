@@ -45,6 +45,8 @@ logger = logging.getLogger("nfzoo")
 
 # What the Hub's client raises when a connection fails: the base class of its HTTP library (httpx, httpx2), which is no
 # OSError.
+RETRY_SECONDS = 1.0
+
 HTTP_ERROR: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
 
 
@@ -131,38 +133,44 @@ class Source:
     def _file(self, name: str, revision: str) -> Path:
         """Return one file from the cache or the network.
 
-        A damaged file is fetched once more and then refused. A request that ends in a server error (5xx) is repeated
-        once.
+        What the network gave is fetched once more if it is damaged, or if the connection or the server failed.
         """
-        for attempt in (1, 2):
-            path = self._cached(name, revision) if self.local or (not self.force and attempt == 1) else None
-            try:
-                path, stated = (path, _stated_hash(path)) if path is not None else self._download(name, revision)
-            except HfHubHTTPError as error:
-                response = getattr(error, "response", None)
-                if attempt == 2 or response is None or response.status_code < 500:
-                    raise
-                logger.warning("%s; trying again", " ".join(str(error).split()))
-                time.sleep(1)
-                continue
-            known = self.repository.sha256 if name == WEIGHTS_FILE else None
-            wrong = [
-                f"its hash is {found}, not {expected}"
-                for expected in dict.fromkeys((known, stated))
-                if expected is not None and (found := _hash(path, expected)) != expected
-            ]
-            if not wrong:
+        path = self._cached(name, revision) if self.local or not self.force else None
+        if path is not None:
+            damage = self._damage(path, _stated_hash(path))
+            if damage is None:
                 return path
-            damage = f"{name} of {self} is damaged: {wrong[0]}"
             if self.local:
                 raise CheckpointError(
                     f"{damage}; with a connection, and without offline mode or local_files_only, it is fetched again"
                 )
+            logger.warning("%s; fetching it again", damage)
             _remove(path)
-            if attempt == 2:
+        for last in (False, True):
+            try:
+                path, stated = self._download(name, revision)
+            except (HTTP_ERROR, OSError) as error:
+                if last or not _may_pass(error):
+                    raise
+                logger.warning("%s; trying again", " ".join(str(error).split()) or type(error).__name__)
+                time.sleep(RETRY_SECONDS)
+                continue
+            damage = self._damage(path, stated)
+            if damage is None:
+                return path
+            _remove(path)
+            if last:
                 raise CheckpointError(f"{damage}. It was so twice and was deleted; a proxy or mirror may be at fault")
             logger.warning("%s; fetching it again", damage)
         raise AssertionError("the loop returns or raises")
+
+    def _damage(self, path: Path, stated: str | None) -> str | None:
+        """Return the difference between a file's hash and those that are known for it, `None` if there is none."""
+        known = self.repository.sha256 if path.name == WEIGHTS_FILE else None
+        for expected in dict.fromkeys((known, stated)):
+            if expected is not None and (actual := _hash(path, expected)) != expected:
+                return f"{path.name} of {self} is damaged: its hash is {actual}, not {expected}"
+        return None
 
     def _cached(self, name: str, revision: str) -> Path | None:
         path = try_to_load_from_cache(self.repository.repo_id, name, cache_dir=self.cache_dir, revision=revision)
@@ -186,6 +194,15 @@ class Source:
             url = hf_hub_url(repo, name, revision=path.parent.name)
             stated = _as_hash(get_hf_file_metadata(url, token=self.token).etag)
         return path, stated
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether a second request can succeed. Newer clients than 1.0 have repeated some of them already."""
+    if isinstance(error, HfHubHTTPError):  # the Hub's refusals stay, its troubles may pass
+        response = getattr(error, "response", None)
+        return response is not None and response.status_code >= 500
+    # The client's words for a body of the wrong length.
+    return isinstance(error, HTTP_ERROR) or "Consistency check failed" in str(error)
 
 
 def _as_hash(name: str | None) -> str | None:

@@ -1,4 +1,7 @@
-"""Frozen configurations of the three families, which are checked when they are created."""
+"""Frozen configurations of the three families, which are checked when they are created.
+
+The module is long because the families share their fields, and each field its check.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors for bad input. Messages give the value and the remedy; commands then exit with status 2."""
+"""Errors of nfzoo. Those for bad input give the value and the remedy; commands then exit with status 2."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ class HubError(NfzooError):
 
 class DataError(NfzooError, ValueError):
     """A data set or an image that cannot be read, or does not fit the model."""
+
+
+class TrainingError(NfzooError, RuntimeError):
+    """Training cannot continue, for example because the loss is not finite."""
+
+    exit_status = 1
+
+
+class LostError(TrainingError):
+    """Another process of the run has ended."""
+
+
+class Stopped(NfzooError):
+    """A signal stopped the run after it saved a checkpoint."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

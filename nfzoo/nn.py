@@ -261,33 +261,11 @@ class NFNet(nn.Module):
         return save_checkpoint(folder, self.description, self.state_dict())
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        num_classes: int | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> NFNet:
-        """Return a pretrained model in evaluation mode: see `nfzoo.from_pretrained`, which has the same options."""
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> NFNet:
+        """Load a pretrained model in evaluation mode: see `nfzoo.from_pretrained`, which has the same options."""
         from nfzoo.hub import from_pretrained
 
-        return from_pretrained(
-            source,
-            num_classes=num_classes,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            device=device,
-            dtype=dtype,
-        )
+        return from_pretrained(source, **options)
 
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Publish the model with its card as one commit of a Hub repository; return the commit's URL.

@@ -9,10 +9,10 @@ from nfzoo import from_pretrained
 from nfzoo.analysis.sheets import SheetEntry, prediction_sheet, thumbnail
 from nfzoo.data.images import DIGITS, Digits
 from nfzoo.data.source import open_split
+from nfzoo.errors import Stopped
 from nfzoo.predict import classify
 from nfzoo.train.run import TrainConfig, train
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE
-from nfzoo.train.trainer import Stopped
 
 TARGET = 0.99  # held-out accuracy that the demonstration is expected to reach
 _SHOWN = 8

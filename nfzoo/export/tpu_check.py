@@ -7,6 +7,7 @@ are that compiler's estimates: nothing has run on the chip. Needs `pip install '
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -62,20 +63,22 @@ def compile_in_process(request: Request, *, timeout: float = TIMEOUT, log: Path 
     """
     with tempfile.TemporaryFile() if log is None else log.open("a+b") as errors:
         begin = errors.seek(0, os.SEEK_END)
+        command, environment = [*WORKER, str(os.getpid())], {**os.environ, **ENVIRONMENT}
+        pipe = subprocess.PIPE
+        # In a group of its own, which ends with it: what the compiler may have started too.
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=errors, env=environment, start_new_session=True
+        ) as process:
+            try:
+                output = process.communicate(request.to_json().encode(), timeout=60 * timeout)[0]
+            except subprocess.TimeoutExpired:
+                reason = f"not done after {timeout:g} minutes; allow more with --timeout"
+                return {**request.describe(), "outcome": "timed out", "reason": reason}
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         try:
-            process = subprocess.run(
-                [*WORKER, str(os.getpid())],
-                input=request.to_json().encode(),
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env={**os.environ, **ENVIRONMENT},
-                timeout=60 * timeout,
-            )
-        except subprocess.TimeoutExpired:
-            reason = f"not done after {timeout:g} minutes; allow more with --timeout"
-            return {**request.describe(), "outcome": "timed out", "reason": reason}
-        try:
-            answer = json.loads(process.stdout)
+            answer = json.loads(output)
         except ValueError:  # nothing, or what a dying process had written of it
             errors.seek(begin)
             printed = errors.read().decode(errors="replace")
@@ -210,9 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         "  nfzoo tpu-check nf-resnet-50 --topology v4:2x2x1 --batch 1024 --train --largest",
         epilog="exit status: 0 it compiles, 1 it does not or the compiler came to no end, 2 bad input",
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a name from `nfzoo list`, a checkpoint folder or its weight file"
-    )
+    text = "a name from `nfzoo list`, a checkpoint folder or its weight file"
+    parser.add_argument("model", metavar="MODEL", help=text)
     parser.add_argument(
         "--topology",
         required=True,
@@ -236,16 +238,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--largest", action="store_true", help="look for the largest batch that fits, from --batch on by factors of two"
     )
-    parser.add_argument(
-        "--multiple", type=program.positive_int, metavar="N", help="with --largest: to the nearest multiple of N"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=_minutes,
-        default=TIMEOUT,
-        metavar="MINUTES",
-        help=f"for each compilation (default: {TIMEOUT:g})",
-    )
+    text = "with --largest: to the nearest multiple of N"
+    parser.add_argument("--multiple", type=program.positive_int, metavar="N", help=text)
+    text = f"for each compilation (default: {TIMEOUT:g})"
+    parser.add_argument("--timeout", type=_minutes, default=TIMEOUT, metavar="MINUTES", help=text)
     parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
     parser.add_argument("--log", type=Path, metavar="PATH", help="write there what the compiler prints")
     return parser

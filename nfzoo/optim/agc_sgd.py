@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_unitwise
-from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, SGDState, ema_, ema_decay, sgd, sgd_
-from nfzoo.runtime.compile import compile_of_any_shape
+from nfzoo.optim.compiled_update import compiled_update, is_matrix
+from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
 from nfzoo.runtime.distributed import full_tensor, is_dtensor
 from nfzoo.types import Params
 
@@ -172,7 +172,7 @@ class AGCSGD(torch.optim.Optimizer):
         if has_fused(params[0].device):
             takes, update = _rowwise, functools.partial(self._update_fused, gate=gate)
         elif gate is None:
-            takes, update = _matrix, self._update_compiled
+            takes, update = is_matrix, self._update_compiled
         else:
             return [eager(group, params)]
         chosen = [p for p in params if takes(p, p.grad, *self.state[p].values())]
@@ -243,7 +243,7 @@ class AGCSGD(torch.optim.Optimizer):
     def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
         """Update kernels and linears by one graph for all shapes: see `compile_of_any_shape`."""
         constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
-        update = _compiled_update(*constants)
+        update = compiled_update(*constants)
         lr, weight = self._numbers(group, params[0].device)
         masks = []
         for p in params:
@@ -263,45 +263,6 @@ class AGCSGD(torch.optim.Optimizer):
         return _number(group["lr"], device), weight
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled_update(
-    clip: float | None, eps: float, momentum: float, nesterov: bool, weight_decay: float
-) -> Callable[..., Tensor | None]:
-    """Compile the whole update of one kernel `(out, fan_in)` to one graph."""
-    # As text: Dynamo turns numbers into inputs, which compiled code would load and convert for every element.
-    limit = None if clip is None else repr(float(clip))
-    floor, keep, decay = (repr(float(value)) for value in (eps, momentum, weight_decay))
-
-    def update(
-        p: Tensor,
-        grad: Tensor,
-        m: Tensor,
-        average: Tensor | None,
-        lr: Tensor,
-        weight: Tensor | None,
-    ) -> Tensor | None:
-        mask = None
-        if limit is not None:
-            grad, mask = clip_unitwise(grad, p, clip=float(limit), eps=float(floor))
-        new, state = sgd(
-            {"p": p},
-            {"p": grad},
-            SGDState({"p": m}),
-            lr=lr,
-            momentum=float(keep),
-            nesterov=nesterov,
-            weight_decay=float(decay),
-        )
-        new_p, new_m = new["p"], state.momentum["p"]
-        p.copy_(new_p)
-        m.copy_(new_m)
-        if average is not None and weight is not None:
-            average.copy_(average + weight * (new_p - average))
-        return mask  # counted by the caller, as inductor fails on a sum beside in-place updates
-
-    return compile_of_any_shape(update)
-
-
 def can_compile(device: torch.device) -> bool:
     """Return whether `AGCSGD(compiled=True)` runs on a device: a CPU, or where `triton_update` does."""
     return device.type == "cpu" or has_fused(device)
@@ -311,11 +272,6 @@ def can_compile(device: torch.device) -> bool:
 def has_fused(device: torch.device) -> bool:
     """Return whether `triton_update` runs on a device: CUDA, where torch's compiler brings Triton."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def _matrix(*tensors: Tensor | None) -> bool:
-    """Return whether `_update_compiled` can see the rows of a parameter, and of all that belongs to it, as a matrix."""
-    return all(t is None or (t.ndim > 1 and t.is_contiguous()) for t in tensors)
 
 
 def _rowwise(*tensors: Tensor | None) -> bool:

@@ -25,7 +25,7 @@ from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
 from nfzoo.data.loader import BrokenImageError, share_of_batch
 from nfzoo.data.source import Split, open_split
-from nfzoo.errors import CheckpointError, ConfigError, DataError, NfzooError
+from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
 from nfzoo.train.config import TrainConfig
@@ -34,10 +34,8 @@ from nfzoo.train.trainer import (
     LOGS,
     STATES,
     InitialState,
-    LostError,
     Result,
     Trainer,
-    TrainingError,
     split_identity,
 )
 from nfzoo.variants import VARIANTS

@@ -3,6 +3,8 @@
 Every random choice depends on the seed, the epoch, the step and the image alone, and the position in the data is
 counted in samples over all processes. An interrupted run therefore resumes with the same result, on any number of
 processes.
+
+The module is long because the loop, its figures, its checkpoints and its messages share the state of the run.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from nfzoo.analysis.sheets import augmentation_sheet
 from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state
 from nfzoo.data.loader import TrainingBatch
 from nfzoo.data.source import Split
-from nfzoo.errors import NfzooError
+from nfzoo.errors import Stopped, TrainingError
 from nfzoo.evaluate import Score, score
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
@@ -46,24 +48,6 @@ STATES = "checkpoints"
 LOGS = "logs"
 LOG_STEPS = 10
 SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
-
-
-class TrainingError(NfzooError, RuntimeError):
-    """Training cannot continue, for example because the loss is not finite."""
-
-    exit_status = 1
-
-
-class LostError(TrainingError):
-    """Another process of the run has ended."""
-
-
-class Stopped(NfzooError):
-    """A signal stopped the run after it saved a checkpoint."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_status = 128 + number
 
 
 class Result(NamedTuple):

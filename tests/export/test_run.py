@@ -264,8 +264,8 @@ def test_int8_onnx_has_eight_bit_weights(tmp_path):
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys, monkeypatch):
     """An export beside another would leave a program that `nfzoo.json` does not describe."""
     for name in ("torch", "onnx"):
-        stub = FORMATS[name]._replace(write=lambda model, images, batch, path: path.write_bytes(b"program"))
-        monkeypatch.setitem(FORMATS, name, stub)
+        instant = FORMATS[name]._replace(write=lambda model, images, batch, path: path.write_bytes(b"program"))
+        monkeypatch.setitem(FORMATS, name, instant)
     shell().save_pretrained(tmp_path / "model")
     before = sorted(p.name for p in (tmp_path / "model").iterdir())
     for _ in range(2):

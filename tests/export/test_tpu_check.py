@@ -54,7 +54,7 @@ COMPILED = {
 def fake(body: str) -> tuple[str, ...]:
     """Return the command of a worker of a few lines, which have `request` and `answer`."""
     head = """
-        import json, os, signal, sys, time
+        import json, os, signal, subprocess, sys, time
         request = json.loads(sys.stdin.read())
         def answer(outcome, **fields): print(json.dumps({"outcome": outcome, **fields}), flush=True)
     """
@@ -204,11 +204,12 @@ def test_a_worker_that_does_not_even_read_is_no_traceback(monkeypatch):
     assert compile_in_process(REQUEST)["reason"] == "the compiler's process ended with status 7"
 
 
-def test_a_timeout_ends_the_worker(worker, tmp_path):
-    pid = str(tmp_path / "pid")
+def test_a_timeout_ends_the_worker_and_what_it_started(worker, tmp_path):
     worker(
         f"""
-        open({pid!r}, "w").write(str(os.getpid()))
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        with open({str(tmp_path / "pids")!r}, "w") as file:
+            file.write(f"{{os.getpid()}} {{child.pid}}")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
         """
@@ -216,7 +217,7 @@ def test_a_timeout_ends_the_worker(worker, tmp_path):
     check = compile_in_process(REQUEST, timeout=0.05)
     assert check["outcome"] == "timed out"
     assert check["reason"] == "not done after 0.05 minutes; allow more with --timeout"
-    assert ends(int((tmp_path / "pid").read_text()))
+    assert all(ends(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_the_log_holds_what_the_compiler_prints(worker, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -54,9 +53,12 @@ def test_options_reach_the_model(tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_the_method_has_the_options_of_the_function():
-    method, function = (inspect.signature(f).parameters for f in (NFNet.from_pretrained, nfzoo.from_pretrained))
-    assert list(method.items()) == list(function.items())
+def test_the_method_is_the_function(tmp_path):
+    saved(tmp_path / "m")
+    loaded = NFNet.from_pretrained(tmp_path / "m", num_classes=3, dtype=torch.bfloat16)
+    assert loaded.config.num_classes == 3
+    with pytest.raises(TypeError, match="num_clases"):
+        NFNet.from_pretrained(tmp_path / "m", num_clases=3)
 
 
 def test_what_is_on_disk_comes_before_a_name(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a step asks of an optimizer: gates, scalers, averages, for the papers' optimizer and any of torch's."""
+"""Gates, loss scalers and averages of an update, by the papers' optimizer and by any of torch's."""
 
 from __future__ import annotations
 
