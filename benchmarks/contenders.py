@@ -151,6 +151,8 @@ def train_nfzoo(
     The digits are its data, which have 10 classes. The step takes the batch to the device, normalises it, and sums up
     the metrics, as in every training.
     """
+    if work.channels_last:
+        raise ValueError("nfzoo.train chooses the memory format by the device; leave --channels-last to inference")
     if work.device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):

@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, help="how often the contenders take turns")
     made.add_argument("--threads", type=int, help="of the CPU")
     made.add_argument("--processor-time", action="store_true", help="not wall-clock: for a CPU that others use too")
-    made.add_argument("--channels-last", action="store_true", help="for both sides")
+    made.add_argument(
+        "--channels-last", action="store_true", help="for both sides; not in training, where nfzoo.train chooses"
+    )
     made.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     made.add_argument("--quick", action="store_true", help="small shapes: a check, not a result")
     made.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the result pages")

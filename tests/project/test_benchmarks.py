@@ -259,3 +259,9 @@ def test_every_suite_runs(suite, tmp_path, capsys):
     assert run.main([suite, *options, *models]) == 0
     assert "| nf" in capsys.readouterr().out or suite == "profile"
     assert len(list(tmp_path.glob("*.md"))) == 1
+
+
+def test_training_takes_the_layout_that_nfzoo_train_has():
+    work = contenders.Work(CPU, torch.float32, channels_last=True)
+    with pytest.raises(ValueError, match="chooses the memory format"):
+        contenders.train_nfzoo("nfnet-test", work, batch=8, size=32, compiled=False)
