@@ -87,7 +87,7 @@ def network(variant: str, work: Work, *, training: bool) -> NFNet:
 def inference(
     variant: str, work: Work, *, batch: int, size: int, compiled: bool = True
 ) -> dict[str, Callable[[], Any]]:
-    """Contenders of inference in `work.dtype`, weights included; on CUDA also as CUDA graphs."""
+    """Contenders of inference in `work.dtype`, weights included; on CUDA each as a CUDA graph."""
     x = work.images(batch, size, dtype=work.dtype)
     calls: dict[str, Callable[[], Any]] = {}
 
@@ -96,10 +96,15 @@ def inference(
         def call() -> Tensor:
             return net(x)
 
-        calls[name] = call
+        if work.device.type == "cuda":
+            with torch.no_grad():
+                calls[name] = timing.captured(call)
+        else:
+            calls[name] = call
 
     ours = network(variant, work, training=False).to(work.dtype)
-    add("nfzoo eager", ours)
+    if work.device.type == "cpu":
+        add("nfzoo eager", ours)
     add("nfzoo folded", ours.for_inference())
     if work.device.type == "cpu":
         add("nfzoo folded, prepacked", ours.for_inference().prepack())
@@ -113,10 +118,6 @@ def inference(
             add("timm compiled", torch.compile(theirs, dynamic=False))
             if work.device.type == "cpu":
                 add("timm compiled, frozen", _frozen(theirs, x))
-    if work.device.type == "cuda" and compiled:
-        for name in [n for n in calls if n.endswith("compiled")]:
-            with torch.no_grad():
-                calls[f"{name}, CUDA graph"] = timing.captured(calls[name])
     return calls
 
 
@@ -144,7 +145,14 @@ class Training(NamedTuple):
 
 
 def train_nfzoo(
-    variant: str, work: Work, *, batch: int, size: int, compiled: bool, checkpointed: bool = False
+    variant: str,
+    work: Work,
+    *,
+    batch: int,
+    size: int,
+    compiled: bool,
+    checkpointed: bool = False,
+    cuda_graph: bool | None = None,
 ) -> Training:
     """Return the step of `nfzoo.train` itself, `Trainer.train_step`, on a batch that the loader has made.
 
@@ -168,6 +176,7 @@ def train_nfzoo(
             workers=0,
             mixed_precision=PRECISION[work.dtype],
             compile=compiled,
+            cuda_graph=cuda_graph,
             activation_checkpointing=checkpointed,
             optim=OptimConfig(clip=CLIP, ema_decay=EMA_DECAY, lr=1e-4),
         )
@@ -206,14 +215,24 @@ def backward_nfzoo(variant: str, work: Work, *, batch: int, size: int, compiled:
 
 
 def train_timm(
-    name: str, work: Work, *, batch: int, size: int, compiled: bool, agc: bool = True, checkpointed: bool = False
+    name: str,
+    work: Work,
+    *,
+    batch: int,
+    size: int,
+    compiled: bool,
+    agc: bool = True,
+    checkpointed: bool = False,
+    cuda_graph: bool = False,
 ) -> Training:
+    """Return the step of a timm model as its users write it; with `cuda_graph`, the whole step as one CUDA graph."""
     net: Any = peer.model(name, work.device, training=True, num_classes=CLASSES)
     net = net.to(memory_format=work.layout)
     if checkpointed:
         net.set_grad_checkpointing(True)
     update = peer.update_of(net, clip=0.01 if agc else None)
-    return _training(net, torch.compile(net, dynamic=False) if compiled else net, update, work, batch, size)
+    made = _training(net, torch.compile(net, dynamic=False) if compiled else net, update, work, batch, size)
+    return made._replace(step=timing.captured(made.step)) if cuda_graph else made
 
 
 def _training(

@@ -18,6 +18,7 @@ from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfi
 from nfzoo.errors import ConfigError
 from nfzoo.models import nf_regnet, nf_resnet, nfnet
 from nfzoo.models.folded import fold_block, folded_plan
+from nfzoo.models.weight_standardization import is_channels_last
 from nfzoo.types import Block, Kind, Noise, Params, Plan
 
 
@@ -202,18 +203,15 @@ def fold(cfg: ModelConfig, params: Mapping[str, Tensor]) -> tuple[ModelConfig, P
         local = block_params(block, params)
         for name, value in fold_block(block, {k: _wide(v) for k, v in local.items()}).items():
             like = local.get(name, next(iter(local.values())))
-            result[f"{block.name}.{name}"] = value.to(like.dtype).contiguous(memory_format=_layout(like))
+            last = value.ndim == 4 and is_channels_last(like)
+            layout = torch.channels_last if last else torch.contiguous_format
+            result[f"{block.name}.{name}"] = value.to(like.dtype).contiguous(memory_format=layout)
     return cfg.replace(folded=True), result
 
 
 def _wide(value: Tensor) -> Tensor:
     # Apple's GPUs have no float64.
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
-
-
-def _layout(like: Tensor) -> torch.memory_format:
-    is_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def _check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:

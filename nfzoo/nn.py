@@ -149,7 +149,7 @@ class NFNet(nn.Module):
         for block, run in zip(blocks, self._blocks(), strict=False):
             x = run(x)
             if block.feature:
-                maps.append(x)
+                maps.append(x[0] if isinstance(x, tuple) else x)  # compiled folded blocks pass pairs
         return maps
 
     def for_inference(self) -> NFNet:

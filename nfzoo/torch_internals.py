@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 _C: Any = torch._C
 _forward_ad: Any = forward_ad
+
+tree_leaves: Any = _pytree.tree_leaves
+"""Return all leaves of nested tuples, lists and dictionaries in one list."""
+
+tree_map: Any = _pytree.tree_map
+"""Return nested tuples, lists and dictionaries with a function applied to each leaf."""
 
 foreach: Any = torch
 """The namespace of the `_foreach_*` functions, which compute with many tensors in one kernel."""
@@ -38,6 +45,28 @@ def in_dispatch_mode() -> bool:
 def in_jit_trace() -> bool:
     """Return whether `torch.jit.trace` is recording."""
     return _C._is_tracing()
+
+
+def only_computes(*tensors: Tensor, alone: bool) -> bool:
+    """Return whether an operator without derivatives, and unknown to transforms and tracers, may take these tensors.
+
+    Under autocast it may not. While a graph is compiled, a transform around it cannot be seen from within: `alone`
+    asserts that there is none.
+    """
+    if any(t.dtype != tensors[0].dtype for t in tensors):  # refused by torch's own operators, with their own messages
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return False
+    if torch.compiler.is_compiling():
+        return alone and not torch.compiler.is_exporting()
+    return not (in_dispatch_mode() or in_functorch() or in_jit_trace() or in_forward_ad())
+
+
+def addmm_activation(bias: Tensor, x: Tensor, weight: Tensor, *, gelu: bool) -> Tensor:
+    """Return the tanh GELU, or else the ReLU, of `bias + x @ weight`; on CUDA in one kernel of cuBLASLt."""
+    return torch.ops.aten._addmm_activation(bias, x, weight, use_gelu=gelu)
 
 
 def under_ddp() -> bool:

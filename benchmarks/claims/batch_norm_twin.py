@@ -92,7 +92,8 @@ def apply(
 
     def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = params[f"{name}.weight"]
-        return nf.conv2d(x, weight, weight.new_zeros(weight.shape[0]), stride=stride)
+        x, padding = nf.conv_input(x, weight.shape[-1], stride=stride, dilation=1, same=True, skipped_stride=1)
+        return torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
 
     x = conv("stem.conv", x, stride=2)
     height, width = (nf.same_padding(n, 3, 2) for n in x.shape[-2:])

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nfzoo.config import Attention
 from nfzoo.errors import ConfigError
+from nfzoo.models import cublas, onednn
 from nfzoo.models import functional as nf
-from nfzoo.models import onednn
 from nfzoo.models.layers import Conv, Geometry, Layers, Pool, ResidualBlock, classifier
 from nfzoo.models.nf_regnet import RegNetBlock
 from nfzoo.models.nf_resnet import BottleneckBlock, MaxPool
 from nfzoo.types import Block, BlockFn, Params, ParamSpec, Plan, Specs
+
+CUDNN_CHANNELS = 8
+"""Channels of 16 bits without which cuDNN has no convolution for the GPU's matrix units: colours are padded."""
 
 NO_NOISE = "a model folded for inference takes no noise: dropout and stochastic depth belong to the trained form"
 
@@ -39,7 +44,7 @@ class FoldedConv:
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
         x = x if self.before is None else nf.activate(x, self.before)
-        return onednn.conv2d(
+        return _conv2d(
             x, p["weight"], p["bias"], activation=self.after, same=self.same, stride=self.stride, alone=self.alone
         )
 
@@ -57,6 +62,7 @@ class FoldedBlock:
         inner: whether attention follows the first 3x3 convolution, not the last 1x1.
         pooled: whether a downsampling shortcut averages 2x2 pixels; else its kernel strides.
         alone: whether a compiled graph holds this block only, with no transform of `torch.func` around it.
+        gives_pair: whether the block returns its output and the activation of that, for the next block: see `chained`.
     """
 
     activation: str
@@ -68,11 +74,18 @@ class FoldedBlock:
     inner: bool
     pooled: bool
     alone: bool = False
+    gives_pair: bool = False
 
-    def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+    def __call__(self, p: Mapping[str, Tensor], x: Any, beta: float | Tensor, keep: Tensor | None) -> Any:
+        """Return the output of a map `(N, inputs, H, W)` or of a map and its activation; see `gives_pair`."""
         _refuse(keep)
+        x, out = x if isinstance(x, tuple) else (x, self.act(x))
+        y = self.residual(p, x, out)
+        return (y, self.act(y)) if self.gives_pair else y
+
+    def residual(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
+        """Return the block's output for its input `x`, with the activation `out` of that."""
         g = self.geometry
-        out = self.act(x)
         shortcut = self.shortcut(p, x, out)
         out = self.conv(p, "conv0", out, self.activation)
         out = self.conv(
@@ -106,7 +119,7 @@ class FoldedBlock:
         self, p: Mapping[str, Tensor], name: str, x: Tensor, activation: str | None = None, **geometry: int
     ) -> Tensor:
         """Convolve with the weight `name`, already standardised, then apply the activation."""
-        return onednn.conv2d(
+        return _conv2d(
             x,
             p[f"{name}.weight"],
             p[f"{name}.bias"],
@@ -122,8 +135,13 @@ class FoldedBlock:
 
     def gate(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Return `scale * gate`, `(N, C, 1, 1)`; `scale` is the attention's factor 2, times alpha and the skip gain."""
-        gate = nf.squeeze_excite(p, x) if self.attention == "se" else nf.efficient_channel_attention(p, x)
-        return p["scale"] * gate
+        if self.attention == "eca":
+            return p["scale"] * nf.efficient_channel_attention(p, x)
+        weights = (p["se.fc0.weight"], p["se.fc0.bias"], p["se.fc1.weight"], p["se.fc1.bias"])
+        if not cublas.supports(x, *weights, alone=self.alone):
+            return p["scale"] * nf.squeeze_excite(p, x)
+        hidden = cublas.linear(nf.global_mean(x), *weights[:2], "relu")
+        return p["scale"] * torch.sigmoid(cublas.linear(hidden, *weights[2:], None))[:, :, None, None]
 
     def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
         """Return `x` or, on a transition, a 1x1 convolution of the activated input `out`, pooled or strided."""
@@ -156,9 +174,44 @@ def folded_classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, 
     return classifier(p, x, beta, None)
 
 
+def _conv2d(
+    x: Tensor,
+    weight: Tensor | onednn.PackedWeight,
+    bias: Tensor,
+    *,
+    activation: str | None,
+    alone: bool,
+    stride: int = 1,
+    groups: int = 1,
+    **geometry: Any,
+) -> Tensor:
+    """Convolve as `Layers.conv` does, then apply the activation without gamma, in as few kernels as there are."""
+    if isinstance(weight, Tensor) and groups == 1 and cublas.supports(x, weight, bias, alone=alone):
+        if cublas.is_linear(x, weight, stride=stride):
+            return cublas.conv1x1(x, weight, bias, activation)
+        if weight.shape[1] < CUDNN_CHANNELS:
+            x, weight = (F.pad(t, (0, 0, 0, 0, 0, CUDNN_CHANNELS - weight.shape[1])) for t in (x, weight))
+    return onednn.conv2d(x, weight, bias, activation=activation, alone=alone, stride=stride, groups=groups, **geometry)
+
+
 def _refuse(keep: Tensor | None) -> None:
     if keep is not None:
         raise ConfigError(NO_NOISE)
+
+
+def chained(fns: Sequence[BlockFn]) -> list[BlockFn]:
+    """Return block functions that follow one another, of which folded residual blocks pass pairs to one another.
+
+    A pair is a map and its activation. A graph that ends with the block then computes both in one pass over memory,
+    where the next block would read the map once more.
+    """
+    pairs = itertools.zip_longest(fns, fns[1:])
+    return [
+        dataclasses.replace(fn, gives_pair=True)
+        if isinstance(fn, FoldedBlock) and isinstance(following, FoldedBlock)
+        else fn
+        for fn, following in pairs
+    ]
 
 
 # ---------------------------------------------------------------- from a plan to its inference form

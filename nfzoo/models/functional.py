@@ -66,31 +66,17 @@ def pad2d(x: Tensor, height: tuple[int, int], width: tuple[int, int], value: flo
     return F.pad(x, (*width, *height), value=value)
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    same: bool = True,
-    skipped_stride: int = 1,
-) -> Tensor:
-    """Convolve `(N, in, H, W)` with SAME (TensorFlow) or symmetric padding, to `ceil(H / stride)` rows.
-
-    `skipped_stride` is the stride that was taken out of this convolution to keep the output dense.
-    """
-    x, padding = conv_input(
-        x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
-    )
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-
 def conv_input(
     x: Tensor, kernel: int, *, stride: int, dilation: int, same: bool, skipped_stride: int
 ) -> tuple[Tensor, int]:
-    """Return the input of `conv2d`, padded where its padding is asymmetric, and the symmetric padding that is left."""
+    """Return a convolution's input, padded where its padding is asymmetric, and the symmetric padding that is left.
+
+    The convolution maps `(N, in, H, W)` to `ceil(H / stride)` rows.
+
+    Args:
+        same: whether the padding is SAME (TensorFlow), not symmetric.
+        skipped_stride: the stride that was taken out of this convolution to keep the output dense.
+    """
     half = (kernel - 1) * dilation // 2
     if kernel == 1 or not same or (stride == 1 and skipped_stride == 1):
         return x, half

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nfzoo.config import Attention, ModelConfig, Rules
@@ -104,16 +105,16 @@ class Layers:
         skipped_stride: int = 1,
     ) -> Tensor:
         """Convolve `x` with the standardised `{name}weight` and its `{name}gain`, and add `{name}bias`."""
-        return nf.conv2d(
+        weight = self.weight(p, name)
+        x, padding = nf.conv_input(
             x,
-            self.weight(p, name),
-            p[f"{name}bias"],
+            weight.shape[-1],
             stride=stride,
             dilation=dilation,
-            groups=groups,
             same=self.rule.same_padding,
             skipped_stride=skipped_stride,
         )
+        return F.conv2d(x, weight, p[f"{name}bias"], stride, padding, dilation, groups)
 
 
 def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 1, gain: Init = ones) -> Specs:
@@ -317,7 +318,7 @@ def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: T
     """Map `(N, C)` to logits `(N, classes)` by dropout and a linear layer."""
     if keep is not None:
         x = x * keep.to(x.dtype)
-    return torch.nn.functional.linear(x, p["weight"], p["bias"])
+    return F.linear(x, p["weight"], p["bias"])
 
 
 def head_blocks(cfg: ModelConfig, channels: int, init: Init = classifier_normal) -> tuple[Block, Block]:

@@ -95,20 +95,7 @@ def supports(x: Tensor, *weights: Tensor, alone: bool = False) -> bool:
     """
     if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
         return False
-    if any(t.dtype != x.dtype for t in weights):  # refused by torch's own convolution, with its own message
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.compiler.is_compiling():
-        return alone and not torch.compiler.is_exporting()
-    return not (
-        torch_internals.in_dispatch_mode()
-        or torch_internals.in_functorch()
-        or torch_internals.in_jit_trace()
-        or torch_internals.in_forward_ad()
-    )
+    return torch_internals.only_computes(x, *weights, alone=alone)
 
 
 def conv2d(
@@ -124,7 +111,7 @@ def conv2d(
     skipped_stride: int = 1,
     alone: bool = False,
 ) -> Tensor:
-    """Compute `functional.conv2d`, then the activation without gamma; by oneDNN where it supports that."""
+    """Convolve as `Layers.conv` does, then apply the activation without gamma; by oneDNN where it supports that."""
     x, padding = nf.conv_input(
         x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
     )

@@ -30,7 +30,7 @@ def standardize_weight(
     variance. With `floor=False`, `s = scale * gain * rsqrt((var(W) + 1e-5) * fan_in)`. Computed in float32 at least.
 
     Args:
-        weight: `(out, in / groups, height, width)`.
+        weight: `(out, in / groups, height, width)`. The result has its memory format.
         gain: `(out,)`.
         floor: whether small variances are floored (DeepMind) or offset (timm).
         scale: a constant factor (gamma, under timm's rules).
@@ -38,7 +38,9 @@ def standardize_weight(
 
     Source: arXiv 2101.08692, equation 5; `WSConv2D` of the code released with arXiv 2102.06171.
     """
-    w = weight.flatten(1)
+    # Statistics do not depend on the order within a row: channels last is read, and written, as it lies in memory.
+    last = is_channels_last(weight)
+    w = weight.permute(0, 2, 3, 1).flatten(1) if last else weight.flatten(1)
     if w.dtype not in (torch.float32, torch.float64):
         w = w.float()
     factor = gain.to(w.dtype)
@@ -48,7 +50,19 @@ def standardize_weight(
         rows: Tensor = _Rows.apply(w, factor, floor, kernels or PLAIN_ROWS)[0]  # type: ignore[index]
     else:
         rows = _standardized(w, factor, floor)[0]  # for compilers to differentiate and to fuse
-    return rows.reshape(weight.shape).to(weight.dtype)
+    rows = rows.to(weight.dtype)
+    if last:
+        out, inputs, height, width = weight.shape
+        return rows.reshape(out, height, width, inputs).permute(0, 3, 1, 2)
+    return rows.reshape(weight.shape)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Return whether the strides of a tensor are those of a dense one in memory format channels last."""
+    if tensor.ndim != 4:
+        return False
+    _, channels, height, width = tensor.shape
+    return tensor.stride() == (height * width * channels, 1, width * channels, channels)
 
 
 def _centred(w: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nfzoo import torch_internals
+from nfzoo.models.folded import chained
 from nfzoo.models.layers import Layers
 from nfzoo.models.weight_standardization import PLAIN_ROWS, RowKernels
 from nfzoo.runtime.device import backend as device_backend
@@ -60,10 +61,11 @@ class CompiledBlock:
     def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # inside the graph of a whole model, or an export
             return self.fn(params, x, beta, keep)
+        first = x[0] if isinstance(x, tuple) else x
         if not isinstance(beta, Tensor):
-            beta = _scalar(beta, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            beta = _scalar(beta, first.device, torch.float64 if first.dtype == torch.float64 else torch.float32)
         with _whole_under_ddp():
-            if self._layers is None or x.device.type != "cpu" or not torch.is_grad_enabled():
+            if self._layers is None or first.device.type != "cpu" or not torch.is_grad_enabled():
                 return self._compiled(params, x, beta, keep)
             params = self._layers.standardized(params, compiled_rows(self.options))
             if self.options.dynamic is not False:  # sizes are constants for parameters only, not for results
@@ -162,7 +164,7 @@ def compile_blocks(module: nn.Module, options: CompileOptions | None) -> int:
     """Let each block module of a model run its compiled function, or its plain one for `options=None`.
 
     A block module has an attribute `block`, of a plan, and calls its attribute `fn`. Compilation waits for the first
-    call. `state_dict` does not change.
+    call. `state_dict` does not change. The residual blocks of a folded model then pass pairs: see `folded.chained`.
 
     Returns:
         The number of distinct functions. Each has one graph for each image size, batch, dtype and mode.
@@ -173,9 +175,10 @@ def compile_blocks(module: nn.Module, options: CompileOptions | None) -> int:
     modules = [m for m in module.modules() if isinstance(getattr(m, "block", None), Block)]
     if not modules:
         raise ValueError(f"{type(module).__name__} has no blocks of a plan; use torch.compile on the whole module")
-    for m in modules:
-        block: Any = m.block
-        m.fn = block.fn if options is None else compiled(block, options)  # type: ignore[assignment]
+    blocks: list[Block] = [m.block for m in modules]  # type: ignore[misc]
+    chain = chained([block.fn for block in blocks])
+    for m, block, fn in zip(modules, blocks, chain, strict=True):
+        m.fn = block.fn if options is None else compiled(block._replace(fn=fn), options)  # type: ignore[assignment]
     return len({id(m.fn) for m in modules})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -41,11 +42,17 @@ class Backend:
     def images(self, batch: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Move `(N, C, H, W)` to the device, in the fastest layout that was measured there.
 
-        That is channels last on a CPU (`benchmarks/results`). Elsewhere nothing was measured, and the layout stays.
+        That is channels last on a CPU and on a GPU (`benchmarks/results`). Elsewhere nothing was measured, and the
+        layout stays.
         """
-        last = self.device.type == "cpu" and batch.dim() == 4
+        last = self.device.type in ("cpu", "cuda") and batch.dim() == 4
         layout = torch.channels_last if last else torch.preserve_format
         return batch.to(self.device, dtype, non_blocking=True, memory_format=layout)
+
+    @property
+    def weights_last(self) -> bool:
+        """Return whether kernels are to be in memory format channels last as well, as cuDNN wants them."""
+        return self.device.type == "cuda"
 
     def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
         """Compute convolutions and linears in `dtype`, sums and losses in float32; `None` changes nothing."""
@@ -58,6 +65,34 @@ class Backend:
     def scalar(self, value: float) -> float | Tensor:
         """Wrap a number that changes in each step, such as a learning rate, so that no new value is compiled anew."""
         return value
+
+    def number(self) -> Callable[[float], float | Tensor]:
+        """Return a function like `scalar`. On a GPU it returns one tensor each time, which a CUDA graph can read."""
+        if self.device.type != "cuda":
+            return self.scalar
+        tensor = torch.zeros((), device=self.device)
+        return tensor.fill_
+
+    def read_later(self, flag: Tensor) -> Callable[[], bool]:
+        """Return a function that returns the value of a 0-dimensional tensor, and waits for it if it is not there yet.
+
+        On a GPU the value that the tensor has now starts on its way to the host.
+        """
+        if self.device.type != "cuda":
+            return functools.partial(bool, flag)
+        value, copied = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+
+        def read() -> bool:
+            copied.synchronize()
+            return bool(value)
+
+        return read
+
+    @property
+    def reads_late(self) -> bool:
+        """Return whether the host should look at a step's results only after the launch of the next step."""
+        return self.device.type == "cuda"
 
     def step_mark(self) -> None:
         """End a training step. Lazy devices compile and run the recorded step here."""

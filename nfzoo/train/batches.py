@@ -20,6 +20,7 @@ from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers
 from nfzoo.train.config import TrainConfig
 from nfzoo.transforms.mixing import GENTLE, Augment, augment_batch, draw
+from nfzoo.transforms.randaugment import send
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
@@ -31,12 +32,12 @@ class Inputs(NamedTuple):
     Attributes:
         images: `(n, C, S, S)`, mixed, varied and normalised.
         targets: labels `(n,)`, or where images are mixed shares of classes `(n, classes)`.
-        noise: masks of dropout and stochastic depth; `None` without either.
+        noise: masks of dropout and stochastic depth; empty without either.
     """
 
     images: Tensor
     targets: Tensor
-    noise: dict[str, Tensor] | None
+    noise: dict[str, Tensor]
 
 
 class InputPipeline:
@@ -54,7 +55,7 @@ class InputPipeline:
         """Return the parts of the epoch's batches, from a position on that counts the samples of all processes."""
         if len(self.split.train) - start < self.config.batch_size:  # resumed between last step and evaluation
             return iter(())
-        return training_batches(
+        batches = training_batches(
             self.split.train,
             self.preprocessing,
             epoch=epoch,
@@ -67,6 +68,19 @@ class InputPipeline:
             augment=self.augment,
             workers=self.workers,
         )
+        return self._copied(batches) if self.device.type == "cuda" else batches
+
+    def _copied(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
+        """Copy each batch to the GPU, in a stream of its own, as the GPU still computes the step before."""
+        stream = torch.cuda.Stream(self.device)
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                pixels, labels = (t.to(self.device, non_blocking=True) for t in (batch.pixels, batch.labels))
+            user = torch.cuda.current_stream(self.device)
+            user.wait_stream(stream)
+            for tensor in (pixels, labels):
+                tensor.record_stream(user)
+            yield batch._replace(pixels=pixels, labels=labels)
 
     def noise(self, step: int) -> dict[str, Tensor]:
         """Draw the masks of a step for the whole batch, of which each process takes its rows."""
@@ -95,7 +109,7 @@ class InputPipeline:
         )
         images, targets = self.backend.images(images), targets.to(self.device)
         rows = slice(part.offset, part.offset + len(part.labels))
-        masks = {name: mask[rows].to(self.device) for name, mask in noise.items()} if noise else None
+        masks = {name: send(mask[rows], self.device) for name, mask in noise.items()}
         return Inputs(images, targets, masks)
 
     def held_out(self, broken: list[str] | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -116,6 +116,8 @@ class TrainConfig:
         workers: loader processes per training process; by default as many as there are processors, up to 8.
         mixed_precision: "no", "bf16" or "fp16"; by default as Accelerate is configured.
         compile: compile the model block by block, which takes a minute once and makes steps faster.
+        cuda_graph: launch each step on a GPU as one CUDA graph, without the cost of launching kernel by kernel; by
+            default where one process trains with sgd, without fp16 and sharding.
         activation_checkpointing: forget each block's activations and compute them again in the backward pass.
         sharding: "none" gives every process all parameters; "fsdp2" shards them over the processes.
         nonfinite: what to do when a gradient is not finite: "stop", or "skip" the step and count it.
@@ -147,6 +149,7 @@ class TrainConfig:
     workers: int | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     compile: bool = False
+    cuda_graph: bool | None = None
     activation_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -39,15 +39,14 @@ if TYPE_CHECKING:
 class Updater(Protocol):
     """The interface of an optimizer in a training step."""
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of all groups."""
+    def begin(self, number: int, lr: float) -> None:
+        """Set the learning rate of the step that comes after `number` others."""
         ...
 
-    def step(self, number: int, gate: Tensor | None) -> None:
+    def step(self, gate: Tensor | None) -> None:
         """Clip each unit's gradient, update the parameters, and move their averages towards them.
 
         Args:
-            number: number of steps taken before this one.
             gate: a 0-dimensional boolean tensor. If it is false, nothing changes.
         """
         ...
@@ -74,18 +73,17 @@ class PapersUpdater:
     """
 
     def __init__(self, optimizer: AGCSGD, prepared: Any, live: Params, device: torch.device) -> None:
-        self._optimizer, self._prepared, self._live, self._backend = optimizer, prepared, live, backend(device)
+        self._optimizer, self._prepared, self._live = optimizer, prepared, live
+        self._lr, self._number = (backend(device).number() for _ in range(2))
         # Created before the first step: a lazy device would compile that step as a program of its own.
         optimizer.init_state()
 
-    def set_lr(self, lr: float) -> None:
+    def begin(self, number: int, lr: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._backend.scalar(lr)
+            group["lr"], group["steps"] = self._lr(lr), self._number(number)
 
-    def step(self, number: int, gate: Tensor | None) -> None:
+    def step(self, gate: Tensor | None) -> None:
         self._optimizer.gate = gate
-        for group in self._optimizer.param_groups:
-            group["steps"] = self._backend.scalar(number)
         self._optimizer.clipped_fraction = None  # stays None if a loss scaler skips the step
         self._prepared.step()
 
@@ -119,11 +117,12 @@ class TorchUpdater:
         if config.ema_decay is not None:
             self.averages = {name: p.detach().clone() for name, p in live.items()}
 
-    def set_lr(self, lr: float) -> None:
+    def begin(self, number: int, lr: float) -> None:
+        self._number = number
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, number: int, gate: Tensor | None) -> None:
+    def step(self, gate: Tensor | None) -> None:
         if gate is not None and not bool(gate):
             return
         if self._config.clip is not None:
@@ -131,7 +130,7 @@ class TorchUpdater:
         self._prepared.step()
         skipped = getattr(self._prepared, "step_was_skipped", False)  # by a loss scaler
         if self.averages is not None and self._config.ema_decay is not None and not skipped:
-            ema_(self.averages, self._live, number, decay=self._config.ema_decay)
+            ema_(self.averages, self._live, self._number, decay=self._config.ema_decay)
 
 
 class Learner:
@@ -156,6 +155,8 @@ class Learner:
         if config.activation_checkpointing:
             model.checkpoint_blocks()
         model = model.to(accelerator.device)
+        if self.backend.weights_last and not self.sharded:  # FSDP2 takes contiguous parameters alone
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.sharded:
             self.model: Any = shard(model, accelerator.device)
         if config.compile:
@@ -225,10 +226,10 @@ class Learner:
         norm = full_tensor(norm)
         return norm, None if self.accelerator.scaler is not None else norm.isfinite()
 
-    def _ascend(self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor] | None) -> list[Tensor]:
+    def _ascend(self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor]) -> list[Tensor]:
         """Move the weights to SAM's ascent, by the loss of this process's first images; return the original weights."""
         rows = ascent_rows(len(images), self.optim.sam_fraction)
-        masks = {name: mask[:rows] for name, mask in noise.items()} if noise else {}
+        masks = {name: mask[:rows] for name, mask in noise.items()}
         with self.autocast():
             logits = self.bare(images[:rows], masks)
         loss = cross_entropy(logits, targets[:rows], self.optim.label_smoothing)
@@ -264,6 +265,27 @@ class Learner:
         if (averages := self.averages) is not None:
             for name, value in saved.tensors("average").items():
                 copy_(averages[name], value)
+
+
+def uses_cuda_graph(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Return whether a run launches its steps as one CUDA graph.
+
+    Raises:
+        ConfigError: if the run asks for it, and it cannot be.
+    """
+    if config.cuda_graph is False:
+        return False
+    reasons = {
+        f"the device is {accelerator.device.type!r}": accelerator.device.type != "cuda",
+        f"{accelerator.num_processes} processes train": accelerator.num_processes > 1,
+        f"the optimizer is {config.optim.name!r}": config.optim.name != "sgd",
+        "a loss scaler serves fp16": accelerator.scaler is not None,
+        f"sharding is {config.sharding!r}": config.sharding != "none",
+    }
+    against = [reason for reason, holds in reasons.items() if holds]
+    if config.cuda_graph and against:
+        raise ConfigError(f"a CUDA graph cannot hold the training step, as {against[0]}; leave --cuda-graph out")
+    return not against
 
 
 class _NoReduction:

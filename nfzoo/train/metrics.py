@@ -16,35 +16,41 @@ logger = logging.getLogger("nfzoo")
 
 
 class Metrics:
-    """Sum over an epoch's steps, on the device, so that the host waits only where it reads the sums."""
+    """Sum over an epoch's steps, on the device, so that the host waits only where it reads the sums.
+
+    The tensors stay the same, and are written in place, as a CUDA graph needs it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.clear()
+        self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm = (self._scalar() for _ in range(6))
 
-    def clear(self) -> None:
+    def _scalar(self, value: float = 0.0) -> Tensor:
         # A lazy device writes a 0-dimensional tensor from the host into its program as a constant, and compiles anew
         # for each value. So each is moved with a dimension, and is a tensor of its own.
-        self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm = (
-            torch.zeros(1).to(self.device).reshape(()) for _ in range(6)
-        )
+        return torch.tensor([value]).to(self.device).reshape(())
+
+    def clear(self) -> None:
+        for total in (self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm):
+            total.copy_(self._scalar())
 
     def restore(self, sums: list[float], clipped: float) -> None:
-        self.loss_sum, self.correct, self.seen = (torch.tensor(v, device=self.device) for v in sums)
-        self.clipped = torch.tensor(clipped, device=self.device)
+        for total, value in zip((self.loss_sum, self.correct, self.seen, self.clipped), (*sums, clipped), strict=True):
+            total.copy_(self._scalar(value))
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         labels = targets if targets.ndim == 1 else targets.argmax(1)
-        self.loss = loss.detach()
-        usable = self.loss.isfinite()
-        self.loss_sum = self.loss_sum + torch.where(usable, self.loss, 0) * len(labels)
-        self.correct = self.correct + usable * (logits.detach().argmax(1) == labels).sum()
-        self.seen = self.seen + usable * len(labels)
+        usable = loss.detach().isfinite()
+        self.loss.copy_(loss.detach())
+        self.loss_sum.add_(torch.where(usable, self.loss, 0), alpha=len(labels))
+        self.correct.add_(usable * (logits.detach().argmax(1) == labels).sum())
+        self.seen.add_(usable, alpha=len(labels))
 
-    def add_clipped(self, fraction: Tensor | None) -> None:
-        """Add the fraction of units that AGC clipped in a step; `None` where it is not counted."""
-        if fraction is not None:
-            self.clipped = self.clipped + fraction
+    def add_update(self, norm: Tensor, clipped: Tensor | None) -> None:
+        """Take the gradient's norm, and add the fraction of units that AGC clipped; `None` where it is not counted."""
+        self.norm.copy_(norm)
+        if clipped is not None:
+            self.clipped.add_(clipped)
 
     def sums(self) -> Tensor:
         """Return loss times images, right answers, and images, of this process."""

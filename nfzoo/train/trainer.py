@@ -14,11 +14,13 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,12 +34,13 @@ from nfzoo.evaluate import Score, score
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.optim.sgd import warmup_cosine
+from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, full_tensors, gather
 from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
-from nfzoo.train.learner import Learner
+from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import Metrics, UnreadableImages
 from nfzoo.train.run_folder import write_run
 
@@ -101,6 +104,12 @@ class Trainer:
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
         self.metrics = Metrics(accelerator.device)
+        self._compute: Callable[[Sequence[Inputs]], Tensor | None] = self._update
+        if uses_cuda_graph(config, accelerator):
+            self._compute = CudaGraph(self._update)
+        self._unread: deque[tuple[int, Callable[[], bool], Sequence[Inputs]]] = deque()
+        stops_late = config.nonfinite == "stop" and self.backend.reads_late
+        self._sound = torch.ones((), dtype=torch.bool, device=accelerator.device) if stops_late else None
         self.unreadable = UnreadableImages(config.max_broken)
         self.last_saved: Path | None = None
         self._data = split_identity(split)
@@ -142,6 +151,7 @@ class Trainer:
                         self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
                         self.consumed += config.batch_size
                         self._after_step(bar)
+                self.check_steps()
                 row = self._row(epoch)
                 self._save_state()
                 # Evaluate.
@@ -181,35 +191,57 @@ class Trainer:
         Args:
             parts: this process's share of the global batch, in the pieces over which gradients accumulate.
         """
-        learner = self.learner
-        learner.updater.set_lr(self._learning_rate(self.step))
+        # Batch: images, targets and masks on the device, augmented there.
         noise = self.pipeline.noise(self.step)
-        inputs: Inputs | None = None
-        for i, part in enumerate(parts):
-            # Batch: images, targets and masks on the device, augmented there.
+        for part in parts:
             self.unreadable.replace(part.broken)
-            inputs = self.pipeline.inputs(part, self.epoch, noise)
-            with learner.part(inputs, last=i + 1 == len(parts)):
+        inputs = [self.pipeline.inputs(part, self.epoch, noise) for part in parts]
+        self.learner.updater.begin(self.step, self._learning_rate(self.step))
+        finite = self._compute(inputs)
+        self.backend.step_mark()
+        # Only now does the host wait for the device: on a GPU for the step before, so that it always has work.
+        if finite is not None:
+            self._unread.append((self.step, self.backend.read_later(finite), inputs))
+        self.check_steps(unread=1 if self.backend.reads_late else 0)
+        self.learner.optimizer.zero_grad()
+        self.step += 1
+
+    def _update(self, inputs: Sequence[Inputs]) -> Tensor | None:
+        """Compute what a step does on the device; return whether the gradient is finite, see `Learner.clip`."""
+        learner = self.learner
+        for i, part in enumerate(inputs):
+            with learner.part(part, last=i + 1 == len(inputs)):
                 # Forward, and backward: gradients add up over the parts.
                 with learner.autocast():
-                    logits = learner.model(inputs.images, inputs.noise or {})
-                loss = cross_entropy(logits, inputs.targets, self.config.optim.label_smoothing)
-                learner.backward(loss / len(parts))
-            self.metrics.add(loss, logits, inputs.targets)
+                    logits = learner.model(part.images, part.noise)
+                loss = cross_entropy(logits, part.targets, self.config.optim.label_smoothing)
+                learner.backward(loss / len(inputs))
+            self.metrics.add(loss, logits, part.targets)
         # Clip by the norm of the whole gradient, where the recipe asks for that.
-        self.metrics.norm, finite = learner.clip()
+        norm, finite = learner.clip()
         # Clip each unit by AGC, update, average: in one pass. If the gradient is not finite, nothing changes.
-        learner.updater.step(self.step, finite)
-        self.metrics.add_clipped(learner.updater.clipped)
-        self.backend.step_mark()
-        # Only now does the host wait for the device.
-        if finite is not None and not bool(finite):
-            assert inputs is not None
-            self._not_finite(inputs)
-        else:
-            self.in_a_row = 0
-        learner.optimizer.zero_grad()
-        self.step += 1
+        learner.updater.step(self._gate(finite))
+        self.metrics.add_update(norm, learner.updater.clipped)
+        return finite
+
+    def _gate(self, finite: Tensor | None) -> Tensor | None:
+        """Return whether the step may change the weights; once it may not, none may if the run is about to stop."""
+        if finite is None or self._sound is None:
+            return finite
+        return self._sound.logical_and_(finite)
+
+    def check_steps(self, *, unread: int = 0) -> None:
+        """Look whether the gradients of the last steps were finite, but for the last `unread` steps.
+
+        Raises:
+            TrainingError: if one was not, and the run does not skip such steps, or has skipped too many in a row.
+        """
+        while len(self._unread) > unread:
+            step, finite, inputs = self._unread.popleft()
+            if finite():
+                self.in_a_row = 0
+            else:
+                self._not_finite(step, inputs)
 
     def _learning_rate(self, step: int) -> float:
         optim = self.config.optim
@@ -217,18 +249,21 @@ class Trainer:
         total = self.config.epochs * self.steps_per_epoch
         return warmup_cosine(step, peak=self.peak_lr, warmup=warmup, total=total, minimum=optim.min_lr)
 
-    def _not_finite(self, last: Inputs) -> None:
-        layer = first_not_finite(self.cfg, self.learner.live, *last, autocast=self.learner.autocast)
-        where = next(filter(None, gather([layer])), "") or bad_gradient(self.learner.live)
+    def _not_finite(self, step: int, inputs: Sequence[Inputs]) -> None:
+        learner = self.learner
+        layer = ""
+        for part in inputs:
+            layer = layer or first_not_finite(self.cfg, learner.live, *part, autocast=learner.autocast)
+        where = next(filter(None, gather([layer])), "") or bad_gradient(learner.live)
         self.in_a_row += 1
         if self.config.nonfinite == "skip" and self.in_a_row < SKIPS_IN_A_ROW:
             self.skipped += 1
-            self._say(f"step {self.step + 1} skipped: {where} is not finite ({self.skipped} so far)")
+            self._say(f"step {step + 1} skipped: {where} is not finite ({self.skipped} so far)")
             return
         row = f", the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
-            f"{where} is not finite{row}, at step {self.step + 1} (epoch {self.epoch + 1}), learning rate "
-            f"{self._learning_rate(self.step):g}; {self.last_checkpoint()}; lower optim.lr or "
+            f"{where} is not finite{row}, at step {step + 1} (epoch {self.epoch + 1}), learning rate "
+            f"{self._learning_rate(step):g}; {self.last_checkpoint()}; lower optim.lr or "
             "optim.clip, or pass --nonfinite skip"
         )
 
@@ -351,6 +386,7 @@ class Trainer:
 
     def _save_state(self) -> None:
         """Save a checkpoint to resume from; all processes call this together."""
+        self.check_steps()
         tensors = self.learner.tensors()
         sums = self._sum(self.metrics.sums())
         facts = {

@@ -381,3 +381,23 @@ def test_other_code_has_no_folded_models(to, tmp_path):
     with pytest.raises(ConversionError, match="convert the trained model"):
         convert(tmp_path / "lean", tmp_path / "other", to=to)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["nfnet", "nf-resnet", "nf-regnet"])
+def test_compiled_blocks_pass_pairs_and_compute_the_same(name):
+    cfg = SMALL[name]
+    shell = NFNet(cfg)
+    shell.load_state_dict(random_params(cfg))
+    folded = shell.eval().for_inference()
+    x = images(cfg, 2)
+    with torch.no_grad():
+        wanted = [folded(x), folded.embed(x), *folded.features(x)]
+        folded.compile_blocks(backend="eager")
+        given: list[type] = []
+        folded.stages[0][0].register_forward_hook(lambda module, args, output: given.append(type(output)))  # type: ignore[index]
+        made = [folded(x), folded.embed(x), *folded.features(x)]
+        folded.compile_blocks(enabled=False)
+        again = folded(x)
+    assert given == [*[tuple] * 3, torch.Tensor]
+    for ours, theirs in zip([*made, again], [*wanted, wanted[0]], strict=True):
+        assert torch.equal(ours, theirs)

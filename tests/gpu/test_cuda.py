@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ from torch import Tensor
 
 import nfzoo
 from nfzoo import AGCSGD, NFNet, param_groups
+from nfzoo.errors import TrainingError
 from nfzoo.model import apply, sample_noise
+from nfzoo.models import cublas, functional
+from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.step import StepConfig, init_state, train_step
+from nfzoo.train.config import TrainConfig
+from nfzoo.train.run import prepared
 from nfzoo.transforms.mixing import Augment, augment_batch, draw
 from tests.support.helpers import (
     SMALL,
@@ -228,3 +234,99 @@ def test_the_main_job(options, tmp_path: Path, monkeypatch):
     model = nfzoo.from_pretrained("run")
     assert model.provenance is not None
     assert model.provenance["accuracy"] > 0.9
+
+
+def trainer_of(folder: Path, **options: Any) -> Any:
+    config = TrainConfig(
+        model="nfnet-test", data="digits", output=str(folder / "run"), batch_size=64, workers=0, **options
+    )
+    return prepared(config)
+
+
+def take_steps(trainer: Any, count: int) -> None:
+    trainer.learner.model.train()
+    for batch, _ in zip(trainer.pipeline.batches(0, 0), range(count), strict=False):
+        trainer.train_step([batch])
+    trainer.check_steps()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_steps_in_a_cuda_graph_are_steps(compiled, tmp_path: Path):
+    """Of the whole step: dropout masks, warm-up of the learning rate, averages and sums go on from replay to replay."""
+    results = []
+    for graph in (True, False):
+        options = {"compile": compiled, "cuda_graph": graph, "mixed_precision": "no", "drop_rate": 0.2}
+        with trainer_of(tmp_path / str(graph), **options) as trainer:
+            take_steps(trainer, 10)
+            assert isinstance(trainer._compute, CudaGraph) == graph
+            assert not graph or trainer._compute.captured
+            tensors = {**trainer.learner.live, **{f"average of {k}": v for k, v in trainer.learner.averages.items()}}
+            results.append(({k: v.detach().cpu() for k, v in tensors.items()}, trainer.metrics.sums().tolist()))
+    for name, value in results[1][0].items():
+        assert relative(results[0][0][name], value) < 1e-3, name
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["kernels", "graph"])
+def test_the_host_does_not_wait_in_a_training_step(graph, tmp_path: Path):
+    options = {
+        "cuda_graph": graph,
+        "mixed_precision": "bf16",
+        "drop_rate": 0.2,
+        "augment": Augment(layers=2, mixup=0.2),
+    }
+    with trainer_of(tmp_path, **options) as trainer:
+        take_steps(trainer, 6)
+        batch = next(trainer.pipeline.batches(0, 0))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.train_step([batch])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        trainer.check_steps()
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["kernels", "graph"])
+def test_a_gradient_that_is_not_finite_stops_training_and_changes_nothing(graph, tmp_path: Path):
+    with trainer_of(tmp_path, cuda_graph=graph, mixed_precision="no") as trainer:
+        take_steps(trainer, 6)
+        with torch.no_grad():
+            trainer.learner.live["stages.1.0.conv2.gain"].fill_(1e30)
+            trainer.learner.live["stages.1.0.skip_gain"].fill_(1e30)
+        before = {k: v.detach().clone() for k, v in trainer.learner.live.items()}
+        with pytest.raises(TrainingError, match=r"the output of 'stages.1.0' is not finite, at step 7"):
+            take_steps(trainer, 3)
+        for name, value in trainer.learner.live.items():
+            assert torch.equal(value, before[name]), name
+
+
+def test_a_compiled_step_transposes_nothing(tmp_path: Path):
+    """cuDNN computes channels last, and transposes what is given to it otherwise."""
+    # Large enough for the last maps to have more than one pixel, as those of one pixel have any layout.
+    options = {"compile": True, "mixed_precision": "bf16", "cuda_graph": False, "train_size": 64}
+    with trainer_of(tmp_path, **options) as trainer:
+        take_steps(trainer, 4)
+        batch = next(trainer.pipeline.batches(0, 0))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            trainer.train_step([batch])
+            torch.cuda.synchronize()
+    names = {event.key for event in profiler.key_averages() if event.self_device_time_total > 0}
+    assert len(names) > 10
+    transposing = [n for n in names if re.search(r"nchwToNhwc|nhwcToNchw|tensorTransform|transpose", n, re.IGNORECASE)]
+    assert not transposing
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu_tanh", "gelu"])
+def test_a_linear_layer_with_its_activation_in_one_kernel(activation):
+    g = generator()
+    x = torch.randn(2, 64, 5, 3, generator=g).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(32, 64, 1, 1, generator=g) / 8, torch.randn(32, generator=g)
+    wanted = torch.conv2d(x, weight, bias)
+    if activation is not None:
+        wanted = functional.activate(wanted, activation)
+    on_gpu = [t.half().to(DEVICE) for t in (x, weight, bias)]
+    with torch.no_grad():
+        assert cublas.supports(on_gpu[0], *on_gpu[1:])
+        made = cublas.conv1x1(on_gpu[0], on_gpu[1], on_gpu[2], activation)
+    assert relative(made, wanted) < 2e-3
+    assert made.is_contiguous(memory_format=torch.channels_last)

@@ -23,6 +23,13 @@ MONTE_CARLO = 5e-3  # five standard errors of a variance from four million sampl
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13]
 
 
+def conv2d(x, weight, bias, *, stride=1, dilation=1, groups=1, same=True, skipped_stride=1):
+    x, padding = nf.conv_input(
+        x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
+    )
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, generator=generator(seed), dtype=dtype)
 
@@ -66,7 +73,7 @@ def conv_by_loops(x, weight, bias, stride, groups, dilation=1):
 def test_conv_is_same_padded_as_tensorflow_does_it(size, kernel, stride, groups):
     x, weight, bias = draw(2, 4, *size), draw(4, 4 // groups, kernel, kernel, seed=1), draw(4, seed=2)
     expected = conv_by_loops(x.numpy(), weight.numpy(), bias.numpy(), stride, groups)
-    got = nf.conv2d(x, weight, bias, stride=stride, groups=groups)
+    got = conv2d(x, weight, bias, stride=stride, groups=groups)
     assert got.shape[-2:] == tuple(-(-n // stride) for n in size)
     assert relative(got, expected) < FLOAT64
 
@@ -75,7 +82,7 @@ def test_conv_is_same_padded_as_tensorflow_does_it(size, kernel, stride, groups)
 def test_dilated_conv_keeps_the_size(size):
     x, weight, bias = draw(1, 2, *size), draw(2, 2, 3, 3, seed=1), draw(2, seed=2)
     expected = conv_by_loops(x.numpy(), weight.numpy(), bias.numpy(), 1, 1, dilation=2)
-    assert relative(nf.conv2d(x, weight, bias, dilation=2), expected) < FLOAT64
+    assert relative(conv2d(x, weight, bias, dilation=2), expected) < FLOAT64
 
 
 @each("stride", [1, 2])
@@ -83,15 +90,15 @@ def test_dilated_conv_keeps_the_size(size):
 def test_conv_without_same_is_symmetric(kernel, stride):
     x, weight, bias = draw(1, 2, 7, 10), draw(3, 2, kernel, kernel, seed=1), draw(3, seed=2)
     expected = F.conv2d(x, weight, bias, stride, kernel // 2)
-    assert torch.equal(nf.conv2d(x, weight, bias, stride=stride, same=False), expected)
+    assert torch.equal(conv2d(x, weight, bias, stride=stride, same=False), expected)
 
 
 def test_same_differs_from_symmetric_where_it_should():
     x, weight, bias = draw(1, 1, 8, 8), draw(1, 1, 3, 3, seed=1), draw(1, seed=2)
-    same, symmetric = (nf.conv2d(x, weight, bias, stride=2, same=s) for s in (True, False))
+    same, symmetric = (conv2d(x, weight, bias, stride=2, same=s) for s in (True, False))
     assert relative(same, symmetric) > 0.1
     odd = x[..., :7, :7]  # of an odd size the padding is symmetric anyway
-    assert relative(*(nf.conv2d(odd, weight, bias, stride=2, same=s) for s in (True, False))) < FLOAT64
+    assert relative(*(conv2d(odd, weight, bias, stride=2, same=s) for s in (True, False))) < FLOAT64
 
 
 @each("size", SIZES)
@@ -112,10 +119,10 @@ def test_same_padding_counts(size, kernel, stride):
 def test_a_skipped_stride_fills_in_between_the_strided_outputs(size, kernel, dilation, same):
     """`dilation` interleaved copies of one axis: on the first of them the strided convolution's outputs come back."""
     coarse, weight, bias = draw(1, 2, size, size + 1), draw(2, 2, kernel, kernel, seed=1), draw(2, seed=2)
-    strided = nf.conv2d(coarse, weight, bias, stride=2, same=same)
+    strided = conv2d(coarse, weight, bias, stride=2, same=same)
     fine = draw(1, 2, size * dilation, (size + 1) * dilation, seed=3)
     fine[..., ::dilation, ::dilation] = coarse
-    dense = nf.conv2d(fine, weight, bias, dilation=dilation, skipped_stride=2, same=same)
+    dense = conv2d(fine, weight, bias, dilation=dilation, skipped_stride=2, same=same)
     assert dense.shape[-2:] == fine.shape[-2:]
     assert relative(dense[..., :: 2 * dilation, :: 2 * dilation], strided) < FLOAT64
 

@@ -33,9 +33,9 @@ both = pytest.mark.parametrize("kind", ["papers", "torch"])
 @both
 def test_the_average_follows_the_number_of_the_step_and_stays_behind_a_gate(kind: str) -> None:
     made, p = updater(kind)
-    made.set_lr(0.2)
     p.grad = torch.ones(4, 3)
-    made.step(0, torch.tensor(True))
+    made.begin(0, 0.2)
+    made.step(torch.tensor(True))
     averages = made.averages
     assert averages is not None
     assert averages.keys() == {"conv.weight", "frozen"}
@@ -43,10 +43,12 @@ def test_the_average_follows_the_number_of_the_step_and_stays_behind_a_gate(kind
     # The decay of step 0 is (1 + 0) / (10 + 0).
     torch.testing.assert_close(averages["conv.weight"], torch.full((4, 3), 0.1 * 1.0 + 0.9 * 0.8))
     before = averages["conv.weight"].clone()
-    made.step(1, torch.tensor(False))
+    made.begin(1, 0.2)
+    made.step(torch.tensor(False))
     assert torch.equal(made.averages["conv.weight"], before)  # type: ignore[index]
     torch.testing.assert_close(p.detach(), torch.full((4, 3), 0.8))
-    made.step(1000, torch.tensor(True))  # far from the beginning it is the decay that was asked for
+    made.begin(1000, 0.2)
+    made.step(torch.tensor(True))  # far from the beginning it is the decay that was asked for
     torch.testing.assert_close(made.averages["conv.weight"], 0.5 * before + 0.5 * torch.full((4, 3), 0.6))  # type: ignore[index]
     assert torch.equal(made.averages["frozen"], torch.full((2,), 5.0))  # type: ignore[index]
 
@@ -61,14 +63,16 @@ def test_a_step_that_a_loss_scaler_skips_moves_no_average(kind: str) -> None:
     made, p = updater(kind, lambda optimizer: AcceleratedOptimizer(optimizer, scaler=scaler))
     scaler.scale(torch.zeros(()))  # a scaler makes its scale on first use
     p.grad = torch.full((4, 3), float("inf"))
-    made.step(0, None)
+    made.begin(0, LR)
+    made.step(None)
     averages = made.averages
     assert averages is not None
     assert torch.equal(p.detach(), torch.ones(4, 3))
     assert torch.equal(averages["conv.weight"], torch.ones(4, 3))
     assert made.clipped is None
     p.grad = torch.full((4, 3), scaler.get_scale())
-    made.step(1, None)
+    made.begin(1, LR)
+    made.step(None)
     torch.testing.assert_close(p.detach(), torch.full((4, 3), 0.9))
     decay = 2 / 11
     torch.testing.assert_close(made.averages["conv.weight"], torch.full((4, 3), decay + (1 - decay) * 0.9))  # type: ignore[index]

@@ -40,7 +40,7 @@ def test_ten_frames_lie_between_the_command_line_and_a_convolution(
     options = ["--model", "nfnet-test", "--data", "digits", "--batch-size", "16", "--workers", "0"]
     with pytest.raises(EnoughError):
         main(["train", *options, "--output", str(tmp_path / "run")])
-    assert {len({name for name in stack if name.startswith("trainer.")}) for stack in stacks} == {2}
+    assert {len({name for name in stack if name.startswith("trainer.")}) for stack in stacks} == {3}
     for stack in stacks:
         assert stack[0] == "main.main"
         assert len(stack) <= MAX_FRAMES, " > ".join(stack)
