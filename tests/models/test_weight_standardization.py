@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_functionalized():
     assert torch.equal(functionalize(ours)(weight()), ours(weight()))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", SMALL)
 def test_a_traced_model_is_saved_and_loaded(name: str, tmp_path: Path):
     model = NFNet(SMALL[name])
@@ -80,7 +81,8 @@ def test_a_traced_model_is_saved_and_loaded(name: str, tmp_path: Path):
     model.eval()
     x = images(model.config, 2)
     with torch.no_grad():
-        torch.jit.trace(model, x).save(tmp_path / "model.pt")
+        traced: Any = torch.jit.trace(model, x)
+        traced.save(tmp_path / "model.pt")
         loaded = torch.jit.load(tmp_path / "model.pt")
         torch.testing.assert_close(loaded(x), model(x))
         torch.testing.assert_close(loaded(x[:1]), model(x[:1]))
