@@ -124,12 +124,8 @@ class ModelConfig:
     folded: bool = False
 
     def __post_init__(self) -> None:
-        for name, limit in (("depths", MAX_BLOCKS), ("widths", MAX_SIZE)):
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-            if not isinstance(value, tuple) or len(value) != 4 or not all(is_int(v, 1, limit) for v in value):
-                raise ConfigError(f"{name} must be four positive integers up to {limit}, not {value!r}")
-            object.__setattr__(self, name, value)
+        _integers(self, "depths", 4, MAX_BLOCKS)
+        _integers(self, "widths", 4, MAX_SIZE)
         _one_of("activation", self.activation, get_args(Activation))
         _one_of("rules", self.rules, RULES)
         for name in ("num_classes", "in_channels"):
@@ -157,10 +153,11 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON, `family` first; `folded` only if it is set."""
+        """Return the fields for JSON, `family` first; `folded` and `stem_hidden` only if they are set."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if not self.folded:
-            del fields["folded"]
+        for name in ("folded", "stem_hidden"):
+            if not fields.get(name):
+                fields.pop(name, None)
         return {"family": self.family, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
 
@@ -174,7 +171,9 @@ class NFNetConfig(ModelConfig):
         attention: `"se"`, `"eca"` or `"none"`.
         se_ratio: hidden width of squeeze-excite as a fraction of the block's output.
         head_ratio: width of the final convolution as a multiple of the last stage.
-        stem_width: output channels of the four-convolution stem, a multiple of 8.
+        stem_width: output channels of the four-convolution stem.
+        stem_hidden: channels of its first three convolutions; `None` is an eighth, a quarter and a half of
+            `stem_width`, which is then a multiple of 8.
     """
 
     family: ClassVar[str] = "nfnet"
@@ -187,16 +186,28 @@ class NFNetConfig(ModelConfig):
     se_ratio: float = 0.5
     head_ratio: float = 2.0
     stem_width: int = 128
+    stem_hidden: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("attention", self.attention, ("none", "se", "eca"))
         for name in ("bottleneck", "se_ratio", "head_ratio"):
             _positive(self, name)
-        if not is_int(self.stem_width, 8, MAX_SIZE) or self.stem_width % 8:
-            raise ConfigError(f"stem_width must be a multiple of 8, not {self.stem_width!r}")
+        if self.stem_hidden is not None:
+            _integers(self, "stem_hidden", 3, MAX_SIZE)
+        multiple = 8 if self.stem_hidden is None else 1
+        if not is_int(self.stem_width, multiple, MAX_SIZE) or self.stem_width % multiple:
+            raise ConfigError(
+                f"stem_width must be a positive multiple of {multiple} up to {MAX_SIZE}, not {self.stem_width!r}"
+            )
         channels = self.rule.channels
         _check_groups(self.group_width, min(channels(channels(w) * self.bottleneck) for w in self.widths))
+
+    @property
+    def stem(self) -> tuple[int, ...]:
+        """Output channels of the stem's four convolutions."""
+        hidden = self.stem_hidden or tuple(self.stem_width // divisor for divisor in (8, 4, 2))
+        return (*hidden, self.stem_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +377,15 @@ def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return -math.inf < value < math.inf  # false for NaN; integers too large for a float compare exactly
+
+
+def _integers(config: ModelConfig, name: str, length: int, limit: int) -> None:
+    """Check a field of `length` positive integers, and make it a tuple."""
+    value = getattr(config, name)
+    value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    if not isinstance(value, tuple) or len(value) != length or not all(is_int(v, 1, limit) for v in value):
+        raise ConfigError(f"{name} must be {length} positive integers up to {limit}, not {value!r}")
+    object.__setattr__(config, name, value)
 
 
 def _positive(config: ModelConfig, name: str) -> None:
