@@ -39,6 +39,8 @@ class Rules:
         skip_gain: residual branches end in a learned scalar that starts at 0; else the gains of their last convolutions
             start at 0.
         pooled_shortcut: downsampling shortcuts average 2x2 pixels; else (NF-ResNet only) their 1x1 kernel has a stride.
+        neighbour_pool: pooled shortcuts whose stride the output stride leaves out average 2x2 adjacent pixels, and
+            count zeros behind the border; else pixels that lie the dilation apart, and none behind the border.
         divisor: channel counts are rounded to multiples of it; 0 truncates them to integers.
         se_ratio: NF-ResNet's squeeze-excite ratio.
         rescale_drop: kept residual branches are divided by the keep probability.
@@ -50,6 +52,7 @@ class Rules:
     same_padding: bool
     skip_gain: bool
     pooled_shortcut: bool
+    neighbour_pool: bool
     divisor: int
     se_ratio: float
     rescale_drop: bool
@@ -71,6 +74,7 @@ RULES: dict[str, Rules] = {
         same_padding=True,
         skip_gain=True,
         pooled_shortcut=False,
+        neighbour_pool=False,
         divisor=0,
         se_ratio=0.25,
         rescale_drop=False,
@@ -83,6 +87,7 @@ RULES: dict[str, Rules] = {
         same_padding=False,
         skip_gain=False,
         pooled_shortcut=True,
+        neighbour_pool=True,
         divisor=8,
         se_ratio=1 / 16,
         rescale_drop=True,
@@ -102,7 +107,8 @@ class ModelConfig:
         rules: a key of `RULES`.
         num_classes: outputs of the classifier.
         in_channels: channels of the input image.
-        output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead.
+        output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead. Under DeepMind's
+            rules every second or fourth pixel of the maps is the strided network's; timm's shortcuts differ there.
         alpha: factor of the residual branches.
         drop_rate: dropout on the pooled features, in [0, 1).
         stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.
