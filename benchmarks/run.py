@@ -20,6 +20,7 @@ go to `benchmarks/results/`; `--quick` runs small shapes, to see that everything
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import shlex
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def _shared(given: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Status 0; 1 where `all` was not done with all; 2 for what cannot be run here."""
+    faulthandler.enable()  # says where a contender brings the process down
     args = parser().parse_args(argv)
     if args.suite == "all":
         given = list(sys.argv[1:] if argv is None else argv)
