@@ -80,7 +80,6 @@ def _shared(given: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Status 0; 1 where `all` was not done with all; 2 for what cannot be run here."""
-    faulthandler.enable()  # says where a contender brings the process down
     args = parser().parse_args(argv)
     if args.suite == "all":
         given = list(sys.argv[1:] if argv is None else argv)
@@ -125,4 +124,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # says where a contender brings the process down
     sys.exit(main())
