@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_unitwise
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
+from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
 from nfzoo.runtime.distributed import full_tensor, is_dtensor
 from nfzoo.types import Params
@@ -295,13 +296,20 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return the papers' groups: no decay of gains, biases and skip gains, no clipping of the classifier's weight.
 
-    Frozen parameters (`requires_grad=False`) are left out. Source: arXiv 2102.06171, sections 4.1 and 5.
+    Zoo models are found inside wrappers and other modules, also several. Parameters outside of them follow the same
+    rule: those of two dimensions or more (kernels, linears) decay, those of one (gains, biases) do not, and all are
+    clipped, since nothing tells a classifier from other linears. Parameters in what replaced a model's own classifier
+    are not clipped if they have two dimensions or more. Frozen parameters (`requires_grad=False`) are left out.
+
+    Raises:
+        ConfigError: if a model is folded for inference.
+        ValueError: for a `FullyShardedDataParallel`; use `fully_shard`.
+
+    Source: arXiv 2102.06171, sections 4.1 and 5.
     """
-    kinds = model.parameter_kinds()  # type: ignore[operator]
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, p in model.named_parameters():
+    for p, kind in kinds_by_parameter(model).items():
         if p.requires_grad:
-            kind = kinds[name]
             groups.setdefault((kind in DECAYED, kind in CLIPPED), []).append(p)
     return [
         {"params": params, "weight_decay": weight_decay if decayed else 0.0, "clip": clip if clipped else None}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.torch_internals import foreach
 from nfzoo.types import Params
 
@@ -155,16 +156,15 @@ def agc_(
     matters.
 
     Args:
-        parameters: a module, or its parameters. Of an nfzoo model the classifier's weight is left out by itself.
+        parameters: a module, or parameters. Of nfzoo models the classifier's weight is left out by itself, also if the
+            module wraps them or holds them as parts. All other parameters of a module are clipped.
         clip, eps: see `agc`.
         exclude: parameters not to clip, such as the classifier's weight of another library's model.
     """
     check_clip(clip, eps)
     excluded = {id(p) for p in exclude}
     if isinstance(parameters, nn.Module):
-        kinds = getattr(parameters, "parameter_kinds", dict)()
-        named = parameters.named_parameters()
-        parameters = [p for name, p in named if kinds.get(name) != "head"]
+        parameters = [p for p, kind in kinds_by_parameter(parameters).items() if kind != "head"]
     for p in parameters:
         if p.grad is not None and id(p) not in excluded:
             p.grad.copy_(clip_unitwise(p.grad, p, clip=clip, eps=eps)[0])
