@@ -6,13 +6,13 @@ Source: arXiv 2102.06171, section 4.1 and equation 3; `agc` of the code released
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nfzoo.optim.parameters import kinds_by_parameter
+from nfzoo.optim.parameters import Excluded, Names, Parameters, find_excluded, select
 from nfzoo.torch_internals import foreach
 from nfzoo.types import Params
 
@@ -144,11 +144,11 @@ def check_clip(clip: float, eps: float) -> None:
 
 @torch.no_grad()
 def agc_(
-    parameters: nn.Module | Iterable[Tensor],
+    parameters: Parameters,
     *,
     clip: float = CLIP,
     eps: float = EPS,
-    exclude: Iterable[Tensor] = (),
+    exclude: Excluded = (),
 ) -> None:
     """Clip the `.grad` of parameters in place: call it between `backward` and `optimizer.step`.
 
@@ -156,17 +156,22 @@ def agc_(
     matters.
 
     Args:
-        parameters: a module, or parameters. Of nfzoo models the classifier's weight is left out by itself, also if the
-            module wraps them or holds them as parts. All other parameters of a module are clipped.
+        parameters: a module, a tensor, tensors, or `model.named_parameters()`. Of the zoo models in a module the
+            classifier's weight is left out by itself, also if the module wraps them or holds them as parts. All other
+            parameters of a module are clipped.
         clip, eps: see `agc`.
-        exclude: parameters not to clip, such as the classifier's weight of another library's model.
+        exclude: parameters not to clip, such as the classifier's weight of another library's model: tensors, modules
+            for all of their parameters, or names, if `parameters` has names.
+
+    Raises:
+        ConfigError: if a zoo model is folded for inference.
+        TypeError: for arguments of other types.
+        ValueError: if `clip` or `eps` is not positive, if what is excluded is not among the parameters, and for a
+            `FullyShardedDataParallel`.
     """
     check_clip(clip, eps)
-    excluded = {id(p) for p in exclude}
-    if isinstance(parameters, nn.Module):
-        parameters = [p for p, kind in kinds_by_parameter(parameters).items() if kind != "head"]
-    for p in parameters:
-        if p.grad is not None and id(p) not in excluded:
+    for p in select(parameters, exclude):
+        if p.grad is not None:
             p.grad.copy_(clip_unitwise(p.grad, p, clip=clip, eps=eps)[0])
 
 
@@ -175,7 +180,7 @@ def with_agc(
     *,
     clip: float = CLIP,
     eps: float = EPS,
-    exclude: Iterable[Tensor] = (),
+    exclude: Excluded = (),
 ) -> torch.optim.Optimizer:
     """Put AGC in front of any torch optimizer: `optimizer = with_agc(AdamW(model.parameters()), clip=0.01)`.
 
@@ -184,13 +189,21 @@ def with_agc(
     does not copy or pickle: call this again on a copied optimizer (`load_state_dict` needs nothing).
 
     Args:
-        exclude: parameters not to clip; the papers leave out the classifier's weight alone.
+        exclude: parameters not to clip, as for `agc_`; the papers leave out the classifier's weight alone. Names are
+            known if the optimizer was made of `model.named_parameters()`.
 
     Returns:
         The same optimizer.
+
+    Raises:
+        TypeError, ValueError: see `agc_`.
     """
     check_clip(clip, eps)
-    excluded = {id(p) for p in exclude}
+    names: Names = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
+            names.setdefault(name, set()).add(p)
+    excluded = find_excluded(exclude, [p for group in optimizer.param_groups for p in group["params"]], names)
 
     @torch.no_grad()
     def clip_before_step(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -202,7 +215,7 @@ def with_agc(
                     continue
                 if scale is not None:
                     p.grad.div_(scale)
-                if limit is not None and id(p) not in excluded:
+                if limit is not None and p not in excluded:
                     p.grad.copy_(clip_unitwise(p.grad, p, clip=limit, eps=eps)[0])
         if scale is not None:
             opt.grad_scale = None  # type: ignore[attr-defined]
