@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_unitwise
+from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_unitwise, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
 from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
@@ -249,13 +249,13 @@ class AGCSGD(torch.optim.Optimizer):
         masks = []
         for p in params:
             m, average = self.state[p]["momentum_buffer"], self.state[p].get("ema")
-            rows = (None if t is None else t.flatten(1) for t in (p, p.grad, m, average))
+            rows = (None if t is None else t.view(unit_shape(p.shape)) for t in (p, p.grad, m, average))
             masks.append(update(*rows, lr, weight))
             # The compiled function writes without autograd's knowledge.
             torch.autograd.graph.increment_version([t for t in (p, m, average) if t is not None])
         if group["clip"] is None:
             return None, 0
-        return torch.cat([mask.flatten() for mask in masks]).sum(), sum(len(p) for p in params)
+        return torch.cat([mask.flatten() for mask in masks]).sum(), sum(unit_shape(p.shape)[0] for p in params)
 
     def _numbers(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return the learning rate, and the share of the new parameters in the moving average, on the device."""

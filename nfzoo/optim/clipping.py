@@ -6,6 +6,7 @@ Source: arXiv 2102.06171, section 4.1 and equation 3; `agc` of the code released
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,14 +26,25 @@ EPS = 1e-3
 GRADIENT_FLOOR = 1e-6  # keeps the division finite, as in the released code
 
 
-def unitwise_norm(x: Tensor) -> Tensor:
-    """Return the L2 norm of each output unit, broadcastable to `x`.
+def unit_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return a parameter's number of output units, and how many numbers each of them has.
 
-    Kernels `(out, in, h, w)` and linears `(out, in)` have one norm for each `out`; a vector or scalar is one unit.
+    Kernels `(out, in / groups, ...)` and linears `(out, in)` have a unit for each `out`. What has at most one dimension
+    of another size than 1 is a vector, and so one unit: gains and biases, but also linears `(out, 1)`, of fan-in 1.
+
+    Source: `unitwise_norm` of the code released with arXiv 2102.06171, and of optax.
     """
+    if sum(size != 1 for size in shape) <= 1:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def unitwise_norm(x: Tensor) -> Tensor:
+    """Return the L2 norm of each output unit, broadcastable to `x`: see `unit_shape`."""
     if x.ndim <= 1:
         return torch.linalg.vector_norm(x)
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    first = 0 if unit_shape(x.shape)[0] == 1 else 1
+    return torch.linalg.vector_norm(x, dim=tuple(range(first, x.ndim)), keepdim=True)
 
 
 def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
@@ -54,11 +66,12 @@ class Clipped(NamedTuple):
 def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = EPS) -> Clipped:
     """Clip many gradients, at least one, of one device and dtype, in few kernels: see `agc`.
 
-    A kernel or linear costs two norms and a product; all vectors together cost as much as one, and so do the limits of
-    all units. The inputs stay as they are.
+    A kernel or linear costs two norms and a product; all parameters of one unit together cost as much as one, and so do
+    the limits of all units. The inputs stay as they are.
     """
-    wide = [i for i, p in enumerate(params) if p.ndim > 1]
-    flat = [i for i, p in enumerate(params) if p.ndim <= 1]
+    units = [unit_shape(p.shape)[0] for p in params]
+    wide = [i for i, count in enumerate(units) if count != 1]
+    flat = [i for i, count in enumerate(units) if count == 1]
 
     def norms(tensors: Sequence[Tensor]) -> Tensor:
         rows = [torch.linalg.vector_norm(tensors[i].flatten(1), dim=1) for i in wide]
@@ -70,8 +83,7 @@ def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, 
     clipped = norm > limit
     factor = torch.where(clipped, limit / norm.clamp(min=GRADIENT_FLOOR), 1.0)
     out: list[Tensor] = [*grads]
-    sizes = [params[i].shape[0] for i in wide]
-    parts = factor.split([*sizes, len(flat)])
+    parts = factor.split([*(units[i] for i in wide), len(flat)])
     for i, part in zip(wide, parts, strict=False):
         out[i] = grads[i] * part.reshape(-1, *[1] * (grads[i].ndim - 1))
     if flat:

@@ -107,10 +107,10 @@ def test_clip_is_a_group_option():
 
 
 def test_clipped_fraction_is_of_units():
-    p = nn.Parameter(torch.ones(4, 1))
+    p = nn.Parameter(torch.ones(4, 2))
     optimizer = AGCSGD([p], lr=0.1)
     assert optimizer.clipped_fraction is None
-    p.grad = torch.tensor([[1.0], [0.0], [1e-3], [1.0]])
+    p.grad = torch.tensor([[1.0], [0.0], [1e-3], [1.0]]).repeat(1, 2)
     optimizer.step()
     assert optimizer.clipped_fraction is not None
     assert optimizer.clipped_fraction.item() == 0.5

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import nfzoo
-from nfzoo import NFNet, agc, agc_, unitwise_norm, with_agc
-from nfzoo.optim.clipping import GRADIENT_FLOOR, clip_unitwise, clipped_fraction
+from nfzoo import AGCSGD, NFNet, agc, agc_, unitwise_norm, with_agc
+from nfzoo.optim.clipping import GRADIENT_FLOOR, clip_all, clip_unitwise, clipped_fraction, unit_shape
 from nfzoo.optim.sgd import CLIPPED
 from tests.support.helpers import SMALL, assert_same, generator, images, random_params
 
@@ -129,8 +132,8 @@ def test_where_chooses():
 
 
 def test_clipped_fraction_counts_units():
-    params = {"a": torch.ones(4, 1), "b": torch.ones(3)}
-    grads = {"a": torch.tensor([[1.0], [1.0], [0.001], [1.0]]), "b": torch.zeros(3)}
+    params = {"a": torch.ones(4, 2), "b": torch.ones(3)}
+    grads = {"a": torch.tensor([[1.0], [1.0], [0.001], [1.0]]).expand(4, 2), "b": torch.zeros(3)}
     assert clipped_fraction(grads, params).item() == pytest.approx(3 / 5)
     assert clipped_fraction(grads, params, where=lambda n: n == "b").item() == 0
     assert clipped_fraction(grads, params, where=lambda n: False).item() == 0
@@ -294,7 +297,87 @@ def test_a_simulated_grad_scale_is_undone_once():
 
 
 def test_clip_unitwise_says_what_it_clipped():
-    clipped, mask = clip_unitwise(torch.tensor([[1.0], [1e-4]]), torch.ones(2, 1), clip=0.01)
+    clipped, mask = clip_unitwise(torch.tensor([[1.0, 0.0], [1e-4, 0.0]]), torch.full((2, 2), 0.5**0.5), clip=0.01)
     assert mask.flatten().tolist() == [True, False]
-    torch.testing.assert_close(clipped.flatten(), torch.tensor([0.01, 1e-4]))
+    torch.testing.assert_close(clipped[:, 0], torch.tensor([0.01, 1e-4]))
     assert nfzoo.agc is agc  # the function, though a module has the name too
+
+
+# ---------------------------------------------------------------- other people's numbers
+
+GOLDEN = np.load(Path(__file__).parents[1] / "reference" / "agc_golden.npz")
+CASES = sorted({name.partition(":")[2] for name in GOLDEN if name.startswith("param:")})
+LIMITS = [(0.01, 1e-3), (0.1, 1e-3), (0.01, 0.5)]
+
+
+def golden(kind: str) -> list[torch.Tensor]:
+    return [torch.from_numpy(GOLDEN[f"{kind}:{case}"]) for case in CASES]
+
+
+def golden_clipped(clip: float, eps: float) -> list[torch.Tensor]:
+    return [torch.from_numpy(GOLDEN[f"clipped:{case}:{clip}:{eps}"]) for case in CASES]
+
+
+def golden_parameters() -> list[nn.Parameter]:
+    parameters = [nn.Parameter(p) for p in golden("param")]
+    for p, grad in zip(parameters, golden("grad"), strict=True):
+        p.grad = grad
+    return parameters
+
+
+def by_agc(clip: float, eps: float) -> list[torch.Tensor]:
+    grads, params = (dict(zip(CASES, golden(kind), strict=True)) for kind in ("grad", "param"))
+    return list(agc(grads, params, clip=clip, eps=eps).values())
+
+
+def by_agc_(clip: float, eps: float) -> list[torch.Tensor]:
+    parameters = golden_parameters()
+    agc_(parameters, clip=clip, eps=eps)
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def by_clip_all(clip: float, eps: float) -> list[torch.Tensor]:
+    return clip_all(golden("grad"), golden("param"), clip=clip, eps=eps).grads
+
+
+def by_step(optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """How far a step of plain SGD from zero momentum goes."""
+    parameters = golden_parameters()
+    optimizer_of(parameters).step()
+    return [p - q.detach() for p, q in zip(golden("param"), parameters, strict=True)]
+
+
+def by_with_agc(clip: float, eps: float) -> list[torch.Tensor]:
+    return by_step(lambda p: with_agc(torch.optim.SGD(p, lr=1.0), clip=clip, eps=eps))
+
+
+def by_agcsgd(clip: float, eps: float, compiled: bool = False) -> list[torch.Tensor]:
+    return by_step(lambda p: AGCSGD(p, 1.0, momentum=0.0, nesterov=False, clip=clip, eps=eps, compiled=compiled))
+
+
+def by_compiled_agcsgd(clip: float, eps: float) -> list[torch.Tensor]:
+    return by_agcsgd(clip, eps, compiled=True)
+
+
+WAYS = [by_agc, by_agc_, by_clip_all, by_with_agc, by_agcsgd, pytest.param(by_compiled_agcsgd, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("clip", "eps"), LIMITS)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_numbers_of_optax_and_deepmind(way, clip, eps):
+    stepped = way in (by_with_agc, by_agcsgd, by_compiled_agcsgd)  # the difference of parameters of order one
+    for case, found, expected in zip(CASES, way(clip, eps), golden_clipped(clip, eps), strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(
+            found, expected, rtol=FLOAT32, atol=FLOAT32 if stepped else 0, msg=lambda text, case=case: f"{case}: {text}"
+        )
+
+
+def test_units_are_counted_as_they_are_clipped():
+    sizes = {(6, 4, 3, 3): (6, 36), (6, 1, 3, 3): (6, 9), (1, 4, 3, 3): (1, 36), (5, 7): (5, 7), (8,): (1, 8)}
+    vectors = {(6, 1): (1, 6), (7, 1, 1, 1): (1, 7), (1, 7): (1, 7), (1, 1): (1, 1), (): (1, 1), (1, 1, 3): (1, 3)}
+    for shape, expected in (sizes | vectors | {(0, 3): (0, 3), (0,): (1, 0), (3, 0): (3, 0)}).items():
+        assert unit_shape(shape) == expected, shape
+        x = torch.ones(shape)
+        assert unitwise_norm(x).numel() == expected[0], shape
+        assert clip_all([x], [x], clip=0.01).units == expected[0]
