@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_unitwise, unit_shape
+from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensor, count_clipped, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
 from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
-from nfzoo.runtime.distributed import full_tensor, is_dtensor
+from nfzoo.runtime.distributed import is_dtensor
 from nfzoo.types import Params
 
 MAX_PREPARED = 64  # lists of parameters for which an optimizer keeps what `triton_update` prepares
@@ -187,18 +187,14 @@ class AGCSGD(torch.optim.Optimizer):
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         count, units = None, 0
         if group["clip"] is not None:
-            if is_dtensor(params[0]):  # the norm of a vector is over all of its shards
-                pairs = [
-                    clip_unitwise(g, p, clip=group["clip"], eps=group["eps"])
-                    for g, p in zip(grads, params, strict=True)
-                ]
-                grads = [grad for grad, _ in pairs]
-                count, units = (
-                    torch.stack([full_tensor(mask.sum()) for _, mask in pairs]).sum(),
-                    sum(mask.numel() for _, mask in pairs),
-                )
+            limits = {"clip": group["clip"], "eps": group["eps"]}
+            if is_dtensor(params[0]):
+                pairs = [clip_dtensor(g, p, **limits) for g, p in zip(grads, params, strict=True)]
+                grads, masks = [grad for grad, _ in pairs], [mask for _, mask in pairs]
             else:
-                grads, count, units = clip_all(grads, params, clip=group["clip"], eps=group["eps"])
+                grads, mask = clip_all(grads, params, **limits)
+                masks = [mask]
+            count, units = count_clipped(masks)
         sgd_(
             params,
             grads,
