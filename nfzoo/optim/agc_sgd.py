@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensor, count_clipped, unit_shape
+from nfzoo.optim.clipping import CLIP, EPS, clip_all, clip_dtensor, count_clipped, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
+from nfzoo.optim.options import OPTIONS, check_options, check_state
 from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
 from nfzoo.runtime.distributed import is_dtensor
@@ -78,21 +79,40 @@ class AGCSGD(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._fused: dict[Any, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "gate": self.gate, "clipped_fraction": self.clipped_fraction}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._fused = {}
-        for group in self.param_groups:
-            for name, value in (("ema_decay", None), ("compiled", False), ("steps", 0)):
+        for group in self.param_groups:  # pickled before all options were there
+            for name, value in {**OPTIONS, **self.defaults}.items():
                 group.setdefault(name, value)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of `AGCSGD` or of `torch.optim.SGD`.
+
+        Options that its groups lack stay those of this optimizer's groups; SGD's lack all that concerns AGC and
+        averages.
+
+        Raises:
+            ValueError: for a state of another optimizer, one of SGD with `maximize` or `dampening`, or bad options.
+        """
+        check_state(state_dict)
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):  # otherwise torch refuses it
+            own = [{name: group[name] for name in ("lr", *OPTIONS)} for group in self.param_groups]
+            saved = [{**ours, **theirs} for ours, theirs in zip(own, saved, strict=True)]
+            for group in saved:
+                check_options(group)
+        state = {
+            key: {name: value for name, value in values.items() if value is not None}  # SGD without momentum
+            for key, values in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state, "param_groups": saved})
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        options = {**self.defaults, **param_group}
-        for name in ("lr", "momentum", "weight_decay"):
-            if not 0 <= options[name] < float("inf"):
-                raise ValueError(f"{name} must be a number that is not negative, not {options[name]!r}")
-        if options["ema_decay"] is not None and not 0 <= options["ema_decay"] < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), not {options['ema_decay']!r}; None keeps no average")
-        check_clip(1.0 if options["clip"] is None else options["clip"], options["eps"])
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @torch.no_grad()
