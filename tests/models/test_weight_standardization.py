@@ -14,6 +14,8 @@ from nfzoo import NFNet
 from nfzoo.models.weight_standardization import standardize_weight
 from tests.support.helpers import SMALL, generator, images, random_params
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # forward derivatives call it too
+
 GAIN = torch.tensor([0.5, 2.0], dtype=torch.float64)
 
 
@@ -73,7 +75,7 @@ def test_functionalized():
     assert torch.equal(functionalize(ours)(weight()), ours(weight()))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", SMALL)
 def test_a_traced_model_is_saved_and_loaded(name: str, tmp_path: Path):
     model = NFNet(SMALL[name])
