@@ -20,6 +20,7 @@ go to `benchmarks/results/`; `--quick` runs small shapes, to see that everything
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import shlex
 import sys
 from pathlib import Path
@@ -123,4 +124,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # says where a contender brings the process down
     sys.exit(main())

@@ -166,8 +166,8 @@ def _network(cfg: ModelConfig, hk: Any, jax: Any, jnp: Any) -> Any:
             super().__init__(root)
             widths, features = _widths(cfg)
             if isinstance(cfg, NFNetConfig):
-                sizes = ((8, 2), (4, 1), (2, 1), (1, 2))
-                self.stem = [Conv(cfg.stem_width // f, 3, s, name=f"stem_conv{i}") for i, (f, s) in enumerate(sizes)]
+                sizes = zip(cfg.stem, (2, 1, 1, 2), strict=True)
+                self.stem = [Conv(width, 3, s, name=f"stem_conv{i}") for i, (width, s) in enumerate(sizes)]
                 width = cfg.stem_width
             elif isinstance(cfg, NFResNetConfig):
                 self.stem, width = [Conv(cfg.stem_width, 7, 2, name="initial_conv")], cfg.stem_width

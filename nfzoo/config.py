@@ -39,6 +39,8 @@ class Rules:
         skip_gain: residual branches end in a learned scalar that starts at 0; else the gains of their last convolutions
             start at 0.
         pooled_shortcut: downsampling shortcuts average 2x2 pixels; else (NF-ResNet only) their 1x1 kernel has a stride.
+        neighbour_pool: pooled shortcuts whose stride the output stride leaves out average 2x2 adjacent pixels, and
+            count zeros behind the border; else pixels that lie the dilation apart, and none behind the border.
         divisor: channel counts are rounded to multiples of it; 0 truncates them to integers.
         se_ratio: NF-ResNet's squeeze-excite ratio.
         rescale_drop: kept residual branches are divided by the keep probability.
@@ -50,6 +52,7 @@ class Rules:
     same_padding: bool
     skip_gain: bool
     pooled_shortcut: bool
+    neighbour_pool: bool
     divisor: int
     se_ratio: float
     rescale_drop: bool
@@ -71,6 +74,7 @@ RULES: dict[str, Rules] = {
         same_padding=True,
         skip_gain=True,
         pooled_shortcut=False,
+        neighbour_pool=False,
         divisor=0,
         se_ratio=0.25,
         rescale_drop=False,
@@ -83,6 +87,7 @@ RULES: dict[str, Rules] = {
         same_padding=False,
         skip_gain=False,
         pooled_shortcut=True,
+        neighbour_pool=True,
         divisor=8,
         se_ratio=1 / 16,
         rescale_drop=True,
@@ -102,7 +107,8 @@ class ModelConfig:
         rules: a key of `RULES`.
         num_classes: outputs of the classifier.
         in_channels: channels of the input image.
-        output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead.
+        output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead. Under DeepMind's
+            rules every second or fourth pixel of the maps is the strided network's; timm's shortcuts differ there.
         alpha: factor of the residual branches.
         drop_rate: dropout on the pooled features, in [0, 1).
         stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.
@@ -124,12 +130,8 @@ class ModelConfig:
     folded: bool = False
 
     def __post_init__(self) -> None:
-        for name, limit in (("depths", MAX_BLOCKS), ("widths", MAX_SIZE)):
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-            if not isinstance(value, tuple) or len(value) != 4 or not all(is_int(v, 1, limit) for v in value):
-                raise ConfigError(f"{name} must be four positive integers up to {limit}, not {value!r}")
-            object.__setattr__(self, name, value)
+        _integers(self, "depths", 4, MAX_BLOCKS)
+        _integers(self, "widths", 4, MAX_SIZE)
         _one_of("activation", self.activation, get_args(Activation))
         _one_of("rules", self.rules, RULES)
         for name in ("num_classes", "in_channels"):
@@ -157,10 +159,11 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON, `family` first; `folded` only if it is set."""
+        """Return the fields for JSON, `family` first; `folded` and `stem_hidden` only if they are set."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if not self.folded:
-            del fields["folded"]
+        for name in ("folded", "stem_hidden"):
+            if not fields.get(name):
+                fields.pop(name, None)
         return {"family": self.family, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
 
@@ -174,7 +177,9 @@ class NFNetConfig(ModelConfig):
         attention: `"se"`, `"eca"` or `"none"`.
         se_ratio: hidden width of squeeze-excite as a fraction of the block's output.
         head_ratio: width of the final convolution as a multiple of the last stage.
-        stem_width: output channels of the four-convolution stem, a multiple of 8.
+        stem_width: output channels of the four-convolution stem.
+        stem_hidden: channels of its first three convolutions; `None` is an eighth, a quarter and a half of
+            `stem_width`, which is then a multiple of 8.
     """
 
     family: ClassVar[str] = "nfnet"
@@ -187,16 +192,28 @@ class NFNetConfig(ModelConfig):
     se_ratio: float = 0.5
     head_ratio: float = 2.0
     stem_width: int = 128
+    stem_hidden: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("attention", self.attention, ("none", "se", "eca"))
         for name in ("bottleneck", "se_ratio", "head_ratio"):
             _positive(self, name)
-        if not is_int(self.stem_width, 8, MAX_SIZE) or self.stem_width % 8:
-            raise ConfigError(f"stem_width must be a multiple of 8, not {self.stem_width!r}")
+        if self.stem_hidden is not None:
+            _integers(self, "stem_hidden", 3, MAX_SIZE)
+        multiple = 8 if self.stem_hidden is None else 1
+        if not is_int(self.stem_width, multiple, MAX_SIZE) or self.stem_width % multiple:
+            raise ConfigError(
+                f"stem_width must be a positive multiple of {multiple} up to {MAX_SIZE}, not {self.stem_width!r}"
+            )
         channels = self.rule.channels
         _check_groups(self.group_width, min(channels(channels(w) * self.bottleneck) for w in self.widths))
+
+    @property
+    def stem(self) -> tuple[int, ...]:
+        """Output channels of the stem's four convolutions."""
+        hidden = self.stem_hidden or tuple(self.stem_width // divisor for divisor in (8, 4, 2))
+        return (*hidden, self.stem_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +383,15 @@ def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return -math.inf < value < math.inf  # false for NaN; integers too large for a float compare exactly
+
+
+def _integers(config: ModelConfig, name: str, length: int, limit: int) -> None:
+    """Check a field of `length` positive integers, and make it a tuple."""
+    value = getattr(config, name)
+    value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    if not isinstance(value, tuple) or len(value) != length or not all(is_int(v, 1, limit) for v in value):
+        raise ConfigError(f"{name} must be {length} positive integers up to {limit}, not {value!r}")
+    object.__setattr__(config, name, value)
 
 
 def _positive(config: ModelConfig, name: str) -> None:

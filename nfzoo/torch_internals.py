@@ -32,6 +32,14 @@ def in_functorch() -> bool:
     return _C._functorch.maybe_current_level() is not None
 
 
+def in_functionalization() -> bool:
+    """Return whether `torch.func.functionalize` is active, at any level."""
+    if not in_functorch():
+        return False
+    functionalize = _C._functorch.TransformType.Functionalize
+    return any(level.key() == functionalize for level in _C._functorch.get_interpreter_stack())
+
+
 def in_forward_ad() -> bool:
     """Return whether forward-mode differentiation is active."""
     return _forward_ad._current_level >= 0

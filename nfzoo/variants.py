@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
 from nfzoo.errors import UnknownModelError, nearest
@@ -39,12 +39,13 @@ def _nfnets() -> Iterator[Variant]:
         (448, 576, 0.5, 86.5),
         (480, 608, 0.5, None),
     ]
-    wide = (384, 768, 2048, 2048)
+    # The released code's stem is 16, 32, 64 and half the first stage, which for the base networks is the default.
+    plus: dict[str, Any] = {"widths": (384, 768, 2048, 2048), "stem_width": 384 // 2, "stem_hidden": (16, 32, 64)}
     for n, (train, test, drop, top1) in enumerate(rows):
         cfg = NFNetConfig(depths=_scaled((1, 2, 6, 3), n + 1), drop_rate=drop, stochastic_depth=0.25)
         size = Preprocessing(train_size=train, test_size=test)
         yield Variant(f"nfnet-f{n}", cfg, size, PAPER_2, top1)
-        yield Variant(f"nfnet-f{n}-plus", cfg.replace(widths=wide), size, f"{PAPER_2}, released code")
+        yield Variant(f"nfnet-f{n}-plus", cfg.replace(**plus), size, f"{PAPER_2}, released code")
 
 
 _RESNETS = {

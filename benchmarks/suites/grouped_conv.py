@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,15 +68,9 @@ def as_dense(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return F.conv2d(x, full.view(out, groups * inner, 3, 3), padding=1)
 
 
-def by_triton(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    from benchmarks.suites.grouped_conv_triton import grouped_conv
-
-    return grouped_conv(x, weight, groups)
-
-
-def ways(device: torch.device) -> dict[str, tuple[Conv, bool]]:
+def ways() -> dict[str, tuple[Conv, bool]]:
     """Name -> the function, and whether it is given images and weights channels last."""
-    found: dict[str, tuple[Conv, bool]] = {
+    return {
         "grouped, NCHW": (by_torch, False),
         "grouped, channels last": (by_torch, True),
         "unfolded, batched product": (by_unfolding, False),
@@ -85,9 +78,6 @@ def ways(device: torch.device) -> dict[str, tuple[Conv, bool]]:
         "a convolution a group, channels last": (one_by_one, True),
         "dense, channels last": (as_dense, True),
     }
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        found["Triton, implicit product"] = (by_triton, True)
-    return found
 
 
 def page(options: Options) -> Page:
@@ -99,7 +89,7 @@ def page(options: Options) -> Page:
         for layer in layers(variant, size):
             for task in ("forward", "forward and backward"):
                 calls: dict[str, Callable[[], Any]] = {}
-                for name, (conv, last) in ways(work.device).items():
+                for name, (conv, last) in ways().items():
                     call = functools.partial(_call, task, conv, layer, *_tensors(work, layer, batch, last))
                     try:
                         call()

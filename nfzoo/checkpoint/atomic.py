@@ -1,17 +1,30 @@
 """Files and folders that appear whole or not at all.
 
-They are written under a hidden name beside the target, flushed to the disk, and renamed. A process that dies leaves the
-target unchanged, and at most one hidden file or folder.
+They are written under a hidden name on the target's own file system, flushed to the disk, and renamed. A process that
+dies leaves the target unchanged, and at most one hidden file or folder.
+
+File systems that do not flush folders or change permissions (network shares, mounted buckets) do without: a warning
+says so once.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger("nfzoo")
+
+# What a file system answers to an operation that it does not have; an error of the disk is none of these.
+_UNSUPPORTED = frozenset(
+    [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR]
+)
 
 PARTIAL = ".partial"
 """Suffix of hidden folders that are being written or removed."""
@@ -38,10 +51,11 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`. Its files go to `folder` when the block ends, and are removed if it fails.
+    """Yield an empty folder. Its files go to `folder` when the block ends, and are removed if the block fails.
 
-    A new folder appears by one rename. In an existing folder, the files are replaced one by one, in the reverse order
-    of their names (`model.safetensors` before `config.json`); other files stay.
+    A new folder appears by one rename, or file by file where the file system renames no folders. In an existing folder,
+    which may be a mount point, the files are replaced one by one, in the reverse order of their names
+    (`model.safetensors` before `config.json`); other files stay.
 
     Raises:
         FileExistsError: if `folder` is a file.
@@ -50,23 +64,30 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
+    hidden = f".{folder.name}.{secrets.token_hex(4)}{PARTIAL}"
+    # In a folder that exists: what lies beside it may be another file system, or not writable.
+    scratch = folder / hidden if folder.exists() else folder.with_name(hidden)
     try:
         scratch.mkdir()
         yield scratch
         mode = scratch.stat().st_mode & 0o666
         files = sorted(scratch.iterdir(), reverse=True)
         for path in files:
-            path.chmod(mode)  # safetensors writes 0600
+            _if_supported("change permissions", functools.partial(path.chmod, mode))  # safetensors writes 0600
             _sync(path)
         _sync(scratch)
-        if folder.exists():
-            for path in files:
-                os.replace(path, folder / path.name)
-            _sync(folder)
-        else:
-            os.replace(scratch, folder)
-            _sync(folder.parent)
+        if not folder.exists():
+            try:
+                os.replace(scratch, folder)
+                _sync(folder.parent)
+                return
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            folder.mkdir()
+        for path in files:
+            os.replace(path, folder / path.name)
+        _sync(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -86,8 +107,27 @@ def sweep(parent: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+
+    def flush() -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    _if_supported("flush folders" if path.is_dir() else "flush files", flush)
+
+
+def _if_supported(what: str, operation: Callable[[], object]) -> None:
+    """Run an operation that makes a file safer, and do without it where the file system does not have it."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        operation()
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_once(what)
+
+
+@functools.cache
+def _warn_once(what: str) -> None:
+    logger.warning("a file system here does not %s: what is written there is less safe from a loss of power", what)

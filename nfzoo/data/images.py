@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +19,18 @@ import numpy as np
 from PIL import Image
 
 from nfzoo.errors import DataError
-from nfzoo.transforms.decode import IMAGE_SUFFIXES
+from nfzoo.transforms.decode import HEIF_REMEDY, HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
+
+logger = logging.getLogger("nfzoo")
 
 DIGITS = "digits"
 UNLABELLED = -1
 """The label of an image without one."""
+
+SYSTEM_FOLDERS = frozenset(
+    ["@eadir", "__macosx", "lost+found", "$recycle.bin", "#recycle", "system volume information", "thumbnails.lrdata"]
+)
+"""Folders that systems and programs make, in lower case: thumbnails, trash, file fragments. Hidden ones count too."""
 
 _DIGITS_SIZE = 32
 
@@ -150,6 +159,8 @@ class ImageFolder(Images[Path]):
     def scan(cls, folder: str | Path, classes: tuple[str, ...] | None = None) -> ImageFolder:
         """Find all images below `folder/CLASS/`, sorted; hidden entries and other files are skipped.
 
+        A warning counts the files that are images of formats which are not read.
+
         Args:
             classes: the expected class names, if they are known.
 
@@ -160,22 +171,32 @@ class ImageFolder(Images[Path]):
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
             raise DataError(f"the data folder {str(folder)!r} {problem}; give one with a subfolder of images per class")
-        names = tuple(sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".")))
+        folders: dict[str, str] = {}  # class -> folder
+        for entry in sorted(e.name for e in folder.iterdir() if e.is_dir() and is_visible(e.name)):
+            if any("\ud800" <= c <= "\udfff" for c in entry):  # not UTF-8, so that config.json cannot hold it
+                raise DataError(f"the class folder {str(folder / entry)!r} has a name that is no text; rename it")
+            if folders.setdefault(class_name(entry), entry) != entry:
+                raise DataError(
+                    f"{str(folder)!r} has two folders {entry!r}, which differ in the encoding of a letter alone; "
+                    "merge them"
+                )
+        names = tuple(sorted(folders))
         if not names:
             raise DataError(f"{str(folder)!r} has no subfolders; put the images of each class into a folder of its own")
-        for name in names:
-            if any("\ud800" <= c <= "\udfff" for c in name):  # not UTF-8, so that config.json cannot hold it
-                raise DataError(f"the class folder {str(folder / name)!r} has a name that is no text; rename it")
         if classes is not None:
             check_classes(repr(str(folder)), names, classes)
         paths: list[str] = []
         counts: list[int] = []
+        unread: Counter[str] = Counter()
         for name in names:
-            images = files_below(folder / name, tuple(IMAGE_SUFFIXES))
+            below = folder / folders[name]
+            images = files_below(below, tuple(IMAGE_SUFFIXES), unread)
             if not images:
-                raise DataError(f"the class folder {str(folder / name)!r} holds no images; remove it or fill it")
-            paths += (os.path.join(folder, name, image) for image in images)
+                warn_of_unread(folder, unread)
+                raise DataError(f"the class folder {str(below)!r} holds no images; remove it or fill it")
+            paths += (os.path.join(below, image) for image in images)
             counts.append(len(images))
+        warn_of_unread(folder, unread)
         labels = np.repeat(np.arange(len(names), dtype=np.int64), counts)
         return cls(np.arange(len(paths)), labels, names, Path(), Texts(paths))
 
@@ -196,39 +217,63 @@ class ImageFolder(Images[Path]):
 
 def check_classes(source: str, names: tuple[str, ...], expected: tuple[str, ...]) -> None:
     """Raise a `DataError` if the classes of `source` are not those expected."""
-    if names != expected:
+    if tuple(map(class_name, names)) != tuple(map(class_name, expected)):
         odd = sorted(set(names) ^ set(expected))
         differ = f"they differ in {', '.join(map(repr, odd[:5]))}" if odd else "the names are the same in another order"
         raise DataError(f"{source} has {len(names)} classes where {len(expected)} are expected; {differ}")
 
 
+def class_name(text: str) -> str:
+    """Return a name with each accented letter as one character (NFC), as file systems differ in this."""
+    return unicodedata.normalize("NFC", text)
+
+
 # -- lists of files
 
 
-def files_below(root: Path, endings: tuple[str, ...]) -> list[str]:
+def is_visible(name: str) -> bool:
+    """Return whether a file or folder is neither hidden nor made by a system."""
+    return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
+
+
+def warn_of_unread(root: Path, unread: Counter[str]) -> None:
+    """Warn of image files that are not read; `unread` counts them by suffix."""
+    if unread:
+        remedy = f"; {HEIF_REMEDY}" if unread.keys() & HEIF_SUFFIXES else ""
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        logger.warning("%s holds images of formats that are not read, and are left out: %s%s", root, kinds, remedy)
+
+
+def files_below(root: Path, endings: tuple[str, ...], unread: Counter[str] | None = None) -> list[str]:
     """List the visible files below a folder, as relative paths with slashes, sorted part by part.
 
     Links to folders are followed, and no folder is entered twice.
 
+    Args:
+        unread: counts the image files of formats that are not read, by their suffix.
+
     Raises:
         DataError: for a folder that cannot be read.
     """
-    return sorted(_walk(root, endings), key=lambda path: path.split("/"))
+    return sorted(_walk(root, endings, unread), key=lambda path: path.split("/"))
 
 
-def _walk(root: Path, endings: tuple[str, ...]) -> Iterator[str]:
+def _walk(root: Path, endings: tuple[str, ...], unread: Counter[str] | None) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
 
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = [] if real in seen else sorted(filter(is_visible, subfolders))
         if real in seen:
             continue
         seen.add(real)
         path = Path(folder).relative_to(root).as_posix()
         yield from (name if path == "." else f"{path}/{name}" for name in names if has_ending(name, endings))
+        if unread is not None:
+            suffixes = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+            unread.update(suffix for suffix in suffixes if suffix in UNREAD_SUFFIXES)
 
 
 def has_ending(name: str, endings: tuple[str, ...]) -> bool:

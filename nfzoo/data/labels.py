@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+from nfzoo.data.images import class_name
 from nfzoo.errors import DataError, nearest
 
 
@@ -46,6 +47,8 @@ def match_classes(
     Raises:
         DataError: if a name is no class of the model, or two names are the same class.
     """
+    names = [class_name(name) for name in names]
+    labels = None if labels is None else [class_name(label) for label in labels]
     own = dict(zip(labels, range(classes), strict=True)) if labels is not None else {}
     tables = [("labels", own)]
     wnids = dict(zip(imagenet_wnids(), range(1000), strict=True))

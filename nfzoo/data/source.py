@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,17 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from nfzoo.data.hf_datasets import HFDataset, open_hub, open_parquet
-from nfzoo.data.images import DIGITS, Digits, ImageFolder, Images, expand, files_below, is_pattern
+from nfzoo.data.images import (
+    DIGITS,
+    Digits,
+    ImageFolder,
+    Images,
+    expand,
+    files_below,
+    is_pattern,
+    is_visible,
+    warn_of_unread,
+)
 from nfzoo.data.tar_shards import COMPRESSED, TarShards
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
@@ -157,7 +168,9 @@ def open_all(source: str, *, part: str | None = None) -> Images:
     path, options = split_options(source)
     root = Path(path)
     if root.is_dir():
-        images = files_below(root, tuple(IMAGE_SUFFIXES))
+        unread: Counter[str] = Counter()
+        images = files_below(root, tuple(IMAGE_SUFFIXES), unread)
+        warn_of_unread(root, unread)
         if images:
             _check_options(options, (), source)
             return ImageFolder.unlabelled(root, images)
@@ -236,7 +249,7 @@ def _open_folder(folder: Path, options: dict[str, str]) -> Opener:
 
 def _archives_in(folder: Path) -> list[Path]:
     """List the tar and parquet files directly in a folder; none if it has subfolders, which are then classes."""
-    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    entries = [path for path in folder.iterdir() if is_visible(path.name)]
     if any(path.is_dir() for path in entries):
         return []
     return sorted(path for path in entries if path.name.lower().endswith(_ARCHIVES))

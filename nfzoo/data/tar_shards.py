@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from nfzoo.config import is_int
-from nfzoo.data.images import UNLABELLED, Images, Texts, has_ending
+from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending, is_visible
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
@@ -226,11 +226,16 @@ def _read_index(path: str, *, labelled: bool) -> _Index:
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            members = list_members(file, path)
+            members = [member for member in list_members(file, path) if _is_content(member.name)]
             images = _labelled_images(file, path, members) if labelled else _all_images(path, members)
             return _Shard(path, status.st_size, status.st_mtime_ns), images
     except OSError as error:
         raise DataError(f"the tar file {path!r} cannot be read: {error.strerror or error}") from error
+
+
+def _is_content(name: str) -> bool:
+    """Return whether a member lies in no hidden folder, nor in one that a system made, such as `__MACOSX`."""
+    return all(is_visible(part) for part in name.split("/")[:-1] if part not in ("", ".", ".."))
 
 
 def _all_images(path: str, members: Iterable[Member]) -> list[tuple[Member, int]]:
@@ -304,7 +309,9 @@ def _class_names(shard: Path) -> tuple[str, ...] | None:
         path = folder / CLASSES_FILE
         if path.is_file():
             try:
-                names = tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
+                names = tuple(
+                    class_name(line.strip()) for line in path.read_text(encoding="utf-8").rstrip().splitlines()
+                )
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{str(path)!r} cannot be read: {error}") from error
             if not names or not all(names) or len(set(names)) < len(names):

@@ -61,6 +61,7 @@ class FoldedBlock:
         pair: whether a second 3x3 convolution follows the first.
         inner: whether attention follows the first 3x3 convolution, not the last 1x1.
         pooled: whether a downsampling shortcut averages 2x2 pixels; else its kernel strides.
+        neighbours: whether it averages adjacent pixels where its stride is left out: see `Rules.neighbour_pool`.
         alone: whether a compiled graph holds this block only, with no transform of `torch.func` around it.
         gives_pair: whether the block returns its output and the activation of that, for the next block: see `chained`.
     """
@@ -73,6 +74,7 @@ class FoldedBlock:
     pair: bool
     inner: bool
     pooled: bool
+    neighbours: bool
     alone: bool = False
     gives_pair: bool = False
 
@@ -151,7 +153,7 @@ class FoldedBlock:
         if not self.pooled:
             return self.conv(p, "shortcut", out, stride=g.stride)
         if g.downsamples:
-            out = nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation)
+            out = nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation, neighbours=self.neighbours)
         return self.conv(p, "shortcut", out)
 
 
@@ -252,6 +254,7 @@ def _function(block: Block, before: str | None, after: str | None) -> BlockFn:
             pair="conv1b.weight" in block.specs,
             inner=isinstance(fn, RegNetBlock),
             pooled=rule.pooled_shortcut or not isinstance(fn, BottleneckBlock),
+            neighbours=rule.neighbour_pool,
         )
     if isinstance(fn, Pool):
         return FoldedPool(before, _gamma(fn.layers))

@@ -88,13 +88,16 @@ def conv_input(
     return pad2d(x, rows, columns), 0
 
 
-def shortcut_pool(x: Tensor, *, stride: int, dilation: int = 1) -> Tensor:
+def shortcut_pool(x: Tensor, *, stride: int, dilation: int = 1, neighbours: bool = False) -> Tensor:
     """Halve `(N, C, H, W)` by a 2x2 average pool; odd sides are rounded up, and padding does not count.
 
-    `stride=1` leaves the stride out, and averages pixels that lie `dilation` apart.
+    `stride=1` leaves the stride out, and averages pixels that lie `dilation` apart. With `neighbours` it averages
+    adjacent pixels instead, and padding counts. Source: timm 1.0, `DownsampleAvg` in models/nfnet.py.
     """
     if stride == 2:
         return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+    if neighbours:
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1)
     padded = F.pad(x, (0, dilation, 0, dilation))
     ones = F.pad(x.new_ones(x.shape[-2:]), (0, dilation, 0, dilation))
 

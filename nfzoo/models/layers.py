@@ -253,8 +253,10 @@ class ResidualBlock(abc.ABC):
 
     def pooled(self, out: Tensor) -> Tensor:
         """Return the input of the shortcut's convolution: `out`, average-pooled if the block downsamples."""
-        g = self.geometry
-        return nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation) if g.downsamples else out
+        g, rule = self.geometry, self.layers.rule
+        if not g.downsamples:
+            return out
+        return nf.shortcut_pool(out, stride=g.stride, dilation=g.dilation, neighbours=rule.neighbour_pool)
 
     @property
     def strided(self) -> dict[str, int]:

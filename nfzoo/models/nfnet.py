@@ -42,10 +42,9 @@ class FBlock(ResidualBlock):
 def plan(cfg: NFNetConfig) -> Plan:
     """Return the blocks of an NFNet: four 3x3 convolutions, the tower, a final 1x1 convolution, pool, head."""
     layers, rule = Layers.of(cfg), cfg.rule
-    width = cfg.stem_width
     blocks: list[Block] = []
     inputs = cfg.in_channels
-    for i, (outputs, stride) in enumerate(zip((width // 8, width // 4, width // 2, width), (2, 1, 1, 2), strict=True)):
+    for i, (outputs, stride) in enumerate(zip(cfg.stem, (2, 1, 1, 2), strict=True)):
         conv = Conv(layers, activated=i > 0, stride=stride)
         blocks.append(Block(f"stem.conv{i}", conv, conv_specs("", inputs, outputs, 3), feature=i == 2))
         inputs = outputs

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nfzoo.torch_internals import in_forward_ad, in_functorch
+from nfzoo.torch_internals import in_forward_ad, in_functionalization, in_functorch, in_jit_trace
 
 VARIANCE_FLOOR = 1e-4  # of var(W) * fan_in, in DeepMind's WSConv2D
 VARIANCE_OFFSET = 1e-5  # added to var(W), in timm's ScaledStdConv2d as its NF-models use it
@@ -46,15 +46,20 @@ def standardize_weight(
     factor = gain.to(w.dtype)
     if scale != 1.0:
         factor = factor * scale
-    if kernels or (w.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()):
+    if kernels or (w.device.type in ("cpu", "cuda") and not _needs_plain_operations()):
         rows: Tensor = _Rows.apply(w, factor, floor, kernels or PLAIN_ROWS)[0]  # type: ignore[index]
     else:
-        rows = _standardized(w, factor, floor)[0]  # for compilers to differentiate and to fuse
+        rows = _standardized(w, factor, floor)[0]
     rows = rows.to(weight.dtype)
     if last:
         out, inputs, height, width = weight.shape
         return rows.reshape(out, height, width, inputs).permute(0, 3, 1, 2)
     return rows.reshape(weight.shape)
+
+
+def _needs_plain_operations() -> bool:
+    """Return whether something wants to see torch's operators: a compiler or tracer, or a transform of higher order."""
+    return torch.compiler.is_compiling() or in_jit_trace() or in_forward_ad() or in_functionalization()
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -122,7 +127,6 @@ class _Rows(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(w, gain, *output[1:])
-        ctx.save_for_forward(w, gain)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -138,15 +142,3 @@ class _Rows(torch.autograd.Function):
         k = gain[:, None] * s
         bend = _bending(-k * along * s, total, ctx.floor)
         return ((g - g.mean(dim=1, keepdim=True)) * k).addcmul(centred, bend), along[:, 0], None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        w, gain = ctx.saved_tensors
-        dw, dgain = tangents[:2]
-        _, centred, total, s = _centred(w, ctx.floor)
-        out = torch.zeros_like(w)
-        if dw is not None:
-            moved = dw - dw.mean(dim=1, keepdim=True)
-            bend = _bending((moved * centred).sum(dim=1, keepdim=True) * s * s, total, ctx.floor)
-            out = (moved - centred * bend) * (gain[:, None] * s)
-        return out if dgain is None else out + centred * (s * dgain[:, None]), None, None, None

@@ -240,11 +240,40 @@ def accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerat
             Accelerate, which scales the gradients. `"bf16"` is not, as Accelerate would make the parameters on a TPU
             bf16: wrap the forward pass in `Backend.autocast`.
         options: further arguments of `Accelerator`, such as a tracker.
+
+    Raises:
+        ConfigError: if Accelerate's launcher or configuration asks for what nfzoo does by options of its own.
     """
     choose_xla()
+    _refuse_launch_options()
     from accelerate import Accelerator
 
     return Accelerator(mixed_precision="fp16" if precision(mixed_precision) == "fp16" else "no", **options)
+
+
+# Accelerate's variable -> what to do instead of setting it.
+_LAUNCH_OPTIONS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "pass --accumulation to nfzoo.train",
+    "ACCELERATE_GRADIENT_CLIPPING": "pass --optim.clip-norm to nfzoo.train",
+    "ACCELERATE_DYNAMO_BACKEND": "pass --compile true to nfzoo.train",
+    "ACCELERATE_USE_FSDP": "pass --sharding fsdp2 to nfzoo.train",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "pass --sharding fsdp2 to nfzoo.train",
+    "ACCELERATE_DOWNCAST_BF16": "pass --mixed-precision bf16 to nfzoo.train",
+    "ACCELERATE_USE_DEEPSPEED": "nfzoo does not support it",
+    "ACCELERATE_USE_MEGATRON_LM": "nfzoo does not support it",
+}
+
+
+def _refuse_launch_options() -> None:
+    """Raise a `ConfigError` for a variable of Accelerate's that would change a run behind nfzoo's own options."""
+    for name, remedy in _LAUNCH_OPTIONS.items():
+        off = ("", "0", "no", "none", "false") + (("1",) if name.endswith("_STEPS") else ())
+        value = os.environ.get(name, "")
+        if value.strip().lower() not in off:
+            raise ConfigError(
+                f"{name}={value!r}, from accelerate launch or its configuration, cannot be used here; "
+                f"{remedy}, and leave it out there"
+            )
 
 
 def choose_xla() -> None:

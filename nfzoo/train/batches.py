@@ -112,7 +112,7 @@ class InputPipeline:
         masks = {name: send(mask[rows], self.device) for name, mask in noise.items()}
         return Inputs(images, targets, masks)
 
-    def held_out(self, broken: list[str] | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def held_out(self, broken: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the batches to evaluate on; `broken` as `evaluation_batches` takes it."""
         return evaluation_batches(
             self.split.validation,

@@ -16,6 +16,8 @@ from nfzoo.transforms.mixing import Augment
 
 MAX_SEED = 1 << 63
 MAX_WORKERS = 256
+STARTING = ("resume", "overwrite")
+"""Options that concern one start of a run, and are no part of a recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +189,9 @@ class TrainConfig:
             raise ConfigError(f"sharding {self.sharding!r} does not go with mixed_precision 'fp16'; take 'bf16'")
 
     def to_yaml(self) -> str:
-        """Return the run as a recipe that `parse` reads."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        """Return the run as a recipe that `parse` reads, without what concerns one start alone."""
+        options = {name: value for name, value in self.to_dict().items() if name not in STARTING}
+        return yaml.safe_dump(options, sort_keys=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options, ready for JSON and YAML."""

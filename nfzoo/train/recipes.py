@@ -14,7 +14,7 @@ import yaml
 
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.runtime import program
-from nfzoo.train.config import OptimConfig, TrainConfig
+from nfzoo.train.config import STARTING, OptimConfig, TrainConfig
 from nfzoo.train.run_folder import RUN_FILE
 from nfzoo.transforms.mixing import Augment
 
@@ -39,7 +39,8 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     try:
         if options.print_config:
             config = _train_config({**dict.fromkeys(missing, "x"), **fields})
-            print(yaml.safe_dump({**config.to_dict(), **dict.fromkeys(missing)}, sort_keys=False), end="")
+            recipe = yaml.safe_load(config.to_yaml())
+            print(yaml.safe_dump({**recipe, **dict.fromkeys(missing)}, sort_keys=False), end="")
             raise SystemExit(0)
         if missing:
             options_missing = ", ".join(f"--{name}" for name in missing)
@@ -113,6 +114,12 @@ class _Recipe(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         content = _read(_find(values))
+        for name in STARTING:
+            if content.get(name):  # files written before hold `false`
+                raise ConfigError(
+                    f"the recipe {values!r} has {name}: true, which is no part of a recipe; remove the line, and pass "
+                    f"--{name} true where it is meant"
+                )
         namespace.recipes.append((values, content))
         _update(namespace.fields, content)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
@@ -52,9 +53,11 @@ CHANGEABLE = frozenset(
     [
         "output",
         "data",  # compared by content
+        "epochs",  # at least those begun
         "accumulation",
         "workers",
         "compile",
+        "cuda_graph",
         "activation_checkpointing",
         "sharding",
         "resume",
@@ -193,8 +196,11 @@ def _check_writable(output: Path, data: str) -> None:
     try:
         if not existing.is_dir():
             raise NotADirectoryError(f"{str(existing)!r} is a file")
-        with tempfile.TemporaryDirectory(prefix=".nfzoo-", dir=existing):
-            pass
+        with (  # what a save does
+            tempfile.TemporaryDirectory(prefix=".nfzoo-", dir=existing) as scratch,
+            replaced_folder(Path(scratch) / "model") as folder,
+        ):
+            (folder / CONFIG_FILE).write_text("{}", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"the output {str(output)!r} cannot be written: {error}") from error
 
@@ -267,6 +273,13 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
     defaults = TrainConfig(model=config.model, data=config.data, output=config.output).to_dict()
     then, now = {**_flat(defaults), **_flat(saved.facts["config"])}, _flat(config.to_dict())
     changed = sorted(k for k in then.keys() | now.keys() if k not in CHANGEABLE and then.get(k) != now.get(k))
+    begun = saved.facts["epoch"] + 1
+    if config.epochs < begun:
+        raise ConfigError(f"{saved.folder} is of epoch {begun}; pass --epochs {begun} or more")
+    if then["epochs"] != now["epochs"]:
+        logger.warning(
+            "the run was to have %d epochs; the learning rate now falls until epoch %d", then["epochs"], now["epochs"]
+        )
     if changed:
         key = changed[0]
         raise ConfigError(

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
 from nfzoo.analysis.sheets import augmentation_sheet
 from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state
-from nfzoo.data.loader import TrainingBatch
+from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
 from nfzoo.evaluate import Score, score
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 STATES = "checkpoints"
 LOGS = "logs"
 LOG_STEPS = 10
+CHECKED = 1000  # held-out images, up to which all are read before training
 SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
 
 
@@ -135,6 +136,7 @@ class Trainer:
         seconds = 0.0
         row: dict[str, Any] = self.rows[-1] if self.rows else {}
         with Agreement() as self.agreement:
+            self._check_held_out()
             self._preview()
             for epoch in range(self.epoch, config.epochs):
                 # Train.
@@ -296,9 +298,6 @@ class Trainer:
         }
         if self.skipped:
             row["skipped"] = self.skipped
-        self.unreadable.share()
-        if self.unreadable.known:
-            row["broken"] = len(self.unreadable.known)
         return row
 
     def _evaluate(self) -> dict[str, float]:
@@ -307,19 +306,25 @@ class Trainer:
         if self.learner.averages is not None:
             averaged = self._score(self.learner.averages)
             row |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.top1}
+        self.unreadable.share()
+        if self.unreadable.known:  # those among the held-out images as well
+            row["broken"] = len(self.unreadable.known)
         return row
 
     def _score(self, params: Mapping[str, Tensor]) -> Score:
         full = full_tensors(params)
         broken: list[str] = []
-        batches = self.pipeline.held_out(broken if self.config.max_broken else None)
+        batches = self.pipeline.held_out(broken)
 
         def logits(images: Tensor) -> Tensor:
             with self.learner.autocast():
                 return apply(self.cfg, full, images)
 
         result = score(logits, batches, device=self.accelerator.device)
-        self.unreadable.leave_out(broken)
+        try:
+            self.unreadable.leave_out(broken)
+        except BrokenImageError as error:
+            raise BrokenImageError(f"{error}; {self.last_checkpoint()}") from error
         return result
 
     def _sum(self, values: Tensor) -> list[float]:
@@ -358,6 +363,15 @@ class Trainer:
             f"optim.{k}": v for k, v in self.config.to_dict()["optim"].items() if isinstance(v, bool | int | float)
         }
         self.accelerator.init_trackers("nfzoo", config=flat)
+
+    def _check_held_out(self) -> None:
+        """Read the held-out images before training if they are few: one that is broken would end it after an epoch."""
+        if self.step or len(self.split.validation) > CHECKED:
+            return
+        broken: list[str] = []
+        for _ in self.pipeline.held_out(broken):
+            pass
+        self.unreadable.leave_out(broken)
 
     def _preview(self) -> None:
         if self.config.augmented_sheet is None or not self.accelerator.is_main_process or self.step:

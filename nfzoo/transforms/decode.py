@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,27 +16,18 @@ from PIL import Image, UnidentifiedImageError
 
 from nfzoo.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
+HEIF_SUFFIXES = frozenset([".heic", ".heif"])
+HEIF_REMEDY = "pip install 'nfzoo[heif]' reads HEIC"
+
+_HEIF = importlib.util.find_spec("pillow_heif") is not None
+_READ = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+_KNOWN = ".ai .arw .cr2 .cr3 .dcm .dds .dib .dng .eps .exr .hdr .ico .jxl .nef .orf .pcx .psd .raf .raw .rw2 .svg .xcf"
+
+IMAGE_SUFFIXES = frozenset(_READ.split()) | (HEIF_SUFFIXES if _HEIF else frozenset())
 """Lower-case suffixes of the files that count as images in a folder."""
+
+UNREAD_SUFFIXES = (frozenset(_KNOWN.split()) | HEIF_SUFFIXES) - IMAGE_SUFFIXES
+"""Lower-case suffixes of image files that are not read."""
 
 # Formats that Pillow decodes itself. Others go to other programs, such as EPS to Ghostscript.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -82,13 +75,20 @@ def open_image(
         with _silent():
             if isinstance(source, Image.Image):
                 return _convert(source, channels)
-            Image.init()  # finds the formats that this Pillow was built with
-            with Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+            with Image.open(source, formats=_formats()) as image:
                 if min_side is not None:
                     image.draft(None, (min_side, min_side))  # does nothing in other formats
                 return _convert(image, channels)
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise DataError(f"{name} {_reason(source, error)}") from error
+
+
+def _formats() -> list[str]:
+    """Return the formats that can be decoded here: those that this Pillow was built with, and HEIF by its plug-in."""
+    Image.init()
+    if _HEIF and "HEIF" not in Image.OPEN:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return [name for name in (*_FORMATS, "HEIF") if name in Image.OPEN]
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:

@@ -1,13 +1,17 @@
 """Atomic writing: every byte is on the disk before a name changes, and names change in the stated order."""
 
+import errno
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import nfzoo
+from nfzoo.checkpoint import atomic
 from nfzoo.checkpoint.atomic import replaced, replaced_folder
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
 from nfzoo.checkpoint.run_state import save_state
@@ -99,4 +103,62 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path, write: Callable[[Pat
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path, writer: Callable) -> None:
     with pytest.raises(ZeroDivisionError), writer(tmp_path / "x"):
         raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_whose_neighbours_are_on_another_file_system(tmp_path: Path) -> None:
+    """As where a volume is mounted: what lies beside the folder cannot be renamed into it."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as elsewhere:
+        target = tmp_path / "model"
+        target.symlink_to(elsewhere)
+        write_model(target)
+        assert sorted(path.name for path in Path(elsewhere).iterdir()) == ["config.json", "model.safetensors"]
+        with replaced_folder(target) as scratch:
+            assert scratch.parent == target
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder, write_model, write_state])
+def test_file_systems_without_flushing_and_permissions_take_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*args: object, **options: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", unsupported)
+    monkeypatch.setattr(os, "chmod", unsupported)
+    monkeypatch.setattr(Path, "chmod", unsupported)
+    atomic._warn_once.cache_clear()
+    for name in ("step_00000001", "other"):
+        write(tmp_path / name)
+    assert caplog.text.count("does not flush folders") == 1
+    assert (tmp_path / "step_00000001").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_file_systems_that_rename_no_folders_get_file_after_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def files_alone(source: Path, target: Path) -> None:
+        if Path(source).is_dir():
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", files_alone)
+    write_model(tmp_path / "model")
+    assert nfzoo.from_pretrained(tmp_path / "model").config == CFG
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        write_model(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The command: what it prints, where it writes, and how it fails."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from nfzoo.cli.main import main
 from nfzoo.model import mac_count, parameter_count
 from nfzoo.nn import create
 from nfzoo.variants import VARIANTS
+from tests.support.helpers import DEEPMIND_COUNTS, REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["nfnet-f0"] == {
         "name": "nfnet-f0",
         "family": "nfnet",
-        "parameters": 71_489_284,
+        "parameters": DEEPMIND_COUNTS["nfnet-f0"]["parameters"],
         "train_size": 192,
         "test_size": 256,
         "top1": 83.6,
@@ -94,10 +96,29 @@ def test_info_adds_up(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "nfnet-f0"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^parameters: +71,489,284$", out, re.M)
+    total = f"{DEEPMIND_COUNTS['nfnet-f0']['parameters']:,}"
+    assert re.search(f"^parameters: +{total}$", out, re.M)
     assert re.search(r"^test input: +256 x 256 pixels, 12\.38 G multiply-accumulates$", out, re.M)  # arXiv 2102.06171
-    assert re.search(r"^stages\.2 +6 +1536 x 16 x 16 +38,991,366 +6\.66 G$", out, re.M)
-    assert re.search(r"^total +19 +71,489,284 +12\.38 G$", out, re.M)
+    parameters, macs = stage_counts(range(3, 9), pixels=16**2)
+    assert re.search(rf"^stages\.2 +6 +1536 x 16 x 16 +{parameters:,} +{macs / 1e9:.2f} G$", out, re.M)
+    assert re.search(rf"^total +19 +{total} +12\.38 G$", out, re.M)
+
+
+def stage_counts(blocks: range, pixels: int) -> tuple[int, int]:
+    """Parameters and multiply-accumulates of a stage of DeepMind's NFNet-F0, from the shapes of its arrays.
+
+    A convolution multiplies its kernel at each of the `pixels` of its output, which of the first block's `conv0` are
+    four times as many; squeeze-excite multiplies once.
+    """
+    parameters = macs = 0
+    for module, arrays in json.loads((REFERENCE / "nfnet_F0_1000.shapes.json").read_text()).items():
+        block = re.match(r"NFNet/~/nf_block_(\d+)", module)
+        if block and int(block[1]) in blocks:
+            parameters += sum(map(math.prod, arrays.values()))
+            times = 1 if "squeeze_excite" in module else pixels
+            times *= 4 if module.endswith(f"nf_block_{blocks[0]}/~/conv0") else 1
+            macs += math.prod(arrays["w"]) * times if "w" in arrays else 0
+    return parameters, macs
 
 
 def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

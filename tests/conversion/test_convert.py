@@ -6,6 +6,7 @@ import base64
 import hashlib
 import http.server
 import json
+import math
 import os
 import pickle
 import re
@@ -37,7 +38,8 @@ from nfzoo.data.labels import imagenet
 from nfzoo.model import specs
 from nfzoo.types import Params
 from nfzoo.variants import VARIANTS
-from tests.support.helpers import FAMILIES, SMALL, assert_same, random_params
+from tests.reference.refweights import weights
+from tests.support.helpers import DEEPMIND_COUNTS, FAMILIES, SMALL, assert_same, plus_shapes, random_params
 
 DEEPMIND = {name: row for name, row in VARIANTS.items() if row.config.rules == "deepmind"}
 ONE_OF_EACH = ("nfnet-test", "nf-resnet-50", "nf-regnet-b0")
@@ -202,6 +204,26 @@ def test_every_variant_is_recognised(name: str) -> None:
     config = DEEPMIND[name].config.replace(num_classes=37, in_channels=5)
     row, found = recognize(haiku_shapes(config))
     assert (row.name, found) == (name, config)
+
+
+def test_deepminds_plus_tree_is_recognised() -> None:
+    shapes = plus_shapes()
+    flat = {canonical(m, name): tuple(shape) for m, arrays in shapes.items() for name, shape in arrays.items()}
+    counts = DEEPMIND_COUNTS["nfnet-f0-plus"]
+    assert (len(flat), sum(map(math.prod, flat.values()))) == (counts["arrays"], counts["parameters"])
+    assert [shapes[f"NFNet/~/stem_conv{i}"]["w"] for i in range(4)] == counts["stem"]
+    assert haiku_shapes(VARIANTS["nfnet-f0-plus"].config) == flat
+    row, config = recognize(flat)
+    assert (row.name, config) == ("nfnet-f0-plus", VARIANTS["nfnet-f0-plus"].config)
+
+
+@pytest.mark.slow
+def test_deepminds_plus_file_there_and_back(tmp_path: Path) -> None:
+    tree = weights(plus_shapes())
+    (tmp_path / "F0+_haiku.npz").write_bytes(pickle.dumps(tree))
+    assert convert(tmp_path / "F0+_haiku.npz", tmp_path / "model").description.name == "nfnet-f0-plus"
+    convert(tmp_path / "model", tmp_path / "back.npz", to="haiku")
+    same_tree(pickle.loads((tmp_path / "back.npz").read_bytes()), tree)
 
 
 def test_no_two_variants_are_alike() -> None:

@@ -26,6 +26,7 @@ FIELDS = {
     "num_classes": BAD_COUNTS,
     "in_channels": BAD_COUNTS,
     "stem_width": BAD_COUNTS,
+    "stem_hidden": ["123", (1, 2), (1, 2, 3, 4), (1, 2, 0), (1, 2, 3.0), (1, 2, True), (), 3, {}, (1, 2, 10**400)],
     "group_width": BAD_COUNTS,
     "alpha": BAD_NUMBERS,
     "bottleneck": BAD_NUMBERS,
@@ -81,6 +82,32 @@ def test_lists_become_tuples():
     cfg = NFResNetConfig(depths=[1, 1, 1, 1], widths=[8, 8, 8, 8])  # type: ignore[arg-type]
     assert cfg == NFResNetConfig(depths=(1, 1, 1, 1), widths=(8, 8, 8, 8))
     assert model.parameter_count(cfg) > 0
+
+
+def test_the_stem_halves_backwards_unless_its_channels_are_given():
+    cfg = SMALL["nfnet"]
+    assert isinstance(cfg, NFNetConfig)
+    assert cfg.replace(stem_width=24).stem == (3, 6, 12, 24)
+    assert cfg.replace(stem_width=7, stem_hidden=[5, 6, 7]).stem == (5, 6, 7, 7)
+    for width in (12, 7):
+        with pytest.raises(ConfigError, match="stem_width must be a positive multiple of 8"):
+            cfg.replace(stem_width=width)
+
+
+def test_a_plus_network_saved_with_the_narrow_stem_stays_what_it_was():
+    """Until the stem had channels of its own, nfzoo's plus networks ended it in 128 of them, DeepMind's in 192."""
+    now = VARIANTS["nfnet-f0-plus"].config
+    fields = now.to_dict()
+    del fields["stem_hidden"]
+    before = config_from_dict({**fields, "stem_width": 128})
+    assert isinstance(now, NFNetConfig)
+    assert isinstance(before, NFNetConfig)
+    assert (before.stem, now.stem) == ((16, 32, 64, 128), (16, 32, 64, 192))
+    # The last stem convolution, and the two convolutions of the first block that read it.
+    fewer = (9 * 64 + 2) * (192 - 128) + (192 - 128) * (128 + 384)
+    assert model.parameter_count(before) == model.parameter_count(now) - fewer
+    assert config_from_dict(before.to_dict()) == before
+    assert before.to_dict() == {**fields, "stem_width": 128}
 
 
 def test_an_unknown_field_names_its_neighbour():

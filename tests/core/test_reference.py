@@ -238,6 +238,28 @@ def assert_timms_logits(arch: str, cfg: ModelConfig) -> None:
         assert relative(logits, golden[f"{arch}:{height}x{width}"]) < LOGITS
 
 
+def timm_config(arch: str) -> ModelConfig:
+    """The configuration of a network of timm_golden.json under timm's rules."""
+    return (TIMM_TEST if arch == "test_nfnet" else VARIANTS[TIMM[arch]].config).replace(num_classes=10)
+
+
+STRIDED = reference_array("timm_output_strides")
+
+
+@pytest.mark.parametrize("case", [key.removesuffix(":map") for key in STRIDED if key.endswith(":map")])
+def test_timms_output_strides(case):
+    arch, stride, size = case.split(":")
+    cfg = timm_config(arch).replace(output_stride=int(stride))
+    x = reference_input(*map(int, size.split("x")))
+    params = from_timm(cfg, timm_state(cfg))
+    golden = STRIDED[f"{case}:map"]
+    with torch.no_grad():
+        features = model.features(cfg, params, x)[-1][0, : len(golden)]
+        logits = model.apply(cfg, params, x)
+    assert relative(features, golden) < LOGITS
+    assert relative(logits, STRIDED[f"{case}:logits"]) < LOGITS
+
+
 def architectures(deepmind: bool) -> list[Any]:
     """Mark those of more than 35 million parameters as slow, whose rules smaller ones have too."""
     names = [arch for arch in WITH_LOGITS if arch.startswith("dm_") == deepmind]
@@ -248,7 +270,7 @@ def architectures(deepmind: bool) -> list[Any]:
 
 @pytest.mark.parametrize("arch", architectures(deepmind=False))
 def test_timms_logits(arch):
-    cfg = (TIMM_TEST if arch == "test_nfnet" else VARIANTS[TIMM[arch]].config).replace(num_classes=10)
+    cfg = timm_config(arch)
     assert model.parameter_count(cfg) == timm_golden()["architectures"][arch]["parameters"]["10"]
     assert_timms_logits(arch, cfg)
 

@@ -97,6 +97,22 @@ def test_each_predicate_knows_its_case() -> None:
     assert not internals.under_ddp()
 
 
+def test_functionalization_is_seen_at_every_level() -> None:
+    seen: list[bool] = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(internals.in_functionalization())
+        return x.square().sum()
+
+    x = torch.ones(3)
+    f(x)
+    torch.func.grad(f)(x)
+    torch.func.functionalize(f)(x)
+    torch.func.functionalize(torch.func.grad(f))(x)
+    torch.func.grad(torch.func.functionalize(f))(x)
+    assert seen == [False, False, True, True, True]
+
+
 def test_limits_of_dynamo_only_rise() -> None:
     config = torch._dynamo.config
     before = config.recompile_limit

@@ -1,55 +1,66 @@
-"""The table of variants: golden counts, and every row runs."""
+"""The table of variants: counted by other people's code and tables, and every row runs."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import nfzoo
 from nfzoo import ConfigError, UnknownModelError, list_models, model
 from nfzoo.variants import VARIANTS, variant
-from tests.support.helpers import REFERENCE, TIMM, timm_golden
+from tests.support.helpers import DEEPMIND_COUNTS, TIMM, timm_golden
 from tests.support.loops import each
-
-COUNTS: dict[str, int] = json.loads((REFERENCE / "parameter_counts.json").read_text())
 
 # arXiv 2102.06171, table 1 and appendix; the test sizes are those of the table.
 PAPER_PARAMETERS = {0: 71.5e6, 1: 132.6e6, 2: 193.8e6, 3: 254.9e6, 4: 316.1e6, 5: 377.2e6, 6: 438.4e6}
 PAPER_FLOPS = {0: 12.38e9, 1: 35.54e9, 2: 62.59e9, 3: 114.76e9, 4: 215.24e9, 5: 289.76e9, 6: 377.28e9}
 PARAMETER_DIGITS = 0.05e6  # half of the last digit printed
 FLOP_DIGITS = 0.005e9
-MACS = {
-    0: 12_384_198_656,
-    1: 35_538_968_576,
-    2: 62_592_978_944,
-    3: 114_763_501_568,
-    4: 215_241_187_328,
-    5: 289_757_106_176,
-    6: 377_280_307_200,
-    7: 478_781_640_704,
-}
 STEM_STRIDES = [2, 4, 8, 16, 32]
 
 
-@each("name", VARIANTS)
-def test_parameter_count(name):
-    assert name in COUNTS, f"add {name} to parameter_counts.json"
-    assert model.parameter_count(VARIANTS[name].config) == COUNTS[name]
+def haiku_kernels(config, prefix):
+    """Shapes of the kernels whose names begin with `prefix`, HWIO."""
+    shapes = [shape for key, (shape, _) in model.specs(config).items() if key.startswith(prefix)]
+    return [[*shape[2:], shape[1], shape[0]] for shape in shapes if len(shape) == 4]
 
 
-def test_no_count_without_a_variant():
-    assert COUNTS.keys() == VARIANTS.keys()
+@each("name", DEEPMIND_COUNTS)
+def test_deepminds_code_counts_the_same(name):
+    config, counts = VARIANTS[name].config, DEEPMIND_COUNTS[name]
+    assert model.parameter_count(config) == counts["parameters"]
+    assert len(model.specs(config)) == counts["arrays"]
+    assert haiku_kernels(config, "stem.") == counts["stem"]
+
+
+def test_every_variant_is_counted_by_others():
+    assert VARIANTS.keys() == DEEPMIND_COUNTS.keys() | set(TIMM.values()) | {"nfnet-test"}
+    assert not DEEPMIND_COUNTS.keys() & {name for name in TIMM.values() if VARIANTS[name].config.rules == "timm"}
+
+
+def test_the_test_model_counted_by_hand():
+    def conv(kernel, inputs, outputs, groups=1):
+        return kernel**2 * inputs // groups * outputs + 2 * outputs  # and a gain and a bias
+
+    def linear(inputs, outputs):
+        return inputs * outputs + outputs
+
+    count = conv(3, 3, 4) + conv(3, 4, 8) + conv(3, 8, 16) + conv(3, 16, 32)
+    inputs = 32
+    for outputs in (32, 64, 128, 128):
+        middle = outputs // 2
+        count += conv(1, inputs, outputs) if outputs > 32 else 0  # the shortcut of a stage that downsamples
+        count += conv(1, inputs, middle) + 2 * conv(3, middle, middle, middle // 16)
+        count += conv(1, middle, outputs) + linear(outputs, middle) + linear(middle, outputs) + 1
+        inputs = outputs
+    assert model.parameter_count(VARIANTS["nfnet-test"].config) == count + conv(1, 128, 256) + linear(256, 10)
 
 
 @each("level", PAPER_PARAMETERS)
 def test_the_papers_parameter_counts(level):
-    assert COUNTS[f"nfnet-f{level}"] == pytest.approx(PAPER_PARAMETERS[level], abs=PARAMETER_DIGITS)
-
-
-def test_f0_has_the_parameters_of_the_released_code():
-    assert COUNTS["nfnet-f0"] == 71_489_284
+    count = model.parameter_count(VARIANTS[f"nfnet-f{level}"].config)
+    assert count == pytest.approx(PAPER_PARAMETERS[level], abs=PARAMETER_DIGITS)
 
 
 @each("arch", TIMM)
@@ -64,13 +75,30 @@ def test_all_of_timms_models_are_compared():
     assert TIMM.keys() == timm_golden()["architectures"].keys() - {"test_nfnet"}
 
 
-@each("level", MACS)
-def test_multiply_accumulates_at_the_test_size(level):
+@each("level", PAPER_FLOPS)
+def test_the_papers_multiply_accumulates(level):
     row = VARIANTS[f"nfnet-f{level}"]
     macs = model.mac_count(row.config, row.preprocessing.test_size)
-    assert macs == MACS[level]
-    if level in PAPER_FLOPS:
-        assert macs == pytest.approx(PAPER_FLOPS[level], abs=FLOP_DIGITS)
+    assert macs == pytest.approx(PAPER_FLOPS[level], abs=FLOP_DIGITS)
+
+
+@each("name", ["nfnet-f0-plus", "nf-resnet-50-se", "nf-regnet-b0", "eca-nfnet-l0", "timm-nf-regnet-b0", "nfnet-test"])
+def test_torch_counts_the_same_multiply_accumulates(name):
+    torch_counts_the_same(name)
+
+
+@pytest.mark.slow
+@each("name", VARIANTS)
+def test_torch_counts_the_same_multiply_accumulates_of_all(name):
+    torch_counts_the_same(name)
+
+
+def torch_counts_the_same(name):
+    cfg, size = VARIANTS[name].config, VARIANTS[name].preprocessing.test_size
+    params = model.init(cfg, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.apply(cfg, params, torch.empty((1, cfg.in_channels, size, size), device="meta"))
+    assert model.mac_count(cfg, size) * 2 == counter.get_total_flops()
 
 
 @pytest.mark.slow

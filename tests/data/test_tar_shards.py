@@ -360,3 +360,12 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(DataError, match="sparse members; make it again without `tar --sparse`"):
         members(path)
+
+
+def test_members_that_systems_add_are_passed_over(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "train.tar", {"a": 0, "b": 1})
+    with tarfile.open(shard, "a") as tar:
+        for name in ("__MACOSX/a.jpg", "photos/@eaDir/b.jpg/SYNOPHOTO_THUMB_M.jpg", ".trash/c.jpg"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    assert len(TarShards.index([shard])) == 2
+    assert len(TarShards.unlabelled([shard], tmp_path)) == 2

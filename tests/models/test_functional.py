@@ -160,6 +160,13 @@ def test_the_dense_pool_fills_in_between_the_strided_outputs(size, dilation):
     assert relative(dense[..., :: 2 * dilation, :: 2 * dilation], strided) < FLOAT64
 
 
+@each("dilation", [1, 2, 4])
+def test_the_pool_of_neighbours_counts_zeros_behind_the_border(dilation):
+    x = torch.arange(6.0).reshape(1, 1, 2, 3)
+    expected = torch.tensor([[8.0, 12.0, 7.0], [7.0, 9.0, 5.0]]) / 4
+    assert torch.equal(nf.shortcut_pool(x, stride=1, dilation=dilation, neighbours=True)[0, 0], expected)
+
+
 @each("height", SIZES)
 @each("width", [1, 4, 7])
 def test_max_pool_is_same_padded(height, width):

@@ -1,4 +1,4 @@
-"""Write timm_golden.npz and timm_golden.json: what timm's normalizer-free networks compute on reproducible weights.
+"""Write timm_golden.npz, timm_golden.json and timm_output_strides.npz: what timm computes on reproducible weights.
 
 Run by hand, in an environment where timm (1.0.31 made the stored files) imports, from any directory:
 
@@ -15,6 +15,9 @@ timm_golden.json
         state_sha256 is `state_digest` of the state_dict shapes with 10 classes, and rounding (only where logits are
         stored) is, per "{H}x{W}", the largest |float32 logit - float64 logit| over the largest |float64 logit|.
     "state_shapes": {arch: {state_dict key: shape}} in state_dict order, 10 classes, for the architectures in LISTED.
+timm_output_strides.npz
+    "{arch}:{output stride}:{H}x{W}:logits" -> (2, 10), and ":map" -> the first CHANNELS channels of the last stage's
+    output for the first image, (CHANNELS, H / output stride, W / output stride), rounded up; both float32.
 """
 
 import gc
@@ -42,6 +45,8 @@ ARCHITECTURES = (
 WITHOUT_LOGITS = {
     f"{prefix}_f{i}" for prefix in ("dm_nfnet", "nfnet") for i in range(2, 8)
 }  # large, and like f0 and f1
+STRIDED = ("nf_resnet26", "nf_regnet_b0", "test_nfnet")
+CHANNELS = 4
 LISTED = ("nf_resnet26", "nf_regnet_b0", "nfnet_l0", "eca_nfnet_l0", "dm_nfnet_f0")
 
 
@@ -84,9 +89,7 @@ def state_digest(shapes):
 
 def logits_and_rounding(arch):
     """Per size, the float32 logits and their relative distance from the same network in float64."""
-    model = timm.create_model(arch, num_classes=CLASSES).eval()
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(torch.from_numpy(reference_value(name, tuple(tensor.shape))))
+    model = reference_model(arch)
     logits = {size: model(image_batch(*size)).numpy() for size in SIZES}
     model.double()
     rounding = {}
@@ -96,9 +99,34 @@ def logits_and_rounding(arch):
     return logits, rounding
 
 
+def reference_model(arch, **options):
+    """The network with the reference weights, in evaluation mode."""
+    model = timm.create_model(arch, num_classes=CLASSES, **options).eval()
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(torch.from_numpy(reference_value(name, tuple(tensor.shape))))
+    return model
+
+
+@torch.inference_mode()
+def write_output_strides():
+    """Write timm_output_strides.npz."""
+    arrays = {}
+    for arch in STRIDED:
+        for stride in (16, 8):
+            model = reference_model(arch, output_stride=stride)
+            maps = []
+            model.stages.register_forward_hook(lambda module, inputs, output, maps=maps: maps.append(output))
+            for height, width in SIZES:
+                key = f"{arch}:{stride}:{height}x{width}"
+                arrays[f"{key}:logits"] = model(image_batch(height, width)).numpy()
+                arrays[f"{key}:map"] = maps.pop()[0, :CHANNELS].numpy()
+    np.savez_compressed(HERE / "timm_output_strides.npz", **arrays)
+
+
 @torch.inference_mode()
 def main():
     torch.set_num_threads(1)
+    write_output_strides()
     arrays = {}
     architectures = {}
     state_shapes = {}

@@ -140,3 +140,36 @@ def timm_architecture(name: str) -> str | None:
 
 TIMM = {arch: name for name in VARIANTS if (arch := timm_architecture(name)) is not None}
 """timm's architecture -> the variant of the zoo."""
+
+
+def deepmind_variant(name: str) -> str:
+    """The zoo's name of a network of deepmind_counts.json, such as "nfnet F0+" or "nf_resnet ResNet50-SE"."""
+    family, size = name.split()
+    return f"{family.replace('_', '-')}-{size.removeprefix('ResNet').lower().replace('+', '-plus')}"
+
+
+DEEPMIND_COUNTS: dict[str, dict[str, Any]] = {
+    deepmind_variant(name): counts
+    for name, counts in json.loads((REFERENCE / "deepmind_counts.json").read_text()).items()
+}
+"""Variant of the zoo -> `parameters`, `arrays` and shapes of the `stem`'s kernels (HWIO) in DeepMind's code."""
+
+
+def plus_shapes() -> dict[str, dict[str, list[int]]]:
+    """The Haiku tree of DeepMind's NFNet-F0+: F0's with wider stages; deepmind_counts.json has its sums.
+
+    Stages have 384, 768, 2048 and 2048 channels instead of 256, 512, 1536 and 1536, the stem half the first, the head
+    twice the last. 3x3 convolutions are half as wide, rounded down to groups of 128: in stage 1 still 128.
+    """
+    wider = {128: 192, 256: 384, 512: 768, 768: 1024, 1536: 2048, 3072: 4096}
+    first = "NFNet/~/nf_block/~/conv"
+    kept = {(first + "0", 3), (first + "1", 3), (first + "1b", 3), (first + "2", 2)}  # the width 128 of stage 1
+
+    def widened(module: str, shape: list[int]) -> list[int]:
+        axes = range(4 - len(shape), 4)  # of a kernel, HWIO; a gain and a bias have its last
+        group = "nf_block" in module and shape[:2] == [3, 3]
+        fixed = {axis for axis in axes if (module, axis) in kept or (group and axis == 2)}
+        return [n if axis in fixed else wider.get(n, n) for axis, n in zip(axes, shape, strict=True)]
+
+    base = json.loads((REFERENCE / "nfnet_F0_1000.shapes.json").read_text())
+    return {m: {name: widened(m, shape) for name, shape in arrays.items()} for m, arrays in base.items()}

@@ -20,7 +20,7 @@ from nfzoo.data.source import open_split
 from nfzoo.evaluate import evaluate
 from nfzoo.train import batches as inputs
 from nfzoo.train import config as recipe
-from nfzoo.train import recipes
+from nfzoo.train import recipes, trainer
 from nfzoo.train import run as train
 from tests.support.pictures import write_images
 
@@ -279,11 +279,98 @@ def test_corrupt_image_is_fatal_and_named(tmp_path: Path, capsys: pytest.Capture
     assert run(tmp_path / "out", *options, data=str(data)) == 2
     error = capsys.readouterr().err
     assert str(broken) in error
+    assert "--max-broken" in error
     assert error.count("\n") == 1
-    left = sorted(path.name for path in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
-    assert left == ([] if part == "train" else ["checkpoints"])  # once the image is mended, the run can go on
+    assert not (tmp_path / "out").exists()  # a held-out image is found before training as well
     broken.write_bytes(whole)
     assert run(tmp_path / "out", *options, "--resume", "true", data=str(data)) == 0
+
+
+def test_a_corrupt_image_met_after_training_costs_no_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    write_images(data / "train", {"cat": 8, "dog": 8})
+    write_images(data / "val", {"cat": 2, "dog": 2})
+    (data / "val" / "dog" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    monkeypatch.setattr(trainer, "CHECKED", 0)  # as where the held-out images are many
+    options = ["--batch_size", "8", "--workers", "0", "--epochs", "1"]
+    assert run(tmp_path / "out", *options, data=str(data)) == 2
+    error = capsys.readouterr().err
+    assert "--max-broken" in error
+    assert "step_00000002 holds the last checkpoint; to go on from it, pass --resume true" in error
+    assert run(tmp_path / "out", *options, "--resume", "true", "--max-broken", "1", data=str(data)) == 0
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert row["broken"] == 1  # in the row of the very epoch
+    assert row["step"] == 2
+
+
+def test_more_epochs_go_on_where_a_run_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["--batch_size", "140"]
+    assert run(tmp_path / "out", *options, "--epochs", "1") == 0
+    assert run(tmp_path / "out", *options, "--epochs", "2", "--resume", "true") == 0
+    assert "to have 1 epochs" in caplog.text
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 10), (2, 20)]
+    assert run(tmp_path / "out", *options, "--epochs", "1", "--resume", "true") == 2
+    assert "pass --epochs 2 or more" in capsys.readouterr().err
+
+
+def test_what_concerns_one_start_is_no_part_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--batch_size", "140", "--epochs", "1"]
+    assert run(tmp_path / "out", *options, "--overwrite", "true", "--resume", "true") == 0
+    written = tmp_path / "out" / "train.yaml"
+    assert not {"overwrite", "resume"} & yaml.safe_load(written.read_text()).keys()
+    assert train.main(["--recipe", str(written)]) == 2  # overwrites nothing
+    assert "holds a model already" in capsys.readouterr().err
+    written.write_text(written.read_text() + "overwrite: true\n")
+    assert train.main(["--recipe", str(written)]) == 2
+    assert "has overwrite: true, which is no part of a recipe" in capsys.readouterr().err
+    started = ["--data", "d", "--output", "o", "--resume", "true"]
+    with pytest.raises(SystemExit):
+        train.main(["--recipe", "nfnet-f0-finetune", *started, "--print-config"])
+    assert "resume" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--accumulation"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"),
+        ("ACCELERATE_USE_FSDP", "true", "--sharding fsdp2"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "does not support"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "does not support"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "--sharding fsdp2"),
+        ("ACCELERATE_DOWNCAST_BF16", "true", "--mixed-precision bf16"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "--optim.clip-norm"),
+    ],
+)
+def test_options_of_accelerates_launcher_are_honoured_or_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert run(tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{name}={value!r}" in error
+    assert remedy in error
+
+
+def test_accelerates_defaults_are_no_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO"),
+        ("ACCELERATE_USE_FSDP", "false"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "none"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert run(tmp_path / "out", "--epochs", "1", "--batch_size", "140") == 0
 
 
 def test_corrupt_images_are_left_out_when_asked(
