@@ -26,7 +26,7 @@ from nfzoo.errors import (
 )
 from nfzoo.nn import NFNet, create
 from nfzoo.optim.agc_sgd import AGCSGD, param_groups
-from nfzoo.optim.clipping import agc, agc_, unitwise_norm, with_agc
+from nfzoo.optim.clipping import agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
 from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ __all__ = [
     "__version__",
     "agc",
     "agc_",
+    "clip_grad_agc_",
     "create",
     "from_pretrained",
     "list_models",

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_unitwise
+from nfzoo.optim.clipping import CLIP, EPS, clip_all, clip_dtensor, count_clipped, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
+from nfzoo.optim.options import OPTIONS, check_options, check_state
+from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
-from nfzoo.runtime.distributed import full_tensor, is_dtensor
+from nfzoo.runtime.distributed import is_dtensor
 from nfzoo.types import Params
 
 MAX_PREPARED = 64  # lists of parameters for which an optimizer keeps what `triton_update` prepares
@@ -77,21 +79,40 @@ class AGCSGD(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._fused: dict[Any, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "gate": self.gate, "clipped_fraction": self.clipped_fraction}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._fused = {}
-        for group in self.param_groups:
-            for name, value in (("ema_decay", None), ("compiled", False), ("steps", 0)):
+        for group in self.param_groups:  # pickled before all options were there
+            for name, value in {**OPTIONS, **self.defaults}.items():
                 group.setdefault(name, value)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of `AGCSGD` or of `torch.optim.SGD`.
+
+        Options that its groups lack stay those of this optimizer's groups; SGD's lack all that concerns AGC and
+        averages.
+
+        Raises:
+            ValueError: for a state of another optimizer, one of SGD with `maximize` or `dampening`, or bad options.
+        """
+        check_state(state_dict)
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):  # otherwise torch refuses it
+            own = [{name: group[name] for name in ("lr", *OPTIONS)} for group in self.param_groups]
+            saved = [{**ours, **theirs} for ours, theirs in zip(own, saved, strict=True)]
+            for group in saved:
+                check_options(group)
+        state = {
+            key: {name: value for name, value in values.items() if value is not None}  # SGD without momentum
+            for key, values in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state, "param_groups": saved})
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        options = {**self.defaults, **param_group}
-        for name in ("lr", "momentum", "weight_decay"):
-            if not 0 <= options[name] < float("inf"):
-                raise ValueError(f"{name} must be a number that is not negative, not {options[name]!r}")
-        if options["ema_decay"] is not None and not 0 <= options["ema_decay"] < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), not {options['ema_decay']!r}; None keeps no average")
-        check_clip(1.0 if options["clip"] is None else options["clip"], options["eps"])
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -186,18 +207,14 @@ class AGCSGD(torch.optim.Optimizer):
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         count, units = None, 0
         if group["clip"] is not None:
-            if is_dtensor(params[0]):  # the norm of a vector is over all of its shards
-                pairs = [
-                    clip_unitwise(g, p, clip=group["clip"], eps=group["eps"])
-                    for g, p in zip(grads, params, strict=True)
-                ]
-                grads = [grad for grad, _ in pairs]
-                count, units = (
-                    torch.stack([full_tensor(mask.sum()) for _, mask in pairs]).sum(),
-                    sum(mask.numel() for _, mask in pairs),
-                )
+            limits = {"clip": group["clip"], "eps": group["eps"]}
+            if is_dtensor(params[0]):
+                pairs = [clip_dtensor(g, p, **limits) for g, p in zip(grads, params, strict=True)]
+                grads, masks = [grad for grad, _ in pairs], [mask for _, mask in pairs]
             else:
-                grads, count, units = clip_all(grads, params, clip=group["clip"], eps=group["eps"])
+                grads, mask = clip_all(grads, params, **limits)
+                masks = [mask]
+            count, units = count_clipped(masks)
         sgd_(
             params,
             grads,
@@ -248,13 +265,13 @@ class AGCSGD(torch.optim.Optimizer):
         masks = []
         for p in params:
             m, average = self.state[p]["momentum_buffer"], self.state[p].get("ema")
-            rows = (None if t is None else t.flatten(1) for t in (p, p.grad, m, average))
+            rows = (None if t is None else t.view(unit_shape(p.shape)) for t in (p, p.grad, m, average))
             masks.append(update(*rows, lr, weight))
             # The compiled function writes without autograd's knowledge.
             torch.autograd.graph.increment_version([t for t in (p, m, average) if t is not None])
         if group["clip"] is None:
             return None, 0
-        return torch.cat([mask.flatten() for mask in masks]).sum(), sum(len(p) for p in params)
+        return torch.cat([mask.flatten() for mask in masks]).sum(), sum(unit_shape(p.shape)[0] for p in params)
 
     def _numbers(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return the learning rate, and the share of the new parameters in the moving average, on the device."""
@@ -295,13 +312,20 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return the papers' groups: no decay of gains, biases and skip gains, no clipping of the classifier's weight.
 
-    Frozen parameters (`requires_grad=False`) are left out. Source: arXiv 2102.06171, sections 4.1 and 5.
+    Zoo models are found inside wrappers and other modules, also several. Parameters outside of them follow the same
+    rule: those of two dimensions or more (kernels, linears) decay, those of one (gains, biases) do not, and all are
+    clipped, since nothing tells a classifier from other linears. Parameters in what replaced a model's own classifier
+    are not clipped if they have two dimensions or more. Frozen parameters (`requires_grad=False`) are left out.
+
+    Raises:
+        ConfigError: if a model is folded for inference.
+        ValueError: for a `FullyShardedDataParallel`; use `fully_shard`.
+
+    Source: arXiv 2102.06171, sections 4.1 and 5.
     """
-    kinds = model.parameter_kinds()  # type: ignore[operator]
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, p in model.named_parameters():
+    for p, kind in kinds_by_parameter(model).items():
         if p.requires_grad:
-            kind = kinds[name]
             groups.setdefault((kind in DECAYED, kind in CLIPPED), []).append(p)
     return [
         {"params": params, "weight_decay": weight_decay if decayed else 0.0, "clip": clip if clipped else None}

@@ -6,13 +6,16 @@ Source: arXiv 2102.06171, section 4.1 and equation 3; `agc` of the code released
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nfzoo.torch_internals import foreach
+from nfzoo.optim.parameters import Excluded, Names, Parameters, find_excluded, select
+from nfzoo.runtime.distributed import full_tensor, is_dtensor
+from nfzoo.torch_internals import foreach as many
 from nfzoo.types import Params
 
 CLIP = 0.01
@@ -21,65 +24,126 @@ CLIP = 0.01
 EPS = 1e-3
 """The papers' floor of the parameter norm in AGC, so that zero-initialised parameters can move."""
 
+FOREACH_DEVICES = ("cpu", "cuda", "xpu")  # devices on which torch's `clip_grad_norm_` computes with many tensors too
+
 GRADIENT_FLOOR = 1e-6  # keeps the division finite, as in the released code
 
 
-def unitwise_norm(x: Tensor) -> Tensor:
-    """Return the L2 norm of each output unit, broadcastable to `x`.
+def unit_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return a parameter's number of output units, and how many numbers each of them has.
 
-    Kernels `(out, in, h, w)` and linears `(out, in)` have one norm for each `out`; a vector or scalar is one unit.
+    Kernels `(out, in / groups, ...)` and linears `(out, in)` have a unit for each `out`. What has at most one dimension
+    of another size than 1 is a vector, and so one unit: gains and biases, but also linears `(out, 1)`, of fan-in 1.
+
+    Source: `unitwise_norm` of the code released with arXiv 2102.06171, and of optax.
     """
+    if sum(size != 1 for size in shape) <= 1:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def unitwise_norm(x: Tensor) -> Tensor:
+    """Return the L2 norm of each output unit, broadcastable to `x`: see `unit_shape`."""
     if x.ndim <= 1:
         return torch.linalg.vector_norm(x)
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    first = 0 if unit_shape(x.shape)[0] == 1 else 1
+    return torch.linalg.vector_norm(x, dim=tuple(range(first, x.ndim)), keepdim=True)
 
 
 def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
     """Clip one gradient; return it and the boolean mask of the units that were clipped: see `agc`."""
-    limit = clip * unitwise_norm(param).clamp(min=eps)
-    norm = unitwise_norm(grad)
-    clipped = norm > limit
-    return torch.where(clipped, grad * (limit / norm.clamp(min=GRADIENT_FLOOR)), grad), clipped
+    factor, clipped = _factor(unitwise_norm(grad), unitwise_norm(param), clip=clip, eps=eps)
+    return grad * factor, clipped
 
 
-class Clipped(NamedTuple):
-    """Result of `clip_all`: the gradients, how many units were clipped (0-dimensional), and of how many."""
+def clip_dtensor(grad: Any, param: Any, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Clip as `clip_unitwise` does; the gradient stays sharded as it is, also if its units lie across processes.
 
-    grads: list[Tensor]
-    clipped: Tensor
-    units: int
+    The product of `DTensor`s would be replicated where `grad` has less rows than there are processes, and nothing could
+    be written back to `grad`.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    factor: Any
+    factor, clipped = _factor(unitwise_norm(grad), unitwise_norm(param), clip=clip, eps=eps)
+    several = unit_shape(grad.shape)[0] != 1
+    rows = [placement if several and placement.is_shard(0) else Replicate() for placement in grad.placements]
+    local = grad.to_local() * factor.redistribute(placements=rows).to_local()
+    stays = {"shape": grad.shape, "stride": grad.stride()}
+    return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False, **stays), clipped
 
 
-def clip_all(grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = EPS) -> Clipped:
+def _factor(grad_norm: Tensor, param_norm: Tensor, *, clip: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the factor of each unit's gradient, 1 where it is not clipped, and the mask of the clipped units."""
+    limit = clip * param_norm.clamp(min=eps)
+    clipped = grad_norm > limit
+    return torch.where(clipped, limit / grad_norm.clamp(min=GRADIENT_FLOOR), 1.0), clipped
+
+
+def clip_all(
+    grads: Sequence[Tensor], params: Sequence[Tensor], *, clip: float, eps: float = EPS, in_place: bool = False
+) -> tuple[list[Tensor], Tensor]:
     """Clip many gradients, at least one, of one device and dtype, in few kernels: see `agc`.
 
-    A kernel or linear costs two norms and a product; all vectors together cost as much as one, and so do the limits of
-    all units. The inputs stay as they are.
+    A kernel or linear costs two norms and a product; all parameters of one unit together cost as much as one, and so do
+    the limits of all units.
+
+    Args:
+        in_place: write to `grads`; otherwise the inputs stay as they are.
+
+    Returns:
+        The gradients, and the boolean mask of the units that were clipped, `(units of all,)`.
     """
-    wide = [i for i, p in enumerate(params) if p.ndim > 1]
-    flat = [i for i, p in enumerate(params) if p.ndim <= 1]
+    units = [unit_shape(p.shape)[0] for p in params]
+    wide = [i for i, count in enumerate(units) if count != 1]
+    flat = [i for i, count in enumerate(units) if count == 1]
 
     def norms(tensors: Sequence[Tensor]) -> Tensor:
         rows = [torch.linalg.vector_norm(tensors[i].flatten(1), dim=1) for i in wide]
-        whole = foreach._foreach_norm([tensors[i] for i in flat]) if flat else ()
+        whole = many._foreach_norm([tensors[i] for i in flat]) if flat else ()
         return torch.cat([*rows, torch.stack(list(whole))] if flat else rows)
 
-    limit = clip * norms(params).clamp_(min=eps)
-    norm = norms(grads)
-    clipped = norm > limit
-    factor = torch.where(clipped, limit / norm.clamp(min=GRADIENT_FLOOR), 1.0)
+    factor, clipped = _factor(norms(grads), norms(params), clip=clip, eps=eps)
     out: list[Tensor] = [*grads]
-    sizes = [params[i].shape[0] for i in wide]
-    parts = factor.split([*sizes, len(flat)])
+    parts = factor.split([*(units[i] for i in wide), len(flat)])
     for i, part in zip(wide, parts, strict=False):
-        out[i] = grads[i] * part.reshape(-1, *[1] * (grads[i].ndim - 1))
+        part = part.reshape(-1, *[1] * (grads[i].ndim - 1))
+        out[i] = grads[i].mul_(part) if in_place else grads[i] * part
     if flat:
         counts = [params[i].numel() for i in flat]
         joined = torch.cat([grads[i].reshape(-1) for i in flat])
         joined = joined * parts[-1][_unit_of_element(tuple(counts), joined.device)]
         for i, piece in zip(flat, joined.split(counts), strict=True):
             out[i] = piece.reshape(grads[i].shape)
-    return Clipped(out, clipped.sum(), len(factor))
+        if in_place:
+            many._foreach_copy_([grads[i] for i in flat], [out[i] for i in flat])
+    return list(grads) if in_place else out, clipped
+
+
+def count_clipped(masks: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Return how many units the masks of clipped units mark (0-dimensional), and how many units there are.
+
+    Masks may be on several devices, of which the first one gets the count, and `DTensor`s, which are counted over all
+    processes at once: all processes have to call this.
+    """
+    counts: dict[Any, list[Tensor]] = {}
+    for mask in masks:
+        count = mask.sum()
+        key = (count.device_mesh, count.placements) if is_dtensor(count) else count.device  # type: ignore[attr-defined]
+        counts.setdefault(key, []).append(count)
+    totals = [_sum(some) for some in counts.values()]
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum(), sum(mask.numel() for mask in masks)
+
+
+def _sum(counts: Sequence[Tensor]) -> Tensor:
+    """Add up numbers of one device, or `DTensor`s of one placement, with one reduction over the processes."""
+    first: Any = counts[0]
+    if not is_dtensor(first):
+        return torch.stack(list(counts)).sum()
+    from torch.distributed.tensor import DTensor
+
+    local = torch.stack([count.to_local() for count in counts]).sum()  # type: ignore[attr-defined]
+    return full_tensor(DTensor.from_local(local, first.device_mesh, first.placements))
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,32 +206,90 @@ def check_clip(clip: float, eps: float) -> None:
 
 
 @torch.no_grad()
+def clip_grad_agc_(
+    parameters: Parameters,
+    clip: float = CLIP,
+    *,
+    eps: float = EPS,
+    exclude: Excluded = (),
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the `.grad` of parameters in place, unit by unit, and return the fraction of units that were clipped.
+
+    Call it between `backward` and the step of any optimizer, in the place of `torch.nn.utils.clip_grad_norm_`. With a
+    `GradScaler`, call `scaler.unscale_(optimizer)` first: AGC compares gradients with weights, so their scale matters.
+    Parameters may be `DTensor`s, such as those of `fully_shard`; then all processes have to call it.
+
+    Args:
+        parameters: a module, a tensor, tensors, or `model.named_parameters()`. Of the zoo models in a module the
+            classifier's weight is left out by itself, also if the module wraps them or holds them as parts. All other
+            parameters of a module are clipped.
+        clip, eps: see `agc`.
+        exclude: parameters not to clip, such as the classifier's weight of another library's model: tensors, modules
+            for all of their parameters, or names, if `parameters` has names.
+        foreach: whether to clip all gradients of one device and dtype in few kernels, for which the vectors among them
+            are copied. By default so on CPUs and GPUs, like `torch.nn.utils.clip_grad_norm_`. `DTensor`s and other
+            subclasses of `Tensor` are always clipped one by one.
+
+    Returns:
+        A 0-dimensional float32 tensor on the first gradient's device, the full count on every process, for which the
+        host does not wait; 0 if there is no gradient.
+
+    Raises:
+        ConfigError: if a zoo model is folded for inference.
+        TypeError: for arguments of other types.
+        ValueError: if `clip` or `eps` is not positive, if what is excluded is not among the parameters, and for a
+            `FullyShardedDataParallel`.
+
+    Source: arXiv 2102.06171, equation 3.
+    """
+    check_clip(clip, eps)
+    masks = _clip_grads_(select(parameters, exclude), clip=clip, eps=eps, foreach=foreach)
+    if not masks:
+        return torch.zeros((), dtype=torch.float32)
+    count, units = count_clipped(masks)
+    return count.to(torch.float32) / max(units, 1)
+
+
+@torch.no_grad()
 def agc_(
-    parameters: nn.Module | Iterable[Tensor],
+    parameters: Parameters,
     *,
     clip: float = CLIP,
     eps: float = EPS,
-    exclude: Iterable[Tensor] = (),
+    exclude: Excluded = (),
 ) -> None:
-    """Clip the `.grad` of parameters in place: call it between `backward` and `optimizer.step`.
-
-    With a `GradScaler`, call `scaler.unscale_(optimizer)` first: AGC compares gradients with weights, so their scale
-    matters.
+    """Clip the `.grad` of parameters in place, as `clip_grad_agc_` does, without counting the clipped units.
 
     Args:
-        parameters: a module, or its parameters. Of an nfzoo model the classifier's weight is left out by itself.
-        clip, eps: see `agc`.
-        exclude: parameters not to clip, such as the classifier's weight of another library's model.
+        parameters, clip, eps, exclude: see `clip_grad_agc_`.
+
+    Raises:
+        ConfigError, TypeError, ValueError: see `clip_grad_agc_`.
     """
     check_clip(clip, eps)
-    excluded = {id(p) for p in exclude}
-    if isinstance(parameters, nn.Module):
-        kinds = getattr(parameters, "parameter_kinds", dict)()
-        named = parameters.named_parameters()
-        parameters = [p for name, p in named if kinds.get(name) != "head"]
-    for p in parameters:
-        if p.grad is not None and id(p) not in excluded:
-            p.grad.copy_(clip_unitwise(p.grad, p, clip=clip, eps=eps)[0])
+    _clip_grads_(select(parameters, exclude), clip=clip, eps=eps)
+
+
+def _clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: bool | None = None) -> list[Tensor]:
+    """Clip gradients in place where there are any; return masks of the units that were clipped."""
+    masks = []
+    lists: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
+    for p in params:
+        if p.grad is None:
+            continue
+        plain = type(p) in (Tensor, nn.Parameter) and type(p.grad) is Tensor
+        if plain and (p.device.type in FOREACH_DEVICES if foreach is None else foreach):
+            lists.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)
+        else:
+            clip_one = clip_dtensor if is_dtensor(p) else clip_unitwise
+            grad, mask = clip_one(p.grad, p, clip=clip, eps=eps)
+            p.grad.copy_(grad)
+            masks.append(mask)
+    for some in lists.values():
+        grads = [p.grad for p in some if p.grad is not None]
+        masks.append(clip_all(grads, some, clip=clip, eps=eps, in_place=True)[1])
+    return masks
 
 
 def with_agc(
@@ -175,7 +297,7 @@ def with_agc(
     *,
     clip: float = CLIP,
     eps: float = EPS,
-    exclude: Iterable[Tensor] = (),
+    exclude: Excluded = (),
 ) -> torch.optim.Optimizer:
     """Put AGC in front of any torch optimizer: `optimizer = with_agc(AdamW(model.parameters()), clip=0.01)`.
 
@@ -184,26 +306,33 @@ def with_agc(
     does not copy or pickle: call this again on a copied optimizer (`load_state_dict` needs nothing).
 
     Args:
-        exclude: parameters not to clip; the papers leave out the classifier's weight alone.
+        exclude: parameters not to clip, as for `clip_grad_agc_`; the papers leave out the classifier's weight alone.
+            Names are known if the optimizer was made of `model.named_parameters()`.
 
     Returns:
         The same optimizer.
+
+    Raises:
+        TypeError, ValueError: see `clip_grad_agc_`.
     """
     check_clip(clip, eps)
-    excluded = {id(p) for p in exclude}
+    names: Names = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
+            names.setdefault(name, set()).add(p)
+    excluded = find_excluded(exclude, [p for group in optimizer.param_groups for p in group["params"]], names)
 
     @torch.no_grad()
     def clip_before_step(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         scale = getattr(opt, "grad_scale", None)  # set by GradScaler for optimizers that unscale by themselves
         for group in opt.param_groups:
+            if scale is not None:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.div_(scale)
             limit = group.get("clip", clip)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if scale is not None:
-                    p.grad.div_(scale)
-                if limit is not None and id(p) not in excluded:
-                    p.grad.copy_(clip_unitwise(p.grad, p, clip=limit, eps=eps)[0])
+            if limit is not None:
+                _clip_grads_([p for p in group["params"] if p not in excluded], clip=limit, eps=eps)
         if scale is not None:
             opt.grad_scale = None  # type: ignore[attr-defined]
 

@@ -19,6 +19,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from nfzoo.optim.clipping import unit_shape
+
 LONGEST = 4096  # numbers of a row that are kept between norm and update; what a program holds of it
 TILE = 2048  # numbers in a tile of several shorter rows
 SHORTEST = 32  # rows are padded to at least so many numbers
@@ -140,11 +142,11 @@ class FusedUpdate:
 
     Args:
         params: float32 tensors of one device, each dense, its rows one after another (contiguous or channels last).
-            A kernel or linear has a unit for each row, a vector is one unit, as in `nfzoo.unitwise_norm`.
+            Rows are the units of `nfzoo.optim.clipping.unit_shape`.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.shapes = [(len(p), p.numel() // len(p)) if p.ndim > 1 else (1, p.numel()) for p in params]
+        self.shapes = [unit_shape(p.shape) for p in params]
         self.device = params[0].device
         self.units = sum(rows for rows, _ in self.shapes)
         self._kept: tuple[list[tuple[int, ...]], Tensor] | None = None

@@ -246,3 +246,22 @@ def test_a_gpu_compiler_takes_it(capability):
     for kernel in json.loads(done.stdout):
         assert kernel["spilled"] == 0, kernel
         assert (kernel["wide_loads"] > 0) == kernel["aligned"], kernel
+
+
+def test_parameters_of_one_unit(monkeypatch):
+    """Linears and kernels of fan-in 1 are vectors to AGC."""
+    seen = count_fused(monkeypatch)
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=g) for shape in ((6, 1), (40, 1, 1, 1), (1, 1, 3), (1, 7), (5,), (5, 2))]
+    lists = [[torch.nn.Parameter(value.to(DEVICE, copy=True)) for value in values] for _ in range(2)]
+    optimizers = [AGCSGD(parameters, lr=0.1, clip=0.5, compiled=i > 0) for i, parameters in enumerate(lists)]
+    for p, q in zip(*lists, strict=True):
+        p.grad = torch.randn(p.shape, generator=g).to(DEVICE)
+        q.grad = p.grad.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert seen == [len(values)]
+    assert FusedUpdate(lists[1]).units == 10  # five of (5, 2), and one of each other
+    assert optimizers[0].clipped_fraction == optimizers[1].clipped_fraction
+    for p, q in zip(*lists, strict=True):
+        assert relative(q, p) < EXACT, p.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -107,10 +108,10 @@ def test_clip_is_a_group_option():
 
 
 def test_clipped_fraction_is_of_units():
-    p = nn.Parameter(torch.ones(4, 1))
+    p = nn.Parameter(torch.ones(4, 2))
     optimizer = AGCSGD([p], lr=0.1)
     assert optimizer.clipped_fraction is None
-    p.grad = torch.tensor([[1.0], [0.0], [1e-3], [1.0]])
+    p.grad = torch.tensor([[1.0], [0.0], [1e-3], [1.0]]).repeat(1, 2)
     optimizer.step()
     assert optimizer.clipped_fraction is not None
     assert optimizer.clipped_fraction.item() == 0.5
@@ -498,3 +499,161 @@ def test_a_gate_of_another_kind_is_refused_before_anything_changes(gate):
     with pytest.raises(ValueError, match="boolean tensor without dimensions"):
         optimizer.step()
     assert torch.equal(p, torch.ones(2, 2))
+
+
+# ---------------------------------------------------------------- copies, pickles, and states of other origin
+
+COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o))])
+
+
+@COPIES
+def test_copies_and_pickles_keep_the_gate_and_the_fraction(copied):
+    parameters = leaves()
+    optimizer = AGCSGD(parameters, lr=0.1, ema_decay=0.9)
+    give_gradients(parameters, 0)
+    optimizer.step()
+    optimizer.gate = torch.tensor(False)
+    twin = copied(optimizer)
+    assert twin.gate is not None
+    assert not twin.gate
+    assert twin.clipped_fraction == optimizer.clipped_fraction
+    copies = [p for group in twin.param_groups for p in group["params"]]
+    give_gradients(copies, 1)
+    before = [p.detach().clone() for p in copies]
+    twin.step()
+    assert same(copies, before)
+    twin.gate = None
+    twin.step()
+    assert not same(copies, before)
+
+
+@COPIES
+def test_copies_without_a_gate_have_none(copied):
+    twin = copied(AGCSGD(leaves(), lr=0.1))
+    assert twin.gate is None
+    assert twin.clipped_fraction is None
+
+
+OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "clip", "eps", "ema_decay", "compiled", "steps")
+
+
+def optimizer_of_groups(parameters, **options: Any) -> AGCSGD:
+    """Two groups, of which the second has options of its own."""
+    defaults = {"lr": 0.3, "momentum": 0.5, "nesterov": False, "weight_decay": 0.01, "clip": 0.5, "eps": 0.1}
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "clip": None, "weight_decay": 0.0, "steps": 7}]
+    return AGCSGD(groups, **{**defaults, "ema_decay": 0.9, **options})
+
+
+@pytest.mark.parametrize("missing", [*[(name,) for name in OPTIONS], OPTIONS, ("clip", "eps", "ema_decay")])
+def test_options_that_a_state_lacks_stay_those_of_the_groups(missing):
+    saved = AGCSGD([{"params": leaves()[:2]}, {"params": leaves()[2:]}], lr=0.1).state_dict()
+    for group in saved["param_groups"]:
+        for name in missing:
+            del group[name]
+    parameters = leaves()
+    optimizer = optimizer_of_groups(parameters)
+    before = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, old, new in zip(optimizer.param_groups, before, saved["param_groups"], strict=True):
+        for name in OPTIONS:
+            assert group[name] == (old[name] if name in missing else new[name]), name
+    assert all(name not in saved["param_groups"][0] for name in missing)  # the caller's own
+    give_gradients(parameters, 0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("missing", OPTIONS[1:])
+def test_a_pickle_that_lacks_an_option_takes_the_default(missing):
+    optimizer = AGCSGD(leaves(), lr=0.1)
+    state = optimizer.__getstate__()
+    del state["defaults"][missing], state["param_groups"][0][missing]
+    old = AGCSGD.__new__(AGCSGD)
+    old.__setstate__(state)
+    assert old.param_groups[0][missing] == AGCSGD(leaves(), lr=0.1).param_groups[0][missing]
+    give_gradients(old.param_groups[0]["params"], 0)
+    old.step()
+
+
+@FORMS
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_it_goes_on_from_torchs_sgd(compiled, momentum):
+    a, b = leaves(), leaves()
+    theirs = torch.optim.SGD(a, lr=0.1, momentum=momentum, nesterov=momentum > 0, weight_decay=0.01)
+    for step in range(2):
+        give_gradients(a, step)
+        theirs.step()
+    mine = AGCSGD(b, lr=99.0, clip=None, ema_decay=0.5, compiled=compiled)
+    mine.load_state_dict(copy.deepcopy(theirs.state_dict()))  # torch does not copy it
+    with torch.no_grad():
+        for p, q in zip(a, b, strict=True):
+            q.copy_(p)
+    for step in range(2, 4):
+        for parameters, optimizer in ((a, theirs), (b, mine)):
+            give_gradients(parameters, step)
+            optimizer.step()
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=FLOAT32, atol=FLOAT32)
+    assert mine.param_groups[0]["steps"] == 2
+    again = AGCSGD(leaves(), lr=1.0)
+    again.load_state_dict(mine.state_dict())
+    assert again.param_groups[0]["ema_decay"] == 0.5
+
+
+def test_momenta_of_none_are_made_anew():
+    """Older versions of torch save them for SGD without momentum."""
+    parameters = leaves()
+    saved = torch.optim.SGD(parameters, lr=0.1).state_dict()
+    saved["state"] = {i: {"momentum_buffer": None} for i in range(len(parameters))}
+    optimizer = AGCSGD(parameters, lr=0.1)
+    optimizer.load_state_dict(saved)
+    give_gradients(parameters, 0)
+    optimizer.step()
+    assert all(isinstance(optimizer.state[p]["momentum_buffer"], torch.Tensor) for p in parameters)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "maximize"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening.*0.5"),
+        (torch.optim.AdamW, "another optimizer"),
+        (torch.optim.Adagrad, "another optimizer"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), "another optimizer"),
+    ],
+    ids=["maximize", "dampening", "adamw", "adagrad", "rmsprop"],
+)
+def test_a_state_that_would_be_ignored_in_part_is_refused(other, match, stepped):
+    parameters = leaves()
+    theirs = other(parameters)
+    give_gradients(parameters, 0)
+    if stepped:
+        theirs.step()
+    optimizer = AGCSGD(parameters, lr=0.1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize(("name", "bad"), [("clip", 0.0), ("eps", -1.0), ("lr", math.nan), ("ema_decay", 1.0)])
+def test_bad_options_of_a_state_are_refused(name, bad):
+    saved = AGCSGD(leaves(), lr=0.1).state_dict()
+    saved["param_groups"][0][name] = bad
+    with pytest.raises(ValueError, match=name):
+        AGCSGD(leaves(), lr=0.1).load_state_dict(saved)
+
+
+def test_a_state_of_other_groups_is_refused_by_torch():
+    saved = AGCSGD([{"params": leaves()[:1]}, {"params": leaves()[1:]}], lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="parameter groups"):
+        AGCSGD(leaves(), lr=0.1).load_state_dict(saved)
+
+
+def test_named_parameters_keep_their_names():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = AGCSGD(model.named_parameters(), lr=0.1)
+    twin = AGCSGD(copy.deepcopy(model).named_parameters(), lr=0.2)
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.param_groups[0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert twin.param_groups[0]["lr"] == 0.1

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._C._distributed_c10d import FileStore, HashStore
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.multiprocessing.spawn import spawn
 
 import nfzoo
-from nfzoo import NFNet, agc, agc_, unitwise_norm, with_agc
-from nfzoo.optim.clipping import GRADIENT_FLOOR, clip_unitwise, clipped_fraction
+from nfzoo import AGCSGD, NFNet, agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
+from nfzoo.optim.clipping import GRADIENT_FLOOR, clip_all, clip_unitwise, clipped_fraction, unit_shape
 from nfzoo.optim.sgd import CLIPPED
+from nfzoo.runtime.distributed import full_tensor
 from tests.support.helpers import SMALL, assert_same, generator, images, random_params
 
 FLOAT64 = 1e-12
@@ -129,8 +141,8 @@ def test_where_chooses():
 
 
 def test_clipped_fraction_counts_units():
-    params = {"a": torch.ones(4, 1), "b": torch.ones(3)}
-    grads = {"a": torch.tensor([[1.0], [1.0], [0.001], [1.0]]), "b": torch.zeros(3)}
+    params = {"a": torch.ones(4, 2), "b": torch.ones(3)}
+    grads = {"a": torch.tensor([[1.0], [1.0], [0.001], [1.0]]).expand(4, 2), "b": torch.zeros(3)}
     assert clipped_fraction(grads, params).item() == pytest.approx(3 / 5)
     assert clipped_fraction(grads, params, where=lambda n: n == "b").item() == 0
     assert clipped_fraction(grads, params, where=lambda n: False).item() == 0
@@ -294,7 +306,307 @@ def test_a_simulated_grad_scale_is_undone_once():
 
 
 def test_clip_unitwise_says_what_it_clipped():
-    clipped, mask = clip_unitwise(torch.tensor([[1.0], [1e-4]]), torch.ones(2, 1), clip=0.01)
+    clipped, mask = clip_unitwise(torch.tensor([[1.0, 0.0], [1e-4, 0.0]]), torch.full((2, 2), 0.5**0.5), clip=0.01)
     assert mask.flatten().tolist() == [True, False]
-    torch.testing.assert_close(clipped.flatten(), torch.tensor([0.01, 1e-4]))
+    torch.testing.assert_close(clipped[:, 0], torch.tensor([0.01, 1e-4]))
     assert nfzoo.agc is agc  # the function, though a module has the name too
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- other people's numbers
+
+GOLDEN = np.load(Path(__file__).parents[1] / "reference" / "agc_golden.npz")
+CASES = sorted({name.partition(":")[2] for name in GOLDEN if name.startswith("param:")})
+LIMITS = [(0.01, 1e-3), (0.1, 1e-3), (0.01, 0.5)]
+
+
+def golden(kind: str) -> list[torch.Tensor]:
+    return [torch.from_numpy(GOLDEN[f"{kind}:{case}"]) for case in CASES]
+
+
+def golden_clipped(clip: float, eps: float) -> list[torch.Tensor]:
+    return [torch.from_numpy(GOLDEN[f"clipped:{case}:{clip}:{eps}"]) for case in CASES]
+
+
+def golden_parameters() -> list[nn.Parameter]:
+    parameters = [nn.Parameter(p) for p in golden("param")]
+    for p, grad in zip(parameters, golden("grad"), strict=True):
+        p.grad = grad
+    return parameters
+
+
+def by_agc(clip: float, eps: float) -> list[torch.Tensor]:
+    grads, params = (dict(zip(CASES, golden(kind), strict=True)) for kind in ("grad", "param"))
+    return list(agc(grads, params, clip=clip, eps=eps).values())
+
+
+def by_agc_(clip: float, eps: float) -> list[torch.Tensor]:
+    parameters = golden_parameters()
+    agc_(parameters, clip=clip, eps=eps)
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def by_clip_grad_agc_(clip: float, eps: float, foreach: bool | None = None) -> list[torch.Tensor]:
+    parameters = golden_parameters()
+    clip_grad_agc_(parameters, clip, eps=eps, foreach=foreach)
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def by_foreach(clip: float, eps: float) -> list[torch.Tensor]:
+    return by_clip_grad_agc_(clip, eps, foreach=True)
+
+
+def one_by_one(clip: float, eps: float) -> list[torch.Tensor]:
+    return by_clip_grad_agc_(clip, eps, foreach=False)
+
+
+def by_dtensors(clip: float, eps: float) -> list[torch.Tensor]:
+    with one_process() as mesh:
+        parameters = []
+        for p, grad in zip(golden("param"), golden("grad"), strict=True):
+            placement = [Shard(0) if p.ndim else Replicate()]
+            parameters.append(nn.Parameter(distribute_tensor(p, mesh, placement)))
+            parameters[-1].grad = distribute_tensor(grad, mesh, placement)
+        clip_grad_agc_(parameters, clip, eps=eps)
+        return [full_tensor(p.grad) for p in parameters if p.grad is not None]
+
+
+def by_clip_all(clip: float, eps: float) -> list[torch.Tensor]:
+    return clip_all(golden("grad"), golden("param"), clip=clip, eps=eps)[0]
+
+
+def by_step(optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """How far a step of plain SGD from zero momentum goes."""
+    parameters = golden_parameters()
+    optimizer_of(parameters).step()
+    return [p - q.detach() for p, q in zip(golden("param"), parameters, strict=True)]
+
+
+def by_with_agc(clip: float, eps: float) -> list[torch.Tensor]:
+    return by_step(lambda p: with_agc(torch.optim.SGD(p, lr=1.0), clip=clip, eps=eps))
+
+
+def by_agcsgd(clip: float, eps: float, compiled: bool = False) -> list[torch.Tensor]:
+    return by_step(lambda p: AGCSGD(p, 1.0, momentum=0.0, nesterov=False, clip=clip, eps=eps, compiled=compiled))
+
+
+def by_compiled_agcsgd(clip: float, eps: float) -> list[torch.Tensor]:
+    return by_agcsgd(clip, eps, compiled=True)
+
+
+WAYS = [by_agc, by_agc_, by_clip_grad_agc_, by_foreach, one_by_one, by_dtensors, by_clip_all, by_with_agc, by_agcsgd]
+WAYS.append(pytest.param(by_compiled_agcsgd, marks=pytest.mark.slow))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("clip", "eps"), LIMITS)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_numbers_of_optax_and_deepmind(way, clip, eps):
+    stepped = way in (by_with_agc, by_agcsgd, by_compiled_agcsgd)  # the difference of parameters of order one
+    for case, found, expected in zip(CASES, way(clip, eps), golden_clipped(clip, eps), strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(
+            found, expected, rtol=FLOAT32, atol=FLOAT32 if stepped else 0, msg=lambda text, case=case: f"{case}: {text}"
+        )
+
+
+def test_units_are_counted_as_they_are_clipped():
+    sizes = {(6, 4, 3, 3): (6, 36), (6, 1, 3, 3): (6, 9), (1, 4, 3, 3): (1, 36), (5, 7): (5, 7), (8,): (1, 8)}
+    vectors = {(6, 1): (1, 6), (7, 1, 1, 1): (1, 7), (1, 7): (1, 7), (1, 1): (1, 1), (): (1, 1), (1, 1, 3): (1, 3)}
+    for shape, expected in (sizes | vectors | {(0, 3): (0, 3), (0,): (1, 0), (3, 0): (3, 0)}).items():
+        assert unit_shape(shape) == expected, shape
+        x = torch.ones(shape)
+        assert unitwise_norm(x).numel() == expected[0], shape
+        assert clip_all([x], [x], clip=0.01)[1].numel() == expected[0]
+
+
+# ---------------------------------------------------------------- in the form of torch's clip_grad_norm_
+
+FOREACH = pytest.mark.parametrize("foreach", [None, False, True])
+
+
+def by_hand(parameters: list[nn.Parameter], clip: float = 0.01) -> tuple[list[torch.Tensor], float]:
+    """The clipped gradients and the fraction of units that were clipped, by the pure functions."""
+    named = {str(i): p.detach() for i, p in enumerate(parameters)}
+    grads = {str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None}
+    return list(agc(grads, named, clip=clip).values()), clipped_fraction(grads, named, clip=clip).item()
+
+
+@FOREACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_clips_in_place_and_returns_the_fraction_of_clipped_units(foreach, dtype):
+    parameters = [nn.Parameter(p.to(dtype)) for p in leaves()]
+    for p in parameters:
+        ratio = torch.linspace(0.02, 0.001, unit_shape(p.shape)[0], dtype=dtype)  # of gradient to parameter
+        p.grad = p.detach() * ratio.view(-1, *[1] * (p.ndim - 1)) if len(ratio) > 1 else p.detach() * 0.02
+    expected, fraction = by_hand(parameters)
+    storage = [p.grad for p in parameters]
+    found = clip_grad_agc_(parameters, foreach=foreach)
+    assert (found.dtype, found.ndim) == (torch.float32, 0)
+    assert found.item() == pytest.approx(fraction)
+    assert 0 < fraction < 1
+    for p, grad, same in zip(parameters, expected, storage, strict=True):
+        assert p.grad is same
+        torch.testing.assert_close(p.grad, grad, rtol=FLOAT32, atol=0)
+    assert clip_grad_agc_(parameters, 0.0101, foreach=foreach) == 0
+
+
+@FOREACH
+@pytest.mark.parametrize("name", ["sgd", "sgd-foreach", "adamw", "adamw-fused"])
+def test_it_serves_any_optimizer(name, foreach):
+    a, b = leaves(), leaves()
+    first, second = OPTIMIZERS[name](a), OPTIMIZERS[name](b)
+    for step in range(3):
+        give_gradients(a, step)
+        give_gradients(b, step)
+        clip_grad_agc_(a, 0.1, foreach=foreach)
+        first.step()
+        for p, grad in zip(b, by_hand(b, 0.1)[0], strict=True):
+            p.grad = grad
+        second.step()
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=FLOAT32, atol=FLOAT32)
+
+
+@FOREACH
+def test_dtypes_and_layouts_may_be_mixed(foreach):
+    parameters = [nn.Parameter(p.to(dtype)) for p in leaves() for dtype in (torch.float32, torch.float64)]
+    parameters.append(nn.Parameter(torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last)))
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    expected, fraction = by_hand(parameters)
+    assert clip_grad_agc_(parameters, foreach=foreach).item() == pytest.approx(fraction)
+    for p, grad in zip(parameters, expected, strict=True):
+        assert p.grad is not None
+        assert p.grad.dtype == p.dtype
+        torch.testing.assert_close(p.grad, grad, rtol=FLOAT32, atol=0)
+
+
+@FOREACH
+@pytest.mark.parametrize(
+    "parameters", [[], [nn.Parameter(torch.ones(2, 2))], nn.ReLU()], ids=["none", "list", "module"]
+)
+def test_without_gradients_nothing_is_clipped(parameters, foreach):
+    found = clip_grad_agc_(parameters, foreach=foreach)
+    assert (found.item(), found.dtype, found.ndim) == (0, torch.float32, 0)
+
+
+@FOREACH
+def test_units_without_numbers_are_no_trouble(foreach):
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((0, 3), (0,), (3, 0))]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    assert clip_grad_agc_(parameters[:1], foreach=foreach) == 0
+    assert clip_grad_agc_(parameters, foreach=foreach) == 0
+
+
+@pytest.mark.parametrize("bad", [{"clip": 0}, {"clip": math.nan}, {"eps": 0.0}])
+def test_bad_limits_are_refused_here_too(bad):
+    with pytest.raises(ValueError, match="must be positive"):
+        clip_grad_agc_(leaves(), **bad)
+
+
+@FOREACH
+def test_the_classifier_and_exceptions_are_left_out_of_the_fraction(foreach):
+    shell: Any = shell_with_gradients()
+    for p in shell.parameters():
+        p.grad = torch.full_like(p, 1e3)
+    shell.head.weight.grad.zero_()  # would not be clipped
+    shell.stem.conv0.weight.grad.zero_()
+    assert clip_grad_agc_(shell, exclude="stem.conv0.weight", foreach=foreach) == 1
+
+
+def test_it_takes_the_place_of_torchs_in_a_step_of_adamw():
+    """The README's lines, with a scaler."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    twin = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, twin)]
+    scaler.scale(model(torch.ones(2, 3)).square().sum()).backward()
+    scaler.unscale_(optimizers[0])
+    fraction = clip_grad_agc_(model, 0.01, exclude="2.weight")
+    scaler.step(optimizers[0])
+    twin(torch.ones(2, 3)).square().sum().backward()
+    agc_(twin, exclude=twin[2].weight)
+    optimizers[1].step()
+    assert 0 < fraction <= 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------- sharded parameters
+
+
+def sharded_pair() -> tuple[nn.Module, nn.Module]:
+    """Linears of many shapes, of fan-in 1 too, and a twin that is to be sharded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 1), nn.Linear(1, 5), nn.Linear(5, 3), nn.LayerNorm(3))
+    return model, copy.deepcopy(model)
+
+
+def clip_sharded(rows: slice) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients and fraction of plain parameters, and of those that are sharded over the processes."""
+    model, twin = sharded_pair()
+    fully_shard(twin)
+    x = torch.linspace(-1, 1, 40).view(8, 5)
+    model(x).square().mean().backward()
+    twin(x[rows]).square().mean().backward()
+    results = []
+    for module in (model, twin):
+        fraction = clip_grad_agc_(module, 0.2)
+        assert type(fraction) is torch.Tensor
+        results.append([*(full_tensor(p.grad) for p in module.parameters() if p.grad is not None), fraction])
+    return results[0], results[1]
+
+
+def test_dtensors_are_clipped_as_plain_tensors_are():
+    with one_process():
+        plain, sharded = clip_sharded(slice(None))
+    assert 0 < plain[-1] < 1
+    for a, b in zip(plain, sharded, strict=True):
+        torch.testing.assert_close(a, b, rtol=FLOAT32, atol=1e-8)
+
+
+def clip_along(dimension: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Results for plain parameters and for those sharded along a dimension, by `clip_grad_agc_` and by `AGCSGD`."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    g = generator()
+    shapes = ((1, 6), (5, 1), (3, 4), (1, 1, 5), (1, 2, 3, 3), (7, 2, 3, 3))
+    values = [torch.randn(shape, generator=g) for shape in shapes]
+    grads = [0.02 * torch.randn(value.shape, generator=g) for value in values]
+    results = []
+    for split in (lambda x: x, lambda x: distribute_tensor(x, mesh, [Shard(dimension)])):
+        parameters = [nn.Parameter(split(value.clone())) for value in values]
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = split(grad.clone())
+        optimizer = AGCSGD(parameters, 0.1)
+        optimizer.step()
+        fraction = clip_grad_agc_(parameters, 0.02)
+        tensors = [x for p in parameters for x in (p.detach(), p.grad) if x is not None]
+        results.append([*map(full_tensor, tensors), fraction, optimizer.clipped_fraction])
+    return results[0], results[1]
+
+
+def _sharded_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    results = [clip_sharded(slice(4 * rank, 4 * rank + 4)), clip_along(0), clip_along(1)]
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_clip_what_one_does(tmp_path):
+    """Parameters with less rows than there are processes, and units that lie across processes, are among them."""
+    spawn(_sharded_rank, (str(tmp_path),), nprocs=2)
+    for rank in range(2):  # each has the full count
+        for plain, sharded in torch.load(tmp_path / f"{rank}.pt"):
+            for a, b in zip(plain, sharded, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
