@@ -112,7 +112,12 @@ def from_arrays(
 
 
 def to_haiku(cfg: ModelConfig, params: Mapping[str, torch.Tensor]) -> dict[str, dict[str, NDArray]]:
-    """Return the Haiku tree of a model's parameters: `from_haiku` inverted exactly; bfloat16 becomes float32."""
+    """Return the Haiku tree of a model's parameters: `from_haiku` inverted exactly; bfloat16 becomes float32.
+
+    Raises:
+        ConfigError: for a model without classifier, which DeepMind's code does not have.
+    """
+    cfg.check_classifier()
     tree: dict[str, dict[str, NDArray]] = {}
     for key, (module, name) in haiku_names(cfg).items():
         tree.setdefault(module, {})[name] = haiku_array(key, params[key])

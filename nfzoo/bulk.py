@@ -109,6 +109,8 @@ def predict_all(
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
     if dtype not in DTYPES:
         raise ConfigError(f"embeddings have the dtype {' or '.join(DTYPES)}, not {dtype!r}")
+    if not embeddings:
+        model.config.check_classifier()
     if not embeddings and dtype != "float32":
         raise ConfigError(f"the dtype {dtype} applies to embeddings only; ask for embeddings, or leave it out")
     kind = "embeddings" if embeddings else "top-k"

@@ -105,7 +105,7 @@ class ModelConfig:
         widths: output channels of each stage (NF-RegNet: before its width factor).
         activation: one of `Activation`.
         rules: a key of `RULES`.
-        num_classes: outputs of the classifier.
+        num_classes: outputs of the classifier; 0 leaves it out, and the network's output is the pooled features.
         in_channels: channels of the input image.
         output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead. Under DeepMind's
             rules every second or fourth pixel of the maps is the strided network's; timm's shortcuts differ there.
@@ -134,10 +134,10 @@ class ModelConfig:
         _integers(self, "widths", 4, MAX_SIZE)
         _one_of("activation", self.activation, get_args(Activation))
         _one_of("rules", self.rules, RULES)
-        for name in ("num_classes", "in_channels"):
+        for name, least in (("num_classes", 0), ("in_channels", 1)):
             value = getattr(self, name)
-            if not is_int(value, 1, MAX_SIZE):
-                raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
+            if not is_int(value, least, MAX_SIZE):
+                raise ConfigError(f"{name} must be an integer from {least} to {MAX_SIZE}, not {value!r}")
         if not is_int(self.output_stride, 8) or self.output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride must be 8, 16 or 32, not {self.output_stride!r}")
         for name in ("drop_rate", "stochastic_depth"):
@@ -165,6 +165,14 @@ class ModelConfig:
             if not fields.get(name):
                 fields.pop(name, None)
         return {"family": self.family, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+    def check_classifier(self) -> None:
+        """Raise a `ConfigError` if the network has no classifier; call it before images are labelled."""
+        if not self.num_classes:
+            raise ConfigError(
+                "the model has no classifier (num_classes 0), so it labels no images: embed them, or give it one with "
+                "reset_classifier"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,6 +186,7 @@ def evaluate(
     """
     from nfzoo import __version__
 
+    model.config.check_classifier()
     # The images, with labels of this model.
     state = processes(cpu=str(device) == "cpu")
     target = share_of(state, device)

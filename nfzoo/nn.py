@@ -5,6 +5,7 @@ It is longer than other modules, as all methods of `NFNet` are public and each s
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -49,7 +50,13 @@ class NFNet(nn.Module):
         labels: class names.
         name: name that is saved with the weights.
         generator, device, dtype: as for `nfzoo.model.init`.
+
+    Attributes:
+        head: the classifier. Another module of pooled features may stand in its place; models with a linear layer or an
+            identity there can be saved and folded.
     """
+
+    head: nn.Module
 
     def __init__(
         self,
@@ -104,12 +111,17 @@ class NFNet(nn.Module):
         """Return the blocks in the plan's order, as they are now: `model.head = ...` takes effect."""
         if replaced(self._links):  # `model.stages[0] = ...`
             self._find()
-        return [getattr(owner, leaf) for _, owner, leaf in self._owners]
+        runs = [getattr(owner, leaf) for _, owner, leaf in self._owners]
+        return [run if isinstance(run, BlockModule) else functools.partial(_foreign, run) for run in runs]
 
     @property
     def description(self) -> Description:
-        """The description that is saved beside the weights."""
-        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance)
+        """The description that is saved beside the weights; a linear layer or an identity may stand as `head`."""
+        config, labels = self.config, self.labels
+        if isinstance(self.head, nn.Linear | nn.Identity):
+            config = config.replace(num_classes=getattr(self.head, "out_features", 0))
+            labels = labels if labels is not None and len(labels) == config.num_classes else None
+        return Description(config, self.preprocessing, self.name, labels, self.provenance)
 
     def parameter_kinds(self) -> dict[str, str]:
         """Return the kind of every parameter: `weight`, `gain`, `bias`, `skip_gain`, or `head` (classifier weight)."""
@@ -158,7 +170,7 @@ class NFNet(nn.Module):
         It has its own parameters. It can be saved, loaded, compiled and exported like any other model, but not trained:
         `train()`, noise, another classifier and a second folding raise a `ConfigError`.
         """
-        config, params = fold(self.config, {name: p.detach() for name, p in self.named_parameters()})
+        config, params = fold(self.description.config, {name: p.detach() for name, p in self.named_parameters()})
         return NFNet.from_params(self.description._replace(config=config), params)
 
     def train(self, mode: bool = True) -> Self:
@@ -239,7 +251,7 @@ class NFNet(nn.Module):
         return evaluation_transform(opened, self.preprocessing, size=size)
 
     def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
-        """Replace the classifier by a randomly initialised one for `num_classes`."""
+        """Replace the classifier by a randomly initialised one for `num_classes`; 0 leaves the pooled features."""
         self._check_trainable()
         if labels is not None and len(labels) != num_classes:
             raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
@@ -250,22 +262,34 @@ class NFNet(nn.Module):
         head = self.plan[-1]
         params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
         old = self.head
-        self.head = BlockModule(head, params)
+        self.head = new = BlockModule(head, params)
         if isinstance(old, BlockModule):
-            self.head.checkpointed = old.checkpointed
+            new.checkpointed = old.checkpointed
             if isinstance(old.fn, CompiledBlock):
-                compile_blocks(self.head, old.fn.options)
+                compile_blocks(new, old.fn.options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` into `folder`, atomically."""
         return save_checkpoint(folder, self.description, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> NFNet:
-        """Load a pretrained model in evaluation mode: see `nfzoo.from_pretrained`, which has the same options."""
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Self:
+        """Load a pretrained model in evaluation mode: see `nfzoo.from_pretrained`, which has the same options.
+
+        A subclass is made by its own `__init__`, which takes the arguments of `NFNet`; parameters that it adds keep
+        their initial values.
+        """
         from nfzoo.hub import from_pretrained
 
-        return from_pretrained(source, **options)
+        loaded = from_pretrained(source, **options)
+        if cls is NFNet:
+            return loaded  # pyright: ignore[reportReturnType]
+        config, preprocessing, name, labels, provenance = loaded.description
+        p = next(loaded.parameters())
+        made = cls(config, preprocessing=preprocessing, labels=labels, name=name, device=p.device, dtype=p.dtype)
+        made.provenance = None if provenance is None else dict(provenance)
+        made.load_state_dict(loaded.state_dict(), strict=False, assign=True)
+        return made.eval()
 
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Publish the model with its card as one commit of a Hub repository; return the commit's URL.
@@ -278,6 +302,11 @@ class NFNet(nn.Module):
 
         with tempfile.TemporaryDirectory() as scratch:
             return push(self.save_pretrained(Path(scratch) / "model"), repo_id, **options)
+
+
+def _foreign(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Call a module that stands in the place of a block; it has dropout before it, but no stochastic depth."""
+    return module(x * keep.to(x.dtype) if keep is not None and keep.ndim == 2 else x)
 
 
 def create(
@@ -327,8 +356,8 @@ def load(
 
 def check_num_classes(num_classes: int | None) -> None:
     """Raise a `ConfigError` for an invalid number of classes; call it before anything is read or downloaded."""
-    if num_classes is not None and not is_int(num_classes, 1):
-        raise ConfigError(f"num_classes must be a positive integer, not {num_classes!r}")
+    if num_classes is not None and not is_int(num_classes, 0):
+        raise ConfigError(f"num_classes must be an integer from 0 on, not {num_classes!r}")
 
 
 def assemble(
@@ -346,11 +375,12 @@ def assemble(
     model = NFNet.from_params(description, params)
     if num_classes is not None and num_classes != description.config.num_classes:
         model._check_trainable()
-        logger.warning(
-            "%s has %d classes: its classifier is replaced by a fresh one of %d, which must be trained",
-            source,
-            description.config.num_classes,
-            num_classes,
-        )
+        if num_classes:
+            logger.warning(
+                "%s has %d classes: its classifier is replaced by a fresh one of %d, which must be trained",
+                source,
+                description.config.num_classes,
+                num_classes,
+            )
         model.reset_classifier(num_classes)
     return model.eval()

@@ -43,8 +43,10 @@ def classify(
 
     Raises:
         CheckpointError: if the logits are not finite.
+        ConfigError: for a model without classifier.
     """
     _check_counts(batch_size=batch_size, topk=topk)
+    model.config.check_classifier()
     p = next(model.parameters())
     target = backend(p.device)
     results: list[list[tuple[str, float]]] = []

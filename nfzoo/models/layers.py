@@ -317,17 +317,21 @@ class Pool:
 
 
 def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-    """Map `(N, C)` to logits `(N, classes)` by dropout and a linear layer."""
+    """Map `(N, C)` to logits `(N, classes)` by dropout and a linear layer, or return it after dropout without one."""
     if keep is not None:
         x = x * keep.to(x.dtype)
-    return F.linear(x, p["weight"], p["bias"])
+    return F.linear(x, p["weight"], p["bias"]) if p else x
 
 
 def head_blocks(cfg: ModelConfig, channels: int, init: Init = classifier_normal) -> tuple[Block, Block]:
-    """Return the last two blocks of every plan: `pool` computes the embedding, `head` the logits."""
+    """Return the last two blocks of every plan: `pool` computes the embedding, `head` the logits.
+
+    With no classes the head has no parameters, and its output is the embedding.
+    """
     drop = Drop(cfg.drop_rate, (channels,), 1 / (1 - cfg.drop_rate)) if cfg.drop_rate else None
     specs: Specs = {
         "weight": ParamSpec((cfg.num_classes, channels), init, "head"),
         "bias": ParamSpec((cfg.num_classes,), zeros, "bias"),
     }
+    specs = specs if cfg.num_classes else {}
     return Block("pool", Pool(Layers.of(cfg)), {}), Block("head", classifier, specs, drop=drop)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import nfzoo
-from nfzoo import ConfigError, NFNet, Preprocessing, model
+from nfzoo import CheckpointError, ConfigError, NFNet, Preprocessing, model, param_groups
 from nfzoo.checkpoint.model_folder import Description
+from nfzoo.predict import classify
 from tests.support.helpers import FAMILIES, SMALL, assert_same, generator, images, random_params, relative
 
 FLOAT32 = 1e-5  # a few dozen layers in float32, in another order
@@ -150,7 +153,7 @@ def test_reset_classifier():
     with pytest.raises(ConfigError, match="2 labels for 3"):
         module.reset_classifier(3, labels=["a", "b"])
     with pytest.raises(ConfigError, match="num_classes"):
-        module.reset_classifier(0)
+        module.reset_classifier(-1)
     assert module(x).shape == (2, 3)  # an error leaves the module as it was
 
 
@@ -195,3 +198,63 @@ def test_state_dict_hooks_of_submodules_work():
         p.requires_grad_(False)
     module(images(module.config)).sum().backward()
     assert all((p.grad is None) == k.startswith("stages.1.") for k, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["nfnet", "nf-resnet", "nf-regnet"])
+def test_no_classes_leave_the_pooled_features(name: str, tmp_path: Path) -> None:
+    whole = NFNet(SMALL[name])
+    x = images(whole.config, 2)
+    net = NFNet(SMALL[name].replace(num_classes=0))
+    net.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("head.")})
+    for made in (net.eval(), NFNet.from_pretrained(net.save_pretrained(tmp_path / "model"))):
+        assert torch.equal(made(x), whole.eval().embed(x))
+        assert not [key for key in made.state_dict() if key.startswith("head.")]
+        torch.testing.assert_close(made.for_inference()(x), made(x))
+    whole.reset_classifier(0)
+    assert torch.equal(whole(x), net(x))
+    whole.reset_classifier(4)
+    assert whole(x).shape == (2, 4)
+    assert NFNet.from_pretrained(tmp_path / "model", num_classes=3)(x).shape == (2, 3)
+    with pytest.raises(ConfigError, match="no classifier"):
+        classify(net, list(x))
+
+
+def test_a_linear_layer_or_identity_as_head(tmp_path: Path) -> None:
+    net = NFNet(SMALL["nfnet"].replace(drop_rate=0.5)).eval()
+    x = images(net.config, 2)
+    features = net.embed(x)
+    net.head = torch.nn.Linear(features.shape[1], 3)
+    assert torch.equal(net(x), net.head(features))
+    net.train()
+    noise = {"head": torch.zeros_like(features)}
+    assert torch.equal(net(x, noise), net.head.bias.expand(2, 3))  # dropout is still there
+    loaded = NFNet.from_pretrained(net.save_pretrained(tmp_path / "model"))
+    assert torch.equal(loaded(x), net.eval()(x))
+    torch.testing.assert_close(net.for_inference()(x), net(x))
+    assert len(param_groups(net)) == 3
+    net.head = torch.nn.Identity()
+    assert torch.equal(net(x), features)
+    assert net.description.config.num_classes == 0
+    net.head = torch.nn.Sequential(torch.nn.Linear(features.shape[1], 2))
+    assert net(x).shape == (2, 2)
+    with pytest.raises(CheckpointError, match="head"):
+        net.save_pretrained(tmp_path / "other")
+
+
+def test_a_subclass_loads_as_itself(tmp_path: Path) -> None:
+    class Plain(NFNet):
+        pass
+
+    class More(NFNet):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.more = torch.nn.Linear(2, 2)
+
+    net = NFNet(SMALL["nfnet"], labels=[f"class {i}" for i in range(SMALL["nfnet"].num_classes)], name="mine").eval()
+    x = images(net.config, 2)
+    folder = net.save_pretrained(tmp_path / "model")
+    for kind in (Plain, More):
+        loaded = kind.from_pretrained(folder)
+        assert type(loaded) is kind
+        assert torch.equal(loaded(x), net(x))
+        assert (loaded.labels, loaded.name, loaded.training) == (net.labels, "mine", False)
