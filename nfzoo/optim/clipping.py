@@ -232,8 +232,8 @@ def clip_grad_agc_(
             subclasses of `Tensor` are always clipped one by one.
 
     Returns:
-        A 0-dimensional float32 tensor on the first gradient's device, the full count on every process, for which the
-        host does not wait; 0 if there is no gradient.
+        A 0-dimensional float32 tensor on the first gradient's device, for which the host does not wait; 0 if there is
+        no gradient. Units of `DTensor`s are counted over all processes.
 
     Raises:
         ConfigError: if a zoo model is folded for inference.
