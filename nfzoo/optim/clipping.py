@@ -201,7 +201,7 @@ def clipped_fraction(
 def check_clip(clip: float, eps: float) -> None:
     """Raise a `ValueError` unless both are positive numbers."""
     for name, value in (("clip", clip), ("eps", eps)):
-        if not value > 0:
+        if value is None or isinstance(value, str) or not value > 0:
             raise ValueError(f"{name} must be positive, not {value!r}; to train without clipping, leave AGC out")
 
 
@@ -232,12 +232,12 @@ def clip_grad_agc_(
             subclasses of `Tensor` are always clipped one by one.
 
     Returns:
-        A 0-dimensional float32 tensor on the first gradient's device, the full count on every process, for which the
-        host does not wait; 0 if there is no gradient.
+        A 0-dimensional float32 tensor on the first gradient's device, for which the host does not wait; 0 if there is
+        no gradient. Units of `DTensor`s are counted over all processes.
 
     Raises:
         ConfigError: if a zoo model is folded for inference.
-        TypeError: for arguments of other types.
+        TypeError: for arguments of other types, and for sparse gradients.
         ValueError: if `clip` or `eps` is not positive, if what is excluded is not among the parameters, and for a
             `FullyShardedDataParallel`.
 
@@ -274,21 +274,25 @@ def agc_(
 def _clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: bool | None = None) -> list[Tensor]:
     """Clip gradients in place where there are any; return masks of the units that were clipped."""
     masks = []
-    lists: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
-    for p in params:
-        if p.grad is None:
-            continue
-        plain = type(p) in (Tensor, nn.Parameter) and type(p.grad) is Tensor
+    lists: dict[tuple[torch.device, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    pairs = [(p, p.grad) for p in params if p.grad is not None]
+    for p, grad in pairs:
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"AGC needs dense gradients, but that of a parameter of shape {tuple(p.shape)} is sparse; exclude it"
+            )
+    for p, grad in pairs:
+        plain = type(p) in (Tensor, nn.Parameter) and type(grad) is Tensor
         if plain and (p.device.type in FOREACH_DEVICES if foreach is None else foreach):
-            lists.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)
+            lists.setdefault((p.device, p.dtype, grad.dtype), []).append((p, grad))
         else:
             clip_one = clip_dtensor if is_dtensor(p) else clip_unitwise
-            grad, mask = clip_one(p.grad, p, clip=clip, eps=eps)
-            p.grad.copy_(grad)
+            clipped, mask = clip_one(grad, p, clip=clip, eps=eps)
+            grad.copy_(clipped)
             masks.append(mask)
     for some in lists.values():
-        grads = [p.grad for p in some if p.grad is not None]
-        masks.append(clip_all(grads, some, clip=clip, eps=eps, in_place=True)[1])
+        of, grads = zip(*some, strict=True)
+        masks.append(clip_all(grads, of, clip=clip, eps=eps, in_place=True)[1])
     return masks
 
 

@@ -36,6 +36,8 @@ def kinds_by_parameter(module: nn.Module) -> dict[Tensor, Kind]:
         ConfigError: if a model is folded for inference.
         ValueError: for a `FullyShardedDataParallel`, which flattens its parameters.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"param_groups needs a module, not {_brief(module)}; pass the model itself")
     _check_not_flattened(module)
     kinds: dict[Tensor, Kind] = {}
     for model in module.modules():

@@ -508,7 +508,7 @@ def test_units_without_numbers_are_no_trouble(foreach):
     assert clip_grad_agc_(parameters, foreach=foreach) == 0
 
 
-@pytest.mark.parametrize("bad", [{"clip": 0}, {"clip": math.nan}, {"eps": 0.0}])
+@pytest.mark.parametrize("bad", [{"clip": 0}, {"clip": math.nan}, {"eps": 0.0}, {"clip": None}, {"eps": "0.1"}])
 def test_bad_limits_are_refused_here_too(bad):
     with pytest.raises(ValueError, match="must be positive"):
         clip_grad_agc_(leaves(), **bad)

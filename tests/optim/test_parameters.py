@@ -323,3 +323,21 @@ def test_with_agc_refuses_other_exceptions(exclude: Any) -> None:
     optimizer = torch.optim.SGD(Classifier().named_parameters(), lr=0.0)
     with pytest.raises((ValueError, TypeError), match="exclude"):
         with_agc(optimizer, exclude=exclude)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2).parameters(), torch.ones(2), [nn.Linear(2, 2)]])
+def test_groups_are_of_a_module(model: Any) -> None:
+    with pytest.raises(TypeError, match="needs a module"):
+        param_groups(model)
+
+
+def test_sparse_gradients_are_refused_before_anything_is_clipped() -> None:
+    model = Classifier()
+    model.table = nn.Embedding(5, 3, sparse=True)
+    model.table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"\(5, 3\) is sparse"):
+        agc_(model)
+    parameters = [p for name, p in model.named_parameters() if name != "table.weight"]
+    assert all(p.grad is not None and bool((p.grad == 1e3).all()) for p in parameters)
+    agc_(model, exclude="table.weight")
+    assert all(p.grad is not None and bool((p.grad < 1e3).all()) for p in parameters)
