@@ -23,7 +23,7 @@ BAD_LISTS += [(1, 2, 3, True), None, 4, {}, (1, 2, 3, [4]), (1, 2, 3, None), (1,
 BAD_NAMES: list[Any] = ["", "selu", None, 1, True, ["relu"], {"a": 1}, math.nan]
 
 FIELDS = {
-    "num_classes": BAD_COUNTS,
+    "num_classes": [v for v in BAD_COUNTS if v != 0 or v is False],
     "in_channels": BAD_COUNTS,
     "stem_width": BAD_COUNTS,
     "stem_hidden": ["123", (1, 2), (1, 2, 3, 4), (1, 2, 0), (1, 2, 3.0), (1, 2, True), (), 3, {}, (1, 2, 10**400)],

@@ -60,7 +60,7 @@ def test_another_number_of_classes(hub, files, model, caplog):
     assert "7" in caplog.text
     hub.requests.clear()
     with pytest.raises(nfzoo.ConfigError, match="num_classes"):
-        nfzoo.from_pretrained("org/other", num_classes=0)
+        nfzoo.from_pretrained("org/other", num_classes=-1)
     assert not hub.requests
 
 
