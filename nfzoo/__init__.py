@@ -11,6 +11,7 @@ The functional form is in `nfzoo.model`: `init`, `apply`, `features`, `sample_no
 
 from __future__ import annotations
 
+import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +67,24 @@ __all__ = [
 ]
 
 
-def list_models(*, pretrained: bool = False) -> list[str]:
-    """List the names of the zoo in the order of its table, or only those with public weights."""
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """List the names of the zoo in the order of its table.
+
+    Args:
+        pattern: of names, such as `"nfnet-f*"`; see `fnmatch`.
+        pretrained: list only models with public weights.
+    """
+    names = [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
     if not pretrained:
-        return list(VARIANTS)
+        return names
     from nfzoo.hub.registry import PUBLIC
 
-    return [name for name in VARIANTS if name in PUBLIC]
+    return [name for name in names if name in PUBLIC]
+
+
+def __dir__() -> list[str]:
+    """List the public names alone."""
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -244,6 +244,10 @@ class NFNet(nn.Module):
                 f"the input must be (N, {self.config.in_channels}, H, W), not {tuple(x.shape)}; "
                 "a single image needs x[None]"
             )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"the input must be normalised floating-point numbers, not {x.dtype}; see model.preprocess"
+            )
 
     def preprocess(self, image: str | Path | BinaryIO | Image.Image | np.ndarray, *, size: int | None = None) -> Tensor:
         """Turn one image into the input `(in_channels, size, size)`: see `nfzoo.transforms.preprocess`."""

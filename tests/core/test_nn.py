@@ -258,3 +258,9 @@ def test_a_subclass_loads_as_itself(tmp_path: Path) -> None:
         assert type(loaded) is kind
         assert torch.equal(loaded(x), net(x))
         assert (loaded.labels, loaded.name, loaded.training) == (net.labels, "mine", False)
+
+
+def test_grey_levels_are_refused_with_the_way_out():
+    x = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"not torch.uint8; see model.preprocess"):
+        NFNet(SMALL["nfnet"])(x)

@@ -150,6 +150,9 @@ def keeps_a_stride(name, output_stride):
 
 def test_names_and_rows_agree():
     assert list_models() == list(VARIANTS)
+    assert list_models("nfnet-f0*") == ["nfnet-f0", "nfnet-f0-plus"]
+    assert set(list_models("nfnet-*", pretrained=True)) < set(list_models("nfnet-*"))
+    assert set(dir(nfzoo)) == set(nfzoo.__all__)
     assert all(name == row.name for name, row in VARIANTS.items())
     assert all(variant(name) is VARIANTS[name] for name in VARIANTS)
     assert len({(row.config, row.preprocessing) for row in VARIANTS.values()}) == len(VARIANTS)
