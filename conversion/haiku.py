@@ -31,6 +31,8 @@ def haiku_names(cfg: ModelConfig) -> dict[str, tuple[str, str]]:
     """Return nfzoo key -> (Haiku module, parameter), for every parameter of a model under DeepMind's rules."""
     if cfg.rules != "deepmind":
         raise ConversionError(f"a model under {cfg.rules!r} rules has no Haiku form; only 'deepmind' rules do")
+    if not cfg.num_classes:
+        raise ConversionError("a model without classifier (num_classes 0) has no Haiku form; DeepMind's have one")
     root = f"{_ROOT[cfg.family]}/~/"
     blocks: dict[str, str] = {}
     names = {}
@@ -112,12 +114,7 @@ def from_arrays(
 
 
 def to_haiku(cfg: ModelConfig, params: Mapping[str, torch.Tensor]) -> dict[str, dict[str, NDArray]]:
-    """Return the Haiku tree of a model's parameters: `from_haiku` inverted exactly; bfloat16 becomes float32.
-
-    Raises:
-        ConfigError: for a model without classifier, which DeepMind's code does not have.
-    """
-    cfg.check_classifier()
+    """Return the Haiku tree of a model's parameters: `from_haiku` inverted exactly; bfloat16 becomes float32."""
     tree: dict[str, dict[str, NDArray]] = {}
     for key, (module, name) in haiku_names(cfg).items():
         tree.setdefault(module, {})[name] = haiku_array(key, params[key])

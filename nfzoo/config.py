@@ -108,7 +108,8 @@ class ModelConfig:
         num_classes: outputs of the classifier; 0 leaves it out, and the network's output is the pooled features.
         in_channels: channels of the input image.
         output_stride: 32, 16 or 8; below 32 the last stages keep their resolution and dilate instead. Under DeepMind's
-            rules every second or fourth pixel of the maps is the strided network's; timm's shortcuts differ there.
+            rules every second or fourth pixel of the maps is the strided network's, but for squeeze-excite, which then
+            averages over more pixels; timm's shortcuts differ there.
         alpha: factor of the residual branches.
         drop_rate: dropout on the pooled features, in [0, 1).
         stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.

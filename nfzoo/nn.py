@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from nfzoo import model as functional_model
 from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
 from nfzoo.config import ModelConfig, Preprocessing, is_int
-from nfzoo.errors import ConfigError
+from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import fold
 from nfzoo.models.onednn import PackedBlock
-from nfzoo.runtime.block_module import BlockModule, owners, replaced, submodule
+from nfzoo.runtime.block_module import BlockModule, check_holders, owners, replaced, submodule
 from nfzoo.runtime.compile import CompiledBlock, compile_blocks, compile_options
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.preprocess import evaluation_transform
@@ -52,8 +52,8 @@ class NFNet(nn.Module):
         generator, device, dtype: as for `nfzoo.model.init`.
 
     Attributes:
-        head: the classifier. Another module of pooled features may stand in its place; models with a linear layer or an
-            identity there can be saved and folded.
+        head: the classifier. Another module of pooled features may stand in its place; then `labels` are gone. With an
+            `nn.Linear` with bias or an `nn.Identity` there, `config` follows, and the model can be saved and folded.
     """
 
     head: nn.Module
@@ -103,9 +103,20 @@ class NFNet(nn.Module):
         if self.config.folded:
             self.eval().requires_grad_(False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "head" and not isinstance(value, BlockModule) and "plan" in self.__dict__:
+            self.labels = None
+            if type(value) is nn.Linear and value.bias is not None:
+                self.config = self.config.replace(num_classes=value.out_features)
+            elif type(value) is nn.Identity:
+                self.config = self.config.replace(num_classes=0)
+
     def _find(self) -> None:
         """Find the modules that hold the blocks, once for all calls."""
-        self._owners, self._links = owners(self, [block.name for block in self.plan])
+        names = [block.name for block in self.plan]
+        check_holders(self, names)
+        self._owners, self._links = owners(self, names)
 
     def _blocks(self) -> list[Callable[..., Tensor]]:
         """Return the blocks in the plan's order, as they are now: `model.head = ...` takes effect."""
@@ -116,12 +127,23 @@ class NFNet(nn.Module):
 
     @property
     def description(self) -> Description:
-        """The description that is saved beside the weights; a linear layer or an identity may stand as `head`."""
-        config, labels = self.config, self.labels
-        if isinstance(self.head, nn.Linear | nn.Identity):
-            config = config.replace(num_classes=getattr(self.head, "out_features", 0))
-            labels = labels if labels is not None and len(labels) == config.num_classes else None
-        return Description(config, self.preprocessing, self.name, labels, self.provenance)
+        """The description that is saved beside the weights."""
+        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance)
+
+    def _check_head(self) -> None:
+        """Raise a `ConfigError` if more than `config` tells what the head computes."""
+        if not isinstance(self.head, BlockModule) and type(self.head) not in (nn.Linear, nn.Identity):
+            raise ConfigError(
+                f"a model with a {type(self.head).__name__} as head can be neither saved nor folded: that takes an "
+                "nn.Linear with bias or an nn.Identity; to save any other, use state_dict"
+            )
+
+    def _check_foldable(self) -> None:
+        """Raise a `ConfigError` if a folded model would compute something else."""
+        self._check_head()
+        for name in ("forward", "embed"):
+            if getattr(type(self), name) is not getattr(NFNet, name):
+                raise ConfigError(f"{type(self).__name__} has a {name} of its own, which a folded model would not have")
 
     def parameter_kinds(self) -> dict[str, str]:
         """Return the kind of every parameter: `weight`, `gain`, `bias`, `skip_gain`, or `head` (classifier weight)."""
@@ -170,7 +192,8 @@ class NFNet(nn.Module):
         It has its own parameters. It can be saved, loaded, compiled and exported like any other model, but not trained:
         `train()`, noise, another classifier and a second folding raise a `ConfigError`.
         """
-        config, params = fold(self.description.config, {name: p.detach() for name, p in self.named_parameters()})
+        self._check_foldable()
+        config, params = fold(self.config, {name: p.detach() for name, p in self.named_parameters()})
         return NFNet.from_params(self.description._replace(config=config), params)
 
     def train(self, mode: bool = True) -> Self:
@@ -199,7 +222,8 @@ class NFNet(nn.Module):
 
         The time to compile does not grow with depth. For training on a CPU, one more pair of graphs standardises the
         weights of all blocks. Nothing falls back to eager: a graph break raises. The keys of `state_dict` do not
-        change.
+        change. The residual blocks of a folded model pass pairs to one another, a map and its activation, which hooks
+        on them meet.
 
         Args:
             enabled: `False` returns to eager.
@@ -273,7 +297,12 @@ class NFNet(nn.Module):
                 compile_blocks(new, old.fn.options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `config.json` and `model.safetensors` into `folder`, atomically."""
+        """Write `config.json` and `model.safetensors` into `folder`, atomically.
+
+        Raises:
+            ConfigError: for a head that `config` does not tell of.
+        """
+        self._check_head()
         return save_checkpoint(folder, self.description, self.state_dict())
 
     @classmethod
@@ -292,7 +321,14 @@ class NFNet(nn.Module):
         p = next(loaded.parameters())
         made = cls(config, preprocessing=preprocessing, labels=labels, name=name, device=p.device, dtype=p.dtype)
         made.provenance = None if provenance is None else dict(provenance)
-        made.load_state_dict(loaded.state_dict(), strict=False, assign=True)
+        weights, own = loaded.state_dict(), {key: tuple(value.shape) for key, value in made.state_dict().items()}
+        odd = [key for key, value in weights.items() if own.get(key) != tuple(value.shape)]
+        if odd:
+            raise CheckpointError(
+                f"{len(odd)} tensors of {source} have no place in {cls.__name__}, such as {odd[0]!r}; a subclass keeps "
+                "the parameters of NFNet, and replaces modules after loading"
+            )
+        made.load_state_dict(weights, strict=False, assign=True)
         return made.eval()
 
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:

@@ -28,7 +28,11 @@ UNLABELLED = -1
 """The label of an image without one."""
 
 SYSTEM_FOLDERS = frozenset(
-    ["@eadir", "__macosx", "lost+found", "$recycle.bin", "#recycle", "system volume information", "thumbnails.lrdata"]
+    [
+        *("__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbnails.lrdata"),
+        *("@eadir", "@tmp", "#recycle", "#snapshot", "@sharebin", "@appstore", "@database"),  # Synology
+        *("@recycle", "@recently-snapshot", "@transcode"),  # QNAP
+    ]
 )
 """Folders that systems and programs make, in lower case: thumbnails, trash, file fragments. Hidden ones count too."""
 

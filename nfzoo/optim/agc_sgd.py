@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import CLIP, EPS, clip_all, clip_dtensor, count_clipped, unit_shape
+from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensor, count_clipped, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
 from nfzoo.optim.options import OPTIONS, check_options, check_state
 from nfzoo.optim.parameters import kinds_by_parameter
@@ -319,10 +319,14 @@ def param_groups(
 
     Raises:
         ConfigError: if a model is folded for inference.
-        ValueError: for a `FullyShardedDataParallel`; use `fully_shard`.
+        ValueError: for a `FullyShardedDataParallel`; use `fully_shard`. For a negative decay, or a clip that is not
+            positive.
 
     Source: arXiv 2102.06171, sections 4.1 and 5.
     """
+    if isinstance(weight_decay, str) or not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must be a number that is not negative, not {weight_decay!r}")
+    check_clip(1.0 if clip is None else clip, EPS)
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for p, kind in kinds_by_parameter(model).items():
         if p.requires_grad:

@@ -201,8 +201,9 @@ def clipped_fraction(
 def check_clip(clip: float, eps: float) -> None:
     """Raise a `ValueError` unless both are positive numbers."""
     for name, value in (("clip", clip), ("eps", eps)):
-        if value is None or isinstance(value, str) or not value > 0:
-            raise ValueError(f"{name} must be positive, not {value!r}; to train without clipping, leave AGC out")
+        if not isinstance(value, int | float | Tensor) or isinstance(value, bool) or not value > 0:
+            remedy = "; to train without clipping, leave AGC out" if name == "clip" else ""
+            raise ValueError(f"{name} must be positive, not {value!r}{remedy}")
 
 
 @torch.no_grad()
@@ -305,9 +306,10 @@ def with_agc(
 ) -> torch.optim.Optimizer:
     """Put AGC in front of any torch optimizer: `optimizer = with_agc(AdamW(model.parameters()), clip=0.01)`.
 
-    Every `step` clips the gradients first; gradients that a `GradScaler` left scaled are unscaled before. A parameter
-    group's own `"clip"` replaces `clip`, and `None` there leaves the group alone. The clipping is a hook, which torch
-    does not copy or pickle: call this again on a copied optimizer (`load_state_dict` needs nothing).
+    Every `step` clips the gradients first, also those that a closure computes. Gradients that a `GradScaler` left
+    scaled are unscaled before. A parameter group's own `"clip"` replaces `clip`, and `None` there leaves the group
+    alone. The clipping is a hook, which torch does not copy or pickle: call this again on a copied optimizer
+    (`load_state_dict` needs nothing).
 
     Args:
         exclude: parameters not to clip, as for `clip_grad_agc_`; the papers leave out the classifier's weight alone.
@@ -327,18 +329,32 @@ def with_agc(
     excluded = find_excluded(exclude, [p for group in optimizer.param_groups for p in group["params"]], names)
 
     @torch.no_grad()
-    def clip_before_step(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        scale = getattr(opt, "grad_scale", None)  # set by GradScaler for optimizers that unscale by themselves
-        for group in opt.param_groups:
+    def clip_all_groups() -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler for optimizers that unscale by themselves
+        for group in optimizer.param_groups:
             if scale is not None:
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad.div_(scale)
             limit = group.get("clip", clip)
             if limit is not None:
+                check_clip(limit, eps)
                 _clip_grads_([p for p in group["params"] if p not in excluded], clip=limit, eps=eps)
         if scale is not None:
-            opt.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    def clip_before_step(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer itself
+        if given is None:
+            clip_all_groups()
+            return None
+
+        def closure() -> Any:  # the gradients are there after it
+            loss = given()
+            clip_all_groups()
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure}
 
     optimizer.register_step_pre_hook(clip_before_step)
     return optimizer

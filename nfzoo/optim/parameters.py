@@ -45,7 +45,8 @@ def kinds_by_parameter(module: nn.Module) -> dict[Tensor, Kind]:
         if not hasattr(type(model), "parameter_kinds"):
             continue
         known: dict[str, Kind] = model.parameter_kinds()  # type: ignore[operator]
-        heads = tuple(name.rpartition(".")[0] + "." for name, kind in known.items() if kind == "head")
+        # That of a model without classes has no parameters of its own.
+        heads = ("head.", *(name.rpartition(".")[0] + "." for name, kind in known.items() if kind == "head"))
         for name, p in model.named_parameters(remove_duplicate=False):
             kind = known.get(name)
             if kind is None and name.startswith(heads) and p.ndim > 1:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nfzoo.errors import ConfigError
 from nfzoo.runtime.compile import checkpointed
 from nfzoo.types import Block, BlockFn, Params
 
@@ -71,6 +72,28 @@ def owners(root: nn.Module, names: Sequence[str]) -> tuple[list[tuple[str, nn.Mo
             owner = child
         owners.append((name, owner, leaf))
     return owners, list(links.values())
+
+
+def check_holders(root: nn.Module, blocks: Sequence[str]) -> None:
+    """Raise a `ConfigError` if modules between the root and the named blocks hold anything else, or are no lists.
+
+    The network calls blocks one by one, and not what holds them.
+    """
+    children: dict[str, dict[str, None]] = {}  # holder -> its children, in order
+    for name in blocks:
+        *path, leaf = name.split(".")
+        for i, child in enumerate([*path[1:], leaf] if path else []):
+            children.setdefault(".".join(path[: i + 1]), {})[child] = None
+    for holder, expected in children.items():
+        try:
+            module: nn.Module | None = root.get_submodule(holder)
+        except AttributeError:
+            module = None
+        if type(module) not in (nn.Module, nn.ModuleList) or list(module._modules) != list(expected):  # type: ignore[union-attr]
+            raise ConfigError(
+                f"{holder!r} must hold {', '.join(expected)} and nothing else, since the network calls its blocks one "
+                "by one; put your module in the place of a block"
+            )
 
 
 def replaced(links: Sequence[Link]) -> bool:

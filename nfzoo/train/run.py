@@ -188,6 +188,8 @@ def _check_writable(output: Path, data: str) -> None:
     """Raise a `ConfigError` if the output folder cannot be written or lies among the data."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{str(output)!r} is a file; the output must be a folder")
+    if output.is_symlink() and not output.exists():
+        raise ConfigError(f"the output {str(output)!r} is a link to nothing; remove it, or make the folder it names")
     existing = output.resolve()
     if Path(data).is_dir() and existing.is_relative_to(Path(data).resolve()):
         raise ConfigError(f"the output {str(output)!r} would lie in {data!r}, among the data; choose another output")

@@ -237,7 +237,7 @@ def test_a_linear_layer_or_identity_as_head(tmp_path: Path) -> None:
     assert net.description.config.num_classes == 0
     net.head = torch.nn.Sequential(torch.nn.Linear(features.shape[1], 2))
     assert net(x).shape == (2, 2)
-    with pytest.raises(CheckpointError, match="head"):
+    with pytest.raises(ConfigError, match="head"):
         net.save_pretrained(tmp_path / "other")
 
 
@@ -264,3 +264,49 @@ def test_grey_levels_are_refused_with_the_way_out():
     x = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"not torch.uint8; see model.preprocess"):
         NFNet(SMALL["nfnet"])(x)
+
+
+def test_what_config_does_not_tell_is_neither_saved_nor_folded(tmp_path: Path) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    class Scaled(NFNet):
+        def forward(self, x: torch.Tensor, noise: Any = None) -> torch.Tensor:
+            return 2 * super().forward(x, noise)
+
+    net = NFNet(SMALL["nfnet"], labels=[f"class {i}" for i in range(SMALL["nfnet"].num_classes)]).eval()
+    features = net.embed(images(net.config, 1)).shape[1]
+    for head in (Doubled(features, 3), torch.nn.Linear(features, 3, bias=False), torch.nn.Sequential()):
+        net.head = head
+        assert net.labels is None  # they were the old classifier's
+        for refused in (net.for_inference, lambda: net.save_pretrained(tmp_path / "model")):
+            with pytest.raises((ConfigError, CheckpointError), match="head"):
+                refused()
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ConfigError, match="Scaled has a forward of its own"):
+        Scaled(SMALL["nfnet"]).eval().for_inference()
+
+
+def test_a_subclass_that_moves_parameters_does_not_load_in_part(tmp_path: Path) -> None:
+    class Moved(NFNet):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.classifier, self.head = self.head, torch.nn.Identity()
+
+    folder = NFNet(SMALL["nfnet"]).save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"2 tensors of .* have no place in Moved, such as 'head"):
+        Moved.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["stages.1", "stem", "stages"])
+def test_what_holds_blocks_holds_nothing_else(name: str) -> None:
+    net = NFNet(SMALL["nfnet"]).eval()
+    x = images(net.config, 1)
+    parent, _, leaf = name.rpartition(".")
+    holder = net.get_submodule(parent)
+    old = getattr(holder, leaf)
+    for module in (torch.nn.Sequential(*old.children(), torch.nn.ReLU()), torch.nn.Identity()):
+        setattr(holder, leaf, module)
+        with pytest.raises(ConfigError, match=f"'{name}' must hold"):
+            net(x)

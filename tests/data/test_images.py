@@ -42,7 +42,9 @@ def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
     assert len(ImageFolder.scan(folder)) == 17
 
 
-@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", ".thumbnails"])
+@pytest.mark.parametrize(
+    "name", ["@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", ".thumbnails", "@Recycle", "@tmp"]
+)
 def test_what_systems_put_beside_images_is_no_image_and_no_class(folder: Path, name: str) -> None:
     for parent in (folder, folder / "cat", folder / "cat" / "1.png.d"):
         thumbnails = parent / name / "SYNOPHOTO_THUMB"

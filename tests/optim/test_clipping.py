@@ -610,3 +610,45 @@ def test_two_processes_clip_what_one_does(tmp_path):
         for plain, sharded in torch.load(tmp_path / f"{rank}.pt"):
             for a, b in zip(plain, sharded, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_gradients_that_a_closure_computes_are_clipped(keyword):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = with_agc(torch.optim.SGD([p], lr=1.0), clip=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (100 * p).sum()
+        loss.backward()
+        return loss
+
+    step: Any = optimizer.step
+    loss = step(closure=closure) if keyword else step(closure)
+    assert loss == 400
+    torch.testing.assert_close(p.detach(), torch.full((2, 2), 0.99))
+
+
+@pytest.mark.parametrize("bad", [-1, 0, float("nan"), "0.1", True])
+def test_a_groups_own_clip_is_checked(bad):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = with_agc(torch.optim.SGD([{"params": [p], "clip": bad}], lr=1.0))
+    p.grad = torch.full((2, 2), 100.0)
+    with pytest.raises(ValueError, match="clip must be positive"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"clip": -1}, {"clip": 0}, {"clip": "a"}, {"weight_decay": -1}, {"weight_decay": float("nan")}]
+)
+def test_param_groups_check_their_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        nfzoo.param_groups(nfzoo.create("nfnet-test"), **options)
+
+
+def test_a_classifier_given_to_a_model_without_one_is_a_classifier():
+    model = nfzoo.create("nfnet-test", num_classes=0)
+    model.head = torch.nn.Linear(256, 5)
+    clipped = next(group for group in nfzoo.param_groups(model) if group["clip"] is None)["params"]
+    assert [p.shape for p in clipped] == [(5, 256)]

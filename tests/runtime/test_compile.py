@@ -521,6 +521,7 @@ def _ddp_rank(rank: int, folder: str, checkpointing: bool) -> None:
     assert count.forward_runs == 2 * passes * len(module.plan)
     if rank == 0:
         torch.save({k: p.grad for k, p in module.named_parameters()}, f"{folder}/grads.pt")
+    del wrapped, module  # before the group: the reducer can hang if it goes after it
     torch.distributed.destroy_process_group()
 
 

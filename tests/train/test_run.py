@@ -305,6 +305,12 @@ def test_a_corrupt_image_met_after_training_costs_no_epoch(
     assert row["step"] == 2
 
 
+def test_an_output_that_links_to_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert run(tmp_path / "out") == 2
+    assert "is a link to nothing" in capsys.readouterr().err
+
+
 def test_more_epochs_go_on_where_a_run_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
