@@ -40,7 +40,7 @@ test: $(STAMP)
 	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
 test-long: $(STAMP)
 	$(PYTEST) -m long

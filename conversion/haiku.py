@@ -196,11 +196,11 @@ def _sized(cfg: ModelConfig, shapes: Shapes) -> ModelConfig:
         ("in_channels", "stem_conv0" if cfg.family == "nfnet" else "initial_conv", -2),
     ):
         shape = shapes.get(f"{root}.{layer}.w", ())
-        if len(shape) >= 2:
+        if len(shape) >= 2 and shape[axis]:
             changes[field] = shape[axis]
     try:
         return cfg.replace(**changes)
-    except ConfigError:  # 0, or more than any model has
+    except ConfigError:  # more than any model has
         return cfg
 
 

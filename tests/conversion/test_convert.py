@@ -698,3 +698,9 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, server: type[Server]) -> None:
     path = fetch("dm:F0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch("dm:F0") == path
+
+
+def test_a_model_without_classifier_has_no_haiku_form() -> None:
+    cfg = VARIANTS["nfnet-test"].config.replace(num_classes=0)
+    with pytest.raises(ConversionError, match="without classifier"):
+        to_haiku(cfg, functional.init(cfg))

@@ -87,7 +87,7 @@ def test_torch_counts_the_same_multiply_accumulates(name):
     torch_counts_the_same(name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each("name", VARIANTS)
 def test_torch_counts_the_same_multiply_accumulates_of_all(name):
     torch_counts_the_same(name)

@@ -234,7 +234,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         assert found == pytest.approx(wanted, rel=1e-5)  # an epoch's sums, which two processes share, are added anew
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     options = ["--epochs", "12"]

@@ -487,7 +487,7 @@ def test_default_learning_rate() -> None:
     assert recipe.default_lr(64, pretrained=True) == pytest.approx(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_demo_reads_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main([str(tmp_path / "demo")]) == 0
     last = json.loads((tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()[-1])
