@@ -142,7 +142,7 @@ def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
         looks_local = path.is_absolute() or path.suffix in (".npz", ".pkl", ".pickle", ".dill", *_TORCH)
         return "haiku" if looks_local else "name"  # which says that there is no such file
     folder = path if path.is_dir() else path.parent
-    is_torch = path.is_file() and (path.suffix in _TORCH or is_torch_file(path))
+    is_torch = path.is_file() and (path.suffix in _TORCH or (path.suffix != ".npz" and is_torch_file(path)))
     if path.is_file() and not is_torch:
         return "haiku"
     if path.suffix == ".safetensors" and _describes_itself(path):

@@ -105,7 +105,7 @@ def open_state_dict(path: Path, anchors: Collection[str]) -> Iterator[StateDict]
 
 def _unpickle(path: Path) -> object:
     # Plain values that trainers keep beside the weights: the options of the run, a metric as a scalar of numpy.
-    scalar = np.float64(0).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     try:
