@@ -139,10 +139,12 @@ def test_norms_of_half_precision_are_in_float32(dtype, way):
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad.clone()
     if way == "agc":
-        found = list(agc(dict(enumerate(grads)), dict(enumerate(params)), clip=0.1).values())
+        found = list(
+            agc(dict(zip("abcd", grads, strict=True)), dict(zip("abcd", params, strict=True)), clip=0.1).values()
+        )
     elif way in ("foreach", "one by one"):
         assert clip_grad_agc_(params, 0.1, foreach=way == "foreach") == 1
-        found = [p.grad for p in params]
+        found = [p.grad for p in params if p.grad is not None]
     else:
         sgd = torch.optim.SGD(params, lr=1.0)
         optimizer = with_agc(sgd, clip=0.1) if way == "with_agc" else AGCSGD(params, lr=1.0, momentum=0.0, clip=0.1)
