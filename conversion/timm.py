@@ -289,10 +289,13 @@ def file_sha256(path: Path) -> str:
 
 
 def timm_architecture(cfg: ModelConfig) -> str:
-    """Return timm's name of this network, whatever its classes, input channels and drop rates."""
+    """Return timm's name of this network, whatever its classes, input channels, drop rates and, in timm's, stride."""
+    names = ["num_classes", "in_channels", "drop_rate", "stochastic_depth"]
+    if cfg.rules == "timm":
+        names.append("output_stride")
+    free = {key: getattr(cfg, key) for key in names}
     for arch, name in ARCHITECTURES.items():
         known = VARIANTS[name].config
-        free = {key: getattr(cfg, key) for key in ("num_classes", "in_channels", "drop_rate", "stochastic_depth")}
         if type(known) is type(cfg) and known.replace(**free) == cfg:
             return arch
     raise ConversionError(

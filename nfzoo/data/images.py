@@ -173,8 +173,9 @@ class ImageFolder(Images[Path]):
             if any("\ud800" <= c <= "\udfff" for c in entry):  # not UTF-8, so that config.json cannot hold it
                 raise DataError(f"the class folder {str(folder / entry)!r} has a name that is no text; rename it")
             if folders.setdefault(class_name(entry), entry) != entry:
+                other = folders[class_name(entry)]
                 raise DataError(
-                    f"{str(folder)!r} has two folders {entry!r}, which differ in the encoding of a letter alone; "
+                    f"{str(folder)!r} has folders {other!a} and {entry!a}, which differ in how a letter is encoded; "
                     "merge them"
                 )
         names = tuple(sorted(folders))
