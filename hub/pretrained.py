@@ -40,9 +40,9 @@ def from_pretrained(
 ) -> NFNet:
     """Return a pretrained model in evaluation mode.
 
-    What was downloaded once is loaded from the cache without a question to the network, also when its branch has moved
-    on the Hub since: `force_download=True`, or another `revision`, brings the update. Downloads are checked against
-    the hashes that the Hub states. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere.
+    A model that was downloaded before comes from the cache, without a request to the network. If its branch has moved
+    on the Hub since, `force_download=True` or another `revision` brings the update. Downloads are checked against the
+    hashes that the Hub states. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere.
 
     Args:
         source: a zoo name, a Hub repository id (`org/name`), a checkpoint folder or a `.safetensors` file; repositories
@@ -52,7 +52,7 @@ def from_pretrained(
         revision: branch, tag or commit of the Hub repository; of a zoo name the one in the zoo's table by default.
         cache_dir: where downloads are kept; the Hub's own cache by default.
         token: for private repositories: a token, `True` for the saved one, `False` for none.
-        local_files_only: take the model from the cache or not at all.
+        local_files_only: raise an error rather than download.
         force_download: ask the Hub for the newest commit of the revision, fetch what has changed, check all again.
         device, dtype: of the parameters; as saved, on the CPU, by default.
 
