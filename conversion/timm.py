@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, Description
+from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
     apply_arguments,
@@ -322,10 +322,7 @@ def write_timm(folder: Path, description: Description, params: Mapping[str, Tens
     arch = timm_architecture(description.config)
     state = {key: value.cpu().contiguous() for key, value in to_timm(description.config, params).items()}
     with replaced_folder(folder) as scratch:
-        try:
-            save_file(state, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
+        save_tensors(scratch / WEIGHTS_FILE, state)
         text = json.dumps(timm_config(arch, description), indent=2, ensure_ascii=False) + "\n"
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
     return folder

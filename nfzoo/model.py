@@ -7,7 +7,8 @@ generator or a noise dictionary, never from hidden state.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -221,5 +222,15 @@ def _check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
         if shape != expected.get(key):
             raise ConfigError(
                 f"the parameters are not those of the configuration: {key!r} is "
-                f"{shape or 'missing'} instead of {expected.get(key) or 'absent'}"
+                f"{shape or 'missing'} instead of {expected.get(key) or 'absent'}{reparametrized_hint(params)}"
             )
+
+
+def reparametrized_hint(keys: Iterable[str]) -> str:
+    """Return the remedy if the keys of parameters tell of pruning or another parametrization by torch, else ""."""
+    if not any(re.search(r"\bparametrizations\.|_(orig|mask|g|v|u)$", key) for key in keys):
+        return ""
+    return (
+        "; weights are pruned or parametrized: make that permanent with torch.nn.utils.prune.remove or "
+        "torch.nn.utils.parametrize.remove_parametrizations"
+    )

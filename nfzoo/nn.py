@@ -57,6 +57,7 @@ class NFNet(nn.Module):
     """
 
     head: nn.Module
+    _no_split_modules = (BlockModule.__name__,)  # accelerate and FSDP keep these on one device
 
     def __init__(
         self,

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.weight_files import open_weights, save_tensors
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError
-from nfzoo.model import specs
+from nfzoo.model import reparametrized_hint, specs
 from nfzoo.types import Params
 
 CONFIG_FILE = "config.json"
@@ -100,7 +99,7 @@ def describe(fields: object, source: str | Path) -> Description:
 def read_description(path: Path) -> Description:
     """Read `config.json`, or the metadata of a weight file."""
     if path.suffix == ".safetensors":
-        with _open_weights(path, "cpu") as file:
+        with open_weights(path, "cpu") as file:
             metadata = file.metadata() or {}
         if "nfzoo" not in metadata:
             raise CheckpointError(
@@ -142,15 +141,11 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
         raise CheckpointError(f"{folder} is a file; a checkpoint needs a folder")
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
     text = json.dumps(description.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    tensors = {k: v.detach().cpu().contiguous() for k, v in params.items()}
-    # One key only: safetensors orders several at random, and equal models should be equal files.
+    tensors = {k: v.detach().cpu() for k, v in params.items()}
     metadata = {"nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
     with replaced_folder(folder) as scratch:
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
-        try:
-            save_file(tensors, scratch / WEIGHTS_FILE, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
+        save_tensors(scratch / WEIGHTS_FILE, tensors, metadata)
     return folder
 
 
@@ -177,7 +172,7 @@ def load_checkpoint(
         sibling = path.parent / CONFIG_FILE
         alone = _has_metadata(weights) or not sibling.is_file()
         description = read_description(weights if alone else sibling)
-    with _open_weights(weights, str(device or "cpu")) as file:
+    with open_weights(weights, str(device or "cpu")) as file:
         text = (file.metadata() or {}).get("nfzoo")
         if path.is_dir() and text is not None:
             own = _parse(text, f"the metadata of {weights}")
@@ -214,20 +209,11 @@ def check_params(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source
         key = wrong[0]
         problems.append(f"{len(wrong)} of another shape, such as {key!r}: {shapes[key]} instead of {expected[key]}")
     if problems:
-        raise CheckpointError(f"the tensors of {source} do not fit the configuration: {'; '.join(problems)}")
-
-
-def _open_weights(path: Path, device: str) -> Any:
-    try:
-        return safe_open(path, framework="pt", device=device)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {path}") from error
-    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({error}); fetch or save it again"
-        ) from error
+            f"the tensors of {source} do not fit the configuration: {'; '.join(problems)}{reparametrized_hint(shapes)}"
+        )
 
 
 def _has_metadata(path: Path) -> bool:
-    with _open_weights(path, "cpu") as file:
+    with open_weights(path, "cpu") as file:
         return "nfzoo" in (file.metadata() or {})
