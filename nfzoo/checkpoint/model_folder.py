@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder of `config.json` and `model.safetensors`, written atomically and read strictly.
 
 The weight file repeats the configuration in its metadata. A weight file alone therefore loads, and a folder with files
-of two different saves is refused.
+of two different saves is refused. Folders of shards, as other libraries write them, are read as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.checkpoint.weight_files import open_weights, save_tensors
+from nfzoo.checkpoint.weight_files import open_tensors, open_weights, read_index, save_tensors
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import reparametrized_hint, specs
@@ -23,6 +23,7 @@ from nfzoo.types import Params
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
 FORMAT = 1
 _KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance"}
 
@@ -152,7 +153,7 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
 def load_checkpoint(
     path: str | Path, *, device: torch.device | str | None = None, skip_head: bool = False
 ) -> tuple[Description, Params]:
-    """Read a checkpoint folder or a single weight file.
+    """Read a checkpoint folder, whose weights may be in shards, or a single weight file.
 
     Args:
         skip_head: leave out the classifier's weight and bias (for a new number of classes).
@@ -161,37 +162,48 @@ def load_checkpoint(
         CheckpointError: if a file is missing, damaged or inconsistent, or the tensors are not exactly the model's.
     """
     path = Path(path)
-    weights = path / WEIGHTS_FILE if path.is_dir() else path
+    weights = path
     if path.is_dir():
         description = read_description(path / CONFIG_FILE)
-        if not weights.is_file():
-            raise CheckpointError(f"there is no {WEIGHTS_FILE} in {path}")
+        weights = path / weight_files(path)[0]
     elif weights.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     else:
         sibling = path.parent / CONFIG_FILE
         alone = _has_metadata(weights) or not sibling.is_file()
         description = read_description(weights if alone else sibling)
-    with open_weights(weights, str(device or "cpu")) as file:
-        text = (file.metadata() or {}).get("nfzoo")
-        if path.is_dir() and text is not None:
-            own = _parse(text, f"the metadata of {weights}")
+    with open_tensors(weights, str(device or "cpu")) as tensors:
+        for file_path, file in tensors.files.items() if path.is_dir() else ():
+            text = (file.metadata() or {}).get("nfzoo")
+            own = description if text is None else _parse(text, f"the metadata of {file_path}")
             if own[:2] != description[:2] or own.labels != description.labels:
                 raise CheckpointError(
-                    f"{CONFIG_FILE} and {WEIGHTS_FILE} in {path} describe different models, perhaps after an "
+                    f"{CONFIG_FILE} and {file_path.name} in {path} describe different models, perhaps after an "
                     f"interrupted save or an edit; load {weights} alone and save it anew, or restore the pair"
                 )
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        check_params(description.config, shapes, str(weights))
+        check_params(description.config, tensors.shapes, str(weights))
         params = {}
         for key, (_, kind) in specs(description.config).items():
             if skip_head and (kind == "head" or key == "head.bias"):
                 continue
-            value = file.get_tensor(key)
+            value = tensors.get_tensor(key)
             if not value.is_floating_point():
                 raise CheckpointError(f"{key} in {weights} is {value.dtype}, not floating point")
             params[key] = value
     return description, params
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that hold a folder's weights: `model.safetensors`, or the index and its shards.
+
+    Raises:
+        CheckpointError: if the folder has neither, or the index is unreadable.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return (WEIGHTS_FILE,)
+    if (folder / INDEX_FILE).is_file():
+        return (INDEX_FILE, *sorted(set(read_index(folder / INDEX_FILE).values())))
+    raise CheckpointError(f"there is no {WEIGHTS_FILE} in {folder}, nor {INDEX_FILE}")
 
 
 def check_params(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
