@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nfzoo import model as functional_model
-from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
+from nfzoo.checkpoint.model_folder import LABEL_KEYS, Description, load_checkpoint, save_checkpoint
 from nfzoo.config import ModelConfig, Preprocessing, is_int
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import fold
@@ -83,6 +83,7 @@ class NFNet(nn.Module):
         preprocessing.check_channels(config)
         self.preprocessing = preprocessing
         self.provenance: dict[str, Any] | None = None
+        self.foreign: dict[str, Any] | None = None
         self._register(functional_model.init(config, generator=generator, device=device, dtype=dtype))
 
     @classmethod
@@ -90,10 +91,19 @@ class NFNet(nn.Module):
         """Return a model that holds these parameters, without a copy."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.config, self.preprocessing, self.name, self.labels, provenance = description
-        self.provenance = None if provenance is None else dict(provenance)
+        self.config, self.preprocessing, self.name, self.labels = description[:4]
+        self._set_origin(description)
         self._register(params)
         return self
+
+    def _set_origin(self, description: Description) -> None:
+        self.provenance = None if description.provenance is None else dict(description.provenance)
+        self.foreign = None if description.foreign is None else dict(description.foreign)
+
+    def _set_labels(self, labels: Sequence[str] | None) -> None:
+        """Set the labels of a new classifier, and forget those that other tools wrote."""
+        self.labels = None if labels is None else tuple(labels)
+        self.foreign = {k: v for k, v in (self.foreign or {}).items() if k not in LABEL_KEYS} or None
 
     def _register(self, params: Params) -> None:
         self.plan = functional_model.plan(self.config)
@@ -107,7 +117,7 @@ class NFNet(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "head" and not isinstance(value, BlockModule) and "plan" in self.__dict__:
-            self.labels = None
+            self._set_labels(None)
             if type(value) is nn.Linear and value.bias is not None:
                 self.config = self.config.replace(num_classes=value.out_features)
             elif type(value) is nn.Identity:
@@ -129,7 +139,7 @@ class NFNet(nn.Module):
     @property
     def description(self) -> Description:
         """The description that is saved beside the weights."""
-        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance)
+        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance, self.foreign)
 
     def _check_head(self) -> None:
         """Raise a `ConfigError` if more than `config` tells what the head computes."""
@@ -286,7 +296,7 @@ class NFNet(nn.Module):
             raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
         p = next(self.parameters())
         self.config = self.config.replace(num_classes=num_classes)
-        self.labels = None if labels is None else tuple(labels)
+        self._set_labels(labels)
         self.plan = functional_model.plan(self.config)
         head = self.plan[-1]
         params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
@@ -318,10 +328,10 @@ class NFNet(nn.Module):
         loaded = from_pretrained(source, **options)
         if cls is NFNet:
             return loaded  # pyright: ignore[reportReturnType]
-        config, preprocessing, name, labels, provenance = loaded.description
+        config, preprocessing, name, labels, *_ = loaded.description
         p = next(loaded.parameters())
         made = cls(config, preprocessing=preprocessing, labels=labels, name=name, device=p.device, dtype=p.dtype)
-        made.provenance = None if provenance is None else dict(provenance)
+        made._set_origin(loaded.description)
         weights, own = loaded.state_dict(), {key: tuple(value.shape) for key, value in made.state_dict().items()}
         odd = [key for key, value in weights.items() if own.get(key) != tuple(value.shape)]
         if odd:

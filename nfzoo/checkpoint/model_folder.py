@@ -17,7 +17,7 @@ from torch import Tensor
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.weight_files import open_tensors, open_weights, read_index, save_tensors
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
-from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.errors import CheckpointError, ConfigError, nearest
 from nfzoo.model import reparametrized_hint, specs
 from nfzoo.types import Params
 
@@ -26,6 +26,28 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
 FORMAT = 1
 _KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance"}
+
+LABEL_KEYS = ("id2label", "label2id", "num_labels")
+"""Keys in which transformers repeats the labels."""
+
+FOREIGN_KEYS = frozenset(
+    [
+        *(
+            "architectures",
+            "auto_map",
+            "base_model",
+            "datasets",
+            "dtype",
+            "language",
+            "license",
+            "metrics",
+            "model_type",
+        ),
+        *("pipeline_tag", "problem_type", "tags", "task_specific_params", "torch_dtype", "torchscript"),
+        *("transformers_version", *LABEL_KEYS),
+    ]
+)
+"""Keys that other tools add to `config.json`, besides all that begin with `_`. They are kept, and mean nothing here."""
 
 
 class Description(NamedTuple):
@@ -37,6 +59,7 @@ class Description(NamedTuple):
         name: the zoo's name, if the model has one.
         labels: class names, in the order of the logits.
         provenance: origin of the weights, free-form JSON.
+        foreign: what other tools added, under their keys: see `FOREIGN_KEYS`.
     """
 
     config: ModelConfig
@@ -44,6 +67,7 @@ class Description(NamedTuple):
     name: str | None = None
     labels: tuple[str, ...] | None = None
     provenance: Mapping[str, Any] | None = None
+    foreign: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of `config.json`, ready for JSON."""
@@ -55,6 +79,7 @@ class Description(NamedTuple):
             "preprocessing": self.preprocessing.to_dict(),
             "labels": None if self.labels is None else list(self.labels),
             "provenance": None if self.provenance is None else dict(self.provenance),
+            **(self.foreign or {}),
         }
 
 
@@ -66,9 +91,11 @@ def describe(fields: object, source: str | Path) -> Description:
         raise CheckpointError(
             f"{source} is not an nfzoo configuration: it needs 'library_name' nfzoo and an 'architecture'"
         )
-    unknown = sorted(set(fields) - _KEYS)
+    foreign = {key: value for key, value in fields.items() if key in FOREIGN_KEYS or key.startswith("_")}
+    unknown = sorted(set(fields) - _KEYS - set(foreign))
     if unknown:
-        raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
+        hint = nearest(unknown[0], _KEYS) or f"; known: {', '.join(sorted(_KEYS))}, and those that begin with '_'"
+        raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}{hint}")
     if fields.get("format") != FORMAT:
         raise CheckpointError(f"{source} has format {fields.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
     if "preprocessing" not in fields:
@@ -94,7 +121,7 @@ def describe(fields: object, source: str | Path) -> Description:
         raise CheckpointError(f"{source}: 'name' must be a string, not {name!r}")
     if provenance is not None and not isinstance(provenance, dict):
         raise CheckpointError(f"{source}: 'provenance' must be a JSON object, not {provenance!r}")
-    return Description(config, preprocessing, name, labels, provenance)
+    return Description(config, preprocessing, name, labels, provenance, foreign or None)
 
 
 def read_description(path: Path) -> Description:

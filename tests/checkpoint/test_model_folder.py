@@ -358,6 +358,36 @@ def more_classes(fields: dict[str, Any]) -> None:
     fields["labels"] = None
 
 
+FOREIGN = {
+    "architectures": ["NFNet"],
+    "_commit_hash": None,
+    "_name_or_path": "org/model",
+    "auto_map": {"AutoModel": "modeling.NFNet"},
+    "transformers_version": "5.3.0",
+    "torch_dtype": "float32",
+    "dtype": "float32",
+    "id2label": {"0": "a", "1": "ü"},
+    "_future": [1.5, {"x": True}],
+}
+
+
+def test_what_other_tools_write_into_the_configuration_is_kept(folder, tmp_path):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**FOREIGN, **fields}))
+    module = load(folder)
+    assert module.description.foreign == FOREIGN
+    for twin in (module, module.for_inference(), copy.deepcopy(module), NFNet.from_pretrained(folder)):
+        saved = twin.save_pretrained(tmp_path / "again")
+        written = json.loads((saved / "config.json").read_text())
+        assert {key: written[key] for key in FOREIGN} == FOREIGN
+        assert load(saved / "model.safetensors").description.foreign == FOREIGN  # the file alone
+        assert load(saved).description == twin.description
+    module.reset_classifier(3)
+    assert module.description.foreign == {k: v for k, v in FOREIGN.items() if k != "id2label"}  # of other classes
+    module.reset_classifier(4, labels=list("abcd"))
+    assert module.description.to_dict()["labels"] == list("abcd")
+
+
 BAD_CONFIGS = {
     "list": (lambda f: [f], "must hold a JSON object"),
     "empty list": (lambda f: [], "must hold a JSON object"),
@@ -368,7 +398,10 @@ BAD_CONFIGS = {
     "no format": (lambda f: f.pop("format") and None, "format None"),
     "newer format": (lambda f: f.update(format=2), "format 2.*upgrade nfzoo"),
     "format as text": (lambda f: f.update(format="1"), "format '1'"),
-    "unknown key": (lambda f: f.update(extra=1), "unknown keys extra"),
+    "unknown key": (lambda f: f.update(extra=1), "unknown keys extra; known: architecture, format"),
+    "misspelt key": (lambda f: f.update(lables=f.pop("labels")), "unknown keys lables; did you mean 'labels'"),
+    "misspelt optional key": (lambda f: f.update(provenanse={}), "unknown keys provenanse; did you mean 'provenance'"),
+    "a meaning of its own": (lambda f: f.update(quantization_config={}), "unknown keys quantization_config"),
     "unknown field": (lambda f: f["architecture"].update(dropout=0.1), "no field 'dropout'"),
     "unknown size": (lambda f: f["preprocessing"].update(size=1), "no field 'size'"),
     "missing field": (lambda f: f["architecture"].pop("depths") and None, "needs depths"),
