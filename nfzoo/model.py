@@ -198,7 +198,7 @@ def fold(cfg: ModelConfig, params: Mapping[str, Tensor]) -> tuple[ModelConfig, P
     """
     if cfg.folded:
         raise ConfigError("the model is folded already; use it as it is")
-    _check_params(cfg, params)
+    check_params(cfg, params)
     result: Params = {}
     for block in plan(cfg):
         local = block_params(block, params)
@@ -215,7 +215,8 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
 
 
-def _check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
+def check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
+    """Raise a `ConfigError` unless the parameters are those of the configuration."""
     expected = {key: shape for key, (shape, _) in specs(cfg).items()}
     for key in [*expected, *params]:
         shape = tuple(params[key].shape) if key in params else None

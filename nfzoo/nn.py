@@ -23,6 +23,7 @@ from nfzoo.checkpoint.model_folder import LABEL_KEYS, Description, load_checkpoi
 from nfzoo.config import ModelConfig, Preprocessing, is_int
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import fold
+from nfzoo.models.modules import module_tree, tree_keys
 from nfzoo.models.onednn import PackedBlock
 from nfzoo.runtime.block_module import BlockModule, check_holders, owners, replaced, submodule
 from nfzoo.runtime.compile import CompiledBlock, compile_blocks, compile_options
@@ -154,7 +155,9 @@ class NFNet(nn.Module):
         self._check_head()
         for name in ("forward", "embed"):
             if getattr(type(self), name) is not getattr(NFNet, name):
-                raise ConfigError(f"{type(self).__name__} has a {name} of its own, which a folded model would not have")
+                raise ConfigError(
+                    f"{type(self).__name__} has a {name} of its own, which a folded model or tree of layers would lack"
+                )
 
     def parameter_kinds(self) -> dict[str, str]:
         """Return the kind of every parameter: `weight`, `gain`, `bias`, `skip_gain`, or `head` (classifier weight)."""
@@ -206,6 +209,50 @@ class NFNet(nn.Module):
         self._check_foldable()
         config, params = fold(self.config, {name: p.detach() for name, p in self.named_parameters()})
         return NFNet.from_params(self.description._replace(config=config), params)
+
+    def as_modules(self) -> nn.Sequential:
+        """Return the model as a tree of `torch.nn` layers, for tools that replace, wrap or hook layers.
+
+        It has its own parameters, with the model's values and `requires_grad`, and the model's mode. Of a folded model
+        (`model.for_inference().as_modules()`) it is a plain network of `nn.Conv2d` and `nn.Linear`, which tools may
+        train as well. Of a trained one, a parametrization of each `nn.Conv2d` standardises its weight. Tools that write
+        to the weight itself, as LoRA's merge does, need the folded form. `load_modules` copies the parameters back.
+
+        Raises:
+            ConfigError: for a head that `config` does not tell of, a pruned or parametrized model, and subclasses with
+                another `forward`.
+        """
+        self._check_foldable()
+        own = dict(self.named_parameters())
+        functional_model.check_params(self.config, own)
+        tree = module_tree(functional_model.plan(self.config.replace(folded=False)), folded=self.config.folded)
+        keys = tree_keys(functional_model.plan(self.config))
+        tree.load_state_dict({keys[name]: p.detach().clone() for name, p in own.items()}, assign=True)
+        for name, p in own.items():
+            tree.get_parameter(keys[name]).requires_grad_(p.requires_grad)
+        return tree.train(self.training)
+
+    @torch.no_grad()
+    def load_modules(self, tree: nn.Module) -> Self:
+        """Copy the parameters of a tree that `as_modules` returned into this model, and return the model.
+
+        Raises:
+            ConfigError: if the parameters of the tree are not those of this model's tree.
+        """
+        keys = tree_keys(functional_model.plan(self.config))
+        state, own = tree.state_dict(), dict(self.named_parameters())
+        expected = {keys[name]: tuple(p.shape) for name, p in own.items()}
+        for key in [*expected, *state]:
+            shape = tuple(state[key].shape) if key in state else None
+            if shape != expected.get(key):
+                raise ConfigError(
+                    f"the tree is not one of this model: {key!r} is {shape or 'missing'} instead of "
+                    f"{expected.get(key) or 'absent'}; merge adapters, undo quantization and pruning, and call "
+                    "load_modules of the form (trained or folded) that the tree was made from"
+                )
+        for name, p in own.items():
+            p.copy_(state[keys[name]])
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a folded model has only the latter."""

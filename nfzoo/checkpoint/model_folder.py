@@ -30,23 +30,11 @@ _KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "lab
 LABEL_KEYS = ("id2label", "label2id", "num_labels")
 """Keys in which transformers repeats the labels."""
 
-FOREIGN_KEYS = frozenset(
-    [
-        *(
-            "architectures",
-            "auto_map",
-            "base_model",
-            "datasets",
-            "dtype",
-            "language",
-            "license",
-            "metrics",
-            "model_type",
-        ),
-        *("pipeline_tag", "problem_type", "tags", "task_specific_params", "torch_dtype", "torchscript"),
-        *("transformers_version", *LABEL_KEYS),
-    ]
-)
+FOREIGN_KEYS = {
+    *("architectures", "auto_map", "base_model", "datasets", "dtype", "language", "license", "metrics", "model_type"),
+    *("pipeline_tag", "problem_type", "tags", "task_specific_params", "torch_dtype", "torchscript"),
+    *("transformers_version", *LABEL_KEYS),
+}
 """Keys that other tools add to `config.json`, besides all that begin with `_`. They are kept, and mean nothing here."""
 
 
