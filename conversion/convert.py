@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nfzoo.checkpoint.model_folder import (
     CONFIG_FILE,
+    INDEX_FILE,
     WEIGHTS_FILE,
     Description,
     load_checkpoint,
@@ -150,7 +151,9 @@ def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
     try:
         fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        weights = [folder / name for name in (WEIGHTS_FILE, PICKLED_FILE)]  # without a config.json: another trainer's
+        weights = [
+            folder / name for name in (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE)
+        ]  # without a config.json: another trainer's
         return "timm" if is_torch or any(file.is_file() for file in weights) else "haiku"
     if isinstance(fields, dict) and isinstance(fields.get("architecture"), str):
         return "timm"
@@ -200,6 +203,8 @@ def _check_target(target: Path, to: Form, overwrite: bool) -> None:
     else:
         if target.exists() and not target.is_dir():
             raise ConversionError(f"{target} is a file; --to {to} writes a folder")
-        existing = next((target / n for n in (WEIGHTS_FILE, CONFIG_FILE, PICKLED_FILE) if (target / n).exists()), None)
+        existing = next(
+            (target / n for n in (WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE, PICKLED_FILE) if (target / n).exists()), None
+        )
     if existing is not None and not overwrite:
         raise ConversionError(f"{existing} is there already; --overwrite replaces it")

@@ -11,13 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, Description, check_params
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Description, check_params
 from nfzoo.checkpoint.state_dicts import StateDict, check_dtype, is_torch_file, open_state_dict
+from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
     apply_arguments,
@@ -255,7 +254,7 @@ def _architecture(name: str) -> str:
 
 def _weight_file(path: Path) -> Path:
     if path.is_dir():
-        for name in (WEIGHTS_FILE, PICKLED_FILE):
+        for name in (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE):
             if (path / name).is_file():
                 return path / name
         raise ConversionError(f"there is no {WEIGHTS_FILE} or {PICKLED_FILE} in {path}")
@@ -318,10 +317,7 @@ def write_timm(folder: Path, description: Description, params: Mapping[str, Tens
     arch = timm_architecture(description.config)
     state = {key: value.cpu().contiguous() for key, value in to_timm(description.config, params).items()}
     with replaced_folder(folder) as scratch:
-        try:
-            save_file(state, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
+        save_tensors(scratch / WEIGHTS_FILE, state)
         text = json.dumps(timm_config(arch, description), indent=2, ensure_ascii=False) + "\n"
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
     return folder

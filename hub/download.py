@@ -35,7 +35,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from nfzoo.checkpoint.weight_files import read_index
 from nfzoo.conversion.timm import PICKLED_FILE
 from nfzoo.conversion.timm_config import is_timm
 from nfzoo.errors import CheckpointError
@@ -106,7 +107,7 @@ class Source:
 
     def _fetch(self) -> tuple[Path, str | None]:
         config = self._file(CONFIG_FILE, self.repository.revision)
-        names = [WEIGHTS_FILE]
+        names = [WEIGHTS_FILE]  # the first that is there counts
         try:
             fields = json.loads(config.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -116,8 +117,8 @@ class Source:
         if layout is None or self.repository.layout not in (None, layout):
             expected = "an nfzoo model or one" if self.repository.layout is None else "a model"
             raise CheckpointError(f"{self} does not hold {expected} in timm's layout, says its {CONFIG_FILE}")
-        if layout == "timm" and self.repository.sha256 is None:
-            names.append(PICKLED_FILE)  # as timm wrote it until 2023
+        if self.repository.sha256 is None:
+            names.append(PICKLED_FILE if layout == "timm" else INDEX_FILE)  # timm's files until 2023
         commit = config.parent.name  # both files of one commit, wherever the branch goes meanwhile
         for name in names:
             try:
@@ -127,8 +128,19 @@ class Source:
                 if unreachable or name == names[-1]:
                     raise
             else:
+                if name == INDEX_FILE:
+                    self._fetch_shards(weights, commit)
                 return config.parent, _stated_hash(weights)
         raise AssertionError("the loop returns or raises")
+
+    def _fetch_shards(self, index: Path, commit: str) -> None:
+        for name in sorted(set(read_index(index).values())):
+            try:
+                self._file(name, commit)
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError as error:
+                raise CheckpointError(f"{self} lacks {name}, which its {INDEX_FILE} names") from error
 
     def _file(self, name: str, revision: str) -> Path:
         """Return one file from the cache or the network.

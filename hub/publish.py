@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, weight_files
 from nfzoo.errors import CheckpointError, HubError, NfzooError
 from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.hub.card import model_card
@@ -76,7 +76,7 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
                 raise CheckpointError(f"{folder / EVALUATION_FILE} must hold a JSON object")
         card = model_card(description, repo_id, license=license, evaluation=evaluation, files=extras)
     _check_card(card, folder / CARD_FILE)
-    files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS_FILE, CONFIG_FILE, *extras)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), CONFIG_FILE, *extras)}
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
     return Bundle({**files, CARD_FILE: card.encode()}, card)

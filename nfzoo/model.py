@@ -7,7 +7,8 @@ generator or a noise dictionary, never from hidden state.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -197,7 +198,7 @@ def fold(cfg: ModelConfig, params: Mapping[str, Tensor]) -> tuple[ModelConfig, P
     """
     if cfg.folded:
         raise ConfigError("the model is folded already; use it as it is")
-    _check_params(cfg, params)
+    check_params(cfg, params)
     result: Params = {}
     for block in plan(cfg):
         local = block_params(block, params)
@@ -214,12 +215,23 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
 
 
-def _check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
+def check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
+    """Raise a `ConfigError` unless the parameters are those of the configuration."""
     expected = {key: shape for key, (shape, _) in specs(cfg).items()}
     for key in [*expected, *params]:
         shape = tuple(params[key].shape) if key in params else None
         if shape != expected.get(key):
             raise ConfigError(
                 f"the parameters are not those of the configuration: {key!r} is "
-                f"{shape or 'missing'} instead of {expected.get(key) or 'absent'}"
+                f"{shape or 'missing'} instead of {expected.get(key) or 'absent'}{reparametrized_hint(params)}"
             )
+
+
+def reparametrized_hint(keys: Iterable[str]) -> str:
+    """Return the remedy if the keys of parameters tell of pruning or another parametrization by torch, else ""."""
+    if not any(re.search(r"\bparametrizations\.|_(orig|mask|g|v|u)$", key) for key in keys):
+        return ""
+    return (
+        "; weights are pruned or parametrized: make that permanent with torch.nn.utils.prune.remove or "
+        "torch.nn.utils.parametrize.remove_parametrizations"
+    )

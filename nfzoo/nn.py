@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nfzoo import model as functional_model
-from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
+from nfzoo.checkpoint.model_folder import LABEL_KEYS, Description, load_checkpoint, save_checkpoint
 from nfzoo.config import ModelConfig, Preprocessing, is_int
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import fold
+from nfzoo.models.modules import module_tree, tree_keys
 from nfzoo.models.onednn import PackedBlock
 from nfzoo.runtime.block_module import BlockModule, check_holders, owners, replaced, submodule
 from nfzoo.runtime.compile import CompiledBlock, compile_blocks, compile_options
@@ -57,6 +58,7 @@ class NFNet(nn.Module):
     """
 
     head: nn.Module
+    _no_split_modules = (BlockModule.__name__,)  # accelerate and FSDP keep these on one device
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class NFNet(nn.Module):
         preprocessing.check_channels(config)
         self.preprocessing = preprocessing
         self.provenance: dict[str, Any] | None = None
+        self.foreign: dict[str, Any] | None = None
         self._register(functional_model.init(config, generator=generator, device=device, dtype=dtype))
 
     @classmethod
@@ -89,10 +92,19 @@ class NFNet(nn.Module):
         """Return a model that holds these parameters, without a copy."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.config, self.preprocessing, self.name, self.labels, provenance = description
-        self.provenance = None if provenance is None else dict(provenance)
+        self.config, self.preprocessing, self.name, self.labels = description[:4]
+        self._set_origin(description)
         self._register(params)
         return self
+
+    def _set_origin(self, description: Description) -> None:
+        self.provenance = None if description.provenance is None else dict(description.provenance)
+        self.foreign = None if description.foreign is None else dict(description.foreign)
+
+    def _set_labels(self, labels: Sequence[str] | None) -> None:
+        """Set the labels of a new classifier, and forget those that other tools wrote."""
+        self.labels = None if labels is None else tuple(labels)
+        self.foreign = {k: v for k, v in (self.foreign or {}).items() if k not in LABEL_KEYS} or None
 
     def _register(self, params: Params) -> None:
         self.plan = functional_model.plan(self.config)
@@ -106,7 +118,7 @@ class NFNet(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "head" and not isinstance(value, BlockModule) and "plan" in self.__dict__:
-            self.labels = None
+            self._set_labels(None)
             if type(value) is nn.Linear and value.bias is not None:
                 self.config = self.config.replace(num_classes=value.out_features)
             elif type(value) is nn.Identity:
@@ -128,7 +140,7 @@ class NFNet(nn.Module):
     @property
     def description(self) -> Description:
         """The description that is saved beside the weights."""
-        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance)
+        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance, self.foreign)
 
     def _check_head(self) -> None:
         """Raise a `ConfigError` if more than `config` tells what the head computes."""
@@ -143,7 +155,9 @@ class NFNet(nn.Module):
         self._check_head()
         for name in ("forward", "embed"):
             if getattr(type(self), name) is not getattr(NFNet, name):
-                raise ConfigError(f"{type(self).__name__} has a {name} of its own, which a folded model would not have")
+                raise ConfigError(
+                    f"{type(self).__name__} has a {name} of its own, which a folded model or tree of layers would lack"
+                )
 
     def parameter_kinds(self) -> dict[str, str]:
         """Return the kind of every parameter: `weight`, `gain`, `bias`, `skip_gain`, or `head` (classifier weight)."""
@@ -195,6 +209,50 @@ class NFNet(nn.Module):
         self._check_foldable()
         config, params = fold(self.config, {name: p.detach() for name, p in self.named_parameters()})
         return NFNet.from_params(self.description._replace(config=config), params)
+
+    def as_modules(self) -> nn.Sequential:
+        """Return the model as a tree of `torch.nn` layers, for tools that replace, wrap or hook layers.
+
+        It has its own parameters, with the model's values and `requires_grad`, and the model's mode. Of a folded model
+        (`model.for_inference().as_modules()`) it is a plain network of `nn.Conv2d` and `nn.Linear`, which tools may
+        train as well. Of a trained one, a parametrization of each `nn.Conv2d` standardises its weight. Tools that write
+        to the weight itself, as LoRA's merge does, need the folded form. `load_modules` copies the parameters back.
+
+        Raises:
+            ConfigError: for a head that `config` does not tell of, a pruned or parametrized model, and subclasses with
+                another `forward`.
+        """
+        self._check_foldable()
+        own = dict(self.named_parameters())
+        functional_model.check_params(self.config, own)
+        tree = module_tree(functional_model.plan(self.config.replace(folded=False)), folded=self.config.folded)
+        keys = tree_keys(functional_model.plan(self.config))
+        tree.load_state_dict({keys[name]: p.detach().clone() for name, p in own.items()}, assign=True)
+        for name, p in own.items():
+            tree.get_parameter(keys[name]).requires_grad_(p.requires_grad)
+        return tree.train(self.training)
+
+    @torch.no_grad()
+    def load_modules(self, tree: nn.Module) -> Self:
+        """Copy the parameters of a tree that `as_modules` returned into this model, and return the model.
+
+        Raises:
+            ConfigError: if the parameters of the tree are not those of this model's tree.
+        """
+        keys = tree_keys(functional_model.plan(self.config))
+        state, own = tree.state_dict(), dict(self.named_parameters())
+        expected = {keys[name]: tuple(p.shape) for name, p in own.items()}
+        for key in [*expected, *state]:
+            shape = tuple(state[key].shape) if key in state else None
+            if shape != expected.get(key):
+                raise ConfigError(
+                    f"the tree is not one of this model: {key!r} is {shape or 'missing'} instead of "
+                    f"{expected.get(key) or 'absent'}; merge adapters, undo quantization and pruning, and call "
+                    "load_modules of the form (trained or folded) that the tree was made from"
+                )
+        for name, p in own.items():
+            p.copy_(state[keys[name]])
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a folded model has only the latter."""
@@ -285,7 +343,7 @@ class NFNet(nn.Module):
             raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
         p = next(self.parameters())
         self.config = self.config.replace(num_classes=num_classes)
-        self.labels = None if labels is None else tuple(labels)
+        self._set_labels(labels)
         self.plan = functional_model.plan(self.config)
         head = self.plan[-1]
         params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
@@ -317,10 +375,10 @@ class NFNet(nn.Module):
         loaded = from_pretrained(source, **options)
         if cls is NFNet:
             return loaded  # pyright: ignore[reportReturnType]
-        config, preprocessing, name, labels, provenance = loaded.description
+        config, preprocessing, name, labels, *_ = loaded.description
         p = next(loaded.parameters())
         made = cls(config, preprocessing=preprocessing, labels=labels, name=name, device=p.device, dtype=p.dtype)
-        made.provenance = None if provenance is None else dict(provenance)
+        made._set_origin(loaded.description)
         weights, own = loaded.state_dict(), {key: tuple(value.shape) for key, value in made.state_dict().items()}
         odd = [key for key, value in weights.items() if own.get(key) != tuple(value.shape)]
         if odd:

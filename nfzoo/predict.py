@@ -198,7 +198,7 @@ def check_finite(outputs: Tensor, names: Sequence[str]) -> Tensor:
 
 def weights_hash(model: NFNet) -> str:
     """Return the SHA-256 of the weights, the architecture, the preprocessing and the labels."""
-    about = {**model.description.to_dict(), "name": None, "provenance": None}
+    about = model.description._replace(name=None, provenance=None, foreign=None).to_dict()
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, p in model.named_parameters():
         digest.update(f"{name} {p.dtype}".encode())

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder of `config.json` and `model.safetensors`, written atomically and read strictly.
 
 The weight file repeats the configuration in its metadata. A weight file alone therefore loads, and a folder with files
-of two different saves is refused.
+of two different saves is refused. Folders of shards, as other libraries write them, are read as well.
 """
 
 from __future__ import annotations
@@ -12,20 +12,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.weight_files import open_tensors, open_weights, read_index, save_tensors
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
-from nfzoo.errors import CheckpointError, ConfigError
-from nfzoo.model import specs
+from nfzoo.errors import CheckpointError, ConfigError, nearest
+from nfzoo.model import reparametrized_hint, specs
 from nfzoo.types import Params
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
 FORMAT = 1
 _KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance"}
+
+LABEL_KEYS = ("id2label", "label2id", "num_labels")
+"""Keys in which transformers repeats the labels."""
+
+FOREIGN_KEYS = {
+    *("architectures", "auto_map", "base_model", "datasets", "dtype", "language", "license", "metrics", "model_type"),
+    *("pipeline_tag", "problem_type", "tags", "task_specific_params", "torch_dtype", "torchscript"),
+    *("transformers_version", *LABEL_KEYS),
+}
+"""Keys that other tools add to `config.json`, besides all that begin with `_`. They are kept, and mean nothing here."""
 
 
 class Description(NamedTuple):
@@ -37,6 +47,7 @@ class Description(NamedTuple):
         name: the zoo's name, if the model has one.
         labels: class names, in the order of the logits.
         provenance: origin of the weights, free-form JSON.
+        foreign: what other tools added, under their keys: see `FOREIGN_KEYS`.
     """
 
     config: ModelConfig
@@ -44,6 +55,7 @@ class Description(NamedTuple):
     name: str | None = None
     labels: tuple[str, ...] | None = None
     provenance: Mapping[str, Any] | None = None
+    foreign: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of `config.json`, ready for JSON."""
@@ -55,6 +67,7 @@ class Description(NamedTuple):
             "preprocessing": self.preprocessing.to_dict(),
             "labels": None if self.labels is None else list(self.labels),
             "provenance": None if self.provenance is None else dict(self.provenance),
+            **(self.foreign or {}),
         }
 
 
@@ -66,9 +79,11 @@ def describe(fields: object, source: str | Path) -> Description:
         raise CheckpointError(
             f"{source} is not an nfzoo configuration: it needs 'library_name' nfzoo and an 'architecture'"
         )
-    unknown = sorted(set(fields) - _KEYS)
+    foreign = {key: value for key, value in fields.items() if key in FOREIGN_KEYS or key.startswith("_")}
+    unknown = sorted(set(fields) - _KEYS - set(foreign))
     if unknown:
-        raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
+        hint = nearest(unknown[0], _KEYS) or f"; known: {', '.join(sorted(_KEYS))}, and those that begin with '_'"
+        raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}{hint}")
     if fields.get("format") != FORMAT:
         raise CheckpointError(f"{source} has format {fields.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
     if "preprocessing" not in fields:
@@ -94,13 +109,13 @@ def describe(fields: object, source: str | Path) -> Description:
         raise CheckpointError(f"{source}: 'name' must be a string, not {name!r}")
     if provenance is not None and not isinstance(provenance, dict):
         raise CheckpointError(f"{source}: 'provenance' must be a JSON object, not {provenance!r}")
-    return Description(config, preprocessing, name, labels, provenance)
+    return Description(config, preprocessing, name, labels, provenance, foreign or None)
 
 
 def read_description(path: Path) -> Description:
     """Read `config.json`, or the metadata of a weight file."""
     if path.suffix == ".safetensors":
-        with _open_weights(path, "cpu") as file:
+        with open_weights(path, "cpu") as file:
             metadata = file.metadata() or {}
         if "nfzoo" not in metadata:
             raise CheckpointError(
@@ -142,22 +157,18 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
         raise CheckpointError(f"{folder} is a file; a checkpoint needs a folder")
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
     text = json.dumps(description.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    tensors = {k: v.detach().cpu().contiguous() for k, v in params.items()}
-    # One key only: safetensors orders several at random, and equal models should be equal files.
+    tensors = {k: v.detach().cpu() for k, v in params.items()}
     metadata = {"nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
     with replaced_folder(folder) as scratch:
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
-        try:
-            save_file(tensors, scratch / WEIGHTS_FILE, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"could not write {folder / WEIGHTS_FILE}: {error}") from error
+        save_tensors(scratch / WEIGHTS_FILE, tensors, metadata)
     return folder
 
 
 def load_checkpoint(
     path: str | Path, *, device: torch.device | str | None = None, skip_head: bool = False
 ) -> tuple[Description, Params]:
-    """Read a checkpoint folder or a single weight file.
+    """Read a checkpoint folder, whose weights may be in shards, or a single weight file.
 
     Args:
         skip_head: leave out the classifier's weight and bias (for a new number of classes).
@@ -166,37 +177,51 @@ def load_checkpoint(
         CheckpointError: if a file is missing, damaged or inconsistent, or the tensors are not exactly the model's.
     """
     path = Path(path)
-    weights = path / WEIGHTS_FILE if path.is_dir() else path
+    weights = path
     if path.is_dir():
         description = read_description(path / CONFIG_FILE)
-        if not weights.is_file():
-            raise CheckpointError(f"there is no {WEIGHTS_FILE} in {path}")
+        weights = path / weight_files(path)[0]
     elif weights.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is not a .safetensors file or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise CheckpointError(
+            f"{path} is not a .safetensors file or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; `nfzoo convert` reads "
+            "weights of other programs"
+        )
     else:
         sibling = path.parent / CONFIG_FILE
         alone = _has_metadata(weights) or not sibling.is_file()
         description = read_description(weights if alone else sibling)
-    with _open_weights(weights, str(device or "cpu")) as file:
-        text = (file.metadata() or {}).get("nfzoo")
-        if path.is_dir() and text is not None:
-            own = _parse(text, f"the metadata of {weights}")
+    with open_tensors(weights, str(device or "cpu")) as tensors:
+        for file_path, file in tensors.files.items() if path.is_dir() else ():
+            text = (file.metadata() or {}).get("nfzoo")
+            own = description if text is None else _parse(text, f"the metadata of {file_path}")
             if own[:2] != description[:2] or own.labels != description.labels:
                 raise CheckpointError(
-                    f"{CONFIG_FILE} and {WEIGHTS_FILE} in {path} describe different models, perhaps after an "
+                    f"{CONFIG_FILE} and {file_path.name} in {path} describe different models, perhaps after an "
                     f"interrupted save or an edit; load {weights} alone and save it anew, or restore the pair"
                 )
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        check_params(description.config, shapes, str(weights))
+        check_params(description.config, tensors.shapes, str(weights))
         params = {}
         for key, (_, kind) in specs(description.config).items():
             if skip_head and (kind == "head" or key == "head.bias"):
                 continue
-            value = file.get_tensor(key)
+            value = tensors.get_tensor(key)
             if not value.is_floating_point():
                 raise CheckpointError(f"{key} in {weights} is {value.dtype}, not floating point")
             params[key] = value
     return description, params
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that hold a folder's weights: `model.safetensors`, or the index and its shards.
+
+    Raises:
+        CheckpointError: if the folder has neither, or the index is unreadable.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return (WEIGHTS_FILE,)
+    if (folder / INDEX_FILE).is_file():
+        return (INDEX_FILE, *sorted(set(read_index(folder / INDEX_FILE).values())))
+    raise CheckpointError(f"there is no {WEIGHTS_FILE} in {folder}, nor {INDEX_FILE}")
 
 
 def check_params(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -214,20 +239,11 @@ def check_params(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source
         key = wrong[0]
         problems.append(f"{len(wrong)} of another shape, such as {key!r}: {shapes[key]} instead of {expected[key]}")
     if problems:
-        raise CheckpointError(f"the tensors of {source} do not fit the configuration: {'; '.join(problems)}")
-
-
-def _open_weights(path: Path, device: str) -> Any:
-    try:
-        return safe_open(path, framework="pt", device=device)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {path}") from error
-    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({error}); fetch or save it again"
-        ) from error
+            f"the tensors of {source} do not fit the configuration: {'; '.join(problems)}{reparametrized_hint(shapes)}"
+        )
 
 
 def _has_metadata(path: Path) -> bool:
-    with _open_weights(path, "cpu") as file:
+    with open_weights(path, "cpu") as file:
         return "nfzoo" in (file.metadata() or {})

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import remove_folder, replaced_folder, sweep
+from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.errors import CheckpointError
 
 logger = logging.getLogger("nfzoo")
@@ -76,11 +76,7 @@ def save_state(
         remove_folder(folder)
     with replaced_folder(folder) as scratch:
         for name, content in tensors.items():
-            path = scratch / f"{name}.safetensors"
-            try:
-                save_file({key: value.contiguous() for key, value in content.items()}, path)
-            except SafetensorError as error:
-                raise OSError(f"could not write {folder / path.name}: {error}") from error
+            save_tensors(scratch / f"{name}.safetensors", content)
         files = sorted(scratch.iterdir())
         sizes = {path.name: path.stat().st_size for path in files}
         sums = {path.name: _checksum(path) for path in files}

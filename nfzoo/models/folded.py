@@ -257,7 +257,7 @@ def _function(block: Block, before: str | None, after: str | None) -> BlockFn:
             neighbours=rule.neighbour_pool,
         )
     if isinstance(fn, Pool):
-        return FoldedPool(before, _gamma(fn.layers))
+        return FoldedPool(before, gamma(fn.layers))
     if fn is classifier:
         return folded_classifier
     if isinstance(fn, MaxPool):
@@ -284,16 +284,16 @@ def fold_block(block: Block, p: Mapping[str, Tensor]) -> Params:
     """Return the parameters of a block's inference form, in the dtype of `p`, which should be float64."""
     fn = block.fn
     if isinstance(fn, Conv):
-        scale = _gamma(fn.layers) if fn.activated else 1.0
+        scale = gamma(fn.layers) if fn.activated else 1.0
         return {"weight": fn.layers.weight(p, "") * scale, "bias": p["bias"]}
     if not isinstance(fn, ResidualBlock):
         return dict(p)
-    gamma = _gamma(fn.layers)
+    factor = gamma(fn.layers)
     result = {key: value for key, value in p.items() if block.specs[key].kind not in ("gain", "skip_gain")}
     for key in result:
         if (name := key.removesuffix("weight")) + "gain" in p:  # not the attention's
             first = name in ("shortcut.", "conv0.")
-            result[key] = fn.layers.weight(p, name) * (gamma * block.beta if first else gamma)
+            result[key] = fn.layers.weight(p, name) * (factor * block.beta if first else factor)
     end = p["skip_gain"] * fn.alpha if "skip_gain" in p else p["conv2.bias"].new_full((1,), fn.alpha)
     if fn.attention != "none":
         inner = isinstance(fn, RegNetBlock)
@@ -305,6 +305,6 @@ def fold_block(block: Block, p: Mapping[str, Tensor]) -> Params:
     return result
 
 
-def _gamma(layers: Layers) -> float:
+def gamma(layers: Layers) -> float:
     """Return the factor of every activation; 1 where the rules put it on the weights."""
     return 1.0 if layers.rule.gamma_on_weight else nf.GAMMA[layers.activation]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from nfzoo.errors import ConfigError
 from nfzoo.runtime.compile import checkpointed
 from nfzoo.types import Block, BlockFn, Params
+
+WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+"""Forward pre-hooks of torch that compute a module's weight anew, and read no input."""
 
 
 class BlockModule(nn.Module):
@@ -45,11 +52,17 @@ class BlockModule(nn.Module):
     def _params(self) -> dict[str, Tensor]:
         if replaced(self._links):  # `block.conv0 = ...`
             self._find([name for name, _, _ in self._owners])
+        holders = [holder for _, _, holder in self._links if is_hooked(holder)]
+        for holder in holders:
+            before_read(holder)
         # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
-        return {
+        params = {
             name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
             for name, owner, leaf in self._owners
-        }  # pyright: ignore[reportReturnType]
+        }
+        for holder in holders:
+            after_read(holder)
+        return params  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
         return type(self.block.fn).__name__
@@ -102,6 +115,44 @@ def replaced(links: Sequence[Link]) -> bool:
         if parent._modules.get(name) is not child:
             return True
     return False
+
+
+def is_hooked(holder: nn.Module) -> bool:
+    """Return whether something is to happen when `holder` is called, which no block does: it reads parameters only."""
+    return bool(
+        holder._forward_pre_hooks or holder._forward_hooks or holder._backward_hooks or "forward" in holder.__dict__
+    )
+
+
+def before_read(holder: nn.Module) -> None:
+    """Run the hooks of `holder` that compute or load its parameters: torch's `WEIGHT_HOOKS`, and accelerate's.
+
+    Any other hook would wait for a call that never comes, of which a warning tells.
+    """
+    ignored = bool(holder._forward_hooks or holder._backward_hooks)
+    for hook in holder._forward_pre_hooks.values():
+        if isinstance(hook, WEIGHT_HOOKS):
+            hook(holder, ())
+        else:
+            ignored = True
+    accelerate_hook = holder.__dict__.get("_hf_hook")  # it loads offloaded parameters
+    if accelerate_hook is not None:
+        accelerate_hook.pre_forward(holder)
+    elif "forward" in holder.__dict__:
+        ignored = True
+    if ignored:
+        warnings.warn(
+            "hooks on modules within a block, such as conv0, are never called: these modules hold parameters, and the "
+            "block computes. Register hooks on the block, or on model.as_modules(), which calls each layer",
+            stacklevel=2,
+        )
+
+
+def after_read(holder: nn.Module) -> None:
+    """Let accelerate release the parameters that `before_read` had it load; what was read stays."""
+    accelerate_hook = holder.__dict__.get("_hf_hook")
+    if accelerate_hook is not None:
+        accelerate_hook.post_forward(holder, None)
 
 
 def submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import nfzoo
 from nfzoo import CheckpointError, ConfigError, NFNet, NfzooError, Preprocessing
-from nfzoo.checkpoint import model_folder as checkpoint
+from nfzoo.checkpoint import weight_files
 from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
 from nfzoo.nn import load
 from tests.support.helpers import SMALL, assert_same, images, random_params
@@ -86,9 +86,8 @@ def test_the_module_comes_back(tmp_path, name):
     assert loaded.description == module.description
     assert_same(loaded.state_dict(), module.state_dict())
     assert torch.equal(loaded(images(module.config)), module.eval()(images(module.config)))
-    loaded.save_pretrained(tmp_path / "again")  # safetensors orders its metadata at random: not the same bytes
-    assert load_checkpoint(tmp_path / "again")[0] == module.description
-    assert_same(load_checkpoint(tmp_path / "again")[1], dict(module.state_dict()))
+    loaded.save_pretrained(tmp_path / "again")
+    assert content(tmp_path / "again") == content(tmp_path / "m")
 
 
 def test_load_casts_on_request_only(folder):
@@ -162,7 +161,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypat
     if exists:
         save_checkpoint(folder, DESCRIPTION, random_params(CFG))
     before = content(tmp_path)
-    owner: Any = checkpoint if target == "save_file" else os
+    owner: Any = weight_files if target == "save_file" else os
     with monkeypatch.context() as patch:
         patch.setattr(owner, target.removeprefix("os."), fail)
         with pytest.raises(OSError, match="No space left"):
@@ -175,7 +174,7 @@ def test_an_interrupt_leaves_no_litter(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    monkeypatch.setattr(weight_files, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path / "m", DESCRIPTION, random_params(CFG))
     assert os.listdir(tmp_path) == []
@@ -359,6 +358,36 @@ def more_classes(fields: dict[str, Any]) -> None:
     fields["labels"] = None
 
 
+FOREIGN = {
+    "architectures": ["NFNet"],
+    "_commit_hash": None,
+    "_name_or_path": "org/model",
+    "auto_map": {"AutoModel": "modeling.NFNet"},
+    "transformers_version": "5.3.0",
+    "torch_dtype": "float32",
+    "dtype": "float32",
+    "id2label": {"0": "a", "1": "ü"},
+    "_future": [1.5, {"x": True}],
+}
+
+
+def test_what_other_tools_write_into_the_configuration_is_kept(folder, tmp_path):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**FOREIGN, **fields}))
+    module = load(folder)
+    assert module.description.foreign == FOREIGN
+    for twin in (module, module.for_inference(), copy.deepcopy(module), NFNet.from_pretrained(folder)):
+        saved = twin.save_pretrained(tmp_path / "again")
+        written = json.loads((saved / "config.json").read_text())
+        assert {key: written[key] for key in FOREIGN} == FOREIGN
+        assert load(saved / "model.safetensors").description.foreign == FOREIGN  # the file alone
+        assert load(saved).description == twin.description
+    module.reset_classifier(3)
+    assert module.description.foreign == {k: v for k, v in FOREIGN.items() if k != "id2label"}  # of other classes
+    module.reset_classifier(4, labels=list("abcd"))
+    assert module.description.to_dict()["labels"] == list("abcd")
+
+
 BAD_CONFIGS = {
     "list": (lambda f: [f], "must hold a JSON object"),
     "empty list": (lambda f: [], "must hold a JSON object"),
@@ -369,7 +398,10 @@ BAD_CONFIGS = {
     "no format": (lambda f: f.pop("format") and None, "format None"),
     "newer format": (lambda f: f.update(format=2), "format 2.*upgrade nfzoo"),
     "format as text": (lambda f: f.update(format="1"), "format '1'"),
-    "unknown key": (lambda f: f.update(extra=1), "unknown keys extra"),
+    "unknown key": (lambda f: f.update(extra=1), "unknown keys extra; known: architecture, format"),
+    "misspelt key": (lambda f: f.update(lables=f.pop("labels")), "unknown keys lables; did you mean 'labels'"),
+    "misspelt optional key": (lambda f: f.update(provenanse={}), "unknown keys provenanse; did you mean 'provenance'"),
+    "a meaning of its own": (lambda f: f.update(quantization_config={}), "unknown keys quantization_config"),
     "unknown field": (lambda f: f["architecture"].update(dropout=0.1), "no field 'dropout'"),
     "unknown size": (lambda f: f["preprocessing"].update(size=1), "no field 'size'"),
     "missing field": (lambda f: f["architecture"].pop("depths") and None, "needs depths"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfzoo.checkpoint import run_state as state
+from nfzoo.checkpoint import weight_files
 from nfzoo.checkpoint.run_state import Saved, latest_state, rng_state, save_state, set_rng_state
 from nfzoo.errors import CheckpointError
 
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, call: str, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = {"save_file": state, "fsync": os, "replace": os, "dump": json}[call]
+    owner = {"save_file": weight_files, "fsync": os, "replace": os, "dump": json}[call]
     monkeypatch.setattr(owner, call, full)
     with pytest.raises(OSError, match="No space"):
         save_state(tmp_path, 2, tensors(2), {})

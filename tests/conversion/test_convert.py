@@ -327,7 +327,7 @@ def test_whole_or_absent(to: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("nfzoo.conversion.pickle_writer._write_array", full)
-    monkeypatch.setattr("nfzoo.checkpoint.model_folder.save_file", full)
+    monkeypatch.setattr("nfzoo.checkpoint.weight_files.save_file", full)
     with pytest.raises(OSError, match="No space"):
         convert(tmp_path / "in", tmp_path / "out", to=to)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

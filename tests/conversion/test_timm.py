@@ -482,7 +482,7 @@ def test_a_write_that_fails_leaves_what_was(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(timm, "save_file", fail)
+        full.setattr("nfzoo.checkpoint.weight_files.save_file", fail)
         for target in ("m", "new"):
             with pytest.raises(OSError, match="No space"):
                 write_timm(tmp_path / target, description, params)

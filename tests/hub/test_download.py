@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, save_torch_state_dict
 from safetensors.torch import load_file
 
 import nfzoo
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 REPO = "org/small"
 FILES = ("config.json", "model.safetensors")
+INDEX = "model.safetensors.index.json"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,6 +80,41 @@ def test_another_number_of_classes(hub, files, model, caplog):
     with pytest.raises(nfzoo.ConfigError, match="num_classes"):
         nfzoo.from_pretrained("org/other", num_classes=-1)
     assert not hub.requests
+
+
+@pytest.fixture
+def shards(model: NFNet, files: dict[str, bytes], tmp_path: Path) -> dict[str, bytes]:
+    (tmp_path / "shards").mkdir()
+    save_torch_state_dict(model.state_dict(), tmp_path / "shards", max_shard_size=30_000)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    assert len(written) > 3
+    return {"config.json": files["config.json"], **written}
+
+
+def test_a_model_in_shards(hub, shards, model):
+    hub.add(REPO, shards)
+    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
+    hub.requests.clear()
+    assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
+    assert_same(nfzoo.from_pretrained(REPO, local_files_only=True).state_dict(), model.state_dict())
+    assert hub.requests == []
+
+
+def test_a_shard_that_is_missing_damaged_or_elsewhere(hub, shards, model):
+    first = min(name for name in shards if name.startswith("model-"))
+    hub.add(REPO, {name: content for name, content in shards.items() if name != first})
+    with pytest.raises(CheckpointError, match=f"lacks {first}, which its model.safetensors.index.json names"):
+        nfzoo.from_pretrained(REPO)
+    hub.add("org/outside", {**shards, INDEX: shards[INDEX].replace(first.encode(), b"../" + first.encode())})
+    with pytest.raises(CheckpointError, match=r"is no name of a \.safetensors file beside the index"):
+        nfzoo.from_pretrained("org/outside")
+    hub.add("org/damaged", shards)
+    hub.fail(first, "corrupt")
+    assert_same(nfzoo.from_pretrained("org/damaged").state_dict(), model.state_dict())
+    hub.add("org/lost", shards)
+    hub.fail(first, "503", times=1000, method="HEAD")
+    with pytest.raises(CheckpointError, match=r"not whole in the cache|overloaded"):
+        nfzoo.from_pretrained("org/lost")
 
 
 # ---------------------------------------------------------------- the cache

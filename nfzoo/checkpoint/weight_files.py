@@ -1,0 +1,139 @@
+"""Safetensors files: written so that equal tensors are equal files, and read with errors that name the file.
+
+A model may lie in several files, its shards. An index then names the file of each tensor, as transformers and
+`huggingface_hub.save_torch_state_dict` write it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nfzoo.errors import CheckpointError
+
+FRAMEWORK = {"format": "pt"}
+"""Metadata that accelerate and transformers require of a file of torch's tensors."""
+
+_LENGTH = 8  # bytes before the header, which state its length
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with `FRAMEWORK` in its metadata.
+
+    Raises:
+        OSError: if writing fails.
+    """
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={**FRAMEWORK, **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(f"could not write {path.name}: {error}") from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header, which safetensors orders at random: equal tensors should be equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "safetensors writes the same compact JSON"
+        file.seek(_LENGTH)
+        file.write(text.ljust(length))
+
+
+def open_weights(path: Path, device: str = "cpu") -> Any:
+    """Open a safetensors file; raise a `CheckpointError` if it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); fetch or save it again"
+        ) from error
+
+
+class Weights:
+    """The tensors of one safetensors file, or of several shards.
+
+    Attributes:
+        files: the opened files, by path.
+        shapes: the shape of each tensor.
+    """
+
+    def __init__(self, files: Mapping[Path, Any]) -> None:
+        self.files = files
+        self._file = {key: file for file in files.values() for key in file.keys()}  # noqa: SIM118
+        self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in self._file.items()}
+
+    def get_tensor(self, key: str) -> Tensor:
+        """Read one tensor."""
+        return self._file[key].get_tensor(key)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, device: str = "cpu") -> Iterator[Weights]:
+    """Open a safetensors file, or the shards of an index (`.json`).
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or if the shards do not hold what the index says.
+    """
+    index = read_index(path) if path.suffix == ".json" else None
+    names = [path.name] if index is None else sorted(set(index.values()))
+    with contextlib.ExitStack() as stack:
+        paths = [path.with_name(name) for name in names]
+        weights = Weights({p: stack.enter_context(open_weights(p, device)) for p in paths})
+        if index is not None:
+            _check_shards(weights, index, path)
+        yield weights
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the name of the shard of each tensor: the `weight_map` of an index.
+
+    Raises:
+        CheckpointError: if the file is no index, names a tensor twice, or names a file that does not lie beside it.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no index of shards: {error}") from error
+    index = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{path} is no index of shards: it needs a 'weight_map' from tensors to files")
+    for key, name in index.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} has {key!r} in {name!r}, which is no name of a .safetensors file beside the index"
+            )
+    return index
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return fields
+
+
+def _check_shards(weights: Weights, index: Mapping[str, str], path: Path) -> None:
+    """Raise a `CheckpointError` unless each shard holds exactly the tensors that the index has in it."""
+    for shard, file in weights.files.items():
+        keys = set(file.keys())
+        for key in sorted(keys | {key for key, name in index.items() if name == shard.name}):
+            if key not in keys:
+                raise CheckpointError(f"{shard} lacks {key!r}, which {path.name} has in it; fetch or save both again")
+            if index.get(key) != shard.name:
+                other = index.get(key, "no file")
+                raise CheckpointError(
+                    f"{shard} holds {key!r}, which {path.name} has in {other}; fetch or save both again"
+                )
