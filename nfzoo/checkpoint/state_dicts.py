@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfzoo.checkpoint.weight_files import open_tensors
+from nfzoo.checkpoint.weight_files import FLOATS, open_tensors
 from nfzoo.errors import CheckpointError, ConversionError
 
 logger = logging.getLogger("nfzoo")
 
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch's files began before they were zip archives
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StateDict(Mapping[str, Tensor]):
@@ -53,8 +52,8 @@ class StateDict(Mapping[str, Tensor]):
 
 def check_dtype(name: str, value: Tensor) -> None:
     """Raise a `ConversionError` for a tensor of integers, or of numbers in eight bits."""
-    if value.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if value.dtype not in FLOATS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise ConversionError(f"{name} is of type {str(value.dtype).removeprefix('torch.')}, none of {known}")
 
 
