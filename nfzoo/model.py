@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig
@@ -92,10 +92,25 @@ def sample_noise(
     noise = {}
     for b in plan(cfg):
         if b.drop is not None:
-            u = torch.rand((batch, *b.drop.shape), generator=generator, device=device)
-            keep = (u >= b.drop.rate).to(dtype or torch.get_default_dtype())
-            noise[b.name] = keep * b.drop.scale if b.drop.scale != 1.0 else keep
+            noise[b.name] = keep_mask(*b.drop, batch, generator=generator, device=device, dtype=dtype)
     return noise
+
+
+@fx.wrap
+def keep_mask(
+    rate: float,
+    shape: tuple[int, ...],
+    scale: float,
+    batch: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draw a keep mask `(batch, *shape)`: see `nfzoo.types.Drop`."""
+    u = torch.rand((batch, *shape), generator=generator, device=device)
+    keep = (u >= rate).to(dtype or torch.get_default_dtype())
+    return keep * scale if scale != 1.0 else keep
 
 
 def block_params(block: Block, params: Mapping[str, Tensor]) -> Params:

@@ -11,12 +11,12 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, Unpack, get_type_hints
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nfzoo import model as functional_model
 from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
@@ -158,7 +158,10 @@ class NFNet(nn.Module):
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """Return logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`."""
-        self._check_input(x)
+        check_input(x, self.config.in_channels)
+        if isinstance(noise, fx.Proxy):
+            check_no_noise(noise)
+            noise = None
         if noise is not None:
             self._check_trainable()
         if self.training and noise is None:
@@ -170,14 +173,14 @@ class NFNet(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the pooled features `(N, F)` of normalised images, without noise."""
-        self._check_input(x)
+        check_input(x, self.config.in_channels)
         for run in self._blocks()[:-1]:
             x = run(x)
         return x
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the feature maps of `nfzoo.model.features`: the stem's (stride 2), then each stage's."""
-        self._check_input(x)
+        check_input(x, self.config.in_channels)
         maps = []
         blocks = functional_model.feature_blocks(self.config)
         for block, run in zip(blocks, self._blocks(), strict=False):
@@ -262,17 +265,6 @@ class NFNet(nn.Module):
                 module.checkpointed = enabled
         return self
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"the input must be (N, {self.config.in_channels}, H, W), not {tuple(x.shape)}; "
-                "a single image needs x[None]"
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"the input must be normalised floating-point numbers, not {x.dtype}; see model.preprocess"
-            )
-
     def preprocess(self, image: str | Path | BinaryIO | Image.Image | np.ndarray, *, size: int | None = None) -> Tensor:
         """Turn one image into the input `(in_channels, size, size)`: see `nfzoo.transforms.preprocess`."""
         opened = open_image(image, channels=self.config.in_channels)
@@ -342,6 +334,28 @@ class NFNet(nn.Module):
 
         with tempfile.TemporaryDirectory() as scratch:
             return push(self.save_pretrained(Path(scratch) / "model"), repo_id, **options)
+
+
+# A graph of torch.fx keeps the types of its inputs, and can be pickled if they are no strings.
+NFNet.forward.__annotations__.update(get_type_hints(NFNet.forward))
+
+
+@fx.has_side_effect  # nothing uses its result, and torch.fx keeps its node nevertheless
+@fx.wrap
+def check_input(x: Tensor, channels: int) -> None:
+    """Raise a `ValueError` unless `x` is `(N, channels, H, W)` of floating-point numbers."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"the input must be (N, {channels}, H, W), not {tuple(x.shape)}; a single image needs x[None]")
+    if not x.is_floating_point():
+        raise ValueError(f"the input must be normalised floating-point numbers, not {x.dtype}; see model.preprocess")
+
+
+@fx.has_side_effect
+@fx.wrap
+def check_no_noise(noise: Noise | None) -> None:
+    """Raise a `ConfigError` for noise, of which a graph of `torch.fx` knows nothing but what it draws itself."""
+    if noise is not None:
+        raise ConfigError("a model traced by torch.fx takes no noise; use the model that it was made from")
 
 
 def _foreign(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Tensor:

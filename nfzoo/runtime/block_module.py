@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nfzoo.errors import ConfigError
 from nfzoo.runtime.compile import checkpointed
@@ -38,17 +38,23 @@ class BlockModule(nn.Module):
         self._owners, self._links = owners(self, names)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        if isinstance(x, fx.Proxy):  # a graph of torch.fx holds the plain block, and parameters as its attributes
+            params = {name: getattr(owner, leaf) for name, owner, leaf in self._parameter_owners()}
+            return self.block.fn(params, x, self.block.beta, keep)
         if self.checkpointed and torch.is_grad_enabled():
             return checkpointed(lambda x, keep: self.fn(self._params(), x, self.block.beta, keep), x, keep)
         return self.fn(self._params(), x, self.block.beta, keep)
 
-    def _params(self) -> dict[str, Tensor]:
+    def _parameter_owners(self) -> list[tuple[str, nn.Module, str]]:
         if replaced(self._links):  # `block.conv0 = ...`
             self._find([name for name, _, _ in self._owners])
+        return self._owners
+
+    def _params(self) -> dict[str, Tensor]:
         # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
         return {
             name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
-            for name, owner, leaf in self._owners
+            for name, owner, leaf in self._parameter_owners()
         }  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
