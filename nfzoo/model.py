@@ -89,11 +89,20 @@ def sample_noise(
 
     Source: the code released with arXiv 2102.06171.
     """
-    noise = {}
-    for b in plan(cfg):
-        if b.drop is not None:
-            noise[b.name] = keep_mask(*b.drop, batch, generator=generator, device=device, dtype=dtype)
-    return noise
+    return sample_masks(plan(cfg), batch, generator=generator, device=device, dtype=dtype)
+
+
+def sample_masks(
+    blocks: Plan,
+    batch: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Draw the keep masks of some blocks of a plan: see `sample_noise`."""
+    options = {"generator": generator, "device": device, "dtype": dtype}
+    return {b.name: keep_mask(*b.drop, batch, **options) for b in blocks if b.drop is not None}
 
 
 @fx.wrap

@@ -24,8 +24,17 @@ from nfzoo.config import ModelConfig, Preprocessing, is_int
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import fold
 from nfzoo.models.onednn import PackedBlock
-from nfzoo.runtime.block_module import BlockModule, check_holders, owners, replaced, submodule
+from nfzoo.runtime.block_module import (
+    BlockModule,
+    Classifier,
+    check_holders,
+    check_input,
+    owners,
+    replaced,
+    submodule,
+)
 from nfzoo.runtime.compile import CompiledBlock, compile_blocks, compile_options
+from nfzoo.runtime.timm_interface import TimmInterface, check_global_pool, take_indices
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.preprocess import evaluation_transform
 from nfzoo.types import Noise, Params
@@ -34,10 +43,11 @@ from nfzoo.variants import VARIANTS, variant
 if TYPE_CHECKING:
     from nfzoo.hub.publish import PushOptions
 
+fx.wrap("check_input")
 logger = logging.getLogger("nfzoo")
 
 
-class NFNet(nn.Module):
+class NFNet(TimmInterface):
     """A Normalizer-Free network of any family.
 
     In training mode, `forward` draws dropout and stochastic depth itself unless it gets `noise`. A model with a folded
@@ -98,7 +108,8 @@ class NFNet(nn.Module):
         self.plan = functional_model.plan(self.config)
         for block in self.plan:
             *path, leaf = block.name.split(".")
-            submodule(self, path).add_module(leaf, BlockModule(block, functional_model.block_params(block, params)))
+            kind = Classifier if leaf == "head" else BlockModule
+            submodule(self, path).add_module(leaf, kind(block, functional_model.block_params(block, params)))
         self._find()
         if self.config.folded:
             self.eval().requires_grad_(False)
@@ -178,15 +189,23 @@ class NFNet(nn.Module):
             x = run(x)
         return x
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Return the feature maps of `nfzoo.model.features`: the stem's (stride 2), then each stage's."""
+    def features(self, x: Tensor, out_indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """Return the feature maps of `nfzoo.model.features`: the stem's (stride 2), then each stage's.
+
+        Args:
+            x: normalised images.
+            out_indices: return the last n maps, or those of these indices, in the network's order; all by default.
+        """
         check_input(x, self.config.in_channels)
+        names = [block.name for block in self.plan if block.feature]
+        wanted = [names[i] for i in take_indices(len(names), out_indices)]
         maps = []
-        blocks = functional_model.feature_blocks(self.config)
-        for block, run in zip(blocks, self._blocks(), strict=False):
+        for block, run in zip(self.plan, self._blocks(), strict=True):
             x = run(x)
-            if block.feature:
+            if block.name in wanted:
                 maps.append(x[0] if isinstance(x, tuple) else x)  # compiled folded blocks pass pairs
+            if block.name == wanted[-1]:
+                break
         return maps
 
     def for_inference(self) -> NFNet:
@@ -270,9 +289,18 @@ class NFNet(nn.Module):
         opened = open_image(image, channels=self.config.in_channels)
         return evaluation_transform(opened, self.preprocessing, size=size)
 
-    def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
-        """Replace the classifier by a randomly initialised one for `num_classes`; 0 leaves the pooled features."""
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, *, labels: Sequence[str] | None = None
+    ) -> None:
+        """Replace the classifier by a randomly initialised one for `num_classes`; 0 leaves the pooled features.
+
+        Args:
+            num_classes: outputs of the new classifier.
+            global_pool: `"avg"`, the only pooling there is.
+            labels: class names.
+        """
         self._check_trainable()
+        check_global_pool(global_pool)
         if labels is not None and len(labels) != num_classes:
             raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
         p = next(self.parameters())
@@ -282,7 +310,7 @@ class NFNet(nn.Module):
         head = self.plan[-1]
         params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
         old = self.head
-        self.head = new = BlockModule(head, params)
+        self.head = new = Classifier(head, params)
         if isinstance(old, BlockModule):
             new.checkpointed = old.checkpointed
             if isinstance(old.fn, CompiledBlock):
@@ -341,16 +369,6 @@ NFNet.forward.__annotations__.update(get_type_hints(NFNet.forward))
 
 
 @fx.has_side_effect  # nothing uses its result, and torch.fx keeps its node nevertheless
-@fx.wrap
-def check_input(x: Tensor, channels: int) -> None:
-    """Raise a `ValueError` unless `x` is `(N, channels, H, W)` of floating-point numbers."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"the input must be (N, {channels}, H, W), not {tuple(x.shape)}; a single image needs x[None]")
-    if not x.is_floating_point():
-        raise ValueError(f"the input must be normalised floating-point numbers, not {x.dtype}; see model.preprocess")
-
-
-@fx.has_side_effect
 @fx.wrap
 def check_no_noise(noise: Noise | None) -> None:
     """Raise a `ConfigError` for noise, of which a graph of `torch.fx` knows nothing but what it draws itself."""

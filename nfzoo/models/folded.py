@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,8 +163,15 @@ class FoldedPool:
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
-        x = x if self.before is None else nf.activate(x, self.before)
-        return nf.global_mean(x) * self.gamma
+        return nf.global_mean(self.act(x)) * self.gamma
+
+    def act(self, x: Tensor) -> Tensor:
+        """Apply the activation without gamma, unless the block before has."""
+        return x if self.before is None else nf.activate(x, self.before)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """Return the map whose mean is the output."""
+        return self.act(x) * self.gamma
 
 
 def folded_classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
@@ -207,6 +214,11 @@ def conv2d(
 def _refuse(keep: Tensor | None) -> None:
     if keep is not None:
         raise ConfigError(NO_NOISE)
+
+
+def unfused(conv: FoldedConv, pool: FoldedPool) -> tuple[FoldedConv, Callable[[Tensor], Tensor]]:
+    """Return the final convolution without its activation, and the map of which `pool` takes the mean after that."""
+    return dataclasses.replace(conv, after=None), dataclasses.replace(pool, before=conv.after).activated
 
 
 def chained(fns: Sequence[BlockFn]) -> list[BlockFn]:

@@ -313,7 +313,11 @@ class Pool:
     layers: Layers
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-        return nf.global_mean(self.layers.act(x))
+        return nf.global_mean(self.activated(x))
+
+    def activated(self, x: Tensor) -> Tensor:
+        """Return the map whose mean is taken."""
+        return self.layers.act(x)
 
 
 def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:

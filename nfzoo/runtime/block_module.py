@@ -42,15 +42,16 @@ class BlockModule(nn.Module):
             params = {name: getattr(owner, leaf) for name, owner, leaf in self._parameter_owners()}
             return self.block.fn(params, x, self.block.beta, keep)
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpointed(lambda x, keep: self.fn(self._params(), x, self.block.beta, keep), x, keep)
-        return self.fn(self._params(), x, self.block.beta, keep)
+            return checkpointed(lambda x, keep: self.fn(self.parameter_dict(), x, self.block.beta, keep), x, keep)
+        return self.fn(self.parameter_dict(), x, self.block.beta, keep)
 
     def _parameter_owners(self) -> list[tuple[str, nn.Module, str]]:
         if replaced(self._links):  # `block.conv0 = ...`
             self._find([name for name, _, _ in self._owners])
         return self._owners
 
-    def _params(self) -> dict[str, Tensor]:
+    def parameter_dict(self) -> dict[str, Tensor]:
+        """Return the block's parameters as they are now."""
         # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
         return {
             name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
@@ -61,8 +62,32 @@ class BlockModule(nn.Module):
         return type(self.block.fn).__name__
 
 
+class Classifier(BlockModule):
+    """The block that maps pooled features to logits, with the attributes of an `nn.Linear`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
 Link = tuple[nn.Module, str, nn.Module]
 """A module, the name of one of its children, and that child."""
+
+
+@fx.has_side_effect  # nothing uses its result, and torch.fx keeps its node nevertheless
+def check_input(x: Tensor, channels: int) -> None:
+    """Raise a `ValueError` unless `x` is `(N, channels, H, W)` of floating-point numbers."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"the input must be (N, {channels}, H, W), not {tuple(x.shape)}; a single image needs x[None]")
+    if not x.is_floating_point():
+        raise ValueError(f"the input must be normalised floating-point numbers, not {x.dtype}; see model.preprocess")
 
 
 def owners(root: nn.Module, names: Sequence[str]) -> tuple[list[tuple[str, nn.Module, str]], list[Link]]:
