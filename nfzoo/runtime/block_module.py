@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nfzoo.errors import ConfigError
+from nfzoo.runtime.block_repr import Layer, Line, lines
 from nfzoo.runtime.compile import checkpointed
 from nfzoo.types import Block, BlockFn, Params
 
@@ -25,6 +26,11 @@ class BlockModule(nn.Module):
         self.block = block
         self.fn: BlockFn = block.fn
         self.checkpointed = False
+        shown = lines(block)
+        self.line: Line = shown.pop("")
+        for name, line in shown.items():
+            *path, leaf = name.split(".")
+            submodule(self, path).add_module(leaf, Layer(line))
         for name, value in params.items():
             *path, leaf = name.split(".")
             submodule(self, path).register_parameter(leaf, nn.Parameter(value))
@@ -58,8 +64,11 @@ class BlockModule(nn.Module):
             for name, owner, leaf in self._parameter_owners()
         }  # pyright: ignore[reportReturnType]
 
+    def _get_name(self) -> str:
+        return self.line.kind
+
     def extra_repr(self) -> str:
-        return type(self.block.fn).__name__
+        return self.line.text
 
 
 class Classifier(BlockModule):
