@@ -413,23 +413,32 @@ def load(
     path: str | Path,
     *,
     num_classes: int | None = None,
+    in_channels: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
-    """Load a checkpoint folder or weight file, in evaluation mode; another `num_classes` draws a new classifier.
+    """Load a checkpoint folder or weight file, in evaluation mode.
+
+    Args:
+        path: the folder or file.
+        num_classes: another number than the checkpoint's draws a new classifier.
+        in_channels: another number than the checkpoint's adapts the first convolution: see `nfzoo.model.adapt_input`.
+        device, dtype: of the parameters.
 
     Raises:
         CheckpointError: see `nfzoo.checkpoint.model_folder.load_checkpoint`.
+        ConfigError: if a folded model is to be changed.
     """
-    check_num_classes(num_classes)
+    check_changes(num_classes, in_channels)
     description, params = load_checkpoint(path, device=device)
-    return assemble(description, params, num_classes=num_classes, dtype=dtype, source=path)
+    return assemble(description, params, num_classes=num_classes, in_channels=in_channels, dtype=dtype, source=path)
 
 
-def check_num_classes(num_classes: int | None) -> None:
-    """Raise a `ConfigError` for an invalid number of classes; call it before anything is read or downloaded."""
-    if num_classes is not None and not is_int(num_classes, 0):
-        raise ConfigError(f"num_classes must be an integer from 0 on, not {num_classes!r}")
+def check_changes(num_classes: int | None, in_channels: int | None) -> None:
+    """Raise a `ConfigError` for an invalid number of either; call it before anything is read or downloaded."""
+    for name, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1)):
+        if value is not None and not is_int(value, least):
+            raise ConfigError(f"{name} must be an integer from {least} on, not {value!r}")
 
 
 def assemble(
@@ -437,11 +446,16 @@ def assemble(
     params: Params,
     *,
     num_classes: int | None = None,
+    in_channels: int | None = None,
     dtype: torch.dtype | None = None,
     source: str | Path,
 ) -> NFNet:
     """Return a model of these parameters, in evaluation mode; warn, with `source`, if its classifier is replaced."""
-    check_num_classes(num_classes)
+    check_changes(num_classes, in_channels)
+    if in_channels is not None and in_channels != description.config.in_channels:
+        config, params = functional_model.adapt_input(description.config, params, in_channels)
+        preprocessing = description.preprocessing.adapted(in_channels)
+        description = description._replace(config=config, preprocessing=preprocessing)
     if dtype is not None:
         params = {key: value.to(dtype) for key, value in params.items()}
     model = NFNet.from_params(description, params)
