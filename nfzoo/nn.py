@@ -134,7 +134,10 @@ class NFNet(TimmInterface):
         if replaced(self._links):  # `model.stages[0] = ...`
             self._find()
         runs = [getattr(owner, leaf) for _, owner, leaf in self._owners]
-        return [run if isinstance(run, BlockModule) else functools.partial(_foreign, run) for run in runs]
+        return [
+            run if isinstance(run, BlockModule) else functools.partial(_foreign, run, block.name == "head")
+            for run, block in zip(runs, self.plan, strict=True)
+        ]
 
     @property
     def description(self) -> Description:
@@ -376,9 +379,9 @@ def check_no_noise(noise: Noise | None) -> None:
         raise ConfigError("a model traced by torch.fx takes no noise; use the model that it was made from")
 
 
-def _foreign(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Call a module that stands in the place of a block; it has dropout before it, but no stochastic depth."""
-    return module(x * keep.to(x.dtype) if keep is not None and keep.ndim == 2 else x)
+def _foreign(module: nn.Module, is_head: bool, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Call a module that stands in the place of a block: a head after dropout, and none with stochastic depth."""
+    return module(x * keep.to(x.dtype) if keep is not None and is_head else x)
 
 
 def create(

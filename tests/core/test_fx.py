@@ -108,12 +108,16 @@ def test_a_graph_holds_the_plain_blocks(folded: bool, changed: Callable[[NFNet],
 
 
 def test_what_stands_in_the_place_of_a_block_is_traced() -> None:
-    module = shell("nfnet")
-    features = module.embed(images(module.config)).shape[1]
-    module.head = nn.Linear(features, 2)
-    module.get_submodule("stages.1.1").add_module("conv0", shell("nfnet", seed=1).get_submodule("stages.1.1.conv0"))
+    module = shell("nfnet", stochastic_depth=0.5, drop_rate=0.5)
     x = images(module.config)
+    module.head = nn.Linear(module.embed(x).shape[1], 2)
+    module.get_submodule("stages.1.1").add_module("conv0", shell("nfnet", seed=1).get_submodule("stages.1.1.conv0"))
     assert torch.equal(fx.symbolic_trace(module)(x), module(x))
+    traced = fx.symbolic_trace(module.train())
+    torch.manual_seed(0)
+    expected = module(x)
+    torch.manual_seed(0)
+    assert torch.equal(traced(x), expected)
 
 
 class PathTracer(fx.Tracer):
