@@ -68,7 +68,7 @@ class NFNet(TimmInterface):
     """
 
     head: nn.Module
-    _no_split_modules = (BlockModule.__name__,)  # accelerate and FSDP keep these on one device
+    _no_split_modules = (BlockModule.__name__, Classifier.__name__)  # accelerate and FSDP keep these on one device
 
     def __init__(
         self,
