@@ -52,7 +52,13 @@ class BlockModule(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         if isinstance(x, fx.Proxy):  # a graph of torch.fx holds the plain block, and parameters as its attributes
-            params = {name: getattr(owner, leaf) for name, owner, leaf in self._parameter_owners()}
+            owners = self._parameter_owners()
+            if any(is_hooked(holder) for _, _, holder in self._links):
+                raise ConfigError(
+                    f"torch.fx cannot trace hooks on modules within a block, of which {self.block.name!r} has one; "
+                    "remove it, as torch.nn.utils.prune.remove does"
+                )
+            params = {name: getattr(owner, leaf) for name, owner, leaf in owners}
             return self.block.fn(params, x, self.block.beta, keep)
         if self.checkpointed and torch.is_grad_enabled():
             return checkpointed(lambda x, keep: self.fn(self.parameter_dict(), x, self.block.beta, keep), x, keep)

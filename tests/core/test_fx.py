@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize, prune
 
 from nfzoo import ConfigError, NFNet
 from tests.support.helpers import FAMILIES, SMALL, images, random_params
@@ -118,6 +119,26 @@ def test_what_stands_in_the_place_of_a_block_is_traced() -> None:
     expected = module(x)
     torch.manual_seed(0)
     assert torch.equal(traced(x), expected)
+
+
+def test_parametrized_weights_are_traced_and_hooks_on_weights_are_refused() -> None:
+    class Half(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight / 2
+
+    module = shell("nfnet")
+    x = images(module.config)
+    conv = module.get_submodule("stages.1.1.conv0")
+    parametrize.register_parametrization(conv, "weight", Half())
+    traced = fx.symbolic_trace(module)
+    assert torch.equal(traced(x), module(x))
+    assert "stages.1.1.conv0.parametrizations.weight.original" in dict(traced.named_parameters())
+    parametrize.remove_parametrizations(conv, "weight")
+    prune.l1_unstructured(conv, "weight", 0.5)  # a graph would keep the weight as it is now
+    with pytest.raises(ConfigError, match=r"'stages\.1\.1' has one; remove it"):
+        fx.symbolic_trace(module)
+    prune.remove(conv, "weight")
+    assert torch.equal(fx.symbolic_trace(module)(x), module(x))
 
 
 class PathTracer(fx.Tracer):
