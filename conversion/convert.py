@@ -26,7 +26,6 @@ from nfzoo.conversion.haiku import from_arrays, recognize
 from nfzoo.conversion.haiku_files import open_source
 from nfzoo.conversion.pickle_writer import write_haiku
 from nfzoo.conversion.timm import PICKLED_FILE, file_sha256, read_timm, write_timm
-from nfzoo.conversion.timm_config import fit_channels
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.types import Params
@@ -190,7 +189,7 @@ def _read_haiku(path: Path, model: str | None, progress: bool, origin: Mapping[s
     # DeepMind published its files under these names; whoever trains on other classes does not.
     published = config.num_classes == 1000 and path.name == f"{row.name.removeprefix('nfnet-').upper()}_haiku.npz"
     labels = imagenet() if published else None
-    preprocessing = fit_channels(row.preprocessing, config.in_channels)
+    preprocessing = row.preprocessing.for_channels(config.in_channels)
     return Weights(Description(config, preprocessing, row.name, labels, provenance), params, source.form)
 
 

@@ -20,7 +20,6 @@ from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
     apply_arguments,
-    fit_channels,
     pretrained_cfg,
     read_config,
     read_labels,
@@ -167,7 +166,7 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
         arch = stated or chosen or recognize(shapes, weights)
         row = VARIANTS[ARCHITECTURES[arch]]
         config = row.config.replace(**_sizes(row.config, shapes, weights))
-        preprocessing, labels, tag = fit_channels(row.preprocessing, config.in_channels), None, None
+        preprocessing, labels, tag = row.preprocessing.for_channels(config.in_channels), None, None
         if fields is not None:
             cfg = pretrained_cfg(fields, path / CONFIG_FILE)
             tag = cfg.get("tag") or None
@@ -205,7 +204,7 @@ def _read_own(weights: Path, state: StateDict, model: str | None, sha256: str | 
     for key, value in params.items():
         check_dtype(key, value)
     provenance = {"format": "state dict", "source": weights.name, "sha256": sha256 or file_sha256(weights)}
-    return Description(config, fit_channels(row.preprocessing, config.in_channels), row.name, None, provenance), params
+    return Description(config, row.preprocessing.for_channels(config.in_channels), row.name, None, provenance), params
 
 
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -105,7 +105,7 @@ def read_preprocessing(
         raise ConversionError(f"{source}: interpolation {interpolation!r} is not supported, only 'bicubic'")
     if mode not in (("center", "squash") if deepmind else ("center",)):
         raise ConversionError(f"{source}: crop_mode {mode!r} is not supported for {arch}, only 'center'")
-    default = fit_channels(known, config.in_channels)
+    default = known.for_channels(config.in_channels)
     train = _side(cfg, "input_size", config.in_channels, source)
     if train is None:
         raise ConversionError(f"{source} lacks input_size in its 'pretrained_cfg'")
@@ -142,13 +142,6 @@ def _side(cfg: Mapping[str, Any], key: str, channels: int, source: Path) -> int 
     if not isinstance(size, list) or len(size) != 3 or size[0] != channels or size[1] != size[2]:
         raise ConversionError(f"{source}: {key} must be [{channels}, side, side], not {size!r}")
     return size[1]
-
-
-def fit_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
-    """Set mean and standard deviation to 0.5 where the image has other than three channels."""
-    if len(preprocessing.mean) == channels:
-        return preprocessing
-    return dataclasses.replace(preprocessing, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 def read_labels(value: object, config: ModelConfig, source: Path) -> tuple[str, ...] | None:
