@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from nfzoo.checkpoint.model_folder import (
     read_description,
     save_checkpoint,
 )
+from nfzoo.checkpoint.state_dicts import is_torch_file
 from nfzoo.conversion.download import PUBLISHED, fetch, published_url
 from nfzoo.conversion.haiku import from_arrays, recognize
 from nfzoo.conversion.haiku_files import open_source
 from nfzoo.conversion.pickle_writer import write_haiku
-from nfzoo.conversion.timm import file_sha256, read_timm, write_timm
+from nfzoo.conversion.timm import PICKLED_FILE, file_sha256, read_timm, write_timm
 from nfzoo.conversion.timm_config import fit_channels
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError
@@ -30,7 +32,26 @@ from nfzoo.types import Params
 
 Form = Literal["nfzoo", "haiku", "timm"]
 FORMS: tuple[Form, ...] = ("nfzoo", "haiku", "timm")
-_TORCH = (".safetensors", ".bin", ".pt", ".pth")
+_TORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
+
+# What other programs write: the name of the file, or of one in the folder -> what it is.
+_TO_STATE_DICT = "load it where it was written, and save model.state_dict()"
+_TO_TREE = "save its parameters as {module: {name: array}} by pickle"
+_FOREIGN = {
+    "*.keras": f"is a model of Keras; {_TO_TREE}",
+    "*.h5": f"is an HDF5 file, as Keras writes; {_TO_TREE}",
+    "*.msgpack": f"is a file of Flax; {_TO_TREE}",
+    "*.onnx": f"is an ONNX program; {_TO_STATE_DICT}",
+    "*.pt2": f"is a program of torch.export; {_TO_STATE_DICT}",
+    "*.gguf": f"is a GGUF file; {_TO_STATE_DICT}",
+    "*.index": f"is a checkpoint of TensorFlow; {_TO_TREE}",
+    "saved_model.pb": f"is a SavedModel of TensorFlow; {_TO_TREE}",
+    "_CHECKPOINT_METADATA": f"is a checkpoint of Orbax; {_TO_TREE}",
+    "*.distcp": "is a sharded checkpoint of torch; `python -m torch.distributed.checkpoint.format_utils dcp_to_torch` "
+    "makes a file of it",
+    "zero_to_fp32.py": "is a checkpoint of DeepSpeed; its zero_to_fp32.py makes a file of it",
+    "pytorch_model.bin.index.json": f"is a model in several pickled files; {_TO_STATE_DICT}",
+}
 
 
 class Weights(NamedTuple):
@@ -96,9 +117,11 @@ def read(source: str | Path, *, model: str | None = None, progress: bool = False
     path = Path(source)
     form = _form(path)
     if form == "haiku":
+        _refuse_foreign(path)
         return _read_haiku(path, model, progress, {})
     if form == "timm":
-        return Weights(*read_timm(path, model=model), form)
+        description, params = read_timm(path, model=model)
+        return Weights(description, params, (description.provenance or {})["format"])
     if model is not None:
         raise ConversionError(f"{name} says itself what model it is; leave out --model")
     if form == "nfzoo":
@@ -119,7 +142,7 @@ def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
         looks_local = path.is_absolute() or path.suffix in (".npz", ".pkl", ".pickle", ".dill", *_TORCH)
         return "haiku" if looks_local else "name"  # which says that there is no such file
     folder = path if path.is_dir() else path.parent
-    is_torch = path.suffix in _TORCH
+    is_torch = path.is_file() and (path.suffix in _TORCH or (path.suffix != ".npz" and is_torch_file(path)))
     if path.is_file() and not is_torch:
         return "haiku"
     if path.suffix == ".safetensors" and _describes_itself(path):
@@ -127,10 +150,18 @@ def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
     try:
         fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return "timm" if is_torch else "haiku"
+        weights = [folder / name for name in (WEIGHTS_FILE, PICKLED_FILE)]  # without a config.json: another trainer's
+        return "timm" if is_torch or any(file.is_file() for file in weights) else "haiku"
     if isinstance(fields, dict) and isinstance(fields.get("architecture"), str):
         return "timm"
     return "nfzoo"
+
+
+def _refuse_foreign(path: Path) -> None:
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
+    for pattern, what in _FOREIGN.items():
+        if path.exists() and fnmatch.filter(names, pattern):
+            raise ConversionError(f"{path} {what}")
 
 
 def _describes_itself(path: Path) -> bool:
@@ -169,8 +200,6 @@ def _check_target(target: Path, to: Form, overwrite: bool) -> None:
     else:
         if target.exists() and not target.is_dir():
             raise ConversionError(f"{target} is a file; --to {to} writes a folder")
-        existing = next(
-            (target / n for n in (WEIGHTS_FILE, CONFIG_FILE, "pytorch_model.bin") if (target / n).exists()), None
-        )
+        existing = next((target / n for n in (WEIGHTS_FILE, CONFIG_FILE, PICKLED_FILE) if (target / n).exists()), None)
     if existing is not None and not overwrite:
         raise ConversionError(f"{existing} is there already; --overwrite replaces it")

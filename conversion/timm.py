@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, Description
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, Description, check_params
+from nfzoo.checkpoint.state_dicts import StateDict, check_dtype, is_torch_file, open_state_dict
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
@@ -31,10 +28,10 @@ from nfzoo.conversion.timm_config import (
     timm_config,
 )
 from nfzoo.data.labels import imagenet
-from nfzoo.errors import ConversionError, nearest
+from nfzoo.errors import CheckpointError, ConversionError, nearest
 from nfzoo.model import specs
 from nfzoo.types import Params
-from nfzoo.variants import VARIANTS
+from nfzoo.variants import VARIANTS, variant
 
 PICKLED_FILE = "pytorch_model.bin"
 """timm's older weight file."""
@@ -51,6 +48,9 @@ ARCHITECTURES: dict[str, str] = {
     **{f"nf_regnet_b{n}": f"timm-nf-regnet-b{n}" for n in range(6)},
 }
 """timm's architecture -> the variant of the zoo. The `dm_` weights are DeepMind's own and run under their rules."""
+
+ANCHORS = ("stem.conv.weight", "stem.conv1.weight", "stem.conv0.weight")
+"""The first tensor of every model, in timm's layout and in nfzoo's."""
 
 _LAYER = {
     "conv0": "conv1",
@@ -108,8 +108,7 @@ def from_timm(cfg: ModelConfig, state: Mapping[str, Tensor]) -> Params:
             raise ConversionError(
                 f"{names[key]} has shape {tuple(value.shape)}, which does not fit {key} of shape {shape}"
             )
-        if not value.is_floating_point():
-            raise ConversionError(f"{names[key]} is of type {value.dtype}, not floating point")
+        check_dtype(names[key], value)
         params[key] = value.reshape(shape).clone()
     return params
 
@@ -139,10 +138,11 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
     """Read a model in timm's layout: a folder with its `config.json` and weight file, or a weight file alone.
 
     A folder brings the number of classes, the preprocessing and the labels. A file alone brings its shapes; the
-    preprocessing is then that of the zoo. Pickled files are read by torch's weights-only reader.
+    preprocessing is then that of the zoo. Pickled files are read by torch's weights-only reader. What trainers wrap
+    around a state dict is taken off: see `open_state_dict`. A state dict under nfzoo's own names is read as well.
 
     Args:
-        path: a folder, or a `.safetensors`, `.bin`, `.pt` or `.pth` file.
+        path: a folder, a `.safetensors` file, or a file that torch wrote.
         model: timm's or the zoo's name; needed where neither `config.json` nor the shapes say it.
         sha256: of the weight file, if it is known, so that it is not read a second time.
 
@@ -155,8 +155,11 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
     path = Path(path)
     weights = _weight_file(path)
     fields = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
-    with _open_state(weights) as state:
-        shapes = {key: tuple(shape) for key, shape in state.shapes.items()}
+    with open_state_dict(weights, ANCHORS) as state:
+        shapes = state.shapes
+        gains = [shape for key, shape in shapes.items() if key.endswith(".gain")]
+        if fields is None and gains and all(len(shape) == 1 for shape in gains):
+            return _read_own(weights, state, model, sha256)
         stated = None if fields is None else _architecture(fields["architecture"])
         chosen = None if model is None else _architecture(model)
         if stated and chosen and stated != chosen:
@@ -182,25 +185,60 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
     return Description(config, preprocessing, row.name, labels, provenance), params
 
 
+def _read_own(weights: Path, state: StateDict, model: str | None, sha256: str | None) -> tuple[Description, Params]:
+    """Read a state dict under nfzoo's names, of which `model` or the shapes tell the variant."""
+    if model is not None:
+        row = variant(model)
+    else:
+        names = [name for name, row in VARIANTS.items() if _fits(_shapes(row.config), state.shapes)]
+        row = variant(_only(names, weights, "nfnet-f0"))
+    head, stem = state.shapes.get("head.weight"), next(iter(_shapes(row.config)))
+    sizes = {"num_classes": head[0] if head else 0}
+    if stem in state.shapes and len(state.shapes[stem]) == 4:
+        sizes["in_channels"] = state.shapes[stem][1]
+    config = row.config.replace(**sizes)
+    try:
+        check_params(config, state.shapes, str(weights))
+    except CheckpointError as error:
+        raise ConversionError(f"{weights} is no {row.name}: {error}") from error
+    params = {key: state[key].clone() for key in _shapes(config)}
+    for key, value in params.items():
+        check_dtype(key, value)
+    provenance = {"format": "state dict", "source": weights.name, "sha256": sha256 or file_sha256(weights)}
+    return Description(config, fit_channels(row.preprocessing, config.in_channels), row.name, None, provenance), params
+
+
+def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {key: shape for key, (shape, _) in specs(cfg).items()}
+
+
 def recognize(shapes: Mapping[str, tuple[int, ...]], source: Path | str = "the file") -> str:
     """Return timm's architecture by the names and shapes of a state dict; classes and input channels are free."""
     if not shapes or "head.fc.weight" not in shapes:
         raise ConversionError(f"{source} holds no NF-network of timm's with a classifier: it lacks head.fc.weight")
-    fitting = []
-    for arch, name in ARCHITECTURES.items():
-        names = timm_shapes(VARIANTS[name].config)
-        if names.keys() == shapes.keys() and all(_agree(key, names[key], shapes[key]) for key in names):
-            fitting.append(arch)
-    if len(fitting) != 1:
-        what = f"fits {' and '.join(fitting)}" if fitting else "fits no NF-network of timm's"
-        raise ConversionError(f"{source} {what}; say which it is with --model, such as --model dm_nfnet_f0")
-    return fitting[0]
+    names = [arch for arch, name in ARCHITECTURES.items() if _fits(timm_shapes(VARIANTS[name].config), shapes)]
+    return _only(names, source, "dm_nfnet_f0")
+
+
+def _only(names: Sequence[str], source: Path | str, example: str) -> str:
+    if len(names) != 1:
+        what = f"fits {' and '.join(names)}" if names else "fits no NF-network of timm's or nfzoo's"
+        raise ConversionError(f"{source} {what}; say which it is with --model, such as --model {example}")
+    return names[0]
+
+
+def _fits(known: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether names and shapes agree, but for the number of classes and of input channels."""
+    lacking = known.keys() ^ shapes.keys()
+    return all(key.startswith("head.") for key in lacking) and all(
+        _agree(key, known[key], shapes[key]) for key in known.keys() & shapes.keys()
+    )
 
 
 def _agree(key: str, known: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    if key.startswith("head.fc."):
+    if key.startswith("head."):
         return known[1:] == shape[1:]
-    if key in ("stem.conv.weight", "stem.conv1.weight"):
+    if key in ANCHORS:
         return len(shape) == 4 and known[:1] + known[2:] == shape[:1] + shape[2:]
     return known == shape
 
@@ -222,8 +260,8 @@ def _weight_file(path: Path) -> Path:
         raise ConversionError(f"there is no {WEIGHTS_FILE} or {PICKLED_FILE} in {path}")
     if not path.is_file():
         raise ConversionError(f"there is no file or folder {path}")
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise ConversionError(f"{path} is no folder and no .safetensors, .bin, .pt or .pth file")
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and not is_torch_file(path):
+        raise ConversionError(f"{path} is no folder, no .safetensors file and no file of torch's")
     return path
 
 
@@ -240,52 +278,6 @@ def _sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: P
     return {"num_classes": shapes[head][0], "in_channels": shapes[stem][1]}
 
 
-class _Lazy(Mapping[str, Tensor]):
-    """Tensors of a safetensors file, each read when it is asked for: never two copies of a network in memory."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.file.get_tensor(key)
-
-    def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
-        return key in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-class _Loaded(dict[str, Tensor]):
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        return {key: value.shape for key, value in self.items()}
-
-
-@contextmanager
-def _open_state(path: Path) -> Iterator[_Lazy | _Loaded]:
-    if path.suffix == ".safetensors":
-        try:
-            opened: Any = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path} is damaged or not a safetensors file ({error})") from error
-        with opened as file:
-            yield _Lazy(file)
-        return
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile pickle makes the reader raise almost anything
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        raise ConversionError(f"{path} cannot be read as weights alone: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ConversionError(f"{path} holds more than a state dict; save model.state_dict() alone")
-    yield _Loaded(state)
-
-
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
@@ -296,10 +288,13 @@ def file_sha256(path: Path) -> str:
 
 
 def timm_architecture(cfg: ModelConfig) -> str:
-    """Return timm's name of this network, whatever its classes, input channels and drop rates."""
+    """Return timm's name of this network, whatever its classes, input channels, drop rates and, in timm's, stride."""
+    names = ["num_classes", "in_channels", "drop_rate", "stochastic_depth"]
+    if cfg.rules == "timm":
+        names.append("output_stride")
+    free = {key: getattr(cfg, key) for key in names}
     for arch, name in ARCHITECTURES.items():
         known = VARIANTS[name].config
-        free = {key: getattr(cfg, key) for key in ("num_classes", "in_channels", "drop_rate", "stochastic_depth")}
         if type(known) is type(cfg) and known.replace(**free) == cfg:
             return arch
     raise ConversionError(

@@ -51,14 +51,22 @@ def pretrained_cfg(fields: Mapping[str, Any], source: Path) -> Mapping[str, Any]
 
 
 def apply_arguments(config: ModelConfig, fields: Mapping[str, Any], source: Path) -> ModelConfig:
-    """Return `config` with the drop rates of `model_args`; another network than the weights' is an error."""
+    """Return `config` with the drop rates and the output stride of `model_args`.
+
+    Another network than the weights' is an error. So is an output stride under DeepMind's rules, whose maps differ from
+    those that timm computes.
+    """
     arguments = fields.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ConversionError(f"{source}: 'model_args' must be a JSON object, not {arguments!r}")
     if fields.get("global_pool", "avg") not in ("avg", "", None) or arguments.get("global_pool", "avg") != "avg":
         raise ConversionError(f"{source}: only average pooling (global_pool 'avg') is supported")
-    if arguments.get("output_stride", 32) != 32:
-        raise ConversionError(f"{source}: only output_stride 32 is supported; set nfzoo's own after loading")
+    stride = arguments.get("output_stride") or 32
+    if stride != 32 and config.rules != "timm":
+        raise ConversionError(
+            f"{source}: at output_stride {stride!r} timm computes other maps than DeepMind's rules; leave it out, and "
+            "set the model's own after loading"
+        )
     foreign = sorted(set(arguments) - _INERT_ARGUMENTS - {"global_pool", "output_stride"})
     if foreign:
         raise ConversionError(
@@ -71,9 +79,13 @@ def apply_arguments(config: ModelConfig, fields: Mapping[str, Any], source: Path
     ):
         if where.get(key) not in (None, value):
             raise ConversionError(f"{source} says {key} {where[key]!r}, the weights have {value}")
-    rates = {"drop_rate": arguments.get("drop_rate"), "stochastic_depth": arguments.get("drop_path_rate")}
+    changes = {
+        "drop_rate": arguments.get("drop_rate"),
+        "stochastic_depth": arguments.get("drop_path_rate"),
+        "output_stride": stride,
+    }
     try:
-        return config.replace(**{key: value for key, value in rates.items() if value is not None})
+        return config.replace(**{key: value for key, value in changes.items() if value is not None})
     except ConfigError as error:
         raise ConversionError(f"{source}: {error}") from error
 
@@ -177,12 +189,15 @@ def timm_config(arch: str, description: Description) -> dict[str, Any]:
         "first_conv": "stem.conv1" if config.family == "nfnet" else "stem.conv",
         "classifier": "head.fc",
     }
+    arguments = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
+    if config.output_stride != 32:
+        arguments["output_stride"] = config.output_stride
     return {
         "architecture": arch,
         "num_classes": config.num_classes,
         "num_features": specs(config)["head.weight"][0][1],
         "global_pool": "avg",
         **({"label_names": list(description.labels)} if description.labels else {}),
-        **({"model_args": {"in_chans": config.in_channels}} if config.in_channels != 3 else {}),
+        **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": cfg,
     }

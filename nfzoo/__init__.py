@@ -12,7 +12,9 @@ The functional form is in `nfzoo.model`: `init`, `apply`, `features`, `sample_no
 from __future__ import annotations
 
 import fnmatch
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
@@ -25,13 +27,21 @@ from nfzoo.errors import (
     NfzooError,
     UnknownModelError,
 )
-from nfzoo.nn import NFNet, create
-from nfzoo.optim.agc_sgd import AGCSGD, param_groups
-from nfzoo.optim.clipping import agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
 from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
     from nfzoo.hub.pretrained import from_pretrained
+    from nfzoo.nn import NFNet, create
+    from nfzoo.optim.agc_sgd import AGCSGD, param_groups
+    from nfzoo.optim.clipping import agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
+
+# What imports torch or the Hub's client is imported on its first use: `nfzoo list` needs neither.
+_LAZY = {
+    **dict.fromkeys(["NFNet", "create"], "nfzoo.nn"),
+    **dict.fromkeys(["AGCSGD", "param_groups"], "nfzoo.optim.agc_sgd"),
+    **dict.fromkeys(["agc", "agc_", "clip_grad_agc_", "unitwise_norm", "with_agc"], "nfzoo.optim.clipping"),
+    "from_pretrained": "nfzoo.hub.pretrained",
+}
 
 try:
     __version__ = version("nfzoo")
@@ -88,10 +98,12 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import `from_pretrained` on its first use, since the Hub's client takes long to import."""
-    if name != "from_pretrained":
+    """Import a public name, or a module such as `nfzoo.model`, on its first use."""
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        value = import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nfzoo.hub.pretrained import from_pretrained
-
-    globals()[name] = from_pretrained
-    return from_pretrained
+    globals()[name] = value
+    return value

@@ -171,8 +171,8 @@ class ModelConfig:
         """Raise a `ConfigError` if the network has no classifier; call it before images are labelled."""
         if not self.num_classes:
             raise ConfigError(
-                "the model has no classifier (num_classes 0), so it labels no images: embed them, or give it one with "
-                "reset_classifier"
+                "the model has no classifier (num_classes 0), so it labels no images: embed them with model.embed or "
+                "`nfzoo bulk --embeddings`, or give it a classifier with reset_classifier"
             )
 
 

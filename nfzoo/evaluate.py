@@ -214,11 +214,14 @@ def evaluate(
         workers=workers,
         broken=broken if skip_broken else None,
     )
-    result = score(
-        lambda x: apply(model.config, params, x.to(dtype)),
-        _with_bar(batches, len(images), state),
-        device=target,
-    )
+    try:
+        result = score(
+            lambda x: apply(model.config, params, x.to(dtype)),
+            _with_bar(batches, len(images), state),
+            device=target,
+        )
+    except BrokenImageError as error:
+        raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
 
     # The result of all processes.
     problems = sorted(gather(broken))

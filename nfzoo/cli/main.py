@@ -17,7 +17,7 @@ from nfzoo.runtime import program
 
 # Name -> (module, function, summary). A module is imported when its command is called.
 COMMANDS = {
-    "list": ("nfzoo.cli.models", "list_models", "the models of the zoo"),
+    "list": ("nfzoo.cli.list_models", "list_models", "the models of the zoo"),
     "info": ("nfzoo.cli.models", "info", "what a model costs, stage by stage"),
     "train": ("nfzoo.train", "main", "train or fine-tune a model"),
     "evaluate": ("nfzoo.evaluate", "main", "top-1 and top-5 accuracy on a folder of images"),

@@ -1,4 +1,4 @@
-"""Commands about models and their weights: `nfzoo list`, `nfzoo info`, `nfzoo convert`."""
+"""Commands about models and their weights: `nfzoo info`, `nfzoo convert`."""
 
 from __future__ import annotations
 
@@ -17,50 +17,7 @@ from nfzoo.conversion import convert as conversion
 from nfzoo.errors import CheckpointError, ConversionError, printable
 from nfzoo.model import BlockCost, costs, parameter_count
 from nfzoo.runtime import program
-from nfzoo.variants import VARIANTS, variant
-
-
-def list_models(argv: list[str] | None = None) -> int:
-    """List the models of the zoo: `nfzoo list`."""
-    parser = program.Parser(
-        prog="nfzoo list",
-        description="List the models of the zoo: parameters, side of the square input in pixels when trained and when\n"
-        "tested, the ImageNet top-1 accuracy in percent that the source reports, and the source.",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return program.run(parser.prog, lambda: _list(parser.parse_args(argv)))
-
-
-def _list(options: argparse.Namespace) -> None:
-    rows = [
-        {
-            "name": v.name,
-            "family": v.config.family,
-            "parameters": parameter_count(v.config),
-            "train_size": v.preprocessing.train_size,
-            "test_size": v.preprocessing.test_size,
-            "top1": v.top1,
-            "source": v.source,
-        }
-        for v in VARIANTS.values()
-    ]
-    if options.json:
-        print_json(rows)
-        return
-    header = ("name", "family", "parameters", "train", "test", "top-1", "source")
-    cells = [
-        (
-            row["name"],
-            row["family"],
-            millions(row["parameters"]),
-            str(row["train_size"]),
-            str(row["test_size"]),
-            "" if row["top1"] is None else f"{row['top1']:.1f}",
-            row["source"],
-        )
-        for row in rows
-    ]
-    print_table([header, *cells], "<<>>>><")
+from nfzoo.variants import variant
 
 
 def info(argv: list[str] | None = None) -> int:

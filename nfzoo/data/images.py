@@ -18,6 +18,7 @@ from typing import BinaryIO, Generic, Self, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
+from nfzoo.data.layouts import check_classes_of, files_in, foreign_format, is_visible, subfolders
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import HEIF_REMEDY, HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
@@ -26,15 +27,6 @@ logger = logging.getLogger("nfzoo")
 DIGITS = "digits"
 UNLABELLED = -1
 """The label of an image without one."""
-
-SYSTEM_FOLDERS = frozenset(
-    [
-        *("__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbnails.lrdata"),
-        *("@eadir", "@tmp", "#recycle", "#snapshot", "@sharebin", "@appstore", "@database"),  # Synology
-        *("@recycle", "@recently-snapshot", "@transcode"),  # QNAP
-    ]
-)
-"""Folders that systems and programs make, in lower case: thumbnails, trash, file fragments. Hidden ones count too."""
 
 _DIGITS_SIZE = 32
 
@@ -169,25 +161,30 @@ class ImageFolder(Images[Path]):
             classes: the expected class names, if they are known.
 
         Raises:
-            DataError: for a missing folder, no classes, a class without images, or unexpected classes.
+            DataError: for a missing folder, no classes, a class without images, unexpected classes, or subfolders that
+                are no classes.
         """
         folder = Path(folder)
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
             raise DataError(f"the data folder {str(folder)!r} {problem}; give one with a subfolder of images per class")
         folders: dict[str, str] = {}  # class -> folder
-        for entry in sorted(e.name for e in folder.iterdir() if e.is_dir() and is_visible(e.name)):
+        for entry in subfolders(folder):
             if any("\ud800" <= c <= "\udfff" for c in entry):  # not UTF-8, so that config.json cannot hold it
                 raise DataError(f"the class folder {str(folder / entry)!r} has a name that is no text; rename it")
             if folders.setdefault(class_name(entry), entry) != entry:
+                other = folders[class_name(entry)]
                 raise DataError(
-                    f"{str(folder)!r} has two folders {entry!r}, which differ in the encoding of a letter alone; "
+                    f"{str(folder)!r} has folders {other!a} and {entry!a}, which differ in how a letter is encoded; "
                     "merge them"
                 )
         names = tuple(sorted(folders))
         if not names:
-            raise DataError(f"{str(folder)!r} has no subfolders; put the images of each class into a folder of its own")
-        if classes is not None:
+            remedy = foreign_format(folder) or "; put the images of each class into a folder of its own"
+            raise DataError(f"{str(folder)!r} has no subfolders, one for each class{remedy}")
+        if classes is None:
+            check_classes_of(folder, names)
+        else:
             check_classes(repr(str(folder)), names, classes)
         paths: list[str] = []
         counts: list[int] = []
@@ -197,10 +194,14 @@ class ImageFolder(Images[Path]):
             images = files_below(below, tuple(IMAGE_SUFFIXES), unread)
             if not images:
                 warn_of_unread(folder, unread)
-                raise DataError(f"the class folder {str(below)!r} holds no images; remove it or fill it")
+                remedy = foreign_format(below) or "; remove it or fill it"
+                raise DataError(f"the class folder {str(below)!r} holds no images{remedy}")
             paths += (os.path.join(below, image) for image in images)
             counts.append(len(images))
         warn_of_unread(folder, unread)
+        loose = [name for name in files_in(folder) if has_ending(name, tuple(IMAGE_SUFFIXES))]
+        if loose:
+            logger.warning("images in no class folder are left out: %d in %s, such as %s", len(loose), folder, loose[0])
         labels = np.repeat(np.arange(len(names), dtype=np.int64), counts)
         return cls(np.arange(len(paths)), labels, names, Path(), Texts(paths))
 
@@ -235,11 +236,6 @@ def class_name(text: str) -> str:
 # -- lists of files
 
 
-def is_visible(name: str) -> bool:
-    """Return whether a file or folder is neither hidden nor made by a system."""
-    return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
-
-
 def warn_of_unread(root: Path, unread: Counter[str]) -> None:
     """Warn of image files that are not read; `unread` counts them by suffix."""
     if unread:
@@ -267,9 +263,9 @@ def _walk(root: Path, endings: tuple[str, ...], unread: Counter[str] | None) -> 
         raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
 
     seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        subfolders[:] = [] if real in seen else sorted(filter(is_visible, subfolders))
+        folders[:] = [] if real in seen else sorted(filter(is_visible, folders))
         if real in seen:
             continue
         seen.add(real)

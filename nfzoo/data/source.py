@@ -35,8 +35,14 @@ from nfzoo.data.images import (
     expand,
     files_below,
     is_pattern,
-    is_visible,
     warn_of_unread,
+)
+from nfzoo.data.layouts import (
+    HELD_OUT_NAMES,
+    TRAIN_NAMES,
+    check_more_than_one,
+    find_parts,
+    is_visible,
 )
 from nfzoo.data.tar_shards import COMPRESSED, TarShards
 from nfzoo.errors import ConfigError, DataError
@@ -49,7 +55,6 @@ HELD_OUT = 0.2
 """Share of each class that is held out by default."""
 HUB = "hub:"
 
-_VALIDATION_NAMES = ("val", "validation", "valid", "dev", "test")
 _ARCHIVES = (".tar", ".parquet", ".tgz", *(f".tar{ending}" for ending in COMPRESSED))
 _OPTIONS = ("image", "label", "train", "validation", "revision")
 
@@ -104,6 +109,7 @@ def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int 
     images = parts.first(None)
     if parts.held_out is not None:
         return Split(images, parts.held_out(images.classes))
+    check_more_than_one(Path(source), images.classes)
     held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
     return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
 
@@ -129,7 +135,7 @@ def open_held_out(source: str) -> Part:
     if parts.name is not None and (folder / parts.name).is_dir():
         folder = folder / parts.name
     folder = folder.resolve()
-    if folder.name in ("train", *_VALIDATION_NAMES):
+    if folder.name.lower() in (*TRAIN_NAMES, *HELD_OUT_NAMES):
         return Part(images, folder.parent.name, folder.name, repr(str(folder)))
     return Part(images, folder.name, parts.name, repr(str(folder)))
 
@@ -214,9 +220,10 @@ def _parts(source: str) -> _Source:
         return _hub_parts(source)
     path, options = split_options(source)
     root = Path(path)
-    held_out = _held_out_folder(root)
-    if held_out is not None:
-        return _Source(_open_folder(root / "train", options), _open_folder(held_out, options), held_out.name)
+    split = find_parts(root) if root.is_dir() else None
+    if split is not None:
+        train, held_out = (_open_folder(folder, options) for folder in split)
+        return _Source(train, held_out, split.held_out.name)
     if root.is_dir():
         files = _archives_in(root)
         return _file_parts(files, source, options) if files else _Source(_open_folder(root, options))
@@ -226,16 +233,6 @@ def _parts(source: str) -> _Source:
         return _file_parts([root], source, options)
     _check_options(options, (), source)
     return _Source(partial(ImageFolder.scan, root))
-
-
-def _held_out_folder(root: Path) -> Path | None:
-    """Return the held-out folder beside `root/train/`; `None` if there is no `train/`."""
-    if not (root / "train").is_dir():
-        return None
-    name = _first(_VALIDATION_NAMES, {name for name in _VALIDATION_NAMES if (root / name).is_dir()})
-    if name is None:
-        raise DataError(f"{str(root)!r} has train/ but none of {', '.join(n + '/' for n in _VALIDATION_NAMES)}")
-    return root / name
 
 
 def _open_folder(folder: Path, options: dict[str, str]) -> Opener:
@@ -258,15 +255,16 @@ def _archives_in(folder: Path) -> list[Path]:
 def _file_parts(files: list[Path], source: str, options: dict[str, str]) -> _Source:
     """Split files if all their names tell the part, such as `train-00000.tar` and `data_val.parquet`."""
     words = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
-    train = options.get("train", "train")
-    validation = options.get("validation") or _first(_VALIDATION_NAMES, set().union(*words.values()))
+    known = set().union(*words.values())
+    train = options.get("train") or _first(TRAIN_NAMES, known) or TRAIN_NAMES[0]
+    validation = options.get("validation") or _first(HELD_OUT_NAMES, known)
     training = [path for path in files if train in words[path]]
     held_out = [path for path in files if validation in words[path]]
     if not training or not held_out:
         if "train" in options or "validation" in options:
             raise DataError(f"{source!r} needs files named after both parts, {train} and {validation or 'validation'}")
         return _Source(_open_files(files, source, options))
-    strange = [path for path in files if not words[path] & {train, validation, *_VALIDATION_NAMES}]
+    strange = [path for path in files if not words[path] & {train, validation, *HELD_OUT_NAMES}]
     if strange:
         raise DataError(f"{str(strange[0])!r} has the name of no part ({train}, {validation}); move it elsewhere")
     return _Source(_open_files(training, source, options), _open_files(held_out, source, options), validation)
@@ -304,7 +302,7 @@ def _hub_parts(source: str) -> _Source:
     path, options, dataset = _hub(source, _OPTIONS)
     names = [str(name) for name in dataset]
     train = options.get("train") or ("train" if "train" in names or len(names) > 1 else names[0])
-    validation = options.get("validation") or _first(_VALIDATION_NAMES, set(names) - {train})
+    validation = options.get("validation") or _first(HELD_OUT_NAMES, set(names) - {train})
     for key, name in (("train", train), ("validation", validation)):
         if name and name not in names:
             raise DataError(f"{source!r} has no part {name!r} but {', '.join(names)}; add ?{key}=PART")

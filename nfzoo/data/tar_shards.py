@@ -18,7 +18,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from nfzoo.config import is_int
-from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending, is_visible
+from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending
+from nfzoo.data.layouts import is_visible
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
@@ -276,7 +277,8 @@ def _labelled_images(file: BinaryIO, path: str, members: Iterable[Member]) -> li
         text = texts.get((key, "cls")) or texts.get((key, "json"))
         if text is None:
             raise DataError(
-                f"{image.name!r} in {path!r} has no label; add {key + '.cls'!r}, which holds the number of its class"
+                f"{image.name!r} in {path!r} has no label; add {key + '.cls'!r}, which holds the number of its class, "
+                "or unpack the file if its folders are the classes"
             )
         samples.append((image, _label(file, path, text)))
     return samples

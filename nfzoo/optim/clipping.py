@@ -43,17 +43,22 @@ def unit_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def unitwise_norm(x: Tensor) -> Tensor:
-    """Return the L2 norm of each output unit, broadcastable to `x`: see `unit_shape`."""
+    """Return the L2 norm of each output unit, broadcastable to `x`, in float32 at least: see `unit_shape`."""
     if x.ndim <= 1:
-        return torch.linalg.vector_norm(x)
+        return torch.linalg.vector_norm(x, dtype=_norm_dtype(x))
     first = 0 if unit_shape(x.shape)[0] == 1 else 1
-    return torch.linalg.vector_norm(x, dim=tuple(range(first, x.ndim)), keepdim=True)
+    return torch.linalg.vector_norm(x, dim=tuple(range(first, x.ndim)), keepdim=True, dtype=_norm_dtype(x))
+
+
+def _norm_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype of a norm, if it is not that of `x`: in float16 the square of 256 is infinite."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
 
 
 def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
     """Clip one gradient; return it and the boolean mask of the units that were clipped: see `agc`."""
     factor, clipped = _factor(unitwise_norm(grad), unitwise_norm(param), clip=clip, eps=eps)
-    return grad * factor, clipped
+    return (grad * factor).to(grad.dtype), clipped
 
 
 def clip_dtensor(grad: Any, param: Any, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
@@ -68,7 +73,7 @@ def clip_dtensor(grad: Any, param: Any, *, clip: float, eps: float = EPS) -> tup
     factor, clipped = _factor(unitwise_norm(grad), unitwise_norm(param), clip=clip, eps=eps)
     several = unit_shape(grad.shape)[0] != 1
     rows = [placement if several and placement.is_shard(0) else Replicate() for placement in grad.placements]
-    local = grad.to_local() * factor.redistribute(placements=rows).to_local()
+    local = (grad.to_local() * factor.redistribute(placements=rows).to_local()).to(grad.dtype)
     stays = {"shape": grad.shape, "stride": grad.stride()}
     return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False, **stays), clipped
 
@@ -99,8 +104,9 @@ def clip_all(
     flat = [i for i, count in enumerate(units) if count == 1]
 
     def norms(tensors: Sequence[Tensor]) -> Tensor:
-        rows = [torch.linalg.vector_norm(tensors[i].flatten(1), dim=1) for i in wide]
-        whole = many._foreach_norm([tensors[i] for i in flat]) if flat else ()
+        dtype = _norm_dtype(tensors[0])
+        rows = [torch.linalg.vector_norm(tensors[i].flatten(1), dim=1, dtype=dtype) for i in wide]
+        whole = many._foreach_norm([tensors[i] for i in flat], dtype=dtype) if flat else ()
         return torch.cat([*rows, torch.stack(list(whole))] if flat else rows)
 
     factor, clipped = _factor(norms(grads), norms(params), clip=clip, eps=eps)
@@ -108,11 +114,11 @@ def clip_all(
     parts = factor.split([*(units[i] for i in wide), len(flat)])
     for i, part in zip(wide, parts, strict=False):
         part = part.reshape(-1, *[1] * (grads[i].ndim - 1))
-        out[i] = grads[i].mul_(part) if in_place else grads[i] * part
+        out[i] = grads[i].mul_(part) if in_place else (grads[i] * part).to(grads[i].dtype)
     if flat:
         counts = [params[i].numel() for i in flat]
         joined = torch.cat([grads[i].reshape(-1) for i in flat])
-        joined = joined * parts[-1][_unit_of_element(tuple(counts), joined.device)]
+        joined = (joined * parts[-1][_unit_of_element(tuple(counts), joined.device)]).to(joined.dtype)
         for i, piece in zip(flat, joined.split(counts), strict=True):
             out[i] = piece.reshape(grads[i].shape)
         if in_place:

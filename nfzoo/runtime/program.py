@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import MAX_SIZE
 from nfzoo.errors import ConfigError, NfzooError, nearest, printable
@@ -104,8 +102,9 @@ def report(program: str, error: BaseException, *, reports: Callable[[BaseExcepti
 
 def leave_processes() -> None:
     """Destroy the process group, if there is one, at the end of a program."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")  # commands that do not use torch do not import it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nfzoo.cli.list_models
 import nfzoo.cli.main
-import nfzoo.cli.models
 from nfzoo.cli.main import main
 from nfzoo.model import mac_count, parameter_count
 from nfzoo.nn import create
@@ -254,7 +254,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nfzoo.cli.models, "print_table", interrupted)
+    monkeypatch.setattr(nfzoo.cli.list_models, "print_table", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -266,6 +266,16 @@ def test_version_and_module() -> None:
     done = run("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"nfzoo {nfzoo.cli.main.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["--version", "list", "list --json"])
+def test_torch_is_not_imported_for_what_needs_none(command: str) -> None:
+    code = (
+        "import sys\nfrom nfzoo.cli.main import main\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "False\n")
 
 
 def test_a_reader_that_goes_away() -> None:

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from nfzoo import ConversionError, model
 from nfzoo.checkpoint.model_folder import Description
+from nfzoo.checkpoint.state_dicts import StateDict
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.conversion import timm
 from nfzoo.conversion.timm import ARCHITECTURES, read_timm, recognize, timm_shapes, to_timm, write_timm
-from nfzoo.conversion.timm_config import read_preprocessing, timm_config
+from nfzoo.conversion.timm_config import apply_arguments, read_preprocessing, timm_config
 from nfzoo.data.labels import imagenet
 from nfzoo.variants import VARIANTS
 from tests.core.test_reference import timm_state
@@ -205,6 +206,13 @@ def test_weights_that_were_trained_on_from_deepminds(tmp_path):
     assert read(tag="mine", crop_pct=0.8).margin == 64
 
 
+def test_a_stride_of_timms_is_not_taken_for_deepminds(tmp_path):
+    cfg = VARIANTS["nfnet-f0"].config.replace(num_classes=3)
+    fields = {"architecture": "dm_nfnet_f0", "model_args": {"output_stride": 16}}
+    with pytest.raises(ConversionError, match="at output_stride 16 timm computes other maps"):
+        apply_arguments(cfg, fields, tmp_path)
+
+
 def test_the_form_before_pretrained_cfg(tmp_path):
     folder = timm_folder(tmp_path / "m", "nf_regnet_b0", small()[1], {})
     (folder / "config.json").write_text(json.dumps({"architecture": "nf_regnet_b0", "num_classes": 3, **PLAIN}))
@@ -225,7 +233,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pooling": ({}, {"global_pool": "catavgmax"}, "average pooling"),
     "pooling argument": ({}, {"model_args": {"global_pool": "max"}}, "average pooling"),
     "activation": ({}, {"model_args": {"act_layer": "relu"}}, "nfzoo lacks: act_layer"),
-    "stride": ({}, {"model_args": {"output_stride": 16}}, "output_stride"),
+    "stride": ({}, {"model_args": {"output_stride": 4}}, "output_stride must be 8, 16 or 32, not 4"),
     "arguments": ({}, {"model_args": [1]}, "must be a JSON object"),
     "drop rate": ({}, {"model_args": {"drop_rate": 2}}, "drop_rate"),
     "classes": ({}, {"num_classes": 4}, "num_classes 4, the weights have 3"),
@@ -340,9 +348,8 @@ def test_hostile_and_broken_files(tmp_path, monkeypatch):
         (lambda: path.write_bytes(pickle.dumps(Run())), "cannot be read as weights alone"),
         (lambda: path.write_bytes(b""), "cannot be read as weights alone"),
         (lambda: path.write_bytes(b"PK\3\4"), "cannot be read as weights alone"),
-        (lambda: torch.save([1], path), "more than a state dict"),
-        (lambda: torch.save({"state_dict": state, "epoch": 3}, path), "more than a state dict"),
-        (lambda: torch.save({}, path), "lacks head.fc.weight"),
+        (lambda: torch.save([1], path), "no state dict of an NF-network"),
+        (lambda: torch.save({}, path), "no state dict of an NF-network"),
     ):
         write()
         with pytest.raises(ConversionError, match=match):
@@ -351,7 +358,7 @@ def test_hostile_and_broken_files(tmp_path, monkeypatch):
     for name, content, match in (
         ("m.safetensors", b"", "damaged"),
         ("m.safetensors", b"\xff" * 64, "damaged"),
-        ("m.ckpt", b"", "no folder and no .safetensors"),
+        ("m.ckpt", b"", "no folder, no .safetensors file"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConversionError, match=match):
@@ -393,8 +400,8 @@ def test_the_model_that_is_asked_for_must_be_it(folder):
 def test_tensors_are_read_one_by_one(folder, monkeypatch):
     """Each is asked for once, so that a network of gigabytes is not in memory twice."""
     asked: list[str] = []
-    original = timm._Lazy.__getitem__
-    monkeypatch.setattr(timm._Lazy, "__getitem__", lambda self, key: (asked.append(key), original(self, key))[1])
+    original = StateDict.__getitem__
+    monkeypatch.setattr(StateDict, "__getitem__", lambda self, key: (asked.append(key), original(self, key))[1])
     read_timm(folder)
     assert sorted(asked) == sorted(timm_shapes(small()[0]))
 
@@ -402,9 +409,10 @@ def test_tensors_are_read_one_by_one(folder, monkeypatch):
 # ---------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("arch", ["nf_regnet_b0", "nf_ecaresnet26"])
-def test_there_and_back(arch, tmp_path):
+@pytest.mark.parametrize(("arch", "stride"), [("nf_regnet_b0", 32), ("nf_ecaresnet26", 16)])
+def test_there_and_back(arch, stride, tmp_path):
     cfg, state = small(arch)
+    cfg = cfg.replace(output_stride=stride)
     preprocessing = VARIANTS[ARCHITECTURES[arch]].preprocessing
     description = Description(cfg, preprocessing, ARCHITECTURES[arch], ("a", "ä", "c"), {"tag": "mine"})
     written = write_timm(tmp_path / "a", description, timm.from_timm(cfg, state))

@@ -276,6 +276,7 @@ def test_broken_images_are_named_and_fatal_unless_asked(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"nfzoo evaluate: error: {broken} ")
+    assert err.endswith("; leave such images out with --skip-broken\n")
     assert err.count("\n") == 1
 
     assert main([*options, "--skip-broken", "--json", "-"]) == 0

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from importlib.resources import files
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import nfzoo
 from nfzoo import ConfigError, UnknownModelError, list_models, model
+from nfzoo.cli.list_models import COUNTS
 from nfzoo.variants import VARIANTS, variant
 from tests.support.helpers import DEEPMIND_COUNTS, TIMM, timm_golden
 from tests.support.loops import each
@@ -156,6 +162,19 @@ def test_names_and_rows_agree():
     assert all(name == row.name for name, row in VARIANTS.items())
     assert all(variant(name) is VARIANTS[name] for name in VARIANTS)
     assert len({(row.config, row.preprocessing) for row in VARIANTS.values()}) == len(VARIANTS)
+
+
+def test_the_counts_that_are_listed_are_the_plans():
+    counts = json.loads(files("nfzoo").joinpath(COUNTS).read_text())
+    assert counts == {name: model.parameter_count(row.config) for name, row in VARIANTS.items()}
+
+
+def test_public_names_and_modules_are_imported_on_first_use():
+    code = "import nfzoo; assert 'torch' not in __import__('sys').modules; "
+    uses = [*(f"nfzoo.{name}" for name in nfzoo.__all__), "nfzoo.model.apply", "nfzoo.optim", "nfzoo.step.train_step"]
+    subprocess.run([sys.executable, "-c", code + "; ".join(uses)], check=True)
+    with pytest.raises(AttributeError, match="'nothing'"):
+        nfzoo.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize(

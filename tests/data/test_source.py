@@ -79,7 +79,7 @@ def damage(folder: Path, case: str) -> str:
             write_images(folder, {"fish": 1})
             return str(folder)
         case "no validation":
-            (folder / "cat").rename(folder / "train")
+            (folder / "train" / "cat").mkdir(parents=True)
             return str(folder)
     raise AssertionError(case)
 
@@ -93,7 +93,7 @@ def damage(folder: Path, case: str) -> str:
         ("empty class", "bird"),
         ("no text", "no text"),
         ("one image", "too few to hold any out"),
-        ("no validation", "none of val/"),
+        ("no validation", "none of val,"),
     ],
 )
 def test_unusable_folders_are_named(folder: Path, case: str, message: str) -> None:

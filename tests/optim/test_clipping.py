@@ -126,6 +126,37 @@ def test_zero_parameters_can_move_and_zero_gradients_stay():
     assert agc({"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)})["w"].abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["agc", "foreach", "one by one", "with_agc", "AGCSGD"])
+def test_norms_of_half_precision_are_in_float32(dtype, way):
+    """The square of 2000 is infinite in float16; the gradient then became 0."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 4, 3, 3), (7,), (6, 8), (1,)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    grads = [(2000 * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
+    before = [p.detach().clone() for p in params]
+    expected = [clipped_by_loops(g.double(), p.double(), 0.1, 1e-3) for g, p in zip(grads, before, strict=True)]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad.clone()
+    if way == "agc":
+        found = list(
+            agc(dict(zip("abcd", grads, strict=True)), dict(zip("abcd", params, strict=True)), clip=0.1).values()
+        )
+    elif way in ("foreach", "one by one"):
+        assert clip_grad_agc_(params, 0.1, foreach=way == "foreach") == 1
+        found = [p.grad for p in params if p.grad is not None]
+    else:
+        sgd = torch.optim.SGD(params, lr=1.0)
+        optimizer = with_agc(sgd, clip=0.1) if way == "with_agc" else AGCSGD(params, lr=1.0, momentum=0.0, clip=0.1)
+        optimizer.step()
+        found = [b - p.detach() for b, p in zip(before, params, strict=True)]
+    for f, e, b in zip(found, expected, before, strict=True):
+        assert f.dtype == dtype
+        size = e.abs() + (b.double().abs() if way in ("with_agc", "AGCSGD") else 0)  # a step rounds the weight too
+        digit = torch.finfo(dtype).eps * size
+        assert ((f.double() - e).abs() <= digit + 1e-7).all()
+
+
 def test_the_gradient_floor():
     """Norms between the limit and 1e-6 are divided by 1e-6, as DeepMind does."""
     out = agc({"w": torch.tensor([5e-7])}, {"w": torch.zeros(1)}, clip=1e-4, eps=1e-3)["w"]

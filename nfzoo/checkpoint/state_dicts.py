@@ -1,0 +1,172 @@
+"""State dicts in files of torch: plain ones, and those that trainers wrap. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nfzoo.errors import ConversionError
+
+logger = logging.getLogger("nfzoo")
+
+_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch's files began before they were zip archives
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class StateDict(Mapping[str, Tensor]):
+    """Tensors of a file by their names in the model; from safetensors each is read when it is asked for.
+
+    Attributes:
+        shapes: of the tensors, which need not be read for them.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], prefix: str = "") -> None:
+        self._read = read
+        self._prefix = prefix
+        self.shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.shapes:
+            raise KeyError(key)
+        return self._read(self._prefix + key)
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
+        return key in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    """Raise a `ConversionError` for a tensor of integers, or of numbers in eight bits."""
+    if value.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ConversionError(f"{name} is of type {str(value.dtype).removeprefix('torch.')}, none of {known}")
+
+
+def is_torch_file(path: Path) -> bool:
+    """Return whether torch wrote this file, whatever its suffix, by its first bytes and its members."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_LEGACY)) == _LEGACY:
+                return True
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
+
+
+@contextmanager
+def open_state_dict(path: Path, anchors: Collection[str]) -> Iterator[StateDict]:
+    """Open the state dict of a model in a file that a trainer or `torch.save` wrote.
+
+    A trainer's file holds more than one dictionary, and prefixes from wrappers: `module.` of DDP, `_orig_mod.` of
+    torch.compile, `model.` of Lightning. Of weights and their moving average the average is taken, as timm does; a
+    warning says so.
+
+    Args:
+        anchors: names of a tensor that every such model has, in each layout that is looked for.
+
+    Raises:
+        ConversionError: for a file that is damaged, holds objects other than tensors and plain values, or holds no
+            model or more than one.
+
+    Source: timm 1.0, models/_helpers.py; Lightning 2, docs on checkpoints; torchvision's references.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            opened: Any = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path} is damaged or not a safetensors file ({error})") from error
+        with opened as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            yield StateDict(shapes, file.get_tensor, _prefix(path, shapes, anchors))
+        return
+    state = _state_of(path, _unpickle(path), anchors)
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    yield StateDict(shapes, state.__getitem__, _prefix(path, shapes, anchors))
+
+
+def _unpickle(path: Path) -> object:
+    # Plain values that trainers keep beside the weights: the options of the run, a metric as a scalar of numpy.
+    scalar: Any = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    try:
+        with torch.serialization.safe_globals(
+            [argparse.Namespace, np.dtype, *kinds, *((scalar, name) for name in names)]
+        ):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle makes the reader raise almost anything
+        text = " ".join(str(error).split())
+        foreign = re.search(r"GLOBAL ([\w.]+)", text)
+        if foreign is not None:
+            reason = f"it holds an object of {foreign[1]}"
+        elif "TorchScript" in text:
+            reason = "it is a TorchScript program"
+        else:
+            reason = text[:300] or type(error).__name__
+        raise ConversionError(
+            f"{path} cannot be read as weights alone: {reason}; save model.state_dict() in the program that wrote it"
+        ) from error
+
+
+def _state_of(path: Path, loaded: object, anchors: Collection[str]) -> Mapping[str, Tensor]:
+    """Return the state dict, or the one entry of a trainer's dictionary that is one."""
+    if _is_state(loaded):
+        return loaded  # pyright: ignore[reportReturnType]
+    entries = loaded if isinstance(loaded, dict) else {}
+    states = {key: value for key, value in entries.items() if _is_state(value) and _prefixes(value, anchors)}
+    averages = [key for key in states if "ema" in str(key).lower()]
+    if len(states) == 2 and len(averages) == 1:
+        logger.warning("%s holds weights and their moving average; %r, the average, is taken", path, averages[0])
+        return states[averages[0]]
+    if len(states) != 1:
+        found = f"the models {', '.join(map(repr, states))}" if states else "no state dict of an NF-network"
+        raise ConversionError(f"{path} holds {found}; save the state_dict() of one model alone")
+    return next(iter(states.values()))
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def _prefixes(names: Collection[str], anchors: Collection[str]) -> list[str]:
+    """Return what stands before the names of each model among `names`."""
+    ends = {name.removesuffix(anchor) for name in names for anchor in anchors if name.endswith(anchor)}
+    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+
+
+def _prefix(path: Path, names: Collection[str], anchors: Collection[str]) -> str:
+    prefixes = _prefixes(names, anchors)
+    if len(prefixes) > 1:
+        raise ConversionError(
+            f"{path} holds {len(prefixes)} models, under {', '.join(map(repr, prefixes))}; save the state_dict() of one"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    beside = [name for name in names if not name.startswith(prefix)]
+    if beside:
+        logger.warning(
+            "%s holds %d tensors beside the model, such as %r, which are left out", path, len(beside), beside[0]
+        )
+    return prefix

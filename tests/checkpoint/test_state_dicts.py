@@ -1,0 +1,185 @@
+"""Weights in the files of other trainers: read whatever they wrap around a state dict, or refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import nfzoo
+from nfzoo.conversion.convert import convert
+from nfzoo.errors import ConversionError
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return dict(nfzoo.create("nfnet-test", num_classes=5, generator=torch.Generator().manual_seed(0)).state_dict())
+
+
+def under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in weights.items()}
+
+
+OPTIMIZER = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+OPTIONS = argparse.Namespace(lr=0.1, model="nfnet")
+
+# The program -> suffix, and what it saves of these weights.
+TRAINERS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any]]] = {
+    "torch.save": (".pt", lambda w: w),
+    "named_parameters": (".pth", lambda w: {k: torch.nn.Parameter(v) for k, v in w.items()}),
+    "an odd suffix": (".weights", lambda w: w),
+    "timm": (".pth.tar", lambda w: {"epoch": 3, "arch": "x", "state_dict": w, "optimizer": OPTIMIZER, "args": OPTIONS}),
+    "DDP": (".pth", lambda w: under("module.", w)),
+    "torch.compile": (".pth", lambda w: under("_orig_mod.", w)),
+    "DDP of a compiled model": (".bin", lambda w: under("module._orig_mod.", w)),
+    "Lightning": (
+        ".ckpt",
+        lambda w: {
+            "state_dict": OrderedDict(under("model.", w)),
+            "pytorch-lightning_version": "2.4.0",
+            "callbacks": {},
+            "optimizer_states": [OPTIMIZER],
+            "hyper_parameters": {"lr": 0.1},
+        },
+    ),
+    "torchvision": (".pth", lambda w: {"model": w, "optimizer": OPTIMIZER, "epoch": 1, "args": OPTIONS}),
+    "fastai": (".pth", lambda w: {"model": w, "opt": OPTIMIZER}),
+    "a metric of numpy's": (".pth", lambda w: {"model": w, "best": np.float64(0.5), "epoch": np.int64(3)}),
+}
+
+
+@pytest.mark.parametrize("program", TRAINERS)
+def test_files_that_are_read(weights: dict[str, Tensor], tmp_path: Path, program: str) -> None:
+    suffix, wrap = TRAINERS[program]
+    path = tmp_path / f"weights{suffix}"
+    torch.save(wrap(weights), path)
+    convert(path, tmp_path / "model")
+    loaded = nfzoo.from_pretrained(tmp_path / "model")
+    assert (loaded.name, loaded.config.num_classes) == ("nfnet-test", 5)
+    assert loaded.provenance is not None
+    assert loaded.provenance["format"] == "state dict"
+    state = loaded.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_stay(weights: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "w.safetensors")
+    convert(tmp_path / "w.safetensors", tmp_path / "model")
+    assert {value.dtype for value in nfzoo.from_pretrained(tmp_path / "model").parameters()} == {dtype}
+
+
+def test_files_of_before_the_zip_archives(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(weights, tmp_path / "old.model", _use_new_zipfile_serialization=False)
+    assert convert(tmp_path / "old.model", tmp_path / "model").description.name == "nfnet-test"
+
+
+def test_a_folder_of_accelerates(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint_0"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(OPTIMIZER, folder / "optimizer.bin")
+    assert convert(folder, tmp_path / "model").description.name == "nfnet-test"
+
+
+def test_models_without_a_classifier_and_of_other_channels(tmp_path: Path) -> None:
+    model = nfzoo.create("nfnet-test", num_classes=0, in_channels=1)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    config = convert(tmp_path / "w.pt", tmp_path / "model").description.config
+    assert (config.num_classes, config.in_channels) == (0, 1)
+
+
+def test_the_moving_average_is_taken(
+    weights: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    average = {key: value + 1 for key, value in weights.items()}
+    torch.save({"state_dict": weights, "state_dict_ema": average, "args": OPTIONS}, tmp_path / "timm.pth.tar")
+    read = convert(tmp_path / "timm.pth.tar", tmp_path / "model")
+    assert torch.equal(read.params["head.bias"], average["head.bias"])
+    assert "'state_dict_ema', the average, is taken" in caplog.text
+    caplog.clear()
+    averaged = {**under("module.", average), "n_averaged": torch.tensor(3)}
+    torch.save({"model": weights, "model_ema": averaged}, tmp_path / "torchvision.pth")
+    read = convert(tmp_path / "torchvision.pth", tmp_path / "other")
+    assert torch.equal(read.params["head.bias"], average["head.bias"])
+    assert "1 tensors beside the model, such as 'n_averaged'" in caplog.text
+
+
+def _two(weights: dict[str, Tensor]) -> Any:
+    return {"state_dict": {**under("student.", weights), **under("teacher.", weights)}}
+
+
+# What is wrong -> suffix, what is saved, and the message.
+REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
+    "two models": (".ckpt", _two, "holds 2 models, under 'student.', 'teacher.'"),
+    "two dictionaries": (".pth", lambda w: {"generator": w, "critic": w}, "holds the models 'generator', 'critic'"),
+    "an optimizer alone": (".pth", lambda w: OPTIMIZER, "holds no state dict of an NF-network"),
+    "a list": (".pth", lambda w: list(w.values()), "holds no state dict of an NF-network"),
+    "a whole model": (".pt", lambda w: nfzoo.create("nfnet-test"), "it holds an object of nfzoo.nn.NFNet; save model"),
+    "another network": (
+        ".pth",
+        lambda w: {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)},
+        "no NF-network",
+    ),
+    "a tensor too few": (
+        ".pth",
+        lambda w: {k: v for k, v in w.items() if k != "final_conv.gain"},
+        "fits no NF-network",
+    ),
+    "a tensor too many": (".pth", lambda w: {**w, "extra": torch.zeros(1)}, "fits no NF-network"),
+    "integers": (".pth", lambda w: {k: v.to(torch.int8) for k, v in w.items()}, "is of type int8, none of float16"),
+    "eight bits": (".pth", lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}, "is of type float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_are_refused(weights: dict[str, Tensor], tmp_path: Path, case: str) -> None:
+    suffix, wrap, message = REFUSED[case]
+    torch.save(wrap(weights), tmp_path / f"weights{suffix}")
+    with pytest.raises(ConversionError, match=message):
+        convert(tmp_path / f"weights{suffix}", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# File or folder with this file -> what it is called.
+FOREIGN = {
+    "model.keras": "a model of Keras",
+    "model.h5": "an HDF5 file, as Keras writes",
+    "model.onnx": "an ONNX program",
+    "model.pt2": "a program of torch.export",
+    "params.msgpack": "a file of Flax",
+    "model.ckpt-1.index": "a checkpoint of TensorFlow",
+    "saved/saved_model.pb": "a SavedModel of TensorFlow",
+    "orbax/_CHECKPOINT_METADATA": "a checkpoint of Orbax",
+    "sharded/__0_0.distcp": "a sharded checkpoint of torch; .* makes a file of it",
+    "deepspeed/zero_to_fp32.py": "a checkpoint of DeepSpeed; its zero_to_fp32.py",
+    "large/pytorch_model.bin.index.json": "a model in several pickled files",
+}
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_files_of_other_programs_are_named(tmp_path: Path, file: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"PK\x03\x04 whatever")
+    with pytest.raises(ConversionError, match=FOREIGN[file]):
+        convert(path if path.parent == tmp_path else path.parent, tmp_path / "model")
+
+
+def test_torchscript_is_named(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its tracer
+        traced = torch.jit.trace(torch.nn.Identity(), torch.zeros(1))
+        torch.jit.save(traced, str(tmp_path / "model.pt"))
+    with pytest.raises(ConversionError, match="it is a TorchScript program; save model"):
+        convert(tmp_path / "model.pt", tmp_path / "model")
