@@ -143,9 +143,20 @@ def before_read(holder: nn.Module) -> None:
     if ignored:
         warnings.warn(
             "hooks on modules within a block, such as conv0, are never called: these modules hold parameters, and the "
-            "block computes. Register hooks on the block, or on model.as_modules(), which calls each layer",
+            "block computes. Register hooks on the block, or on a layer of model.as_modules()",
             stacklevel=2,
         )
+
+
+def check_hooks(links: Sequence[Link]) -> None:
+    """Warn of hooks on modules that hold blocks, which the network never calls; accelerate's have no work there."""
+    for _, _, holder in links:
+        if is_hooked(holder) and "_hf_hook" not in holder.__dict__:
+            warnings.warn(
+                "hooks on modules that hold blocks, such as stages[0], are never called: the network calls its blocks. "
+                "Register hooks on a block, such as the last of the stage, or on a stage of model.as_modules()",
+                stacklevel=2,
+            )
 
 
 def after_read(holder: nn.Module) -> None:

@@ -181,6 +181,8 @@ def test_other_trees_are_refused():
     ):
         with pytest.raises(ConfigError, match="the tree is not one of this model"):
             net.load_modules(other)
+    with pytest.raises(ConfigError, match="is on the meta device"):
+        net.load_modules(net.as_modules().to("meta"))
     assert all(torch.equal(p, before[key]) for key, p in net.state_dict().items())
 
 
@@ -237,6 +239,8 @@ def test_torchao_quantises_the_linear_layers(kind):
     x = images(net.config)
     with torch.no_grad():
         assert 1e-4 < relative(tree(x), net(x)) < 0.05
+    with pytest.raises(ConfigError, match="is a Int8Tensor, not a tensor of floating-point"):
+        net.for_inference().load_modules(tree)
 
 
 def test_torchinfo_counts_what_we_count():

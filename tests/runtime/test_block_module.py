@@ -138,7 +138,7 @@ def test_a_model_that_is_still_pruned_or_parametrized_is_neither_saved_nor_folde
     ],
     ids=["hook", "pre-hook", "backward", "forward"],
 )
-@pytest.mark.parametrize("path", ["stages.1.0.conv0", "stages.1.0.se"])
+@pytest.mark.parametrize("path", ["stages.1.0.conv0", "stages.1.0.se", "stages.1", "stages", "stem"])
 def test_hooks_that_no_call_reaches_are_told_of(register, path):
     module = shell()
     x = images(module.config)
