@@ -58,7 +58,7 @@ class Element(NamedTuple):
 
 
 def checked_shape(shape: object) -> tuple[int, ...]:
-    """Return `shape` if it is one; raise a `RefusedError` if not."""
+    """Return `shape`; raise a `RefusedError` if it is no tuple of sizes."""
     if not isinstance(shape, tuple) or len(shape) > MOST_AXES:
         raise RefusedError(f"an array's shape is {_shown(shape)}, not a tuple of up to {MOST_AXES} integers")
     for n in shape:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nfzoo.checkpoint.model_folder import (
     CONFIG_FILE,
+    INDEX_FILE,
     WEIGHTS_FILE,
     Description,
     load_checkpoint,
@@ -32,6 +33,7 @@ from nfzoo.types import Params
 
 Form = Literal["nfzoo", "haiku", "timm"]
 FORMS: tuple[Form, ...] = ("nfzoo", "haiku", "timm")
+_WEIGHT_FILES = (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE)
 _TORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 
 # What other programs write: the name of the file, or of one in the folder -> what it is.
@@ -150,8 +152,8 @@ def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
     try:
         fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        weights = [folder / name for name in (WEIGHTS_FILE, PICKLED_FILE)]  # without a config.json: another trainer's
-        return "timm" if is_torch or any(file.is_file() for file in weights) else "haiku"
+        # Without a config.json the weights are another trainer's.
+        return "timm" if is_torch or any((folder / name).is_file() for name in _WEIGHT_FILES) else "haiku"
     if isinstance(fields, dict) and isinstance(fields.get("architecture"), str):
         return "timm"
     return "nfzoo"
@@ -200,6 +202,6 @@ def _check_target(target: Path, to: Form, overwrite: bool) -> None:
     else:
         if target.exists() and not target.is_dir():
             raise ConversionError(f"{target} is a file; --to {to} writes a folder")
-        existing = next((target / n for n in (WEIGHTS_FILE, CONFIG_FILE, PICKLED_FILE) if (target / n).exists()), None)
+        existing = next((target / n for n in (*_WEIGHT_FILES, CONFIG_FILE) if (target / n).exists()), None)
     if existing is not None and not overwrite:
         raise ConversionError(f"{existing} is there already; --overwrite replaces it")

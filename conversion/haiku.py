@@ -145,8 +145,8 @@ def _from_torch(array: NDArray) -> NDArray:
 def canonical(*path: str) -> str:
     """Return the one name of a parameter however its path is written: `NFNet.nf_block_1.conv0.w`.
 
-    `module, name`; `module/name`; `module:name`; and the dotted form of `flatten_haiku_tree` in the code released with
-    arXiv 2102.06171, which this is.
+    Spellings are `module, name`, `module/name`, `module:name`, and the dotted one of `flatten_haiku_tree` in the code
+    released with arXiv 2102.06171. The dotted one is returned.
     """
     return ".".join(path).replace("/~/", ".").replace("/", ".").replace(":", ".")
 

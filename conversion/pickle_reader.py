@@ -66,7 +66,7 @@ def read_pickle(file: BinaryIO, size: int) -> PickledTree:
 
 
 class _Span(NamedTuple):
-    """Bytes of the file; of `text`, as UTF-8 of the characters 0 to 255."""
+    """Bytes of the file; with `text`, they are the characters 0 to 255 in UTF-8, as protocol 2 writes bytes."""
 
     start: int
     length: int

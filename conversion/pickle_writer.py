@@ -19,8 +19,8 @@ from nfzoo.conversion.haiku import haiku_array, haiku_names
 def write_haiku(path: str | Path, cfg: ModelConfig, params: Mapping[str, Tensor]) -> Path:
     """Write `{module: {parameter: numpy array}}` of a model, whole or not at all; `pickle` and `dill` load it.
 
-    The standard pickler would name numpy's functions where numpy 2 keeps them, and older ones do not; and it would hold
-    a second copy of every array. Protocol 3, as in `pickletools`.
+    The standard pickler would name numpy's functions by modules of numpy 2, which older versions lack. It would also
+    hold a second copy of every array. Source: protocol 3, as in `pickletools`.
     """
     modules: dict[str, list[tuple[str, str]]] = {}
     for key, (module, name) in haiku_names(cfg).items():

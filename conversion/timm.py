@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, Description, check_params
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Description, check_params
 from nfzoo.checkpoint.state_dicts import StateDict, check_dtype, is_torch_file, open_state_dict
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
@@ -254,7 +254,7 @@ def _architecture(name: str) -> str:
 
 def _weight_file(path: Path) -> Path:
     if path.is_dir():
-        for name in (WEIGHTS_FILE, PICKLED_FILE):
+        for name in (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE):
             if (path / name).is_file():
                 return path / name
         raise ConversionError(f"there is no {WEIGHTS_FILE} or {PICKLED_FILE} in {path}")

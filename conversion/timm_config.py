@@ -1,4 +1,4 @@
-"""timm's `config.json`: what of it nfzoo reads, what it refuses because it would change the arithmetic, what it writes.
+"""Read and write timm's `config.json`; refuse entries that would change the arithmetic.
 
 Source: timm 1.0, models/_hub.py (`save_config_for_hf`) and data/config.py (`resolve_data_config`).
 """

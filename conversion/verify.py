@@ -32,7 +32,7 @@ TOLERANCE = 1e-5  # relative error that two float32 frameworks may have
 
 
 class Comparison(NamedTuple):
-    """How far nfzoo is from Haiku at one stage: `|nfzoo - haiku| / |haiku|`, in float64."""
+    """The distance of nfzoo from Haiku at one stage: `|nfzoo - haiku| / |haiku|`, in float64."""
 
     stage: str
     error: float

@@ -78,7 +78,7 @@ class Source:
         """Return the snapshot folder, with `config.json` and a weight file, and the latter's sha256 if it is known.
 
         Raises:
-            CheckpointError: where the repository, the connection or the files are not as they should be.
+            CheckpointError: for a missing or private repository, a failed connection, and damaged files.
         """
         try:
             return self._fetch()
@@ -210,7 +210,7 @@ class Source:
 
 def _may_pass(error: Exception) -> bool:
     """Return whether a second request can succeed. Newer clients than 1.0 have repeated some of them already."""
-    if isinstance(error, HfHubHTTPError):  # the Hub's refusals stay, its troubles may pass
+    if isinstance(error, HfHubHTTPError):  # a 4xx answer is final, a 5xx may pass
         response = getattr(error, "response", None)
         return response is not None and response.status_code >= 500
     # The client's words for a body of the wrong length.

@@ -19,6 +19,10 @@ from nfzoo.hub.registry import PUBLIC, Repository
 from nfzoo.nn import NFNet, assemble, check_num_classes, load
 from nfzoo.variants import VARIANTS
 
+HUB = "hub:"
+"""Prefix of a repository id, for one that looks like a path here."""
+
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl", ".json")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -36,18 +40,19 @@ def from_pretrained(
 ) -> NFNet:
     """Return a pretrained model in evaluation mode.
 
-    What was downloaded once is loaded from the cache without a question to the network, also when its branch has moved
-    on the Hub since: `force_download=True`, or another `revision`, brings the update. Downloads are checked against
-    the hashes that the Hub states. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere.
+    A model that was downloaded before comes from the cache, without a request to the network. If its branch has moved
+    on the Hub since, `force_download=True` or another `revision` brings the update. Downloads are checked against the
+    hashes that the Hub states. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere.
 
     Args:
         source: a zoo name, a Hub repository id (`org/name`), a checkpoint folder or a `.safetensors` file; repositories
-            and folders may be in timm's layout as well. What exists on disk comes before what a name could mean.
+            and folders may be in timm's layout as well. What exists on disk comes before what a name could mean, and
+            `org/name` is a path if there is a folder `org`; `hub:org/name` is never one.
         num_classes: another number of classes than the checkpoint's draws a fresh classifier, and says so.
         revision: branch, tag or commit of the Hub repository; of a zoo name the one in the zoo's table by default.
         cache_dir: where downloads are kept; the Hub's own cache by default.
         token: for private repositories: a token, `True` for the saved one, `False` for none.
-        local_files_only: take the model from the cache or not at all.
+        local_files_only: raise an error rather than download.
         force_download: ask the Hub for the newest commit of the revision, fetch what has changed, check all again.
         device, dtype: of the parameters; as saved, on the CPU, by default.
 
@@ -96,6 +101,12 @@ def _in_timms_layout(path: Path) -> bool:
 
 
 def _repository(name: str) -> Repository:
+    """Return the repository of a zoo name or a repository id; what looks like a path is a path that does not exist."""
+    if name.startswith(HUB):
+        name = name.removeprefix(HUB)
+        if not _REPOSITORY.fullmatch(name):
+            raise UnknownModelError(f"{HUB + name!r} names no repository of the Hub; write {HUB}ORG/NAME")
+        return Repository(name)
     if name in PUBLIC:
         return PUBLIC[name]
     if name in VARIANTS:
@@ -104,9 +115,13 @@ def _repository(name: str) -> Repository:
             f"`nfzoo train --model {name} --data FOLDER --output FOLDER` trains it, and `nfzoo convert` reads weights "
             "of DeepMind's or timm's code"
         )
-    looks_local = name.endswith(".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local:
-        raise CheckpointError(f"there is no file or folder {name!r}")
+    path = Path(name)
+    in_a_folder = "/" in name and os.path.isdir(path.parts[0])
+    if in_a_folder or path.suffix in _SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        parent = path.parent
+        beside = [str(parent / entry) for entry in os.listdir(parent)] if os.path.isdir(parent) else []
+        hub = f" ({HUB}{name} would be a repository of the Hub)" if _REPOSITORY.fullmatch(name) else ""
+        raise CheckpointError(f"there is no file or folder {name!r}{hub}{nearest(name, beside)}")
     if not _REPOSITORY.fullmatch(name):
         raise UnknownModelError(
             f"{name!r} is no folder, no file, no Hub repository (org/name) and no zoo model{nearest(name, VARIANTS)}; "

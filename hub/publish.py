@@ -116,7 +116,7 @@ class PushOptions(TypedDict, total=False):
     Attributes:
         private: make a new repository private; its organisation's default by default.
         token: as in `from_pretrained`; it must allow writing.
-        revision: a branch to commit to, made if need be; the main one by default.
+        revision: a branch to commit to, created if it does not exist; the main one by default.
         create_pr: open a pull request instead of committing to the branch.
         commit_message: "Upload NAME with nfzoo" by default.
         license: the Hub's identifier of the licence of the weights; `apache-2.0` by default.
@@ -131,7 +131,9 @@ class PushOptions(TypedDict, total=False):
 
 
 def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOptions]) -> str:
-    """Publish a checkpoint folder as one commit of a Hub repository, made if need be; return the commit's URL.
+    """Publish a checkpoint folder as one commit of a Hub repository; return the commit's URL.
+
+    A repository that does not exist is created.
 
     Args:
         repo_id: `organisation/name`.
@@ -185,7 +187,7 @@ def deepmind_repositories(organisation: str) -> list[tuple[str, str, str]]:
 def push_deepmind(organisation: str, **options: Unpack[PushOptions]) -> Iterator[str]:
     """Fetch, convert and publish DeepMind's F0 to F6 as `ORGANISATION/nfnet-f0` and so on; yield the commits' URLs.
 
-    One that fails does not keep the others from being published.
+    A model that fails does not stop the others.
 
     Args:
         options: see `PushOptions`.

@@ -8,12 +8,12 @@ Layout = Literal["nfzoo", "timm"]
 
 
 class Repository(NamedTuple):
-    """Where weights lie.
+    """A repository of weights on the Hub.
 
     Attributes:
         repo_id: `organisation/name` on the Hub.
         revision: a branch, tag or commit.
-        layout: whose `config.json` it holds; `None` where that is seen only then.
+        layout: whose `config.json` it holds; `None` if only the download tells.
         sha256: of the weight file, where it is known in advance. Without it a download is checked against the sha256
             that the Hub itself states.
     """

@@ -1,6 +1,6 @@
-"""A picture in, the five most probable labels out, of a model to choose: `nfzoo space`, or a Space that runs this file.
+"""Show the five most probable labels of a picture: `nfzoo space`, or a Space that runs this file.
 
-What is shown is decided by `Gallery`, which knows nothing of Gradio; `build` lays it out.
+`Gallery` loads the models and labels pictures, without Gradio; `build` makes the page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOP = 5
 
 
 class SpaceError(NfzooError, RuntimeError):
-    """What the user of the Space is told."""
+    """A message for the user of the Space."""
 
 
 class Gallery:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.checkpoint.weight_files import open_tensors, open_weights, read_index, save_tensors
+from nfzoo.checkpoint.weight_files import FLOATS, open_tensors, open_weights, read_index, save_tensors
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError, nearest
 from nfzoo.model import reparametrized_hint, specs
@@ -182,7 +182,10 @@ def load_checkpoint(
         description = read_description(path / CONFIG_FILE)
         weights = path / weight_files(path)[0]
     elif weights.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is not a .safetensors file or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise CheckpointError(
+            f"{path} is not a .safetensors file or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; `nfzoo convert` "
+            "reads weights of other programs"
+        )
     else:
         sibling = path.parent / CONFIG_FILE
         alone = _has_metadata(weights) or not sibling.is_file()
@@ -202,7 +205,7 @@ def load_checkpoint(
             if skip_head and (kind == "head" or key == "head.bias"):
                 continue
             value = tensors.get_tensor(key)
-            if not value.is_floating_point():
+            if value.dtype not in FLOATS:
                 raise CheckpointError(f"{key} in {weights} is {value.dtype}, not floating point")
             params[key] = value
     return description, params

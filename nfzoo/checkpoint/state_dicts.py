@@ -7,21 +7,20 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nfzoo.errors import ConversionError
+from nfzoo.checkpoint.weight_files import FLOATS, open_tensors
+from nfzoo.errors import CheckpointError, ConversionError
 
 logger = logging.getLogger("nfzoo")
 
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch's files began before they were zip archives
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StateDict(Mapping[str, Tensor]):
@@ -53,8 +52,8 @@ class StateDict(Mapping[str, Tensor]):
 
 def check_dtype(name: str, value: Tensor) -> None:
     """Raise a `ConversionError` for a tensor of integers, or of numbers in eight bits."""
-    if value.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if value.dtype not in FLOATS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise ConversionError(f"{name} is of type {str(value.dtype).removeprefix('torch.')}, none of {known}")
 
 
@@ -81,6 +80,7 @@ def open_state_dict(path: Path, anchors: Collection[str]) -> Iterator[StateDict]
     warning says so.
 
     Args:
+        path: a `.safetensors` file, the index (`.json`) of several, or a file that torch wrote.
         anchors: names of a tensor that every such model has, in each layout that is looked for.
 
     Raises:
@@ -89,14 +89,13 @@ def open_state_dict(path: Path, anchors: Collection[str]) -> Iterator[StateDict]
 
     Source: timm 1.0, models/_helpers.py; Lightning 2, docs on checkpoints; torchvision's references.
     """
-    if path.suffix == ".safetensors":
-        try:
-            opened: Any = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path} is damaged or not a safetensors file ({error})") from error
-        with opened as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            yield StateDict(shapes, file.get_tensor, _prefix(path, shapes, anchors))
+    if path.suffix in (".safetensors", ".json"):
+        with ExitStack() as stack:
+            try:
+                weights = stack.enter_context(open_tensors(path))
+            except CheckpointError as error:
+                raise ConversionError(str(error)) from error
+            yield StateDict(weights.shapes, weights.get_tensor, _prefix(path, weights.shapes, anchors))
         return
     state = _state_of(path, _unpickle(path), anchors)
     shapes = {key: tuple(value.shape) for key, value in state.items()}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +21,9 @@ from nfzoo.errors import CheckpointError
 
 FRAMEWORK = {"format": "pt"}
 """Metadata that accelerate and transformers require of a file of torch's tensors."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of numbers that a model computes in; eight bits need scales, which no model here has."""
 
 _LENGTH = 8  # bytes before the header, which state its length
 

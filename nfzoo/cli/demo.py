@@ -19,7 +19,7 @@ _SHOWN = 8
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train `nfnet-test` on the digits and show what came of it; 0 if it learned to read them, else 1."""
+    """Train `nfnet-test` on the digits and draw its predictions; return 0 if it learned to read them, else 1."""
     arguments = sys.argv[1:] if argv is None else argv
     folder = Path(arguments[0] if arguments else "runs/demo")
     try:

@@ -1,4 +1,4 @@
-"""Commands that show models to others: `nfzoo push`, `nfzoo space`."""
+"""Commands that publish models: `nfzoo push`, `nfzoo space`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from huggingface_hub import constants, save_torch_state_dict
 from safetensors.torch import load_file
 
 import nfzoo
-from nfzoo import CheckpointError, NFNet
+from nfzoo import CheckpointError, NFNet, UnknownModelError
 from nfzoo.checkpoint.model_folder import Description
 from nfzoo.conversion.timm import write_timm
 from nfzoo.data.labels import imagenet
@@ -52,6 +52,23 @@ def test_the_token_of_the_environment_is_sent(hub, files, monkeypatch):
     hub.fail("model.safetensors", "503", times=1000, method="HEAD")
     with pytest.raises(CheckpointError, match="overloaded"):  # not what the cache holds
         nfzoo.from_pretrained(REPO, force_download=True)
+
+
+def test_a_misspelt_path_is_no_repository(hub, files, tmp_path, monkeypatch):
+    """A folder of its first name exists here, so that the Hub is not asked; `hub:` asks it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "org").mkdir()
+    hub.add(REPO, files)
+    for name in ("runs/dgits", "runs/dgits/", "runs/dgits/model.safetensors", "./runs/dgits", REPO, "weights.pth"):
+        with pytest.raises(CheckpointError, match="there is no file or folder") as caught:
+            nfzoo.from_pretrained(name)
+        assert ("did you mean 'runs/digits'" in str(caught.value)) == name.strip("./").endswith("dgits")
+        assert ("hub:org/small would be" in str(caught.value)) == (name == REPO)
+    assert not hub.requests
+    assert nfzoo.from_pretrained(f"hub:{REPO}").config == nfzoo.from_pretrained(f"hub:{REPO}").config
+    with pytest.raises(UnknownModelError, match="write hub:ORG/NAME"):
+        nfzoo.from_pretrained("hub:small")
 
 
 def test_another_number_of_classes(hub, files, model, caplog):
