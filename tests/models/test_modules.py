@@ -280,7 +280,7 @@ def test_captum_attributes_to_pixels_and_layers():
         assert relative(attribution.sum((1, 2, 3)), difference) < 1e-2
         guided, plain = GuidedBackprop(tree).attribute(x, target=1), Saliency(tree).attribute(x, target=1, abs=False)
         assert relative(guided, plain) > 1e-2  # it found the activations
-        cam = LayerGradCam(tree, tree.get_submodule("stages.1")).attribute(x, target=1)
+        cam: Any = LayerGradCam(tree, tree.get_submodule("stages.1")).attribute(x, target=1)
         features = net.features(x)[2]
         assert cam.shape[-2:] == features.shape[-2:]
         (gradient,) = torch.autograd.grad(net_from(net, features), features)
