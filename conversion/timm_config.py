@@ -16,6 +16,7 @@ from nfzoo.checkpoint.model_folder import Description
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.errors import ConfigError, ConversionError
 from nfzoo.model import specs
+from nfzoo.runtime.timm_interface import pretrained_cfg as interface_cfg
 
 DEEPMIND_TAG = "dm_in1k"
 """timm's tag of DeepMind's own weights."""
@@ -166,26 +167,13 @@ def read_labels(value: object, config: ModelConfig, source: Path) -> tuple[str, 
 
 def timm_config(arch: str, description: Description) -> dict[str, Any]:
     """Return the content of `config.json` for timm."""
-    config, preprocessing = description.config, description.preprocessing
-    test = preprocessing.test_size
-    squash = preprocessing.resize == "deepmind"
-    # timm resizes to floor(size / crop_pct); rounded up, the crop would lose a pixel.
-    crop = math.floor(1e6 * test / (test + preprocessing.margin)) / 1e6 if squash else preprocessing.crop
+    config = description.config
+    own = interface_cfg(config.replace(output_stride=32), description.preprocessing)
     tag = (description.provenance or {}).get("tag")
     cfg: dict[str, Any] = {
         **({"tag": tag} if tag else {}),
         "custom_load": False,
-        "input_size": [config.in_channels, preprocessing.train_size, preprocessing.train_size],
-        "test_input_size": [config.in_channels, test, test],
-        "fixed_input_size": False,
-        "interpolation": "bicubic",
-        "crop_pct": crop,
-        **({} if squash else {"test_crop_pct": crop}),
-        "crop_mode": "squash" if squash else "center",
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-        "num_classes": config.num_classes,
-        "pool_size": [-(-preprocessing.train_size // 32)] * 2,
+        **{key: list(v) if isinstance(v, tuple) else v for key, v in own.items()},
         "first_conv": "stem.conv1" if config.family == "nfnet" else "stem.conv",
         "classifier": "head.fc",
     }

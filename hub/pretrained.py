@@ -16,7 +16,7 @@ from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError, UnknownModelError, nearest
 from nfzoo.hub.download import Source
 from nfzoo.hub.registry import PUBLIC, Repository
-from nfzoo.nn import NFNet, assemble, check_num_classes, load
+from nfzoo.nn import NFNet, assemble, check_changes, load
 from nfzoo.variants import VARIANTS
 
 HUB = "hub:"
@@ -30,6 +30,7 @@ def from_pretrained(
     source: str | os.PathLike[str],
     *,
     num_classes: int | None = None,
+    in_channels: int | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -49,6 +50,8 @@ def from_pretrained(
             and folders may be in timm's layout as well. What exists on disk comes before what a name could mean, and
             `org/name` is a path if there is a folder `org`; `hub:org/name` is never one.
         num_classes: another number of classes than the checkpoint's draws a fresh classifier, and says so.
+        in_channels: another number of image channels than the checkpoint's adapts the first convolution, and mean and
+            deviation of the preprocessing: see `nfzoo.model.adapt_input`.
         revision: branch, tag or commit of the Hub repository; of a zoo name the one in the zoo's table by default.
         cache_dir: where downloads are kept; the Hub's own cache by default.
         token: for private repositories: a token, `True` for the saved one, `False` for none.
@@ -60,7 +63,7 @@ def from_pretrained(
         UnknownModelError: for a name that is neither in the zoo nor a repository, with the nearest names.
         CheckpointError: for a missing, damaged or unfitting checkpoint.
     """
-    check_num_classes(num_classes)
+    check_changes(num_classes, in_channels)
     if local_files_only and force_download:
         raise CheckpointError("local_files_only and force_download contradict each other; choose one")
     name = os.fspath(source)
@@ -80,7 +83,7 @@ def from_pretrained(
         path, sha256 = hub.fetch()
         origin = {"repository": repository.repo_id, "revision": path.name}
     if not _in_timms_layout(path):
-        return load(path, num_classes=num_classes, device=device, dtype=dtype)
+        return load(path, num_classes=num_classes, in_channels=in_channels, device=device, dtype=dtype)
     try:
         # A zoo name means one architecture, whatever the repository holds.
         description, params = read_timm(path, model=name if origin and name in PUBLIC else None, sha256=sha256)
@@ -90,7 +93,7 @@ def from_pretrained(
     if origin and name in PUBLIC and description.labels is None and description.config.num_classes == 1000:
         description = description._replace(labels=imagenet())  # all of the table were trained on it
     params = {key: value.to(device=device) for key, value in params.items()} if device is not None else params
-    return assemble(description, params, num_classes=num_classes, dtype=dtype, source=name)
+    return assemble(description, params, num_classes=num_classes, in_channels=in_channels, dtype=dtype, source=name)
 
 
 def _in_timms_layout(path: Path) -> bool:

@@ -332,6 +332,18 @@ class Preprocessing:
             return self
         return dataclasses.replace(self, mean=(0.5,) * channels, std=(0.5,) * channels)
 
+    def adapted(self, channels: int) -> Self:
+        """Return the preprocessing for a model that is adapted to `channels`: see `nfzoo.model.adapt_input`.
+
+        One channel has the average of the old means and deviations, n channels have the old ones in turn. The weights
+        keep the range of numbers that they were trained on.
+        """
+        mean, std = (
+            (sum(old) / len(old),) if channels == 1 else tuple(old[i % len(old)] for i in range(channels))
+            for old in (self.mean, self.std)
+        )
+        return dataclasses.replace(self, mean=mean, std=std)
+
     def check_channels(self, config: ModelConfig) -> None:
         """Raise a `ConfigError` unless `mean` has the number of the model's input channels."""
         if len(self.mean) != config.in_channels:

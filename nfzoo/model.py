@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig
 from nfzoo.errors import ConfigError
 from nfzoo.models import nf_regnet, nf_resnet, nfnet
 from nfzoo.models.folded import fold_block, folded_plan
+from nfzoo.models.layers import Conv
 from nfzoo.models.weight_standardization import is_channels_last
 from nfzoo.types import Block, Kind, Noise, Params, Plan
 
@@ -90,13 +91,37 @@ def sample_noise(
 
     Source: the code released with arXiv 2102.06171.
     """
-    noise = {}
-    for b in plan(cfg):
-        if b.drop is not None:
-            u = torch.rand((batch, *b.drop.shape), generator=generator, device=device)
-            keep = (u >= b.drop.rate).to(dtype or torch.get_default_dtype())
-            noise[b.name] = keep * b.drop.scale if b.drop.scale != 1.0 else keep
-    return noise
+    return sample_masks(plan(cfg), batch, generator=generator, device=device, dtype=dtype)
+
+
+def sample_masks(
+    blocks: Plan,
+    batch: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Draw the keep masks of some blocks of a plan: see `sample_noise`."""
+    options = {"generator": generator, "device": device, "dtype": dtype}
+    return {b.name: keep_mask(*b.drop, batch, **options) for b in blocks if b.drop is not None}
+
+
+@fx.wrap
+def keep_mask(
+    rate: float,
+    shape: tuple[int, ...],
+    scale: float,
+    batch: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draw a keep mask `(batch, *shape)`: see `nfzoo.types.Drop`."""
+    u = torch.rand((batch, *shape), generator=generator, device=device)
+    keep = (u >= rate).to(dtype or torch.get_default_dtype())
+    return keep * scale if scale != 1.0 else keep
 
 
 def block_params(block: Block, params: Mapping[str, Tensor]) -> Params:
@@ -208,6 +233,46 @@ def fold(cfg: ModelConfig, params: Mapping[str, Tensor]) -> tuple[ModelConfig, P
             layout = torch.channels_last if last else torch.contiguous_format
             result[f"{block.name}.{name}"] = value.to(like.dtype).contiguous(memory_format=layout)
     return cfg.replace(folded=True), result
+
+
+def adapt_input(cfg: ModelConfig, params: Mapping[str, Tensor], in_channels: int) -> tuple[ModelConfig, Params]:
+    """Adapt the first convolution to images of another number of channels.
+
+    One channel gets the sum of the old channels' kernels. n channels get the old ones in turn, times `old / n`. These
+    are the kernels of timm's `adapt_input_conv`. Standardisation would undo their scale, so the gains are scaled too:
+    an image of equal channels then has the output of an image of the old number of such channels. This is exact for one
+    channel and for multiples of the old number. For others it holds but for the mean of each kernel, which
+    standardisation removes.
+
+    Returns:
+        The configuration with `in_channels`, and the parameters, of which the others are shared.
+
+    Raises:
+        ConfigError: if the configuration is folded, the parameters are not those of its plan, or `in_channels` is no
+            positive integer.
+
+    Source: timm 1.0, models/_manipulate.py.
+    """
+    if cfg.folded:
+        raise ConfigError("a folded model takes no other images; adapt the trained model, then fold it")
+    check_params(cfg, params)
+    adapted, stem = cfg.replace(in_channels=in_channels), plan(cfg)[0]
+    if not isinstance(stem.fn, Conv):
+        raise TypeError(f"the first block is {stem.fn!r}, not a convolution")
+
+    def adapt(kernel: Tensor) -> Tensor:
+        if in_channels == 1:
+            return kernel.sum(dim=1, keepdim=True)
+        turn = torch.arange(in_channels, device=kernel.device) % cfg.in_channels
+        return kernel[:, turn] * (cfg.in_channels / in_channels)
+
+    old = {key: _wide(value) for key, value in block_params(stem, params).items()}
+    new = {**old, "weight": adapt(old["weight"])}
+    target, standardised = adapt(stem.fn.layers.weight(old, "")).flatten(1), stem.fn.layers.weight(new, "").flatten(1)
+    norm = (target - target.mean(1, keepdim=True)).norm(dim=1) / standardised.norm(dim=1)
+    new["gain"] = old["gain"] * norm.nan_to_num(nan=1.0, posinf=1.0)  # kernels of zero remain so
+    changed = {f"{stem.name}.{key}": new[key].to(params[f"{stem.name}.{key}"].dtype) for key in ("weight", "gain")}
+    return adapted, {**params, **changed}
 
 
 def _wide(value: Tensor) -> Tensor:

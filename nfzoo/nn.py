@@ -11,12 +11,12 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, Unpack, get_type_hints
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nfzoo import model as functional_model
 from nfzoo.checkpoint.model_folder import LABEL_KEYS, Description, load_checkpoint, save_checkpoint
@@ -25,8 +25,18 @@ from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.model import fold
 from nfzoo.models.modules import module_tree, tree_keys
 from nfzoo.models.onednn import PackedBlock
-from nfzoo.runtime.block_module import BlockModule, check_holders, check_hooks, owners, replaced, submodule
+from nfzoo.runtime.block_module import (
+    BlockModule,
+    Classifier,
+    check_holders,
+    check_hooks,
+    check_input,
+    owners,
+    replaced,
+    submodule,
+)
 from nfzoo.runtime.compile import CompiledBlock, compile_blocks, compile_options
+from nfzoo.runtime.timm_interface import TimmInterface, check_global_pool, take_indices
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.preprocess import evaluation_transform
 from nfzoo.types import Noise, Params
@@ -35,10 +45,11 @@ from nfzoo.variants import VARIANTS, variant
 if TYPE_CHECKING:
     from nfzoo.hub.publish import PushOptions
 
+fx.wrap("check_input")
 logger = logging.getLogger("nfzoo")
 
 
-class NFNet(nn.Module):
+class NFNet(TimmInterface):
     """A Normalizer-Free network of any family.
 
     In training mode, `forward` draws dropout and stochastic depth itself unless it gets `noise`. A model with a folded
@@ -58,7 +69,7 @@ class NFNet(nn.Module):
     """
 
     head: nn.Module
-    _no_split_modules = (BlockModule.__name__,)  # accelerate and FSDP keep these on one device
+    _no_split_modules = (BlockModule.__name__, Classifier.__name__)  # accelerate and FSDP keep these on one device
 
     def __init__(
         self,
@@ -110,7 +121,8 @@ class NFNet(nn.Module):
         self.plan = functional_model.plan(self.config)
         for block in self.plan:
             *path, leaf = block.name.split(".")
-            submodule(self, path).add_module(leaf, BlockModule(block, functional_model.block_params(block, params)))
+            kind = Classifier if leaf == "head" else BlockModule
+            submodule(self, path).add_module(leaf, kind(block, functional_model.block_params(block, params)))
         self._find()
         if self.config.folded:
             self.eval().requires_grad_(False)
@@ -136,7 +148,10 @@ class NFNet(nn.Module):
             self._find()
         check_hooks(self._links)
         runs = [getattr(owner, leaf) for _, owner, leaf in self._owners]
-        return [run if isinstance(run, BlockModule) else functools.partial(_foreign, run) for run in runs]
+        return [
+            run if isinstance(run, BlockModule) else functools.partial(_foreign, run, block.name == "head")
+            for run, block in zip(runs, self.plan, strict=True)
+        ]
 
     @property
     def description(self) -> Description:
@@ -173,7 +188,10 @@ class NFNet(nn.Module):
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """Return logits `(N, num_classes)` of normalised images `(N, in_channels, H, W)`."""
-        self._check_input(x)
+        check_input(x, self.config.in_channels)
+        if isinstance(noise, fx.Proxy):
+            check_no_noise(noise)
+            noise = None
         if noise is not None:
             self._check_trainable()
         if self.training and noise is None:
@@ -185,20 +203,28 @@ class NFNet(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the pooled features `(N, F)` of normalised images, without noise."""
-        self._check_input(x)
+        check_input(x, self.config.in_channels)
         for run in self._blocks()[:-1]:
             x = run(x)
         return x
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Return the feature maps of `nfzoo.model.features`: the stem's (stride 2), then each stage's."""
-        self._check_input(x)
+    def features(self, x: Tensor, out_indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """Return the feature maps of `nfzoo.model.features`: the stem's (stride 2), then each stage's.
+
+        Args:
+            x: normalised images.
+            out_indices: return the last n maps, or those of these indices, in the network's order; all by default.
+        """
+        check_input(x, self.config.in_channels)
+        names = [block.name for block in self.plan if block.feature]
+        wanted = [names[i] for i in take_indices(len(names), out_indices)]
         maps = []
-        blocks = functional_model.feature_blocks(self.config)
-        for block, run in zip(blocks, self._blocks(), strict=False):
+        for block, run in zip(self.plan, self._blocks(), strict=True):
             x = run(x)
-            if block.feature:
+            if block.name in wanted:
                 maps.append(x[0] if isinstance(x, tuple) else x)  # compiled folded blocks pass pairs
+            if block.name == wanted[-1]:
+                break
         return maps
 
     def for_inference(self) -> NFNet:
@@ -325,25 +351,23 @@ class NFNet(nn.Module):
                 module.checkpointed = enabled
         return self
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"the input must be (N, {self.config.in_channels}, H, W), not {tuple(x.shape)}; "
-                "a single image needs x[None]"
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"the input must be normalised floating-point numbers, not {x.dtype}; see model.preprocess"
-            )
-
     def preprocess(self, image: str | Path | BinaryIO | Image.Image | np.ndarray, *, size: int | None = None) -> Tensor:
         """Turn one image into the input `(in_channels, size, size)`: see `nfzoo.transforms.preprocess`."""
         opened = open_image(image, channels=self.config.in_channels)
         return evaluation_transform(opened, self.preprocessing, size=size)
 
-    def reset_classifier(self, num_classes: int, labels: Sequence[str] | None = None) -> None:
-        """Replace the classifier by a randomly initialised one for `num_classes`; 0 leaves the pooled features."""
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, *, labels: Sequence[str] | None = None
+    ) -> None:
+        """Replace the classifier by a randomly initialised one for `num_classes`; 0 leaves the pooled features.
+
+        Args:
+            num_classes: outputs of the new classifier.
+            global_pool: `"avg"`, the only pooling there is.
+            labels: class names.
+        """
         self._check_trainable()
+        check_global_pool(global_pool)
         if labels is not None and len(labels) != num_classes:
             raise ConfigError(f"{len(labels)} labels for {num_classes} classes")
         p = next(self.parameters())
@@ -353,7 +377,7 @@ class NFNet(nn.Module):
         head = self.plan[-1]
         params = {k: s.init(s.shape, generator=None, device=p.device, dtype=p.dtype) for k, s in head.specs.items()}
         old = self.head
-        self.head = new = BlockModule(head, params)
+        self.head = new = Classifier(head, params)
         if isinstance(old, BlockModule):
             new.checkpointed = old.checkpointed
             if isinstance(old.fn, CompiledBlock):
@@ -407,9 +431,21 @@ class NFNet(nn.Module):
             return push(self.save_pretrained(Path(scratch) / "model"), repo_id, **options)
 
 
-def _foreign(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Call a module that stands in the place of a block; it has dropout before it, but no stochastic depth."""
-    return module(x * keep.to(x.dtype) if keep is not None and keep.ndim == 2 else x)
+# A graph of torch.fx keeps the types of its inputs, and can be pickled if they are no strings.
+NFNet.forward.__annotations__.update(get_type_hints(NFNet.forward))
+
+
+@fx.has_side_effect  # nothing uses its result, and torch.fx keeps its node nevertheless
+@fx.wrap
+def check_no_noise(noise: Noise | None) -> None:
+    """Raise a `ConfigError` for noise, of which a graph of `torch.fx` knows nothing but what it draws itself."""
+    if noise is not None:
+        raise ConfigError("a model traced by torch.fx takes no noise; use the model that it was made from")
+
+
+def _foreign(module: nn.Module, is_head: bool, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Call a module that stands in the place of a block: a head after dropout, and none with stochastic depth."""
+    return module(x * keep.to(x.dtype) if keep is not None and is_head else x)
 
 
 def create(
@@ -444,23 +480,32 @@ def load(
     path: str | Path,
     *,
     num_classes: int | None = None,
+    in_channels: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
-    """Load a checkpoint folder or weight file, in evaluation mode; another `num_classes` draws a new classifier.
+    """Load a checkpoint folder or weight file, in evaluation mode.
+
+    Args:
+        path: the folder or file.
+        num_classes: another number than the checkpoint's draws a new classifier.
+        in_channels: another number than the checkpoint's adapts the first convolution: see `nfzoo.model.adapt_input`.
+        device, dtype: of the parameters.
 
     Raises:
         CheckpointError: see `nfzoo.checkpoint.model_folder.load_checkpoint`.
+        ConfigError: if a folded model is to be changed.
     """
-    check_num_classes(num_classes)
+    check_changes(num_classes, in_channels)
     description, params = load_checkpoint(path, device=device)
-    return assemble(description, params, num_classes=num_classes, dtype=dtype, source=path)
+    return assemble(description, params, num_classes=num_classes, in_channels=in_channels, dtype=dtype, source=path)
 
 
-def check_num_classes(num_classes: int | None) -> None:
-    """Raise a `ConfigError` for an invalid number of classes; call it before anything is read or downloaded."""
-    if num_classes is not None and not is_int(num_classes, 0):
-        raise ConfigError(f"num_classes must be an integer from 0 on, not {num_classes!r}")
+def check_changes(num_classes: int | None, in_channels: int | None) -> None:
+    """Raise a `ConfigError` for an invalid number of either; call it before anything is read or downloaded."""
+    for name, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1)):
+        if value is not None and not is_int(value, least):
+            raise ConfigError(f"{name} must be an integer from {least} on, not {value!r}")
 
 
 def assemble(
@@ -468,11 +513,16 @@ def assemble(
     params: Params,
     *,
     num_classes: int | None = None,
+    in_channels: int | None = None,
     dtype: torch.dtype | None = None,
     source: str | Path,
 ) -> NFNet:
     """Return a model of these parameters, in evaluation mode; warn, with `source`, if its classifier is replaced."""
-    check_num_classes(num_classes)
+    check_changes(num_classes, in_channels)
+    if in_channels is not None and in_channels != description.config.in_channels:
+        config, params = functional_model.adapt_input(description.config, params, in_channels)
+        preprocessing = description.preprocessing.adapted(in_channels)
+        description = description._replace(config=config, preprocessing=preprocessing)
     if dtype is not None:
         params = {key: value.to(dtype) for key, value in params.items()}
     model = NFNet.from_params(description, params)

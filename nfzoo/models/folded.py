@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from nfzoo.config import Attention
 from nfzoo.errors import ConfigError
@@ -44,7 +44,7 @@ class FoldedConv:
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
         x = x if self.before is None else nf.activate(x, self.before)
-        return _conv2d(
+        return conv2d(
             x, p["weight"], p["bias"], activation=self.after, same=self.same, stride=self.stride, alone=self.alone
         )
 
@@ -121,7 +121,7 @@ class FoldedBlock:
         self, p: Mapping[str, Tensor], name: str, x: Tensor, activation: str | None = None, **geometry: int
     ) -> Tensor:
         """Convolve with the weight `name`, already standardised, then apply the activation."""
-        return _conv2d(
+        return conv2d(
             x,
             p[f"{name}.weight"],
             p[f"{name}.bias"],
@@ -139,11 +139,8 @@ class FoldedBlock:
         """Return `scale * gate`, `(N, C, 1, 1)`; `scale` is the attention's factor 2, times alpha and the skip gain."""
         if self.attention == "eca":
             return p["scale"] * nf.efficient_channel_attention(p, x)
-        weights = (p["se.fc0.weight"], p["se.fc0.bias"], p["se.fc1.weight"], p["se.fc1.bias"])
-        if not cublas.supports(x, *weights, alone=self.alone):
-            return p["scale"] * nf.squeeze_excite(p, x)
-        hidden = cublas.linear(nf.global_mean(x), *weights[:2], "relu")
-        return p["scale"] * torch.sigmoid(cublas.linear(hidden, *weights[2:], None))[:, :, None, None]
+        weights = {key: value for key, value in p.items() if key.startswith("se.")}
+        return p["scale"] * squeeze_excite(weights, x, alone=self.alone)
 
     def shortcut(self, p: Mapping[str, Tensor], x: Tensor, out: Tensor) -> Tensor:
         """Return `x` or, on a transition, a 1x1 convolution of the activated input `out`, pooled or strided."""
@@ -166,8 +163,15 @@ class FoldedPool:
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
-        x = x if self.before is None else nf.activate(x, self.before)
-        return nf.global_mean(x) * self.gamma
+        return nf.global_mean(self.act(x)) * self.gamma
+
+    def act(self, x: Tensor) -> Tensor:
+        """Apply the activation without gamma, unless the block before has."""
+        return x if self.before is None else nf.activate(x, self.before)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """Return the map whose mean is the output."""
+        return self.act(x) * self.gamma
 
 
 def folded_classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
@@ -176,7 +180,18 @@ def folded_classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, 
     return classifier(p, x, beta, None)
 
 
-def _conv2d(
+@fx.wrap
+def squeeze_excite(p: Mapping[str, Tensor], x: Tensor, *, alone: bool) -> Tensor:
+    """Return the gates of `nf.squeeze_excite`, by kernels that add bias and apply ReLU where there are such."""
+    weights = (p["se.fc0.weight"], p["se.fc0.bias"], p["se.fc1.weight"], p["se.fc1.bias"])
+    if not cublas.supports(x, *weights, alone=alone):
+        return nf.squeeze_excite(p, x)
+    hidden = cublas.linear(nf.global_mean(x), *weights[:2], "relu")
+    return torch.sigmoid(cublas.linear(hidden, *weights[2:], None))[:, :, None, None]
+
+
+@fx.wrap
+def conv2d(
     x: Tensor,
     weight: Tensor | onednn.PackedWeight,
     bias: Tensor,
@@ -199,6 +214,11 @@ def _conv2d(
 def _refuse(keep: Tensor | None) -> None:
     if keep is not None:
         raise ConfigError(NO_NOISE)
+
+
+def unfused(conv: FoldedConv, pool: FoldedPool) -> tuple[FoldedConv, Callable[[Tensor], Tensor]]:
+    """Return the final convolution without its activation, and the map of which `pool` takes the mean after that."""
+    return dataclasses.replace(conv, after=None), dataclasses.replace(pool, before=conv.after).activated
 
 
 def chained(fns: Sequence[BlockFn]) -> list[BlockFn]:

@@ -3,6 +3,9 @@
 Sources: "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (arXiv 2101.08692),
 "High-Performance Large-Scale Image Recognition Without Normalization" (arXiv 2102.06171), and the code released with
 them. Images are NCHW.
+
+Functions that depend on sizes, dtypes or devices are wrapped: `torch.fx` records a call of them as one node, which
+decides when it runs.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from nfzoo.models.weight_standardization import standardize_weight as standardize_weight
+
+fx.wrap("standardize_weight")
 
 # gamma = 1 / std(act(z)), z ~ N(0, 1), as in the released code: the activation then keeps unit variance.
 GAMMA: dict[str, float] = {
@@ -88,6 +93,36 @@ def conv_input(
     return pad2d(x, rows, columns), 0
 
 
+@fx.wrap
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    same: bool = True,
+    skipped_stride: int = 1,
+) -> Tensor:
+    """Convolve `(N, in, H, W)` by `(out, in / groups, h, w)`, padded as `conv_input` says, and add `bias` `(out,)`."""
+    x, padding = conv_input(
+        x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
+    )
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+@fx.wrap
+def max_pool(x: Tensor, *, same: bool) -> Tensor:
+    """Return the 3x3 max pool of stride 2: `(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))`; `same` pads as SAME."""
+    # The operator behind `F.max_pool2d`, whose own form for XLA `torch.func` cannot differentiate.
+    pool = torch.ops.aten.max_pool2d_with_indices
+    if not same:
+        return pool(x, [3, 3], [2, 2], [1, 1])[0]
+    height, width = (same_padding(n, 3, 2) for n in x.shape[-2:])
+    return pool(pad2d(x, height, width, value=float("-inf")), [3, 3], [2, 2])[0]
+
+
 def shortcut_pool(x: Tensor, *, stride: int, dilation: int = 1, neighbours: bool = False) -> Tensor:
     """Halve `(N, C, H, W)` by a 2x2 average pool; odd sides are rounded up, and padding does not count.
 
@@ -125,6 +160,7 @@ def efficient_channel_attention(p: Mapping[str, Tensor], x: Tensor, prefix: str 
     return torch.sigmoid(gates)[:, 0, :, None, None]
 
 
+@fx.wrap
 def global_mean(x: Tensor) -> Tensor:
     """Return the mean over the pixels of `(N, C, H, W)`, accumulated in float32 at least, in the dtype of `x`."""
     if x.dtype in (torch.float32, torch.float64):

@@ -105,16 +105,16 @@ class Layers:
         skipped_stride: int = 1,
     ) -> Tensor:
         """Convolve `x` with the standardised `{name}weight` and its `{name}gain`, and add `{name}bias`."""
-        weight = self.weight(p, name)
-        x, padding = nf.conv_input(
+        return nf.conv2d(
             x,
-            weight.shape[-1],
+            self.weight(p, name),
+            p[f"{name}bias"],
             stride=stride,
             dilation=dilation,
+            groups=groups,
             same=self.rule.same_padding,
             skipped_stride=skipped_stride,
         )
-        return F.conv2d(x, weight, p[f"{name}bias"], stride, padding, dilation, groups)
 
 
 def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 1, gain: Init = ones) -> Specs:
@@ -313,7 +313,11 @@ class Pool:
     layers: Layers
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-        return nf.global_mean(self.layers.act(x))
+        return nf.global_mean(self.activated(x))
+
+    def activated(self, x: Tensor) -> Tensor:
+        """Return the map whose mean is taken."""
+        return self.layers.act(x)
 
 
 def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nfzoo.config import NFResNetConfig
@@ -46,17 +45,12 @@ class BottleneckBlock(ResidualBlock):
 
 @dataclass(frozen=True)
 class MaxPool:
-    """3x3 max pool of stride 2: `(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))`."""
+    """`nf.max_pool` as a block."""
 
     same: bool
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-        # The operator behind `F.max_pool2d`, whose own form for XLA `torch.func` cannot differentiate.
-        pool = torch.ops.aten.max_pool2d_with_indices
-        if not self.same:
-            return pool(x, [3, 3], [2, 2], [1, 1])[0]
-        height, width = (nf.same_padding(n, 3, 2) for n in x.shape[-2:])
-        return pool(nf.pad2d(x, height, width, value=float("-inf")), [3, 3], [2, 2])[0]
+        return nf.max_pool(x, same=self.same)
 
 
 def plan(cfg: NFResNetConfig) -> Plan:

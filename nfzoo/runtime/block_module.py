@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nfzoo.errors import ConfigError
+from nfzoo.runtime.block_repr import Layer, Line, lines
 from nfzoo.runtime.compile import checkpointed
 from nfzoo.types import Block, BlockFn, Params
 
@@ -32,6 +33,11 @@ class BlockModule(nn.Module):
         self.block = block
         self.fn: BlockFn = block.fn
         self.checkpointed = False
+        shown = lines(block)
+        self.line: Line = shown.pop("")
+        for name, line in shown.items():
+            *path, leaf = name.split(".")
+            submodule(self, path).add_module(leaf, Layer(line))
         for name, value in params.items():
             *path, leaf = name.split(".")
             submodule(self, path).register_parameter(leaf, nn.Parameter(value))
@@ -45,31 +51,66 @@ class BlockModule(nn.Module):
         self._owners, self._links = owners(self, names)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        if isinstance(x, fx.Proxy):  # a graph of torch.fx holds the plain block, and parameters as its attributes
+            params = {name: getattr(owner, leaf) for name, owner, leaf in self._parameter_owners()}
+            return self.block.fn(params, x, self.block.beta, keep)
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpointed(lambda x, keep: self.fn(self._params(), x, self.block.beta, keep), x, keep)
-        return self.fn(self._params(), x, self.block.beta, keep)
+            return checkpointed(lambda x, keep: self.fn(self.parameter_dict(), x, self.block.beta, keep), x, keep)
+        return self.fn(self.parameter_dict(), x, self.block.beta, keep)
 
-    def _params(self) -> dict[str, Tensor]:
+    def _parameter_owners(self) -> list[tuple[str, nn.Module, str]]:
         if replaced(self._links):  # `block.conv0 = ...`
             self._find([name for name, _, _ in self._owners])
+        return self._owners
+
+    def parameter_dict(self) -> dict[str, Tensor]:
+        """Return the block's parameters as they are now."""
+        owners = self._parameter_owners()
         holders = [holder for _, _, holder in self._links if is_hooked(holder)]
         for holder in holders:
             before_read(holder)
         # A parametrized or replicated parameter is an attribute alone; for the others the dictionary is faster.
         params = {
             name: owner._parameters[leaf] if leaf in owner._parameters else getattr(owner, leaf)
-            for name, owner, leaf in self._owners
+            for name, owner, leaf in owners
         }
         for holder in holders:
             after_read(holder)
         return params  # pyright: ignore[reportReturnType]
 
+    def _get_name(self) -> str:
+        return self.line.kind
+
     def extra_repr(self) -> str:
-        return type(self.block.fn).__name__
+        return self.line.text
+
+
+class Classifier(BlockModule):
+    """The block that maps pooled features to logits, with the attributes of an `nn.Linear`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
 
 
 Link = tuple[nn.Module, str, nn.Module]
 """A module, the name of one of its children, and that child."""
+
+
+@fx.has_side_effect  # nothing uses its result, and torch.fx keeps its node nevertheless
+def check_input(x: Tensor, channels: int) -> None:
+    """Raise a `ValueError` unless `x` is `(N, channels, H, W)` of floating-point numbers."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"the input must be (N, {channels}, H, W), not {tuple(x.shape)}; a single image needs x[None]")
+    if not x.is_floating_point():
+        raise ValueError(f"the input must be normalised floating-point numbers, not {x.dtype}; see model.preprocess")
 
 
 def owners(root: nn.Module, names: Sequence[str]) -> tuple[list[tuple[str, nn.Module, str]], list[Link]]:
