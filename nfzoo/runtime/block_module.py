@@ -52,7 +52,13 @@ class BlockModule(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         if isinstance(x, fx.Proxy):  # a graph of torch.fx holds the plain block, and parameters as its attributes
-            params = {name: getattr(owner, leaf) for name, owner, leaf in self._parameter_owners()}
+            owners = self._parameter_owners()
+            if any(computes_parameters(holder) for _, _, holder in self._links):
+                raise ConfigError(
+                    "torch.fx cannot trace weights that hooks compute or load anew in every call: make pruning and "
+                    "norms permanent (torch.nn.utils.prune.remove), and remove accelerate's hooks"
+                )
+            params = {name: getattr(owner, leaf) for name, owner, leaf in owners}
             return self.block.fn(params, x, self.block.beta, keep)
         if self.checkpointed and torch.is_grad_enabled():
             return checkpointed(lambda x, keep: self.fn(self.parameter_dict(), x, self.block.beta, keep), x, keep)
@@ -163,6 +169,11 @@ def is_hooked(holder: nn.Module) -> bool:
     return bool(
         holder._forward_pre_hooks or holder._forward_hooks or holder._backward_hooks or "forward" in holder.__dict__
     )
+
+
+def computes_parameters(holder: nn.Module) -> bool:
+    """Return whether hooks of `holder` compute or load its parameters: see `before_read`."""
+    return "_hf_hook" in holder.__dict__ or any(isinstance(h, WEIGHT_HOOKS) for h in holder._forward_pre_hooks.values())
 
 
 def before_read(holder: nn.Module) -> None:
