@@ -475,8 +475,7 @@ def test_memory(tmp_path: Path) -> None:
     ).stat().st_size < RATIO - 1  # leaves the interpreter as much as the file
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("protocol", [pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.slow)])
 def test_memory_of_the_largest(protocol: int, tmp_path: Path) -> None:
     """Of F6: all the process takes. Protocol 2 writes bytes as text, by which the file is larger."""
     path = tmp_path / "F6.npz"

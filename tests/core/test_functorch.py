@@ -218,13 +218,19 @@ def test_a_compiled_training_step_does_not_recompile():
         assert relative(fast.params[key], eager.params[key]) < COMPILED, key
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", [*SMALL, "nfnet-test"])
-def test_every_small_model_compiles(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *(pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in SMALL),
+        *(pytest.param(name, "inductor", marks=pytest.mark.long) for name in SMALL),
+        pytest.param("nfnet-test", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_every_small_model_compiles(name, backend):
     cfg = nfzoo.variant(name).config if name == "nfnet-test" else SMALL[name]
     params, x = random_params(cfg), images(cfg)
-    compiled = torch.compile(lambda p, image: model.apply(cfg, p, image), fullgraph=True)
+    compiled = torch.compile(lambda p, image: model.apply(cfg, p, image), fullgraph=True, backend=backend)
     with torch.no_grad():
         assert relative(compiled(params, x), model.apply(cfg, params, x)) < COMPILED
 

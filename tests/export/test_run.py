@@ -85,7 +85,7 @@ def test_onnx_computes_the_logits_of_any_number_of_images(name, tmp_path):
         assert relative(run_onnx(path, x), model(x)) < CLOSE
 
 
-@pytest.mark.parametrize("name", ["nf-resnet-timm", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES)])
+@pytest.mark.parametrize("name", ["nf-resnet-timm", *(pytest.param(n, marks=pytest.mark.long) for n in FAMILIES)])
 def test_torch_program_runs_without_nfzoo_on_images_of_other_sizes(name, tmp_path):
     model = shell(name)
     path = export(model, tmp_path / "out", format="torch")
@@ -97,8 +97,14 @@ def test_torch_program_runs_without_nfzoo_on_images_of_other_sizes(name, tmp_pat
         assert relative(found, model(x)) < CLOSE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "step"), [(37, 1), (34, 2), (36, 4), (40, 8), (48, 16)])
+@pytest.mark.parametrize(
+    ("size", "step"),
+    [
+        pytest.param(37, 1, marks=pytest.mark.slow),
+        *(pytest.param(size, step, marks=pytest.mark.long) for size, step in [(34, 2), (36, 4), (40, 8)]),
+        pytest.param(48, 16, marks=pytest.mark.slow),
+    ],
+)
 def test_torch_program_of_another_size_takes_all_of_its_kind(size, step, tmp_path):
     model = shell("nfnet", size=size)
     path = export(model, tmp_path / "out", format="torch")
