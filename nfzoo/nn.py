@@ -29,6 +29,7 @@ from nfzoo.runtime.block_module import (
     BlockModule,
     Classifier,
     check_holders,
+    check_hooks,
     check_input,
     owners,
     replaced,
@@ -145,6 +146,7 @@ class NFNet(TimmInterface):
         """Return the blocks in the plan's order, as they are now: `model.head = ...` takes effect."""
         if replaced(self._links):  # `model.stages[0] = ...`
             self._find()
+        check_hooks(self._links)
         runs = [getattr(owner, leaf) for _, owner, leaf in self._owners]
         return [
             run if isinstance(run, BlockModule) else functools.partial(_foreign, run, block.name == "head")
@@ -275,6 +277,10 @@ class NFNet(TimmInterface):
                     f"{expected.get(key) or 'absent'}; merge adapters, undo quantization and pruning, and call "
                     "load_modules of the form (trained or folded) that the tree was made from"
                 )
+        for key in expected:
+            if type(state[key]) is not Tensor or state[key].is_meta or not state[key].is_floating_point():
+                kind = "on the meta device" if state[key].is_meta else f"a {type(state[key]).__name__}"
+                raise ConfigError(f"{key!r} of the tree is {kind}, not a tensor of floating-point numbers")
         for name, p in own.items():
             p.copy_(state[keys[name]])
         return self

@@ -53,10 +53,10 @@ class BlockModule(nn.Module):
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         if isinstance(x, fx.Proxy):  # a graph of torch.fx holds the plain block, and parameters as its attributes
             owners = self._parameter_owners()
-            if any(is_hooked(holder) for _, _, holder in self._links):
+            if any(computes_parameters(holder) for _, _, holder in self._links):
                 raise ConfigError(
-                    f"torch.fx cannot trace hooks on modules within a block, of which {self.block.name!r} has one; "
-                    "remove it, as torch.nn.utils.prune.remove does"
+                    "torch.fx cannot trace weights that hooks compute or load anew in every call: make pruning and "
+                    "norms permanent (torch.nn.utils.prune.remove), and remove accelerate's hooks"
                 )
             params = {name: getattr(owner, leaf) for name, owner, leaf in owners}
             return self.block.fn(params, x, self.block.beta, keep)
@@ -171,6 +171,11 @@ def is_hooked(holder: nn.Module) -> bool:
     )
 
 
+def computes_parameters(holder: nn.Module) -> bool:
+    """Return whether hooks of `holder` compute or load its parameters: see `before_read`."""
+    return "_hf_hook" in holder.__dict__ or any(isinstance(h, WEIGHT_HOOKS) for h in holder._forward_pre_hooks.values())
+
+
 def before_read(holder: nn.Module) -> None:
     """Run the hooks of `holder` that compute or load its parameters: torch's `WEIGHT_HOOKS`, and accelerate's.
 
@@ -190,9 +195,20 @@ def before_read(holder: nn.Module) -> None:
     if ignored:
         warnings.warn(
             "hooks on modules within a block, such as conv0, are never called: these modules hold parameters, and the "
-            "block computes. Register hooks on the block, or on model.as_modules(), which calls each layer",
+            "block computes. Register hooks on the block, or on a layer of model.as_modules()",
             stacklevel=2,
         )
+
+
+def check_hooks(links: Sequence[Link]) -> None:
+    """Warn of hooks on modules that hold blocks, which the network never calls; accelerate's have no work there."""
+    for _, _, holder in links:
+        if is_hooked(holder) and "_hf_hook" not in holder.__dict__:
+            warnings.warn(
+                "hooks on modules that hold blocks, such as stages[0], are never called: the network calls its blocks. "
+                "Register hooks on a block, such as the last of the stage, or on a stage of model.as_modules()",
+                stacklevel=2,
+            )
 
 
 def after_read(holder: nn.Module) -> None:

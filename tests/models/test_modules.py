@@ -181,6 +181,8 @@ def test_other_trees_are_refused():
     ):
         with pytest.raises(ConfigError, match="the tree is not one of this model"):
             net.load_modules(other)
+    with pytest.raises(ConfigError, match="is on the meta device"):
+        net.load_modules(net.as_modules().to("meta"))
     assert all(torch.equal(p, before[key]) for key, p in net.state_dict().items())
 
 
@@ -237,6 +239,8 @@ def test_torchao_quantises_the_linear_layers(kind):
     x = images(net.config)
     with torch.no_grad():
         assert 1e-4 < relative(tree(x), net(x)) < 0.05
+    with pytest.raises(ConfigError, match="is a Int8Tensor, not a tensor of floating-point"):
+        net.for_inference().load_modules(tree)
 
 
 def test_torchinfo_counts_what_we_count():
@@ -276,7 +280,7 @@ def test_captum_attributes_to_pixels_and_layers():
         assert relative(attribution.sum((1, 2, 3)), difference) < 1e-2
         guided, plain = GuidedBackprop(tree).attribute(x, target=1), Saliency(tree).attribute(x, target=1, abs=False)
         assert relative(guided, plain) > 1e-2  # it found the activations
-        cam = LayerGradCam(tree, tree.get_submodule("stages.1")).attribute(x, target=1)
+        cam: Any = LayerGradCam(tree, tree.get_submodule("stages.1")).attribute(x, target=1)
         features = net.features(x)[2]
         assert cam.shape[-2:] == features.shape[-2:]
         (gradient,) = torch.autograd.grad(net_from(net, features), features)

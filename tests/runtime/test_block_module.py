@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrizations, prune
 
 from nfzoo import CheckpointError, ConfigError, NFNet, model
@@ -138,7 +138,7 @@ def test_a_model_that_is_still_pruned_or_parametrized_is_neither_saved_nor_folde
     ],
     ids=["hook", "pre-hook", "backward", "forward"],
 )
-@pytest.mark.parametrize("path", ["stages.1.0.conv0", "stages.1.0.se"])
+@pytest.mark.parametrize("path", ["stages.1.0.conv0", "stages.1.0.se", "stages.1", "stages", "stem"])
 def test_hooks_that_no_call_reaches_are_told_of(register, path):
     module = shell()
     x = images(module.config)
@@ -149,6 +149,26 @@ def test_hooks_that_no_call_reaches_are_told_of(register, path):
     if handle is not None:
         handle.remove()
         module(x)
+
+
+def test_a_trace_follows_a_weight_that_is_computed_or_is_refused():
+    for tool in (l1, torch.nn.utils.spectral_norm):
+        module = shell()
+        tool(module.get_submodule("stages.1.0.conv1"))
+        with pytest.raises(ConfigError, match=r"torch\.fx cannot trace.*prune\.remove"):
+            fx.symbolic_trace(module)
+    for tool, path in ((parametrizations.weight_norm, "stages.1.0.conv1"), (l1, "stem.conv1")):
+        module = shell()
+        tool(module.get_submodule(path))
+        traced = fx.symbolic_trace(module)
+        x = images(module.config)
+        before = module(x)
+        assert torch.equal(traced(x), before)
+        with torch.no_grad():
+            for name, p in module.get_submodule(path).named_parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator()) if "weight" in name else 0)
+        assert torch.equal(traced(x), module(x))
+        assert not torch.equal(traced(x), before)
 
 
 def test_hooks_on_blocks_are_called():
