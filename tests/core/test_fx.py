@@ -135,7 +135,7 @@ def test_parametrized_weights_are_traced_and_hooks_on_weights_are_refused() -> N
     assert "stages.1.1.conv0.parametrizations.weight.original" in dict(traced.named_parameters())
     parametrize.remove_parametrizations(conv, "weight")
     prune.l1_unstructured(conv, "weight", 0.5)  # a graph would keep the weight as it is now
-    with pytest.raises(ConfigError, match="prune.remove"):
+    with pytest.raises(ConfigError, match=r"prune\.remove"):
         fx.symbolic_trace(module)
     prune.remove(conv, "weight")
     assert torch.equal(fx.symbolic_trace(module)(x), module(x))

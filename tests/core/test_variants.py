@@ -107,7 +107,7 @@ def torch_counts_the_same(name):
     assert model.mac_count(cfg, size) * 2 == counter.get_total_flops()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_runs_on_shapes(name):
     """Meta tensors: init, logits and five feature maps at strides 2 to 32."""
@@ -131,7 +131,7 @@ def test_every_variant_runs_on_shapes_with_two_blocks_a_stage():
         keeps_a_stride(name, (8, 16, 32)[i % 3])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each("name", VARIANTS)
 @each("output_stride", [8, 16, 32])
 def test_every_variant_keeps_every_stride(name, output_stride):

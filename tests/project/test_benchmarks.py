@@ -254,8 +254,13 @@ def test_it_runs_without_being_installed(tmp_path):
     assert "nfzoo eager" in next(tmp_path.glob("*-cpu-optimizer.md")).read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("suite", ["inference", "training", "memory", "headline", "layout", "profile", "grouped"])
+@pytest.mark.parametrize(
+    "suite",
+    [
+        *(pytest.param(suite, marks=pytest.mark.slow) for suite in ("inference", "training", "grouped")),
+        *(pytest.param(suite, marks=pytest.mark.long) for suite in ("memory", "headline", "layout", "profile")),
+    ],
+)
 def test_every_suite_runs(suite, tmp_path, capsys):
     options = ["--quick", "--eager", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)]
     models = [] if suite == "headline" else ["--models", "nfnet-f0"]

@@ -25,7 +25,7 @@ from nfzoo.config import ModelConfig
 from nfzoo.models.weight_standardization import standardize_weight
 from nfzoo.runtime import compile as compiling
 from nfzoo.variants import VARIANTS
-from tests.support.helpers import SMALL, assert_same, generator, images, random_params, relative
+from tests.support.helpers import FAMILIES, SMALL, assert_same, generator, images, random_params, relative
 
 # Dynamo looks at the gradient of each input. Torch hides the warning that this gives for an activation, but not where
 # warnings are errors.
@@ -36,7 +36,11 @@ EXACT = 1e-6  # the same operations on float32, perhaps in another order
 
 SHALLOW = SMALL["nfnet"].replace(depths=(1, 1, 1, 1))
 SHORT = "nfnet-f1 of two blocks a stage"
-DEPTHS = (SHORT, *(pytest.param(f"nfnet-f{n}", marks=pytest.mark.slow) for n in (1, 3, 6)))
+DEPTHS = (
+    SHORT,
+    *(pytest.param(f"nfnet-f{n}", marks=pytest.mark.long) for n in (1, 3)),
+    pytest.param("nfnet-f6", marks=pytest.mark.slow),
+)
 SHAPES = 4 + 2 * 4 - 1 + 3  # stem; per stage a transition and the rest, the last two stages' rest being equal; the end
 GRAPHS = SHAPES + 1  # that rest is met at two resolutions
 
@@ -155,8 +159,9 @@ def test_training_has_one_more_pair_of_graphs_for_all_weights_at_any_depth(name,
         assert (p.grad - q.grad).norm() <= EXACT * max(1e-2, float(q.grad.norm())), key
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in FAMILIES else pytest.mark.long) for n in SMALL]
+)
 def test_weights_standardised_apart_under_every_set_of_rules(name, counting_apart):
     cfg = SMALL[name]
     plain, fast = shell(cfg), shell(cfg).compile_blocks(backend=counting_apart.backend)
@@ -304,8 +309,13 @@ def test_compiled_weights_can_be_differentiated_twice():
         assert relative(b, a) < EXACT
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["nfnet-f1", "nfnet-f3", "nfnet-f6"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(f"nfnet-f{n}", marks=pytest.mark.long) for n in (1, 3)),
+        pytest.param("nfnet-f6", marks=pytest.mark.slow),
+    ],
+)
 def test_graphs_of_the_real_widths(name):
     cfg, count = VARIANTS[name].config, Counting()
     with torch.no_grad():
