@@ -40,7 +40,7 @@ test: $(STAMP)
 	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(PYTEST) --dist worksteal -m slow
+	$(PYTEST) --dist worksteal -m 'slow and not long'
 
 test-long: $(STAMP)
 	$(PYTEST) -m long

@@ -191,6 +191,7 @@ def test_compiled_shell(backend):
     assert compiled.state_dict().keys() == {f"_orig_mod.{k}" for k in module.state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_training_step_does_not_recompile():
     """`lr` and `step` are tensors: three steps, one graph."""
