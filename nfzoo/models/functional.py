@@ -71,6 +71,7 @@ def pad2d(x: Tensor, height: tuple[int, int], width: tuple[int, int], value: flo
     return F.pad(x, (*width, *height), value=value)
 
 
+@fx.wrap
 def conv_input(
     x: Tensor, kernel: int, *, stride: int, dilation: int, same: bool, skipped_stride: int
 ) -> tuple[Tensor, int]:
@@ -91,25 +92,6 @@ def conv_input(
     else:
         rows, columns = (same_padding(n, kernel, stride, dilation) for n in (h, w))
     return pad2d(x, rows, columns), 0
-
-
-@fx.wrap
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    same: bool = True,
-    skipped_stride: int = 1,
-) -> Tensor:
-    """Convolve `(N, in, H, W)` by `(out, in / groups, h, w)`, padded as `conv_input` says, and add `bias` `(out,)`."""
-    x, padding = conv_input(
-        x, weight.shape[-1], stride=stride, dilation=dilation, same=same, skipped_stride=skipped_stride
-    )
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 @fx.wrap

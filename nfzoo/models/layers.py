@@ -105,16 +105,16 @@ class Layers:
         skipped_stride: int = 1,
     ) -> Tensor:
         """Convolve `x` with the standardised `{name}weight` and its `{name}gain`, and add `{name}bias`."""
-        return nf.conv2d(
+        weight = self.weight(p, name)
+        x, padding = nf.conv_input(
             x,
-            self.weight(p, name),
-            p[f"{name}bias"],
+            weight.shape[-1],
             stride=stride,
             dilation=dilation,
-            groups=groups,
             same=self.rule.same_padding,
             skipped_stride=skipped_stride,
         )
+        return F.conv2d(x, weight, p[f"{name}bias"], stride, padding, dilation, groups)
 
 
 def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 1, gain: Init = ones) -> Specs:

@@ -147,7 +147,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("induct
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("nfnet", "aot_eager"),
+        pytest.param("nfnet", "aot_eager", marks=pytest.mark.slow),
         pytest.param("nfnet", "inductor", marks=pytest.mark.long),
         pytest.param("nf-resnet-timm-eca", "inductor", marks=pytest.mark.long),
     ],

@@ -136,7 +136,7 @@ def run(images: Images, processes: int, epochs: dict[int, tuple[int, int]], **op
     return seen
 
 
-@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize("source", ["folder", pytest.param("tar", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_two_interrupted_epochs_are_uninterrupted_ones(
     folder: Path, tmp_path: Path, source: str, before: int, after: int

@@ -305,7 +305,7 @@ def pure_trajectory(parameters, *, steps: int, lr: float, weight_decay: float, e
 FORMS = pytest.mark.parametrize("compiled", [False, True], ids=["foreach", "compiled"])
 
 
-@FORMS
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["foreach", "compiled"])
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_the_trajectory_of_the_pure_functions(compiled, tensor_lr):
     options: Any = {"weight_decay": 0.01, "ema_decay": 0.9}

@@ -138,6 +138,7 @@ def counting_apart(monkeypatch):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEPTHS)
 def test_training_has_one_more_pair_of_graphs_for_all_weights_at_any_depth(name, counting_apart):
     cfg, count = narrow(name), counting_apart
@@ -336,6 +337,7 @@ def test_switching_off_and_on_again():
     assert count.forward_runs == runs
 
 
+@pytest.mark.slow
 def test_keys_copies_and_files():
     cfg, count = SHALLOW, CountingEager()
     module, x = shell(cfg).eval(), images(cfg)
@@ -380,6 +382,7 @@ def test_a_pass_in_inference_mode_leaves_training_possible():
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_past_the_limit_it_raises_and_does_not_run_eager():
     module = shell(cfg := SHALLOW).eval().compile_blocks(backend="eager")
     module(images(cfg))

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from nfzoo import ConfigError, NFNet, create, model, param_groups
 from nfzoo.models import functional as nf
-from tests.support.helpers import SMALL, assert_same, images, random_params, relative
+from tests.support.helpers import FAMILIES, SMALL, assert_same, images, random_params, relative
 
 FLOAT32 = 1e-5
 small = pytest.mark.parametrize("name", SMALL)
@@ -136,7 +136,9 @@ def test_other_layouts_and_inputs_are_refused() -> None:
             call(torch.zeros(3, 32, 32))
 
 
-@small
+@pytest.mark.parametrize(
+    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
 def test_compiled_models_give_the_same_maps(name: str) -> None:
     net = shell(name, folded=True)
     x = images(net.config)

@@ -267,7 +267,8 @@ def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: in
     assert not list(saved.glob(".*"))
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others(tmp_path: Path, victim: int) -> None:
     processes = start(tmp_path / "run", "--epochs", "500", "--save_steps", "5", world=2)
     time.sleep(1)
