@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Description, check_params
-from nfzoo.checkpoint.state_dicts import StateDict, check_dtype, is_torch_file, open_state_dict
+from nfzoo.checkpoint.state_dicts import StateDict, check_values, is_torch_file, open_state_dict
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
@@ -107,8 +107,8 @@ def from_timm(cfg: ModelConfig, state: Mapping[str, Tensor]) -> Params:
             raise ConversionError(
                 f"{names[key]} has shape {tuple(value.shape)}, which does not fit {key} of shape {shape}"
             )
-        check_dtype(names[key], value)
         params[key] = value.reshape(shape).clone()
+    check_values(params)
     return params
 
 
@@ -201,8 +201,7 @@ def _read_own(weights: Path, state: StateDict, model: str | None, sha256: str | 
     except CheckpointError as error:
         raise ConversionError(f"{weights} is no {row.name}: {error}") from error
     params = {key: state[key].clone() for key in _shapes(config)}
-    for key, value in params.items():
-        check_dtype(key, value)
+    check_values(params)
     provenance = {"format": "state dict", "source": weights.name, "sha256": sha256 or file_sha256(weights)}
     return Description(config, row.preprocessing.for_channels(config.in_channels), row.name, None, provenance), params
 
@@ -253,6 +252,9 @@ def _architecture(name: str) -> str:
 
 def _weight_file(path: Path) -> Path:
     if path.is_dir():
+        more = sorted(path.glob("model_[0-9]*.safetensors"))
+        if more and (path / WEIGHTS_FILE).is_file():
+            raise ConversionError(f"{path} holds more than one model, such as {more[0].name}; name the file of one")
         for name in (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE):
             if (path / name).is_file():
                 return path / name

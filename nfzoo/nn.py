@@ -31,6 +31,7 @@ from nfzoo.runtime.block_module import (
     check_holders,
     check_hooks,
     check_input,
+    is_hooked,
     owners,
     replaced,
     submodule,
@@ -64,6 +65,7 @@ class NFNet(TimmInterface):
         generator, device, dtype: as for `nfzoo.model.init`.
 
     Attributes:
+        pool: activation and mean over the pixels. A module in its place gets the map before the activation.
         head: the classifier. Another module of pooled features may stand in its place; then `labels` are gone. With an
             `nn.Linear` with bias or an `nn.Identity` there, `config` follows, and the model can be saved and folded.
     """
@@ -158,22 +160,35 @@ class NFNet(TimmInterface):
         """The description that is saved beside the weights."""
         return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance, self.foreign)
 
-    def _check_head(self) -> None:
-        """Raise a `ConfigError` if more than `config` tells what the head computes."""
-        if not isinstance(self.head, BlockModule) and type(self.head) not in (nn.Linear, nn.Identity):
+    def _check_blocks(self) -> None:
+        """Raise a `ConfigError` if more than `config` and the parameters tell what the network computes."""
+        self._blocks()  # finds replaced ones
+        for name, owner, leaf in self._owners:
+            module = getattr(owner, leaf)
+            if not isinstance(module, BlockModule) and not (
+                name == "head" and type(module) in (nn.Linear, nn.Identity)
+            ):
+                takes = "an nn.Linear with bias or an nn.Identity" if name == "head" else "the block itself"
+                raise ConfigError(
+                    f"a model with a {type(module).__name__} as {name} can be neither saved nor folded: that takes "
+                    f"{takes}; to save any other, use state_dict"
+                )
+        if any(p.is_meta for p in self.parameters()):
             raise ConfigError(
-                f"a model with a {type(self.head).__name__} as head can be neither saved nor folded: that takes an "
-                "nn.Linear with bias or an nn.Identity; to save any other, use state_dict"
+                "parameters are on the meta device, as those that accelerate offloads are; load the model without that"
             )
 
     def _check_foldable(self) -> None:
         """Raise a `ConfigError` if a folded model would compute something else."""
-        self._check_head()
+        self._check_blocks()
         for name in ("forward", "embed"):
             if getattr(type(self), name) is not getattr(NFNet, name):
                 raise ConfigError(
                     f"{type(self).__name__} has a {name} of its own, which a folded model or tree of layers would lack"
                 )
+        hooked = [name for name, module in self.named_modules() if is_hooked(module)]
+        if hooked:
+            logger.warning("the new model has no hooks, as this one has on %r", hooked[0] or type(self).__name__)
 
     def parameter_kinds(self) -> dict[str, str]:
         """Return the kind of every parameter: `weight`, `gain`, `bias`, `skip_gain`, or `head` (classifier weight)."""
@@ -389,7 +404,7 @@ class NFNet(TimmInterface):
         Raises:
             ConfigError: for a head that `config` does not tell of.
         """
-        self._check_head()
+        self._check_blocks()
         return save_checkpoint(folder, self.description, self.state_dict())
 
     @classmethod

@@ -6,6 +6,7 @@ import argparse
 import logging
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from nfzoo.errors import CheckpointError, ConversionError
 
 logger = logging.getLogger("nfzoo")
 
+_AVERAGE = re.compile(r"(?<![a-z])(ema|shadow|averaged?)(?![a-z])|EMA|average_model", re.ASCII)
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch's files began before they were zip archives
 
 
@@ -50,11 +52,23 @@ class StateDict(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def check_dtype(name: str, value: Tensor) -> None:
-    """Raise a `ConversionError` for a tensor of integers, or of numbers in eight bits."""
-    if value.dtype not in FLOATS:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise ConversionError(f"{name} is of type {str(value.dtype).removeprefix('torch.')}, none of {known}")
+def check_values(params: Mapping[str, Tensor]) -> None:
+    """Raise a `ConversionError` unless all are finite numbers of one floating-point type that networks run in."""
+    first, dtype = next((name, value.dtype) for name, value in params.items())
+    for name, value in params.items():
+        if value.dtype not in FLOATS:
+            known = ", ".join(map(_short, FLOATS))
+            raise ConversionError(f"{name} is of type {_short(value.dtype)}, none of {known}")
+        if value.dtype != dtype:
+            raise ConversionError(
+                f"{name} is of type {_short(value.dtype)}, and {first} of {_short(dtype)}; save the weights in one type"
+            )
+        if not torch.isfinite(value).all():
+            raise ConversionError(f"{name} holds numbers that are not finite")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def is_torch_file(path: Path) -> bool:
@@ -107,6 +121,7 @@ def _unpickle(path: Path) -> object:
     scalar: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals(
             [argparse.Namespace, np.dtype, *kinds, *((scalar, name) for name in names)]
@@ -126,20 +141,46 @@ def _unpickle(path: Path) -> object:
         ) from error
 
 
+def _check_sums(path: Path) -> None:
+    """Raise a `ConversionError` unless the checksums of a zip archive are those of its content; torch looks at none."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, EOFError) as error:
+        raise ConversionError(f"{path} cannot be read as weights alone: it is damaged ({error})") from error
+    if damaged is not None:
+        raise ConversionError(f"{path} is damaged: {damaged!r} in it does not have the checksum that is stated")
+
+
 def _state_of(path: Path, loaded: object, anchors: Collection[str]) -> Mapping[str, Tensor]:
     """Return the state dict, or the one entry of a trainer's dictionary that is one."""
     if _is_state(loaded):
         return loaded  # pyright: ignore[reportReturnType]
     entries = loaded if isinstance(loaded, dict) else {}
     states = {key: value for key, value in entries.items() if _is_state(value) and _prefixes(value, anchors)}
-    averages = [key for key in states if "ema" in str(key).lower()]
+    averages = [key for key in states if _AVERAGE.search(str(key))]
     if len(states) == 2 and len(averages) == 1:
         logger.warning("%s holds weights and their moving average; %r, the average, is taken", path, averages[0])
         return states[averages[0]]
     if len(states) != 1:
         found = f"the models {', '.join(map(repr, states))}" if states else "no state dict of an NF-network"
         raise ConversionError(f"{path} holds {found}; save the state_dict() of one model alone")
-    return next(iter(states.values()))
+    key, state = next(iter(states.items()))
+    others = [name for name in _names(entries) if name != key and _AVERAGE.search(name)]
+    if others and not averages:
+        logger.warning(
+            "%s holds a moving average too (%r), in a form that is not read; %r is taken", path, others[0], key
+        )
+    return state
+
+
+def _names(value: object, depth: int = 4) -> list[str]:
+    """List the keys of nested dictionaries, without those of state dicts."""
+    if not isinstance(value, dict) or _is_state(value) or not depth:
+        return []
+    return [name for key, inner in value.items() for name in (str(key), *_names(inner, depth - 1))]
 
 
 def _is_state(value: object) -> bool:

@@ -183,7 +183,7 @@ class ImageFolder(Images[Path]):
             remedy = foreign_format(folder) or "; put the images of each class into a folder of its own"
             raise DataError(f"{str(folder)!r} has no subfolders, one for each class{remedy}")
         if classes is None:
-            check_classes_of(folder, names)
+            check_classes_of(folder, sorted(folders.values()))
         else:
             check_classes(repr(str(folder)), names, classes)
         paths: list[str] = []

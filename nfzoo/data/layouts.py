@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
+
+logger = logging.getLogger("nfzoo")
 
 SYSTEM_FOLDERS = frozenset(
     [
@@ -26,11 +29,12 @@ HELD_OUT_NAMES = ("val", "validation", "valid", "dev", "test", "testing", "eval"
 
 # Words of names such as `train2017`, `cars_test` and `training_set`, and of folders that lie beside images.
 _PART_WORDS = frozenset([*TRAIN_NAMES, *HELD_OUT_NAMES, "trainset", "trainval", "valset", "testset"])
-_HOLDERS = frozenset(["images", "image", "imgs", "img", "jpegimages"])
+_HOLDERS = frozenset(["images", "image", "imgs", "img", "jpegimages", "photos", "pictures"])
 _ANNOTATIONS = frozenset(
     [
         *("annotation", "annotations", "label", "labels", "mask", "masks", "trimaps", "bboxes", "meta", "metadata"),
         *("segmentations", "segmentationclass", "segmentationobject", "imagesets", "devkit"),
+        *("ground_truth", "groundtruth", "gt", "unlabeled", "unlabelled"),
     ]
 )
 
@@ -64,8 +68,18 @@ def is_visible(name: str) -> bool:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """List the names of the visible subfolders, sorted."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_visible(entry.name))
+    """List the names of the visible subfolders, sorted; raise a `DataError` for a link to nothing, which may be one."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_visible(entry.name):
+                continue
+            if entry.is_dir():
+                names.append(entry.name)
+            elif entry.is_symlink() and not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]:
+                target = os.readlink(entry.path)
+                raise DataError(f"{entry.path!r} is a link to {target!r}, which does not exist; mend or remove it")
+    return sorted(names)
 
 
 def find_parts(root: Path) -> Parts | None:
@@ -82,8 +96,13 @@ def find_parts(root: Path) -> Parts | None:
     if train is None:
         return None
     others = [name for known in HELD_OUT_NAMES if (name := _one_part(root, names, (known,)))]
-    for name in others:
+    for i, name in enumerate(others):
         if not _is_flat(root / name):
+            if i:
+                raise DataError(
+                    f"the images in {others[0]}/ of {str(root)!r} are of no class; put them into a folder for each "
+                    f"class, or move them away to hold out {name}/"
+                )
             return Parts(root / train, root / name)
     if not others and len(names) > 1 and _is_flat(root / train):
         return None
@@ -108,8 +127,9 @@ def _one_part(root: Path, names: Sequence[str], known: tuple[str, ...]) -> str |
 
 def check_classes_of(folder: Path, names: Sequence[str]) -> None:
     """Raise a `DataError` if subfolders of these names are parts, or images and their annotations, and no classes."""
-    parts = [name for name in names if _PART_WORDS & set(re.findall("[a-z]+", name.lower()))]
-    if len(parts) > 1 and 2 * len(parts) >= len(names):
+    parts = [name for name in names if _PART_WORDS & _words(name)]
+    stems = [re.sub("|".join(sorted(_PART_WORDS, key=len, reverse=True)), "", name.lower()) for name in parts]
+    if len(parts) > 1 and (2 * len(parts) >= len(names) or len(set(stems)) < len(stems)):
         raise DataError(
             f"the folders {_listed(parts)} of {str(folder)!r} are parts and no classes; name them train/ and val/, and "
             "put the images of each class into a folder of its own"
@@ -121,6 +141,44 @@ def check_classes_of(folder: Path, names: Sequence[str]) -> None:
             f"the folders {_listed(names)} of {str(folder)!r} are images and their annotations and no classes; "
             f"{_remedy(folder / images)}"
         )
+    _check_common(folder, names)
+    for name in names:
+        if name.lower() in _ANNOTATIONS:
+            logger.warning(
+                "%s is taken for a class; if its images are no photographs but annotations, move it away", folder / name
+            )
+
+
+def _check_common(folder: Path, names: Sequence[str]) -> None:
+    """Refuse folders that all have parts or annotations below them; warn if their subfolders may be the classes."""
+    inner: list[set[str]] = []
+    for name in names:
+        inner.append(set(subfolders(folder / name)))
+        if len(set.intersection(*inner)) < 2:
+            return  # most often at the first, so that few folders are listed
+    common = set.intersection(*inner)
+    if len(names) < 2:
+        return
+    shown, lower = _listed(sorted(common)), {name.lower() for name in common}
+    annotated = bool(lower & _HOLDERS and lower & _ANNOTATIONS)
+    if annotated or lower <= {*TRAIN_NAMES, *HELD_OUT_NAMES}:
+        raise DataError(
+            f"every class folder of {str(folder)!r} has the subfolders {shown}, whose images do not belong together; "
+            "make train/ and val/ with a folder of images for each class"
+        )
+    if all(these == common for these in inner):
+        logger.warning(
+            "the classes of %s are %s, and all have the same subfolders, %s; if those are the classes, put the images "
+            "of each into one folder",
+            folder,
+            _listed(names),
+            shown,
+        )
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a name in lower case: `TrainData`, `train_data` and `train2017` have `train`."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
 def check_more_than_one(folder: Path, names: Sequence[str]) -> None:

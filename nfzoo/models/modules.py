@@ -8,6 +8,7 @@ of its parameters in the plan. There is one form for each form of the parameters
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +18,7 @@ from nfzoo.models import functional as nf
 from nfzoo.models.folded import FoldedBlock, folded_plan, gamma
 from nfzoo.models.layers import Conv, Layers, Pool, ResidualBlock, classifier
 from nfzoo.models.nf_resnet import MaxPool
-from nfzoo.types import Block, Drop, Plan, Specs
+from nfzoo.types import Block, Drop, Kind, Plan, Specs
 
 ACTIVATIONS = {
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
@@ -293,14 +294,29 @@ def _layers(block: Block, trained: Block, lean: Block) -> dict[str, nn.Module]:
     raise TypeError(f"no layers are known for {name!r}, {fn!r}")
 
 
-def module_tree(plan: Plan, *, folded: bool) -> nn.Sequential:
+class LayerTree(nn.Sequential):
+    """The root of a tree of layers, which knows what each parameter is to the optimizer: see `nfzoo.param_groups`."""
+
+    def __init__(self, kinds: Mapping[str, Kind]) -> None:
+        super().__init__()
+        self._kinds = dict(kinds)
+
+    def parameter_kinds(self) -> dict[str, Kind]:
+        """Return the kind of every parameter, by its name in the tree."""
+        return dict(self._kinds)
+
+
+def module_tree(plan: Plan, *, folded: bool) -> LayerTree:
     """Return the layers of a plan, on the meta device; `tree_keys` tells where each parameter goes.
 
     Args:
         plan: the plan of the trained form.
         folded: whether to return the layers of the folded form.
     """
-    tree = nn.Sequential()
+    own = folded_plan(plan) if folded else plan
+    keys = tree_keys(own)
+    kinds: dict[str, Kind] = {f"{block.name}.{name}": spec.kind for block in own for name, spec in block.specs.items()}
+    tree = LayerTree({keys[name]: kind for name, kind in kinds.items()})
     for trained, lean in zip(plan, folded_plan(plan), strict=True):
         for name, layer in _layers(lean if folded else trained, trained, lean).items():
             if isinstance(layer, nn.Identity) and name != trained.name:

@@ -167,7 +167,11 @@ def replaced(links: Sequence[Link]) -> bool:
 def is_hooked(holder: nn.Module) -> bool:
     """Return whether something is to happen when `holder` is called, which no block does: it reads parameters only."""
     return bool(
-        holder._forward_pre_hooks or holder._forward_hooks or holder._backward_hooks or "forward" in holder.__dict__
+        holder._forward_pre_hooks
+        or holder._forward_hooks
+        or holder._backward_hooks
+        or holder._backward_pre_hooks
+        or "forward" in holder.__dict__
     )
 
 
@@ -181,7 +185,7 @@ def before_read(holder: nn.Module) -> None:
 
     Any other hook would wait for a call that never comes, of which a warning tells.
     """
-    ignored = bool(holder._forward_hooks or holder._backward_hooks)
+    ignored = bool(holder._forward_hooks or holder._backward_hooks or holder._backward_pre_hooks)
     for hook in holder._forward_pre_hooks.values():
         if isinstance(hook, WEIGHT_HOOKS):
             hook(holder, ())

@@ -115,6 +115,40 @@ def test_the_moving_average_is_taken(
     assert "1 tensors beside the model, such as 'n_averaged'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "other", [{"ema": {"decay": 0.9, "inner": {}}}, {"shadow_params": [1]}, {"x": {"EMACallback": {}}}]
+)
+def test_an_average_that_is_not_read_is_told(
+    weights: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture, other: dict[str, Any]
+) -> None:
+    torch.save({"model": weights, **other}, tmp_path / "w.pth")
+    assert torch.equal(convert(tmp_path / "w.pth", tmp_path / "model").params["head.bias"], weights["head.bias"])
+    assert "a moving average too" in caplog.text
+
+
+def test_a_word_that_holds_ema_is_no_average(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"state_dict": weights, "remapped_state": weights}, tmp_path / "w.pth")
+    with pytest.raises(ConversionError, match="holds the models 'state_dict', 'remapped_state'"):
+        convert(tmp_path / "w.pth", tmp_path / "model")
+
+
+def test_flipped_bits_are_noticed(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match=r"w.pt is damaged: .* does not have the checksum"):
+        convert(path, tmp_path / "model")
+
+
+def test_two_models_of_accelerates(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model_1.safetensors"):
+        save_file(weights, tmp_path / name)
+    with pytest.raises(ConversionError, match=r"more than one model, such as model_1\.safetensors"):
+        convert(tmp_path, tmp_path / "model")
+
+
 def _two(weights: dict[str, Tensor]) -> Any:
     return {"state_dict": {**under("student.", weights), **under("teacher.", weights)}}
 
@@ -138,6 +172,16 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "a tensor too many": (".pth", lambda w: {**w, "extra": torch.zeros(1)}, "fits no NF-network"),
     "integers": (".pth", lambda w: {k: v.to(torch.int8) for k, v in w.items()}, "is of type int8, none of float16"),
+    "two types": (
+        ".pth",
+        lambda w: {**w, "head.bias": w["head.bias"].half()},
+        "float16, and stem.conv0.weight of float32",
+    ),
+    "no numbers": (
+        ".pth",
+        lambda w: {**w, "head.bias": w["head.bias"] * torch.nan},
+        "head.bias holds numbers that are",
+    ),
     "eight bits": (".pth", lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}, "is of type float8_e4m3fn"),
 }
 

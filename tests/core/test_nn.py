@@ -310,3 +310,31 @@ def test_what_holds_blocks_holds_nothing_else(name: str) -> None:
         setattr(holder, leaf, module)
         with pytest.raises(ConfigError, match=f"'{name}' must hold"):
             net(x)
+
+
+def test_a_replaced_pool_is_neither_saved_nor_folded(tmp_path):
+    model = nfzoo.create("nfnet-test").eval()
+    model.pool = torch.nn.Sequential(torch.nn.AdaptiveMaxPool2d(1), torch.nn.Flatten())
+    for use in (lambda: model.save_pretrained(tmp_path / "m"), model.for_inference, model.as_modules):
+        with pytest.raises(ConfigError, match="with a Sequential as pool can be neither saved nor folded"):
+            use()
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_model_on_the_meta_device_is_neither_saved_nor_folded(tmp_path):
+    model = nfzoo.create("nfnet-test", device="meta")
+    with pytest.raises(ConfigError, match="on the meta device"):
+        model.save_pretrained(tmp_path / "m")
+    with pytest.raises(ConfigError, match="on the meta device"):
+        model.for_inference()
+
+
+def test_hooks_that_a_new_model_lacks_are_told(caplog):
+    model = nfzoo.create("nfnet-test")
+    model.for_inference()
+    assert not caplog.text
+    model.get_submodule("stages.1.0").register_forward_hook(lambda module, x, y: y * 0)
+    for use in (model.for_inference, model.as_modules):
+        caplog.clear()
+        use()
+        assert "has no hooks, as this one has on 'stages.1.0'" in caplog.text

@@ -80,6 +80,20 @@ REFUSED = {
         "'images', 'labels' .* no classes",
     ),
     "VOC": (["JPEGImages/0.jpg", "Annotations/0.xml", "SegmentationClass/0.png"], "no classes"),
+    "words in one": (["TrainData/cat+dog", "TestData/cat+dog"], "'TestData', 'TrainData' .* are parts"),
+    "Market-1501": (
+        ["bounding_box_train/0.jpg", "bounding_box_test/0.jpg", "query/0.jpg", "gt_bbox/0.jpg", "gt_query/0.jpg"],
+        "'bounding_box_test', 'bounding_box_train' .* are parts",
+    ),
+    "parts in classes": (["cat/train/0.png", "cat/test/0.png", "dog/train/0.png", "dog/test/0.png"], "'test', 'train'"),
+    "masks in classes": (
+        ["a/images/0.png", "a/masks/0.png", "b/images/0.png", "b/masks/0.png"],
+        "every class folder .* has the subfolders 'images', 'masks'",
+    ),
+    "a flat part": (
+        ["train/cat+dog", "val/0.jpg", "test/cat+dog"],
+        "images in val/ .* are of no class; .* hold out test/",
+    ),
     "masks": (["images/0.jpg", "masks/0.png"], "'images', 'masks' .* no classes"),
     "a folder around it": (["flowers/cat+dog"], "one class alone, 'flowers', .*give '.*flowers'"),
     "a table of labels": (["images/0.jpg", "images/1.jpg", "train.csv"], "one class alone, 'images'"),
@@ -105,6 +119,27 @@ def test_layouts_that_are_refused(tmp_path: Path, user: str) -> None:
     files, message = REFUSED[user]
     with pytest.raises(DataError, match=message):
         open_split(make(tmp_path / "data", *files))
+
+
+def test_a_link_to_nothing_is_no_missing_class(tmp_path: Path) -> None:
+    source = make(tmp_path / "data", "cat+dog")
+    (tmp_path / "data" / "eel").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"eel' is a link to .*nowhere', which does not exist"):
+        open_split(source)
+
+
+@pytest.mark.parametrize(
+    ("files", "warning"),
+    [
+        (["fold1/cat+dog", "fold2/cat+dog"], "all have the same subfolders, 'cat', 'dog'"),
+        (["benign/0.png", "benign/1.png", "masks/0.png", "masks/1.png"], "masks is taken for a class"),
+    ],
+)
+def test_what_may_be_no_classes_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, files: list[str], warning: str
+) -> None:
+    open_split(make(tmp_path / "data", *files))
+    assert warning in caplog.text
 
 
 def test_images_beside_the_classes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -94,7 +94,7 @@ def test_a_folded_tree_is_nothing_but_layers_of_torch():
     ours = (Residual, KernelPad)
     tree = zoo_network().for_inference().as_modules()
     foreign = {type(m).__name__ for m in tree.modules() if not type(m).__module__.startswith("torch.nn")}
-    assert foreign == {"Residual", "KernelPad", "SqueezeExcite", "Scale"}
+    assert foreign == {"LayerTree", "Residual", "KernelPad", "SqueezeExcite", "Scale"}
     assert not [m for m in tree.modules() if isinstance(m, StandardizedWeight)]
     for m in tree.modules():
         if isinstance(m, ours):
@@ -293,3 +293,19 @@ def net_from(net: NFNet, features: Tensor) -> Tensor:
     for block in net.plan[[b.name for b in net.plan].index("stages.2.0") :]:
         x = model.run_block(block, params, x)
     return x[:, 1].sum()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_classifier_of_a_tree_is_not_clipped(folded):
+    model = zoo_network()
+    tree = (model.for_inference() if folded else model).as_modules()
+    kinds = tree.parameter_kinds()
+    assert kinds.keys() == dict(tree.named_parameters()).keys()
+    assert [name for name, kind in kinds.items() if kind == "head"] == ["head.weight"]
+    for p in tree.parameters():
+        p.requires_grad_()
+        p.grad = torch.full_like(p, 100.0)
+    nfzoo.clip_grad_agc_(tree, 0.01)
+    for name, p in tree.named_parameters():
+        assert p.grad is not None
+        assert bool((p.grad == 100).all()) == (name == "head.weight"), name

@@ -134,9 +134,10 @@ def test_a_model_that_is_still_pruned_or_parametrized_is_neither_saved_nor_folde
         lambda m: m.register_forward_hook(lambda *_: None),
         lambda m: m.register_forward_pre_hook(lambda *_: None),
         lambda m: m.register_full_backward_hook(lambda *_: None),
+        lambda m: m.register_full_backward_pre_hook(lambda *_: None),
         lambda m: setattr(m, "forward", lambda x: x),
     ],
-    ids=["hook", "pre-hook", "backward", "forward"],
+    ids=["hook", "pre-hook", "backward", "backward-pre", "forward"],
 )
 @pytest.mark.parametrize("path", ["stages.1.0.conv0", "stages.1.0.se", "stages.1", "stages", "stem"])
 def test_hooks_that_no_call_reaches_are_told_of(register, path):
