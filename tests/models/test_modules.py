@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import nfzoo
 from nfzoo import ConfigError, NFNet, model
-from nfzoo.models.modules import KernelPad, Residual, StandardizedWeight, module_tree, tree_keys
+from nfzoo.models.modules import KernelPad, LayerTree, Residual, StandardizedWeight, module_tree, tree_keys
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import FAMILIES, SMALL, images, random_params, relative
 
@@ -299,6 +299,7 @@ def net_from(net: NFNet, features: Tensor) -> Tensor:
 def test_the_classifier_of_a_tree_is_not_clipped(folded):
     model = zoo_network()
     tree = (model.for_inference() if folded else model).as_modules()
+    assert isinstance(tree, LayerTree)
     kinds = tree.parameter_kinds()
     assert kinds.keys() == dict(tree.named_parameters()).keys()
     assert [name for name, kind in kinds.items() if kind == "head"] == ["head.weight"]
