@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, weight_files
-from nfzoo.errors import CheckpointError, HubError, NfzooError
+from nfzoo.errors import CheckpointError, HubError, NfzooError, nearest
 from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
@@ -57,7 +57,8 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     if not organised:
         raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+        beside = map(str, folder.parent.iterdir()) if folder.parent.is_dir() else ()
+        raise CheckpointError(f"there is no folder {str(folder)!r}{nearest(str(folder), beside)}")
     description, _ = load_checkpoint(folder)
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
     if (folder / CARD_FILE).is_file():

@@ -201,8 +201,7 @@ def evaluate(
 
     # This process's share of the images, by the trained form, which gives the same bits as in training.
     model = model.to(target)
-    params = dict(model.named_parameters())
-    dtype = next(iter(params.values())).dtype
+    params, dtype = dict(model.named_parameters()), next(model.parameters()).dtype
     broken: list[str] = []
     batches = evaluation_batches(
         images,
@@ -215,11 +214,8 @@ def evaluate(
         broken=broken if skip_broken else None,
     )
     try:
-        result = score(
-            lambda x: apply(model.config, params, x.to(dtype)),
-            _with_bar(batches, len(images), state),
-            device=target,
-        )
+        shown = _with_bar(batches, len(images), state)
+        result = score(lambda x: apply(model.config, params, x.to(dtype)), shown, device=target)
     except BrokenImageError as error:
         raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
 

@@ -10,6 +10,8 @@ A source is one of
 
 Parquet and Hub take options behind a `?`, such as `?image=img&label=fine_label`: the columns, the names of the parts
 (`train`, `validation`), and for the Hub the `revision`.
+
+The module is long because every command names its data in the same way.
 """
 
 from __future__ import annotations

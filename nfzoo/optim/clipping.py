@@ -1,5 +1,8 @@
 """Adaptive Gradient Clipping: each output unit's gradient is limited to a fraction of its weights' norm.
 
+The module is long because the rule stands in five forms: pure, for `DTensor`s, for many tensors at once, in place, and
+in front of an optimizer.
+
 Source: arXiv 2102.06171, section 4.1 and equation 3; `agc` of the code released with it.
 """
 

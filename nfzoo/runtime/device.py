@@ -2,6 +2,8 @@
 
 A `Backend` hides the differences between devices from a training loop. There are three: torch's own devices (CPU, CUDA,
 MPS), XLA through torch-xla, and TPUs through torch-tpu. No other module imports torch-xla.
+
+The module is long because the three are to be seen side by side.
 """
 
 from __future__ import annotations
