@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -189,8 +189,7 @@ def _read_own(weights: Path, state: StateDict, model: str | None, sha256: str | 
     if model is not None:
         row = variant(model)
     else:
-        names = [name for name, row in VARIANTS.items() if _fits(_shapes(row.config), state.shapes)]
-        row = variant(_only(names, weights, "nfnet-f0"))
+        row = variant(_only({name: _shapes(row.config) for name, row in VARIANTS.items()}, state.shapes, weights))
     head, stem = state.shapes.get("head.weight"), next(iter(_shapes(row.config)))
     sizes = {"num_classes": head[0] if head else 0}
     if stem in state.shapes and len(state.shapes[stem]) == 4:
@@ -214,23 +213,37 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], source: Path | str = "the f
     """Return timm's architecture by the names and shapes of a state dict; classes and input channels are free."""
     if not shapes or "head.fc.weight" not in shapes:
         raise ConversionError(f"{source} holds no NF-network of timm's with a classifier: it lacks head.fc.weight")
-    names = [arch for arch, name in ARCHITECTURES.items() if _fits(timm_shapes(VARIANTS[name].config), shapes)]
-    return _only(names, source, "dm_nfnet_f0")
+    return _only({arch: timm_shapes(VARIANTS[name].config) for arch, name in ARCHITECTURES.items()}, shapes, source)
 
 
-def _only(names: Sequence[str], source: Path | str, example: str) -> str:
-    if len(names) != 1:
-        what = f"fits {' and '.join(names)}" if names else "fits no NF-network of timm's or nfzoo's"
-        raise ConversionError(f"{source} {what}; say which it is with --model, such as --model {example}")
-    return names[0]
+def _only(
+    known: Mapping[str, Mapping[str, tuple[int, ...]]], shapes: Mapping[str, tuple[int, ...]], source: Path | str
+) -> str:
+    """Return the one model that these names and shapes fit; the error says where the nearest differs."""
+    names = [name for name, own in known.items() if _fits(own, shapes)]
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise ConversionError(f"{source} fits {' and '.join(names)}; say which it is with --model {names[0]}")
+    differences = {name: _differences(own, shapes) for name, own in known.items()}
+    name = min(differences, key=lambda name: len(differences[name]))
+    first = differences[name][0]
+    raise ConversionError(
+        f"{source} fits no NF-network of timm's or nfzoo's. The nearest is {name}, from which it differs in "
+        f"{len(differences[name])} tensors, such as {first}: {shapes.get(first, 'missing')} instead of "
+        f"{known[name].get(first, 'none')}; if it is another, name it with --model"
+    )
+
+
+def _differences(known: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    common = known.keys() & shapes.keys()
+    return sorted((known.keys() ^ shapes.keys()) | {key for key in common if not _agree(key, known[key], shapes[key])})
 
 
 def _fits(known: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether names and shapes agree, but for the number of classes and of input channels."""
-    lacking = known.keys() ^ shapes.keys()
-    return all(key.startswith("head.") for key in lacking) and all(
-        _agree(key, known[key], shapes[key]) for key in known.keys() & shapes.keys()
-    )
+    common = known.keys() & shapes.keys()
+    return all(key.startswith("head.") and key not in common for key in _differences(known, shapes))
 
 
 def _agree(key: str, known: tuple[int, ...], shape: tuple[int, ...]) -> bool:

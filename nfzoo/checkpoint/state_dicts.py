@@ -22,6 +22,7 @@ from nfzoo.errors import CheckpointError, ConversionError
 logger = logging.getLogger("nfzoo")
 
 _AVERAGE = re.compile(r"(?<![a-z])(ema|shadow|averaged?)(?![a-z])|EMA|average_model", re.ASCII)
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # also within names
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch's files began before they were zip archives
 
 
@@ -32,15 +33,21 @@ class StateDict(Mapping[str, Tensor]):
         shapes: of the tensors, which need not be read for them.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], prefix: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        anchors: Collection[str],
+    ) -> None:
+        plain = {_WRAPPERS.sub("", key): key for key in shapes}
+        prefix = _prefix(path, plain, anchors)
         self._read = read
-        self._prefix = prefix
-        self.shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+        self._stored = {name.removeprefix(prefix): key for name, key in plain.items() if name.startswith(prefix)}
+        self.shapes = {name: shapes[key] for name, key in self._stored.items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self.shapes:
-            raise KeyError(key)
-        return self._read(self._prefix + key)
+        return self._read(self._stored[key])
 
     def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
         return key in self.shapes
@@ -109,11 +116,11 @@ def open_state_dict(path: Path, anchors: Collection[str]) -> Iterator[StateDict]
                 weights = stack.enter_context(open_tensors(path))
             except CheckpointError as error:
                 raise ConversionError(str(error)) from error
-            yield StateDict(weights.shapes, weights.get_tensor, _prefix(path, weights.shapes, anchors))
+            yield StateDict(path, weights.shapes, weights.get_tensor, anchors)
         return
     state = _state_of(path, _unpickle(path), anchors)
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    yield StateDict(shapes, state.__getitem__, _prefix(path, shapes, anchors))
+    yield StateDict(path, shapes, state.__getitem__, anchors)
 
 
 def _unpickle(path: Path) -> object:
@@ -159,7 +166,11 @@ def _state_of(path: Path, loaded: object, anchors: Collection[str]) -> Mapping[s
     if _is_state(loaded):
         return loaded  # pyright: ignore[reportReturnType]
     entries = loaded if isinstance(loaded, dict) else {}
-    states = {key: value for key, value in entries.items() if _is_state(value) and _prefixes(value, anchors)}
+    states = {
+        key: value
+        for key, value in entries.items()
+        if _is_state(value) and _prefixes([_WRAPPERS.sub("", name) for name in value], anchors)
+    }
     averages = [key for key in states if _AVERAGE.search(str(key))]
     if len(states) == 2 and len(averages) == 1:
         logger.warning("%s holds weights and their moving average; %r, the average, is taken", path, averages[0])
