@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -104,6 +105,7 @@ def leave_processes() -> None:
     """Destroy the process group, if there is one, at the end of a program."""
     distributed = sys.modules.get("torch.distributed")  # commands that do not use torch do not import it
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a DDP wrapper in a cycle of references would outlive the group, and may end the process
         distributed.destroy_process_group()
 
 

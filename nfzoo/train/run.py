@@ -322,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     except (NfzooError, OSError, KeyboardInterrupt) as error:
         return program.report("nfzoo train", error, reports=_reports)
     finally:
+        trainer = None  # its DDP wrapper must not outlive the process group
         program.leave_processes()
 
 
