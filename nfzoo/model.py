@@ -282,14 +282,18 @@ def _wide(value: Tensor) -> Tensor:
 
 def check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
     """Raise a `ConfigError` unless the parameters are those of the configuration."""
-    expected = {key: shape for key, (shape, _) in specs(cfg).items()}
+    found = mismatch({key: shape for key, (shape, _) in specs(cfg).items()}, params)
+    if found:
+        raise ConfigError(f"the parameters are not those of the configuration: {found}{reparametrized_hint(params)}")
+
+
+def mismatch(expected: Mapping[str, tuple[int, ...]], params: Mapping[str, Tensor]) -> str | None:
+    """Return the first difference in names or shapes, in words; `None` if there is none."""
     for key in [*expected, *params]:
         shape = tuple(params[key].shape) if key in params else None
         if shape != expected.get(key):
-            raise ConfigError(
-                f"the parameters are not those of the configuration: {key!r} is "
-                f"{shape or 'missing'} instead of {expected.get(key) or 'absent'}{reparametrized_hint(params)}"
-            )
+            return f"{key!r} is {shape or 'missing'} instead of {expected.get(key) or 'absent'}"
+    return None
 
 
 def reparametrized_hint(keys: Iterable[str]) -> str:

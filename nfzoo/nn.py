@@ -284,14 +284,12 @@ class NFNet(TimmInterface):
         keys = tree_keys(functional_model.plan(self.config))
         state, own = tree.state_dict(), dict(self.named_parameters())
         expected = {keys[name]: tuple(p.shape) for name, p in own.items()}
-        for key in [*expected, *state]:
-            shape = tuple(state[key].shape) if key in state else None
-            if shape != expected.get(key):
-                raise ConfigError(
-                    f"the tree is not one of this model: {key!r} is {shape or 'missing'} instead of "
-                    f"{expected.get(key) or 'absent'}; merge adapters, undo quantization and pruning, and call "
-                    "load_modules of the form (trained or folded) that the tree was made from"
-                )
+        found = functional_model.mismatch(expected, state)
+        if found:
+            raise ConfigError(
+                f"the tree is not one of this model: {found}; merge adapters, undo quantization and pruning, and call "
+                "load_modules of the form (trained or folded) that the tree was made from"
+            )
         for key in expected:
             if type(state[key]) is not Tensor or state[key].is_meta or not state[key].is_floating_point():
                 kind = "on the meta device" if state[key].is_meta else f"a {type(state[key]).__name__}"

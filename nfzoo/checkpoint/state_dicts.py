@@ -41,6 +41,11 @@ class StateDict(Mapping[str, Tensor]):
         anchors: Collection[str],
     ) -> None:
         plain = {_WRAPPERS.sub("", key): key for key in shapes}
+        if len(plain) < len(shapes):
+            name = next(key for key in shapes if plain[_WRAPPERS.sub("", key)] != key)
+            raise ConversionError(
+                f"{path} holds {name!r} with and without a wrapper; save the state_dict() of one model"
+            )
         prefix = _prefix(path, plain, anchors)
         self._read = read
         self._stored = {name.removeprefix(prefix): key for name, key in plain.items() if name.startswith(prefix)}

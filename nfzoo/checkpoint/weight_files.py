@@ -79,8 +79,12 @@ class Weights:
         self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in self._file.items()}
 
     def get_tensor(self, key: str) -> Tensor:
-        """Read one tensor."""
-        return self._file[key].get_tensor(key)
+        """Read one tensor into memory of its own.
+
+        What safetensors returns on a CPU is a part of the mapped file, at any multiple of four bytes. The last bits of
+        a matrix product depend on the address, and so they would depend on the length of the file's header.
+        """
+        return self._file[key].get_tensor(key).clone()
 
 
 @contextlib.contextmanager

@@ -157,6 +157,7 @@ def _two(weights: dict[str, Tensor]) -> Any:
 # What is wrong -> suffix, what is saved, and the message.
 REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
     "two models": (".ckpt", _two, "holds 2 models, under 'student.', 'teacher.'"),
+    "two forms of one": (".pth", lambda w: {**w, **under("_orig_mod.", w)}, "with and without a wrapper"),
     "two dictionaries": (".pth", lambda w: {"generator": w, "critic": w}, "holds the models 'generator', 'critic'"),
     "an optimizer alone": (".pth", lambda w: OPTIMIZER, "holds no state dict of an NF-network"),
     "a list": (".pth", lambda w: list(w.values()), "holds no state dict of an NF-network"),
