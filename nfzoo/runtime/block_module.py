@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nfzoo.errors import ConfigError
-from nfzoo.runtime.block_repr import Layer, Line, lines
+from nfzoo.runtime.block_repr import Layer, layer_names, lines
 from nfzoo.runtime.compile import checkpointed
 from nfzoo.types import Block, BlockFn, Params
 
@@ -33,11 +33,9 @@ class BlockModule(nn.Module):
         self.block = block
         self.fn: BlockFn = block.fn
         self.checkpointed = False
-        shown = lines(block)
-        self.line: Line = shown.pop("")
-        for name, line in shown.items():
+        for name in layer_names(block):
             *path, leaf = name.split(".")
-            submodule(self, path).add_module(leaf, Layer(line))
+            submodule(self, path).add_module(leaf, Layer(block, name))
         for name, value in params.items():
             *path, leaf = name.split(".")
             submodule(self, path).register_parameter(leaf, nn.Parameter(value))
@@ -85,10 +83,10 @@ class BlockModule(nn.Module):
         return params  # pyright: ignore[reportReturnType]
 
     def _get_name(self) -> str:
-        return self.line.kind
+        return lines(self.block)[""].kind
 
     def extra_repr(self) -> str:
-        return self.line.text
+        return lines(self.block)[""].text
 
 
 class Classifier(BlockModule):

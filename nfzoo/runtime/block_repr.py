@@ -21,15 +21,25 @@ class Line(NamedTuple):
 class Layer(nn.Module):
     """The parameters of one layer. It is printed as the layer; its block computes."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, block: Block, name: str) -> None:
         super().__init__()
-        self.line = line
+        self.block, self.name = block, name
 
     def _get_name(self) -> str:
-        return self.line.kind
+        return lines(self.block)[self.name].kind
 
     def extra_repr(self) -> str:
-        return self.line.text
+        return lines(self.block)[self.name].text
+
+
+def layer_names(block: Block) -> list[str]:
+    """Return the local names of a block's layers, those within the block alone, before the layers that they hold."""
+    names: dict[str, None] = {}
+    for key in block.specs:
+        name, _, leaf = key.rpartition(".")
+        if leaf == "weight" and name:
+            names |= dict.fromkeys([*(["se"] if name.startswith("se.") else []), name])
+    return list(names)
 
 
 def lines(block: Block) -> dict[str, Line]:
