@@ -294,6 +294,12 @@ class NFNet(TimmInterface):
             if type(state[key]) is not Tensor or state[key].is_meta or not state[key].is_floating_point():
                 kind = "on the meta device" if state[key].is_meta else f"a {type(state[key]).__name__}"
                 raise ConfigError(f"{key!r} of the tree is {kind}, not a tensor of floating-point numbers")
+        pairs = [(state[keys[name]], p) for name, p in own.items()]
+        if all(a.device == p.device and a.dtype == p.dtype and torch.equal(a, p) for a, p in pairs):
+            logger.warning(
+                "the tree has the parameters that the model has already; what a tool wrote to a weight that a "
+                "parametrization computes, as LoRA's merge does, is lost: use for_inference().as_modules() there"
+            )
         for name, p in own.items():
             p.copy_(state[keys[name]])
         return self

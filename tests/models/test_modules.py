@@ -310,3 +310,15 @@ def test_the_classifier_of_a_tree_is_not_clipped(folded):
     for name, p in tree.named_parameters():
         assert p.grad is not None
         assert bool((p.grad == 100).all()) == (name == "head.weight"), name
+
+
+def test_a_tree_that_brings_nothing_new_is_told_of(caplog):
+    """As after LoRA's merge in the trained form, which writes to a weight that a parametrization computes."""
+    model = zoo_network()
+    tree = model.as_modules()
+    model.load_modules(tree)
+    assert "the tree has the parameters that the model has already" in caplog.text
+    caplog.clear()
+    tree.get_parameter("head.bias").data += 1
+    model.load_modules(tree)
+    assert not caplog.text
