@@ -19,17 +19,24 @@ class Line(NamedTuple):
 
 
 class Layer(nn.Module):
-    """The parameters of one layer. It is printed as the layer; its block computes."""
+    """The parameters of one layer. It is printed as the layer; its block computes.
+
+    It has no attribute `block`, by which block modules are recognised.
+    """
 
     def __init__(self, block: Block, name: str) -> None:
         super().__init__()
-        self.block, self.name = block, name
+        self._layer_of = (block, name)
 
     def _get_name(self) -> str:
-        return lines(self.block)[self.name].kind
+        return self._line().kind
 
     def extra_repr(self) -> str:
-        return lines(self.block)[self.name].text
+        return self._line().text
+
+    def _line(self) -> Line:
+        block, name = self._layer_of
+        return lines(block)[name]
 
 
 def layer_names(block: Block) -> list[str]:

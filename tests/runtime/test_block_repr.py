@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from nfzoo import NFNet, create
+from nfzoo.model import plan
 from nfzoo.runtime.block_module import BlockModule
 from tests.support.helpers import SMALL, images, random_params
 
@@ -117,3 +118,9 @@ def test_layers_are_printed_as_they_are_computed(name: str, folded: bool, output
         with Calls() as calls:
             x = module(x)
         assert sorted(calls.seen) == sorted(printed(module)), block.name
+
+
+def test_layers_are_no_blocks() -> None:
+    """Sharding and compilation recognise block modules by their attribute `block`."""
+    net = create("nfnet-test")
+    assert [m.block for m in net.modules() if hasattr(m, "block")] == list(plan(net.config))
