@@ -1,12 +1,14 @@
 """Checkpoints from which a run resumes: written whole or not at all, rotated, and searched for the newest.
 
-A checkpoint is a folder `step_00000123` of safetensors files and `state.json`, which is written last and lists every
-file with its size and checksum. It is built under a hidden name, flushed to the disk and renamed, so a process that
-dies at any moment leaves complete checkpoints and at most one hidden folder, which the next save sweeps away.
+A checkpoint is a folder `step_00000123` of safetensors files and `state.json`, which is written last. That has a digest
+of itself, and lists every file with its size and checksum. A checkpoint is built under a hidden name, flushed to the
+disk and renamed, so a process that dies at any moment leaves complete checkpoints and at most one hidden folder, which
+the next save sweeps away.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -28,8 +30,25 @@ from nfzoo.errors import CheckpointError
 logger = logging.getLogger("nfzoo")
 
 STATE_FILE = "state.json"
-FORMAT = 1
-_NAME = re.compile(r"step_(\d{8,})")
+FORMAT = 2
+_BEFORE = 1  # without a digest
+_NAME = re.compile(r"step_(\d{8,18})")
+
+# Fields of `state.json` and the types of their values, as a training run writes them.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "consumed": int,
+    "skipped": int,
+    "seconds": (int, float),
+    "meters": list,
+    "rows": list,
+    "broken": list,
+    "rng": list,
+    "pretrained": bool,
+    "data": dict,
+    "config": dict,
+    "description": dict,
+}
 
 
 class Saved(NamedTuple):
@@ -68,12 +87,14 @@ def save_state(
         OSError: if writing fails; earlier checkpoints then stay.
     """
     root = Path(root)
-    folder = root / f"step_{step:08d}"
+    folder = root / step_folder(step)
     sweep(root)
-    if _read(folder) is not None:
-        return folder
     if folder.is_dir():
-        remove_folder(folder)
+        try:
+            _read(folder)
+            return folder
+        except CheckpointError:
+            remove_folder(folder)
     with replaced_folder(folder) as scratch:
         for name, content in tensors.items():
             save_tensors(scratch / f"{name}.safetensors", content)
@@ -81,45 +102,75 @@ def save_state(
         sizes = {path.name: path.stat().st_size for path in files}
         sums = {path.name: _checksum(path) for path in files}
         manifest = {"format": FORMAT, **facts, "step": step, "files": sizes, "crc32": sums}
-        with (scratch / STATE_FILE).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, allow_nan=True)
-    for old in _folders(root)[keep:]:
-        if old != folder:
+        text = json.dumps({**manifest, "sha256": _digest(manifest)})
+        (scratch / STATE_FILE).write_text(text, encoding="utf-8")
+    # Those of later steps are of a run that went back behind them, as they were damaged: they do not count.
+    for number, old in [(n, path) for n, path in _folders(root) if n <= step][keep:]:
+        if number != step:
             remove_folder(old)
     return folder
 
 
+def step_folder(step: int) -> str:
+    """Return the name of the checkpoint's folder after so many steps."""
+    return f"step_{step:08d}"
+
+
 def latest_state(root: str | Path) -> Saved | None:
     """Return the newest intact checkpoint, or `None`. A warning names each incomplete or damaged one."""
-    for folder in _folders(Path(root)):
-        facts = _read(folder)
-        if facts is None:
-            logger.warning("%s is not complete, and is skipped", folder)
-        elif any(_checksum(folder / name) != value for name, value in facts.get("crc32", {}).items()):
-            logger.warning("%s is damaged, and is skipped", folder)
-        else:
-            return Saved(folder, facts)
+    for _, folder in _folders(Path(root)):
+        try:
+            return Saved(folder, _read(folder))
+        except CheckpointError as error:
+            logger.warning("%s is skipped: %s", folder, error)
     return None
 
 
-def _folders(root: Path) -> list[Path]:
-    """List the folders of checkpoints in `root`, the newest first."""
+def _folders(root: Path) -> list[tuple[int, Path]]:
+    """List the folders of checkpoints in `root` with their steps, the newest first."""
     if not root.is_dir():
         return []
     numbered = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(numbered, reverse=True)]
+    return sorted(numbered, reverse=True)
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    """Read `state.json`; return `None` if it is damaged, or if a file is missing or of another size."""
+def _read(folder: Path) -> dict[str, Any]:
+    """Read `state.json` and check every file that it lists.
+
+    Raises:
+        CheckpointError: if anything is missing or damaged.
+    """
     try:
         facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        complete = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    if facts.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {facts.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
-    return facts if complete else None
+        version, claimed = facts["format"], facts.pop("sha256", None)
+        if version not in (_BEFORE, FORMAT):
+            raise CheckpointError(
+                f"it has format {version!r}, and this nfzoo reads {_BEFORE} and {FORMAT}: upgrade nfzoo"
+            )
+        whole = _digest(facts) == claimed if version == FORMAT else _has_fields(facts)
+        if not whole or step_folder(facts["step"]) != folder.name:
+            raise CheckpointError(f"{STATE_FILE} is damaged")
+        for name, size in facts["files"].items():
+            if (folder / name).stat().st_size != size or _checksum(folder / name) != facts["crc32"][name]:
+                raise CheckpointError(f"{name} is damaged")
+    except CheckpointError:  # a ValueError
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{Path(error.filename).name} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error})") from error
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{STATE_FILE} is damaged ({type(error).__name__})") from error
+    return facts
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the content of `state.json`, which does not depend on its order or white space."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _has_fields(facts: Mapping[str, Any]) -> bool:
+    return isinstance(facts["step"], int) and all(isinstance(facts[name], kind) for name, kind in _FIELDS.items())
 
 
 def _checksum(path: Path) -> int:

@@ -109,6 +109,22 @@ class Backend:
         """Return detached tensors in the CPU's memory, to be saved; those already there are not copied."""
         return {name: t.detach().cpu() for name, t in tensors.items()}
 
+    def copy_to_cpu(self, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to the CPU's memory, which no later change of theirs reaches.
+
+        Args:
+            tensors: on the device, by name.
+            buffers: what an earlier call returned. Its memory is used again where type and layout are the same.
+        """
+        copies = {}
+        for name, t in tensors.items():
+            buffer = buffers.get(name)
+            if buffer is None or (buffer.dtype, buffer.shape, buffer.stride()) != (t.dtype, t.shape, t.stride()):
+                buffer = torch.empty_like(t, device="cpu", requires_grad=False, pin_memory=t.device.type == "cuda")
+            copies[name] = buffer.copy_(t.detach(), non_blocking=True)
+        self.synchronize()
+        return copies
+
     def checkpoint(self, fn: Callable[..., Tensor], *args: Any) -> Tensor:
         """Return `fn(*args)`, and recompute its activations in the backward pass instead of keeping them.
 
@@ -167,6 +183,9 @@ class XlaBackend(Backend):
     def to_cpu(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.step_mark()  # runs everything pending as one program, instead of one for each tensor
         return super().to_cpu(tensors)
+
+    def copy_to_cpu(self, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.to_cpu(tensors)  # which copies, as no tensor of this device lies in the CPU's memory
 
     def checkpoint(self, fn: Callable[..., Tensor], *args: Any) -> Tensor:
         from torch_xla.utils.checkpoint import checkpoint  # pyright: ignore[reportMissingImports]

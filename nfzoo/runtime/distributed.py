@@ -136,19 +136,19 @@ class Agreement:
             signal.signal(number, handler)
         self._before.clear()
 
-    def reached(self, count: int = 0) -> tuple[int | None, int]:
-        """Return the signal by which any process was asked to stop, and the sum of `count` over all processes.
+    def reached(self, *counts: int) -> tuple[int | None, list[int]]:
+        """Return the signal by which any process was asked to stop, and the sum of each count over all processes.
 
         All processes have to call this.
         """
         if self._launcher is not None and os.getppid() != self._launcher:
             self.asked = self.asked or signal.SIGTERM
         if self._group is None:
-            return self.asked, count
-        flags = torch.tensor([*(int(self.asked == number) for number in STOPPING), count])
+            return self.asked, list(counts)
+        flags = torch.tensor([*(int(self.asked == number) for number in STOPPING), *counts])
         dist.all_reduce(flags, group=self._group)
-        *asked, total = flags.tolist()
-        return next((int(number) for number, times in zip(STOPPING, asked, strict=True) if times), None), total
+        asked, sums = flags[: len(STOPPING)].tolist(), flags[len(STOPPING) :].tolist()
+        return next((int(number) for number, times in zip(STOPPING, asked, strict=True) if times), None), sums
 
 
 def _launcher() -> int | None:

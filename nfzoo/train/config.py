@@ -126,6 +126,7 @@ class TrainConfig:
         resume: go on from the newest checkpoint in the output folder; from the start if there is none.
         save_steps: steps between checkpoints; by default one at the end of each epoch alone.
         keep_checkpoints: checkpoints to keep, the newest ones.
+        async_save: write checkpoints while training goes on, from a copy of weights and optimizer in the host's memory.
         tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
         overwrite: write into an output folder that holds a model already.
         optim: the optimizer.
@@ -158,6 +159,7 @@ class TrainConfig:
     resume: bool = False
     save_steps: int | None = None
     keep_checkpoints: int = 2
+    async_save: bool = True
     tracker: str | None = None
     overwrite: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)

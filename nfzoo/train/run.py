@@ -63,6 +63,7 @@ CHANGEABLE = frozenset(
         "resume",
         "save_steps",
         "keep_checkpoints",
+        "async_save",
         "tracker",
         "overwrite",
         "augmented_sheet",
@@ -121,6 +122,8 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
                 f"process {accelerator.process_index} lost the others at step {trainer.step + 1} ({reason}); "
                 f"{trainer.last_checkpoint()}"
             ) from error
+        finally:
+            trainer.writer.join()  # before the folder is free for other runs
 
 
 @contextlib.contextmanager

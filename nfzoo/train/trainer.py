@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
 from nfzoo.analysis.sheets import augmentation_sheet
-from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state
+from nfzoo.checkpoint.background import BackgroundWriter
+from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state, step_folder
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
@@ -112,7 +113,9 @@ class Trainer:
         stops_late = config.nonfinite == "stop" and self.backend.reads_late
         self._sound = torch.ones((), dtype=torch.bool, device=accelerator.device) if stops_late else None
         self.unreadable = UnreadableImages(config.max_broken)
-        self.last_saved: Path | None = None
+        self.writer = BackgroundWriter()
+        self._on_cpu: dict[str, dict[str, Tensor]] = {}  # what the writer reads
+        self._saved: list[Path] = []  # checkpoints, the last of which may be still to come
         self._data = split_identity(split)
         if start.saved is not None:
             self._restore(start.saved)
@@ -168,6 +171,7 @@ class Trainer:
                 self._report(row)
                 if epoch + 1 < config.epochs:
                     self._stop_if_asked()
+            self.finish_saving()
         self._say(f"saved to {config.output}")
         # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after it.
         for tracker in self.accelerator.trackers:
@@ -271,17 +275,23 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Stop if any process was asked to, or if all processes together met too many unreadable images."""
-        number, broken = self.agreement.reached(self.unreadable.unknown())
+        number, (broken, failed) = self.agreement.reached(self.unreadable.unknown(), self.writer.failed())
         self.unreadable.check(broken)
+        if failed:
+            self.finish_saving()
         if number is not None:
             self._save_state()
+            self.finish_saving()
             name = signal.Signals(number).name
             raise Stopped(f"stopped by {name} after step {self.step}; {self.last_checkpoint()}", number)
 
     def last_checkpoint(self) -> str:
-        if self.last_saved is None:
+        """Return a sentence that names the last checkpoint, once all that is being written has been."""
+        self.writer.join()
+        folder = next((folder for folder in reversed(self._saved) if folder.exists()), None)
+        if folder is None:
             return "nothing was saved"
-        return f"{self.last_saved} holds the last checkpoint; to go on from it, pass --resume true"
+        return f"{folder} holds the last checkpoint; to go on from it, pass --resume true"
 
     # ------------------------------------------------------------ figures
 
@@ -388,19 +398,10 @@ class Trainer:
 
     # ------------------------------------------------------------ files
 
-    def _save_model(self) -> None:
-        learner = self.learner
-        params = full_tensors(learner.live if learner.averages is None else learner.averages)
-
-        def write() -> None:
-            on_cpu = self.backend.to_cpu(params)
-            write_run(self.config, self.description, on_cpu, self.rows, pretrained=self.pretrained)
-
-        self._main_writes(write)
-
     def _save_state(self) -> None:
         """Save a checkpoint to resume from; all processes call this together."""
         self.check_steps()
+        self.finish_saving()  # what is being written is in the memory that the next lines write to
         tensors = self.learner.tensors()
         sums = self._sum(self.metrics.sums())
         facts = {
@@ -409,7 +410,7 @@ class Trainer:
             "skipped": self.skipped,
             "seconds": self.seconds,
             "meters": [*sums, float(self.metrics.clipped)],
-            "rows": self.rows,
+            "rows": list(self.rows),
             "broken": self.unreadable.gathered(),
             "rng": gather([rng_state()]),
             "pretrained": self.pretrained,
@@ -417,26 +418,44 @@ class Trainer:
             "config": self.config.to_dict(),
             "description": self.description.to_dict(),
         }
-        root = Path(self.config.output) / STATES
-        on_cpu = {name: self.backend.to_cpu(content) for name, content in tensors.items()}
-
-        def write() -> None:
-            save_state(root, self.step, on_cpu, facts, keep=self.config.keep_checkpoints)
-
-        self._main_writes(write)
-        self.last_saved = root / f"step_{self.step:08d}"
-
-    def _main_writes(self, write: Any) -> None:
-        """Let the main process write; raise its error in all processes."""
-        failure: list[str] = []
+        root, step, keep = Path(self.config.output) / STATES, self.step, self.config.keep_checkpoints
+        self._saved.append(root / step_folder(step))
         if self.accelerator.is_main_process:
-            try:
-                write()
-            except OSError as error:
-                failure = [str(error)]
+            for name, content in tensors.items():
+                if self.config.async_save:
+                    self._on_cpu[name] = self.backend.copy_to_cpu(content, self._on_cpu.get(name, {}))
+                else:
+                    self._on_cpu[name] = self.backend.to_cpu(content)
+            on_cpu = dict(self._on_cpu)
+            self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep))
+        if not self.config.async_save:
+            self.finish_saving()
+
+    def _save_model(self) -> None:
+        """Save the model with the weights of the checkpoint that was saved last."""
+        rows = list(self.rows)
+        if self.accelerator.is_main_process:
+            params = self._on_cpu["model" if self.learner.averages is None else "average"]
+            self.writer.submit(
+                lambda: write_run(self.config, self.description, params, rows, pretrained=self.pretrained)
+            )
+        if not self.config.async_save:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait until all is written; all processes call this together.
+
+        Raises:
+            TrainingError: in all processes, if the main process could not write.
+        """
+        failure: list[str] = []
+        try:
+            self.writer.result()
+        except OSError as error:
+            failure = [str(error)]
         failure = gather(failure)
         if failure:
-            raise TrainingError(f"could not save after step {self.step}: {failure[0]}; {self.last_checkpoint()}")
+            raise TrainingError(f"could not save to {self.config.output!r}: {failure[0]}; {self.last_checkpoint()}")
 
     def _restore(self, saved: Saved) -> None:
         facts = saved.facts
@@ -448,7 +467,7 @@ class Trainer:
         self.metrics.restore(sums if self.rank == 0 else [0.0] * len(sums), clipped)
         if self.rank < len(facts["rng"]):
             set_rng_state(facts["rng"][self.rank])
-        self.last_saved = saved.folder
+        self._saved.append(saved.folder)
 
     # ------------------------------------------------------------ the terminal
 

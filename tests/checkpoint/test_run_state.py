@@ -6,7 +6,9 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,24 +101,103 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFix
     saved = latest_state(tmp_path)
     assert saved is not None
     assert saved.step == 1
-    assert "step_00000002 is damaged, and is skipped" in caplog.text
+    assert "step_00000002 is skipped: model.safetensors is damaged" in caplog.text
+    save_state(tmp_path, 2, tensors(3), {})  # the same step again, of the same size
+    saved = latest_state(tmp_path)
+    assert saved is not None
+    assert torch.equal(saved.tensors("model")["a"], torch.full((3,), 3.0))
 
 
-def test_another_format_is_an_error(tmp_path: Path) -> None:
-    manifest = save_state(tmp_path, 1, tensors(1), {}) / "state.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
-        latest_state(tmp_path)
+RUN = {
+    "epoch": 1,
+    "consumed": 64,
+    "skipped": 0,
+    "seconds": 1.5,
+    "meters": [0.1, 2.0, 3.0, 0.5],
+    "rows": [{"epoch": 1, "loss": float("nan")}],
+    "broken": [],
+    "rng": [{}],
+    "pretrained": False,
+    "data": {},
+    "config": {},
+    "description": {},
+}
 
 
-@pytest.mark.parametrize("call", ["save_file", "fsync", "replace", "dump"])
+def without_digest(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint's `state.json` as format 1 had it."""
+    return {**{k: v for k, v in facts.items() if k != "sha256"}, "format": 1}
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "one image more": lambda f: {**f, "consumed": 65},
+    "one step more": lambda f: {**f, "step": 41},
+    "another number of an epoch": lambda f: {**f, "rows": [{"epoch": 2, "loss": float("nan")}]},
+    "no digest": lambda f: {k: v for k, v in f.items() if k != "sha256"},
+    "no checksums": lambda f: {k: v for k, v in f.items() if k != "crc32"},
+    "another format": lambda f: {**f, "format": 99},
+    "a format of another type": lambda f: {**f, "format": [2]},
+    "no fields": lambda f: {},
+    "a list": lambda f: [f],
+    "a number": lambda f: 7,
+    "before: no checksums": lambda f: {k: v for k, v in without_digest(f).items() if k != "crc32"},
+    "before: a checksum missing": lambda f: {**without_digest(f), "crc32": {}},
+    "before: one step more": lambda f: {**without_digest(f), "step": 41},
+    "before: a step of text": lambda f: {**without_digest(f), "step": "40"},
+    "before: no epoch": lambda f: {k: v for k, v in without_digest(f).items() if k != "epoch"},
+    "before: an epoch of text": lambda f: {**without_digest(f), "epoch": "1"},
+    "before: files in a list": lambda f: {**without_digest(f), "files": ["model.safetensors"]},
+    "before: a size of text": lambda f: {**without_digest(f), "files": {"model.safetensors": "8"}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_manifest_is_passed_over(tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+    save_state(tmp_path, 30, tensors(1), RUN)
+    manifest = save_state(tmp_path, 40, tensors(2), RUN) / "state.json"
+    manifest.write_text(json.dumps(CHANGES[change](json.loads(manifest.read_text()))))
+    saved = latest_state(tmp_path)
+    assert saved is not None
+    assert saved.step == 30
+    assert len(caplog.messages) == 1
+    assert "step_00000040 is skipped: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": 2, "a": ' + "9" * 5000 + "}", "\xff", '{"format": 2} more', ""], ids=range(5)
+)
+def test_a_manifest_that_is_no_json_is_passed_over(tmp_path: Path, text: str) -> None:
+    save_state(tmp_path, 1, tensors(1), {})
+    (save_state(tmp_path, 2, tensors(2), {}) / "state.json").write_bytes(text.encode("latin-1"))
+    saved = latest_state(tmp_path)
+    assert saved is not None
+    assert saved.step == 1
+
+
+def test_a_manifest_without_a_digest_is_read(tmp_path: Path) -> None:
+    manifest = save_state(tmp_path, 40, tensors(2), RUN) / "state.json"
+    manifest.write_text(json.dumps(without_digest(json.loads(manifest.read_text()))))
+    saved = latest_state(tmp_path)
+    assert saved is not None
+    assert saved.facts["consumed"] == 64
+
+
+def test_checkpoints_that_the_run_went_back_behind_do_not_count(tmp_path: Path) -> None:
+    for step in (20, 30, 40):
+        save_state(tmp_path, step, tensors(step), {}, keep=3)
+    (tmp_path / "step_00000040" / "state.json").write_text("")
+    save_state(tmp_path, 35, tensors(35), {}, keep=1)
+    assert names(tmp_path) == ["step_00000035", "step_00000040"]
+
+
+@pytest.mark.parametrize("call", ["save_file", "fsync", "replace", "dumps"])
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save_state(tmp_path, 1, tensors(1), {})
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = {"save_file": weight_files, "fsync": os, "replace": os, "dump": json}[call]
+    owner = {"save_file": weight_files, "fsync": os, "replace": os, "dumps": json}[call]
     monkeypatch.setattr(owner, call, full)
     with pytest.raises(OSError, match="No space"):
         save_state(tmp_path, 2, tensors(2), {})

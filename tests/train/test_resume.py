@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -299,9 +301,44 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         patch.setattr(trainer, "save_state", full)
         assert run(tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert "could not save after step 4: [Errno 28] No space left on device" in error
+    assert f"could not save to '{tmp_path / 'run'}': [Errno 28] No space left on device" in error
     assert "step_00000002 holds the last checkpoint" in error
     assert run(tmp_path / "run", "--resume", "true") == 0
+    assert same(tmp_path / "run", whole)
+
+
+def test_an_update_reaches_no_checkpoint_that_is_being_written(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread writes the checkpoint of step 2 only after the next steps, as a slow disk would."""
+    save, stepped = trainer.save_state, threading.Event()
+    take = trainer.Trainer.train_step
+    waited: list[bool] = []
+
+    def late(root: Path, step: int, *rest: object, **more: object) -> Path:
+        if step == 2:
+            waited.append(stepped.wait(60))
+        return save(root, step, *rest, **more)  # type: ignore[arg-type]
+
+    def train_step(self: trainer.Trainer, *rest: object) -> None:
+        take(self, *rest)  # type: ignore[arg-type]
+        if self.step == 4:
+            stepped.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_state", late)
+        patch.setattr(trainer.Trainer, "train_step", train_step)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        assert run(tmp_path / "run", "--keep-checkpoints", "100") == 0
+    assert waited == [True]
+    for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)
+    assert run(tmp_path / "run", "--resume", "true") == 0  # from step 2
+    assert same(tmp_path / "run", whole)
+
+
+def test_saving_while_training_goes_on_changes_nothing(tmp_path: Path, whole: Path) -> None:
+    assert run(tmp_path / "run", "--async-save", "false") == 0
     assert same(tmp_path / "run", whole)
 
 
@@ -400,7 +437,7 @@ WORKER = """
 import time
 from nfzoo.runtime.distributed import Agreement
 with Agreement() as agreement:
-    assert agreement.reached() == (None, 0)
+    assert agreement.reached(0) == (None, [0])
     print("running", flush=True)
     while agreement.reached()[0] is None:
         time.sleep(0.05)
