@@ -114,7 +114,8 @@ class Trainer:
         self._sound = torch.ones((), dtype=torch.bool, device=accelerator.device) if stops_late else None
         self.unreadable = UnreadableImages(config.max_broken)
         self.writer = BackgroundWriter()
-        self._on_cpu: dict[str, dict[str, Tensor]] = {}  # what the writer reads
+        self._copies: dict[str, dict[str, Tensor]] = {}  # in the CPU's memory, reused by the next checkpoint
+        self._written: dict[str, dict[str, Tensor]] = {}  # by the last checkpoint
         self._saved: list[Path] = []  # checkpoints, the last of which may be still to come
         self._data = split_identity(split)
         if start.saved is not None:
@@ -158,7 +159,7 @@ class Trainer:
                         self._after_step(bar)
                 self.check_steps()
                 row = self._row(epoch)
-                self._save_state()
+                self.save_state()
                 # Evaluate.
                 row["images_per_second"] = self.consumed / self.seconds
                 seconds += self.seconds
@@ -186,7 +187,7 @@ class Trainer:
             self._log(bar)
         if self.consumed + self.config.batch_size <= len(self.split.train):
             if self.config.save_steps is not None and self.step % self.config.save_steps == 0:
-                self._save_state()
+                self.save_state()
             self._stop_if_asked()
 
     # ------------------------------------------------------------ one step
@@ -280,7 +281,7 @@ class Trainer:
         if failed:
             self.finish_saving()
         if number is not None:
-            self._save_state()
+            self.save_state()
             self.finish_saving()
             name = signal.Signals(number).name
             raise Stopped(f"stopped by {name} after step {self.step}; {self.last_checkpoint()}", number)
@@ -398,7 +399,7 @@ class Trainer:
 
     # ------------------------------------------------------------ files
 
-    def _save_state(self) -> None:
+    def save_state(self) -> None:
         """Save a checkpoint to resume from; all processes call this together."""
         self.check_steps()
         self.finish_saving()  # what is being written is in the memory that the next lines write to
@@ -421,12 +422,12 @@ class Trainer:
         root, step, keep = Path(self.config.output) / STATES, self.step, self.config.keep_checkpoints
         self._saved.append(root / step_folder(step))
         if self.accelerator.is_main_process:
-            for name, content in tensors.items():
-                if self.config.async_save:
-                    self._on_cpu[name] = self.backend.copy_to_cpu(content, self._on_cpu.get(name, {}))
-                else:
-                    self._on_cpu[name] = self.backend.to_cpu(content)
-            on_cpu = dict(self._on_cpu)
+            if self.config.async_save:
+                for name, content in tensors.items():
+                    self._copies[name] = self.backend.copy_to_cpu(content, self._copies.get(name, {}))
+                self._written = on_cpu = dict(self._copies)
+            else:  # on a CPU these are the live tensors
+                self._written = on_cpu = {name: self.backend.to_cpu(content) for name, content in tensors.items()}
             self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep))
         if not self.config.async_save:
             self.finish_saving()
@@ -435,7 +436,7 @@ class Trainer:
         """Save the model with the weights of the checkpoint that was saved last."""
         rows = list(self.rows)
         if self.accelerator.is_main_process:
-            params = self._on_cpu["model" if self.learner.averages is None else "average"]
+            params = self._written["model" if self.learner.averages is None else "average"]
             self.writer.submit(
                 lambda: write_run(self.config, self.description, params, rows, pretrained=self.pretrained)
             )
