@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.contenders import Work
+from nfzoo.checkpoint.atomic import replaced
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -54,6 +55,14 @@ class Table(NamedTuple):
 
 Page = tuple[str, Sequence[Table], Sequence[str]]
 """Title, tables, notes: what a suite returns."""
+
+
+def publish(text: str, output: Path | None, name: str) -> None:
+    """Print a page, and write it to the file `name` in the folder `output` if there is one."""
+    print(text, end="")
+    if output is not None:
+        with replaced(output / name) as scratch:
+            scratch.write_text(text, encoding="utf-8")
 
 
 def machine() -> str:

@@ -29,8 +29,7 @@ import PIL
 import torch
 from PIL import Image
 
-from benchmarks.report import machine
-from nfzoo.checkpoint.atomic import replaced
+from benchmarks.report import machine, publish
 from nfzoo.config import Preprocessing, Resize
 from nfzoo.data.images import ImageFolder, Images
 from nfzoo.data.loader import training_batches
@@ -234,10 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     given = sys.argv[1:] if argv is None else argv
     text = page(options, " ".join(["python -m benchmarks.systems.loader", *given]))
-    print(text, end="")
-    if options.output is not None:
-        with replaced(options.output / PAGE) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+    publish(text, options.output, PAGE)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How long a checkpoint holds a training step up: written by a thread while training goes on, or waited for.
+"""Measure how long a checkpoint holds a training step up, waited for or written while training goes on.
 
     python -m benchmarks.systems.saving --output benchmarks/results     # two minutes
 
@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks import timing
-from benchmarks.report import Table, machine
-from nfzoo.checkpoint.atomic import replaced
+from benchmarks.report import Table, machine, publish
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.run import prepared
 
@@ -37,11 +36,11 @@ def seconds(model: str, folder: Path, rounds: int) -> tuple[dict[str, list[float
         for turn in range(rounds + 1):
             for way, async_save in WAYS.items():
                 trainer.train_step([next(batches)])
-                trainer.config = dataclasses.replace(config, async_save=async_save)
+                trainer.saver.config = dataclasses.replace(config, async_save=async_save)
                 start = time.perf_counter()
                 trainer.save_state()
                 held_up = time.perf_counter() - start
-                trainer.finish_saving()
+                trainer.saver.finish()
                 if turn:  # the first round allocates the copy
                     times[way].append(held_up)
         states = folder / "run" / "checkpoints"
@@ -79,10 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     text = page(
         options.model, options.folder, options.rounds, " ".join(["python -m benchmarks.systems.saving", *given])
     )
-    print(text, end="")
-    if options.output is not None:
-        with replaced(options.output / PAGE) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+    publish(text, options.output, PAGE)
     return 0
 
 

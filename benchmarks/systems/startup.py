@@ -1,4 +1,4 @@
-"""What a command costs that needs no torch, beside the import of torch.
+"""Measure what a command costs that needs no torch, beside the import of torch.
 
     python -m benchmarks.systems.startup --output benchmarks/results     # about a minute
 
@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import timing
-from benchmarks.report import Table, machine
-from nfzoo.checkpoint.atomic import replaced
+from benchmarks.report import Table, machine, publish
 
 PAGE = "startup.md"
 TORCH = "import torch"
@@ -65,10 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--rounds must be positive")
     given = sys.argv[1:] if argv is None else argv
     text = page(options.rounds, " ".join(["python -m benchmarks.systems.startup", *given]))
-    print(text, end="")
-    if options.output is not None:
-        with replaced(options.output / PAGE) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+    publish(text, options.output, PAGE)
     return 0
 
 

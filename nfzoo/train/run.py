@@ -31,14 +31,8 @@ from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.recipes import parse
-from nfzoo.train.trainer import (
-    LOGS,
-    STATES,
-    InitialState,
-    Result,
-    Trainer,
-    split_identity,
-)
+from nfzoo.train.run_folder import LOGS, STATES
+from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
 from nfzoo.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -120,10 +114,10 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
             reason = str(error).splitlines()[0]
             raise LostError(
                 f"process {accelerator.process_index} lost the others at step {trainer.step + 1} ({reason}); "
-                f"{trainer.last_checkpoint()}"
+                f"{trainer.saver.last_checkpoint()}"
             ) from error
         finally:
-            trainer.writer.join()  # before the folder is free for other runs
+            trainer.saver.writer.join()  # before the folder is free for other runs
 
 
 @contextlib.contextmanager
@@ -180,7 +174,7 @@ def _open_saved(config: TrainConfig) -> Saved | None:
             raise ConfigError(
                 f"{config.output!r} holds a model already; choose another output, or pass --overwrite true"
             )
-        if latest_state(output / STATES) is not None:
+        if any((output / STATES).glob("step_*")):  # one that cannot be read here may be another nfzoo's
             raise ConfigError(
                 f"{config.output!r} holds an unfinished run; pass --resume true to go on, or --overwrite true"
             )

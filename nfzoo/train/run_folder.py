@@ -1,4 +1,4 @@
-"""The folder that a training run leaves: the model with its provenance, the epochs' figures and curves, the recipe."""
+"""Write the folder of a training run: checkpoints, the model with its provenance, figures and curves, the recipe."""
 
 from __future__ import annotations
 
@@ -6,21 +6,106 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nfzoo.analysis.figures import training_curves
 from nfzoo.checkpoint.atomic import replaced
+from nfzoo.checkpoint.background import BackgroundWriter
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
+from nfzoo.checkpoint.run_state import save_state, step_folder
 from nfzoo.data.source import has_held_out
+from nfzoo.errors import TrainingError
+from nfzoo.runtime.device import backend
+from nfzoo.runtime.distributed import gather
 from nfzoo.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
 
 logger = logging.getLogger("nfzoo")
 
+STATES = "checkpoints"
+LOGS = "logs"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 RUN_FILE = "train.yaml"
+
+
+class Saver:
+    """Save a run's checkpoints and model while training goes on, from a copy in the memory of the main process.
+
+    All processes call `save_state`, `save_model` and `finish` together. Where the main process could not write,
+    `finish` raises in all of them, and so does the next `save_state`.
+
+    Args:
+        config: the run.
+        accelerator: its processes.
+        resumed: the checkpoint from which the run goes on, or `None`.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, resumed: Path | None) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.backend = backend(accelerator.device)
+        self.writer = BackgroundWriter()
+        self._copies: dict[str, dict[str, Tensor]] = {}  # in the CPU's memory, which the next checkpoint uses again
+        self._last: dict[str, dict[str, Tensor]] = {}  # tensors of the last checkpoint
+        self._folders = [] if resumed is None else [resumed]  # the last may be still to come
+
+    def save_state(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+        """Save a checkpoint to resume from; the arguments are those of `run_state.save_state`, on any device."""
+        self.finish()  # what is being written is in the memory that the next lines write to
+        root, keep = Path(self.config.output) / STATES, self.config.keep_checkpoints
+        self._folders.append(root / step_folder(step))
+        if self.accelerator.is_main_process:
+            if self.config.async_save:
+                for name, content in tensors.items():
+                    self._copies[name] = self.backend.copy_to_cpu(content, self._copies.get(name, {}))
+                self._last = dict(self._copies)
+            else:  # on a CPU these are the live tensors
+                self._last = {name: self.backend.to_cpu(content) for name, content in tensors.items()}
+            on_cpu = self._last
+            self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep))
+        self._wait_if_asked()
+
+    def save_model(self, description: Description, rows: Sequence[Mapping[str, Any]], *, pretrained: bool) -> None:
+        """Save the model with the weights of the last checkpoint; the other arguments are those of `write_run`."""
+        if self.accelerator.is_main_process:
+            params, rows = self._last.get("average", self._last["model"]), list(rows)
+            self.writer.submit(lambda: write_run(self.config, description, params, rows, pretrained=pretrained))
+        self._wait_if_asked()
+
+    def _wait_if_asked(self) -> None:
+        if not self.config.async_save:
+            self.finish()
+
+    def failed(self) -> bool:
+        """Return whether this process failed to write, without waiting for what it is writing."""
+        return self.writer.failed()
+
+    def finish(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            TrainingError: in all processes, if the main process could not write.
+        """
+        failure: list[str] = []
+        try:
+            self.writer.result()
+        except OSError as error:
+            failure = [str(error)]
+        failure = gather(failure)
+        if failure:
+            raise TrainingError(f"could not save to {self.config.output!r}: {failure[0]}; {self.last_checkpoint()}")
+
+    def last_checkpoint(self) -> str:
+        """Return a sentence that names the last checkpoint, once all that is being written has been."""
+        self.writer.join()
+        folder = next((folder for folder in reversed(self._folders) if folder.exists()), None)
+        if folder is None:
+            return "nothing was saved"
+        return f"{folder} holds the last checkpoint; to go on from it, pass --resume true"
 
 
 def write_run(

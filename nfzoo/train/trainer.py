@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
 from nfzoo.analysis.sheets import augmentation_sheet
-from nfzoo.checkpoint.background import BackgroundWriter
-from nfzoo.checkpoint.run_state import Saved, rng_state, save_state, set_rng_state, step_folder
+from nfzoo.checkpoint.run_state import Saved, rng_state, set_rng_state
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
@@ -43,13 +42,11 @@ from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import Metrics, UnreadableImages
-from nfzoo.train.run_folder import write_run
+from nfzoo.train.run_folder import Saver
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
 
-STATES = "checkpoints"
-LOGS = "logs"
 LOG_STEPS = 10
 CHECKED = 1000  # held-out images, up to which all are read before training
 SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
@@ -113,10 +110,7 @@ class Trainer:
         stops_late = config.nonfinite == "stop" and self.backend.reads_late
         self._sound = torch.ones((), dtype=torch.bool, device=accelerator.device) if stops_late else None
         self.unreadable = UnreadableImages(config.max_broken)
-        self.writer = BackgroundWriter()
-        self._copies: dict[str, dict[str, Tensor]] = {}  # in the CPU's memory, reused by the next checkpoint
-        self._written: dict[str, dict[str, Tensor]] = {}  # by the last checkpoint
-        self._saved: list[Path] = []  # checkpoints, the last of which may be still to come
+        self.saver = Saver(config, accelerator, None if start.saved is None else start.saved.folder)
         self._data = split_identity(split)
         if start.saved is not None:
             self._restore(start.saved)
@@ -166,13 +160,13 @@ class Trainer:
                 row |= self._evaluate()
                 # Save the model, and begin the next epoch.
                 self.rows.append(row)
-                self._save_model()
+                self.saver.save_model(self.description, self.rows, pretrained=self.pretrained)
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.metrics.clear()
                 self._report(row)
                 if epoch + 1 < config.epochs:
                     self._stop_if_asked()
-            self.finish_saving()
+            self.saver.finish()
         self._say(f"saved to {config.output}")
         # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after it.
         for tracker in self.accelerator.trackers:
@@ -270,29 +264,20 @@ class Trainer:
         row = f", the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
             f"{where} is not finite{row}, at step {step + 1} (epoch {self.epoch + 1}), learning rate "
-            f"{self._learning_rate(step):g}; {self.last_checkpoint()}; lower optim.lr or "
+            f"{self._learning_rate(step):g}; {self.saver.last_checkpoint()}; lower optim.lr or "
             "optim.clip, or pass --nonfinite skip"
         )
 
     def _stop_if_asked(self) -> None:
         """Stop if any process was asked to, or if all processes together met too many unreadable images."""
-        number, (broken, failed) = self.agreement.reached(self.unreadable.unknown(), self.writer.failed())
+        number, (broken, failed) = self.agreement.reached(self.unreadable.unknown(), self.saver.failed())
         self.unreadable.check(broken)
         if failed:
-            self.finish_saving()
+            self.saver.finish()
         if number is not None:
             self.save_state()
-            self.finish_saving()
             name = signal.Signals(number).name
-            raise Stopped(f"stopped by {name} after step {self.step}; {self.last_checkpoint()}", number)
-
-    def last_checkpoint(self) -> str:
-        """Return a sentence that names the last checkpoint, once all that is being written has been."""
-        self.writer.join()
-        folder = next((folder for folder in reversed(self._saved) if folder.exists()), None)
-        if folder is None:
-            return "nothing was saved"
-        return f"{folder} holds the last checkpoint; to go on from it, pass --resume true"
+            raise Stopped(f"stopped by {name} after step {self.step}; {self.saver.last_checkpoint()}", number)
 
     # ------------------------------------------------------------ figures
 
@@ -335,7 +320,7 @@ class Trainer:
         try:
             self.unreadable.leave_out(broken)
         except BrokenImageError as error:
-            raise BrokenImageError(f"{error}; {self.last_checkpoint()}") from error
+            raise BrokenImageError(f"{error}; {self.saver.last_checkpoint()}") from error
         return result
 
     def _sum(self, values: Tensor) -> list[float]:
@@ -402,7 +387,6 @@ class Trainer:
     def save_state(self) -> None:
         """Save a checkpoint to resume from; all processes call this together."""
         self.check_steps()
-        self.finish_saving()  # what is being written is in the memory that the next lines write to
         tensors = self.learner.tensors()
         sums = self._sum(self.metrics.sums())
         facts = {
@@ -419,44 +403,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "description": self.description.to_dict(),
         }
-        root, step, keep = Path(self.config.output) / STATES, self.step, self.config.keep_checkpoints
-        self._saved.append(root / step_folder(step))
-        if self.accelerator.is_main_process:
-            if self.config.async_save:
-                for name, content in tensors.items():
-                    self._copies[name] = self.backend.copy_to_cpu(content, self._copies.get(name, {}))
-                self._written = on_cpu = dict(self._copies)
-            else:  # on a CPU these are the live tensors
-                self._written = on_cpu = {name: self.backend.to_cpu(content) for name, content in tensors.items()}
-            self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep))
-        if not self.config.async_save:
-            self.finish_saving()
-
-    def _save_model(self) -> None:
-        """Save the model with the weights of the checkpoint that was saved last."""
-        rows = list(self.rows)
-        if self.accelerator.is_main_process:
-            params = self._written["model" if self.learner.averages is None else "average"]
-            self.writer.submit(
-                lambda: write_run(self.config, self.description, params, rows, pretrained=self.pretrained)
-            )
-        if not self.config.async_save:
-            self.finish_saving()
-
-    def finish_saving(self) -> None:
-        """Wait until all is written; all processes call this together.
-
-        Raises:
-            TrainingError: in all processes, if the main process could not write.
-        """
-        failure: list[str] = []
-        try:
-            self.writer.result()
-        except OSError as error:
-            failure = [str(error)]
-        failure = gather(failure)
-        if failure:
-            raise TrainingError(f"could not save to {self.config.output!r}: {failure[0]}; {self.last_checkpoint()}")
+        self.saver.save_state(self.step, tensors, facts)
 
     def _restore(self, saved: Saved) -> None:
         facts = saved.facts
@@ -468,7 +415,6 @@ class Trainer:
         self.metrics.restore(sums if self.rank == 0 else [0.0] * len(sums), clipped)
         if self.rank < len(facts["rng"]):
             set_rng_state(facts["rng"][self.rank])
-        self._saved.append(saved.folder)
 
     # ------------------------------------------------------------ the terminal
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import nfzoo
 from nfzoo.train import run as train
-from nfzoo.train import trainer
+from nfzoo.train import run_folder, trainer
 from tests.support.pictures import write_images
 from tests.support.processes import ROOT, free_ports, together
 
@@ -290,7 +290,7 @@ def test_a_dead_process_ends_the_others(tmp_path: Path, victim: int) -> None:
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save = trainer.save_state
+    save = run_folder.save_state
 
     def full(root: Path, step: int, *rest: object, **more: object) -> Path:
         if step >= 4:
@@ -298,7 +298,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         return save(root, step, *rest, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_state", full)
+        patch.setattr(run_folder, "save_state", full)
         assert run(tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert f"could not save to '{tmp_path / 'run'}': [Errno 28] No space left on device" in error
@@ -311,7 +311,7 @@ def test_an_update_reaches_no_checkpoint_that_is_being_written(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread writes the checkpoint of step 2 only after the next steps, as a slow disk would."""
-    save, stepped = trainer.save_state, threading.Event()
+    save, stepped = run_folder.save_state, threading.Event()
     take = trainer.Trainer.train_step
     waited: list[bool] = []
 
@@ -326,7 +326,7 @@ def test_an_update_reaches_no_checkpoint_that_is_being_written(
             stepped.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_state", late)
+        patch.setattr(run_folder, "save_state", late)
         patch.setattr(trainer.Trainer, "train_step", train_step)
         patch.setattr(os, "fsync", lambda descriptor: None)
         assert run(tmp_path / "run", "--keep-checkpoints", "100") == 0
@@ -335,6 +335,21 @@ def test_an_update_reaches_no_checkpoint_that_is_being_written(
         shutil.rmtree(folder)
     assert run(tmp_path / "run", "--resume", "true") == 0  # from step 2
     assert same(tmp_path / "run", whole)
+
+
+def test_checkpoints_that_cannot_be_read_are_not_removed_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may be a newer version's."""
+    manifest = tmp_path / "run" / "checkpoints" / "step_00000002" / "state.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"format": 99}')
+    assert run(tmp_path / "run") == 2
+    assert "holds an unfinished run" in capsys.readouterr().err
+    assert run(tmp_path / "run", "--resume", "true") == 2
+    error = capsys.readouterr().err
+    assert "no checkpoint in" in error
+    assert manifest.exists()
 
 
 def test_saving_while_training_goes_on_changes_nothing(tmp_path: Path, whole: Path) -> None:
