@@ -1,4 +1,4 @@
-"""Set one thread a process and one folder for compiled code, for every process of a test session."""
+"""Set one thread a process and one folder for what tests share, for every process of a test session."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put compiled kernels, gigabytes over a whole run, into a folder that is removed at the session's end.
+    """Make a folder for what tests share, and put compiled kernels, gigabytes over a whole run, there as well.
 
-    The workers of pytest-xdist inherit it from the process that starts them, and share it. A cache that is named in
-    the environment is used instead, and stays.
+    The workers of pytest-xdist inherit it from the process that starts them. It is removed at the session's end. A
+    cache of kernels that is named in the environment is used instead, and stays.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    if "NFZOO_TESTS" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="nfzoo-tests-")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        os.environ["NFZOO_TESTS"] = folder.name
         config.add_cleanup(folder.cleanup)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(folder.name, "kernels"))

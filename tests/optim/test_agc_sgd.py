@@ -301,11 +301,12 @@ def pure_trajectory(parameters, *, steps: int, lr: float, weight_decay: float, e
     return params, average
 
 
-# A compiled graph for each of the two kernels' shapes.
-FORMS = pytest.mark.parametrize("compiled", [False, True], ids=["foreach", "compiled"])
+# Each session starts g++ for the two shapes of kernels, which takes half a minute.
+COMPILED = pytest.param(True, marks=pytest.mark.slow)
+FORMS = pytest.mark.parametrize("compiled", [False, COMPILED], ids=["foreach", "compiled"])
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["foreach", "compiled"])
+@FORMS
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_the_trajectory_of_the_pure_functions(compiled, tensor_lr):
     options: Any = {"weight_decay": 0.01, "ema_decay": 0.9}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
+import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from nfzoo.data.images import Images
+from nfzoo.data.source import open_all
 
 
 def write_images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
@@ -19,6 +24,25 @@ def write_images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
         for i in range(count):
             Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / name / f"{i}.png")
     return folder
+
+
+@functools.cache
+def few_digits() -> str:
+    """Return a folder of 200 digits, 20 of each class: a training run over them takes half a second.
+
+    The first process of a session makes it, in the folder of `tests/conftest.py`; those that it starts find it there.
+    """
+    folder = Path(os.environ["NFZOO_TESTS"]) / "few-digits"
+    if not folder.exists():
+        source = open_all("digits")
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            for label in range(10):
+                (Path(scratch) / "digits" / str(label)).mkdir(parents=True)
+                for i in np.flatnonzero(source.labels == label)[:20]:
+                    source[int(i)][0].save(Path(scratch) / "digits" / str(label) / f"{i:04}.png")
+            with contextlib.suppress(OSError):  # another worker was first
+                (Path(scratch) / "digits").rename(folder)
+    return str(folder)
 
 
 def picture(seed: int, ending: str = "png") -> bytes:

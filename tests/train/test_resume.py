@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 import nfzoo
 from nfzoo.train import run as train
 from nfzoo.train import run_folder, trainer
-from tests.support.pictures import write_images
+from tests.support.pictures import few_digits, write_images
 from tests.support.processes import ROOT, free_ports, together
 
-OPTIONS = ["--model", "nfnet-test", "--data", "digits", "--epochs", "2", "--batch_size", "280", "--save_steps", "2"]
+OPTIONS = ["--model", "nfnet-test", "--data", few_digits(), "--epochs", "2", "--batch_size", "32", "--save_steps", "2"]
+OPTIONS += ["--workers", "0"]
 OPTIONS += ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.ema_decay", "0.9", "--optim.warmup_epochs", "0"]
 OPTIONS += ["--optim.lr", "0.4", "--train-size", "16", "--test-size", "16"]
 OPTIONS += ["--augment.layers", "1", "--augment.mixup", "0.2", "--augment.cutmix", "true"]
@@ -387,7 +388,7 @@ def test_steps_that_are_not_finite_are_skipped_when_asked(
 
 @pytest.mark.slow
 def test_skipping_for_good_is_no_training(tmp_path: Path, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model", str(poisoned), "--nonfinite", "skip", "--epochs", "9", "--batch_size", "140"]
+    options = ["--model", str(poisoned), "--nonfinite", "skip", "--epochs", "9", "--batch_size", "16"]
     assert run(tmp_path / "run", *options, "--save_steps", "100") == 1
     assert f"is not finite, the {trainer.SKIPS_IN_A_ROW}th time in a row, at step 20" in capsys.readouterr().err
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])

@@ -22,9 +22,9 @@ from nfzoo.train import batches as inputs
 from nfzoo.train import config as recipe
 from nfzoo.train import recipes, trainer
 from nfzoo.train import run as train
-from tests.support.pictures import write_images
+from tests.support.pictures import few_digits, write_images
 
-QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "142", "--train-size", "16", "--test-size", "16"]
+QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "16", "--train-size", "16", "--test-size", "16"]
 # Ten float32 steps with sums in another order; a parameter is of order one.
 PROCESSES_TOLERANCE = 1e-5
 
@@ -33,7 +33,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def run(output: Path, *options: str, data: str = "digits") -> int:
+def run(output: Path, *options: str, data: str = few_digits()) -> int:
     return train.main([*QUICK, "--data", data, "--output", str(output), *options])
 
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.draws
 def test_result_is_a_model_with_its_record(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "run"
-    assert run(output, "--epochs", "2") == 0
+    assert run(output, "--epochs", "2", "--batch-size", "142", data="digits") == 0
     model = nfzoo.from_pretrained(output)
     assert model.labels == tuple("0123456789")
     assert model.provenance is not None
@@ -80,14 +80,14 @@ def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    # Ten steps of 142 images, with dropout and stochastic depth, at the full learning rate from the first step on.
+    # Ten steps of 16 images, with dropout and stochastic depth, at the full learning rate from the first step on.
     options = ["--drop_rate", "0.2", "--stochastic_depth", "0.2", "--optim.warmup_epochs", "0"]
     options += ["--optim.lr", "0.4"]
     assert run(tmp_path / "one", *options) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1", "-m", "nfzoo.train"]
     done = subprocess.run(
-        [*launch, *QUICK, "--data", "digits", "--output", str(tmp_path / "two"), *options],
+        [*launch, *QUICK, "--data", few_digits(), "--output", str(tmp_path / "two"), *options],
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -145,7 +145,7 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
     again = recipes.parse(["--recipe", str(tmp_path / "run" / "train.yaml")])
     assert again.augment is not None
     assert again.augment.scale == (0.5, 1.0)
-    assert again.batch_size == 142
+    assert again.batch_size == 16
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
         (["--data", ""], "data must not be empty"),
         (["--output", ""], "output must not be empty"),
         (["--output", "/proc/nowhere/run"], "cannot be written"),
-        (["--accumulation", "4"], "does not divide among 1 processes and 4 accumulated steps; make it a multiple of 4"),
+        (["--accumulation", "5"], "does not divide among 1 processes and 5 accumulated steps; make it a multiple of 5"),
         (["--batch_size", "71", "--augment.mixup", "0.2"], "mixed in pairs"),
         (["--sharding", "fsdp2"], "needs processes to shard over"),
         (["--sharding", "fsdp2", "--optim.sam_rho", "0.05"], "SAM ascends in each process"),
@@ -234,7 +234,7 @@ def test_ctrl_c_ends_quietly(
 
 @pytest.mark.parametrize("options", [["--seed", "1"], ["--seed", "2", "--validation_fraction", "0.3"]])
 def test_evaluation_finds_the_images_that_training_held_out(tmp_path: Path, options: list[str]) -> None:
-    assert run(tmp_path / "out", *options) == 0
+    assert run(tmp_path / "out", "--batch_size", "142", *options, data="digits") == 0
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     found = evaluate(nfzoo.from_pretrained(tmp_path / "out"), "digits", device="cpu")
     assert found.top1 == pytest.approx(row["ema_accuracy"], abs=1e-9)
@@ -314,12 +314,12 @@ def test_an_output_that_links_to_nothing_is_refused(tmp_path: Path, capsys: pyte
 def test_more_epochs_go_on_where_a_run_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = ["--batch_size", "140"]
+    options = ["--batch_size", "32"]
     assert run(tmp_path / "out", *options, "--epochs", "1") == 0
     assert run(tmp_path / "out", *options, "--epochs", "2", "--resume", "true") == 0
     assert "to have 1 epochs" in caplog.text
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 10), (2, 20)]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 5), (2, 10)]
     assert run(tmp_path / "out", *options, "--epochs", "1", "--resume", "true") == 2
     assert "pass --epochs 2 or more" in capsys.readouterr().err
 
