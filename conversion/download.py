@@ -19,11 +19,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from filelock import FileLock
 from huggingface_hub import constants
 from tqdm import tqdm
 
 from nfzoo.checkpoint.atomic import replaced
+from nfzoo.checkpoint.lock import locked
 from nfzoo.errors import ConversionError
 
 PUBLISHED = "https://storage.googleapis.com/dm-nfnets"
@@ -64,7 +64,7 @@ def fetch(name: str, *, progress: bool = False) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise ConversionError(f"{url} is not in the cache, {folder}, and HF_HUB_OFFLINE forbids to fetch it")
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
+    with locked(target, wait=True):
         for attempt in range(1, ATTEMPTS + 1):
             if target.is_file():  # downloaded by another process while this one waited
                 break

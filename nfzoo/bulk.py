@@ -8,6 +8,7 @@ the number of processes or loader workers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import sys
 import time
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nfzoo.checkpoint import part_files
+from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.part_files import Parts
 from nfzoo.data.images import DIGITS
 from nfzoo.data.loader import BrokenImageError, load_batches
@@ -141,58 +143,62 @@ def predict_all(
             "size": size,
             "mixed_precision": autocast,
         }
+        lock.enter_context(locked(folder))
         facts = {"model": model.name, "source": data, **({"part_of_source": part} if part else {})}
         return seen, part_files.start(
             parts, identity, facts, _run(state, target, batch_size, compile), overwrite=overwrite
         )
 
-    first, missing = _agreed(state, begin)
-    on_start()
-    if first != seen:
-        raise DataError(f"{data!r} holds other images for process {state.process_index} than for the first")
+    with contextlib.ExitStack() as lock:
+        first, missing = _agreed(state, begin)
+        on_start()
+        if first != seen:
+            raise DataError(f"{data!r} holds other images for process {state.process_index} than for the first")
 
-    # A model object of our own around the parameters, so that the caller's stays unchanged and on its device.
-    own = missing[state.process_index :: state.num_processes]
-    labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
-    if own:
-        lean = model if model.config.folded else model.for_inference()
-        model = NFNet.from_params(lean.description, dict(lean.named_parameters())).to(target)
-    if own and compile:
-        model.compile_blocks()
-    elif own and target.type == "cpu":
-        model.prepack()
+        # A model object of our own around the parameters, so that the caller's stays unchanged and on its device.
+        own = missing[state.process_index :: state.num_processes]
+        labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
+        if own:
+            lean = model if model.config.folded else model.for_inference()
+            model = NFNet.from_params(lean.description, dict(lean.named_parameters())).to(target)
+        if own and compile:
+            model.compile_blocks()
+        elif own and target.type == "cpu":
+            model.prepack()
 
-    # Part by part.
-    if workers is None:
-        workers = 0 if data == DIGITS else default_workers(state.num_processes)
-    batches = {k: _batches(parts.rows(k), batch_size) for k in own}
-    loaded = load_batches(images, model.preprocessing, size, [rows for k in own for rows in batches[k]], workers)
-    begun = time.perf_counter()
-    total = sum(len(parts.rows(k)) for k in missing)
-    with _bar(total, state) as bar:
-        for k in own:
-            outputs: list[Tensor] = []
-            broken: dict[str, str] = {}
-            for rows in batches[k]:
-                pixels, _, problems = next(loaded)
-                if problems and not skip_broken:
-                    raise BrokenImageError(f"{next(iter(problems.values()))}; leave such images out with --skip-broken")
-                broken |= {images.name(rows[i]): problem for i, problem in problems.items()}
-                fill = batch_size - len(pixels) if compile else 0
-                if fill:  # one shape needs one graph
-                    pixels = torch.cat([pixels, pixels.new_zeros((fill, *pixels.shape[1:]))])
-                outputs.append(compute(model, pixels, target, autocast, embeddings=embeddings)[: len(rows)])
-                bar.update(min(len(rows) * state.num_processes, total - bar.n))
-            names = [images.name(i) for i in parts.rows(k)]
-            readable = [i for i, name in enumerate(names) if name not in broken]
-            names = [names[i] for i in readable]
-            results = check_finite(torch.cat(outputs)[readable], names)
-            columns = embedding_columns(results, dtype) if embeddings else label_columns(results, topk, labels)
-            part_files.write_part(parts, k, names, columns, broken)
-    _wait_for_all(state)
-    seconds = time.perf_counter() - begun
-    unreadable = _agreed(state, lambda: part_files.finish(parts))
-    return Summary(total, seconds, len(missing), len(parts), len(unreadable))
+        # Part by part.
+        if workers is None:
+            workers = 0 if data == DIGITS else default_workers(state.num_processes)
+        batches = {k: _batches(parts.rows(k), batch_size) for k in own}
+        loaded = load_batches(images, model.preprocessing, size, [rows for k in own for rows in batches[k]], workers)
+        begun = time.perf_counter()
+        total = sum(len(parts.rows(k)) for k in missing)
+        with _bar(total, state) as bar:
+            for k in own:
+                outputs: list[Tensor] = []
+                broken: dict[str, str] = {}
+                for rows in batches[k]:
+                    pixels, _, problems = next(loaded)
+                    if problems and not skip_broken:
+                        raise BrokenImageError(
+                            f"{next(iter(problems.values()))}; leave such images out with --skip-broken"
+                        )
+                    broken |= {images.name(rows[i]): problem for i, problem in problems.items()}
+                    fill = batch_size - len(pixels) if compile else 0
+                    if fill:  # one shape needs one graph
+                        pixels = torch.cat([pixels, pixels.new_zeros((fill, *pixels.shape[1:]))])
+                    outputs.append(compute(model, pixels, target, autocast, embeddings=embeddings)[: len(rows)])
+                    bar.update(min(len(rows) * state.num_processes, total - bar.n))
+                names = [images.name(i) for i in parts.rows(k)]
+                readable = [i for i, name in enumerate(names) if name not in broken]
+                names = [names[i] for i in readable]
+                results = check_finite(torch.cat(outputs)[readable], names)
+                columns = embedding_columns(results, dtype) if embeddings else label_columns(results, topk, labels)
+                part_files.write_part(parts, k, names, columns, broken)
+        _wait_for_all(state)
+        seconds = time.perf_counter() - begun
+        unreadable = _agreed(state, lambda: part_files.finish(parts))
+        return Summary(total, seconds, len(missing), len(parts), len(unreadable))
 
 
 def _batches(rows: range, batch_size: int) -> list[range]:
@@ -267,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
         "  nfzoo bulk nfnet-f0 --data photos --output labels\n"
         "  accelerate launch -m nfzoo.bulk nfnet-f0 --data 'laion/{000..146}.tar' --embeddings --output vectors",
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, program.positive_int
     add("model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file")
     add(
         "--data",
@@ -280,23 +286,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", metavar="NAME", help="of a data set of the Hub that part alone (default: all parts)")
     add("--embeddings", action="store_true", help="the pooled features in front of the classifier, not labels")
     add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: float32)")
-    add("--topk", type=program.positive_int, default=5, metavar="K", help="labels for each image (default: 5)")
+    add("--topk", type=count, default=5, metavar="K", help="labels for each image (default: 5)")
     add("--format", choices=("jsonl", "npz", "parquet"), help="default: jsonl for labels, npz for embeddings")
-    add(
-        "--shard-size",
-        type=program.positive_int,
-        default=SHARD_SIZE,
-        metavar="N",
-        help=f"images a file (default: {SHARD_SIZE})",
-    )
-    add("--size", type=program.positive_int, metavar="N", help="side of the input in pixels (default: the model's)")
-    add(
-        "--batch-size",
-        type=program.positive_int,
-        default=32,
-        metavar="N",
-        help="images at a time per process (default: 32)",
-    )
+    add("--shard-size", type=count, default=SHARD_SIZE, metavar="N", help=f"images a file (default: {SHARD_SIZE})")
+    add("--size", type=count, metavar="N", help="side of the input in pixels (default: the model's)")
+    add("--batch-size", type=count, default=32, metavar="N", help="images at a time per process (default: 32)")
     add(
         "--workers",
         type=program.nonnegative_int,

@@ -7,10 +7,8 @@ Exit status: 0 when the model is trained, 2 for bad input, 1 when training or th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
@@ -89,7 +88,7 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         LostError: if an error in the block was caused by another process that ended.
     """
     output = Path(config.output)
-    with _locked(output):
+    with locked(output) if program.is_first_process() else contextlib.nullcontext():
         saved = _open_saved(config)
         _check_writable(output, config.data)
         torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
@@ -118,30 +117,6 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
             ) from error
         finally:
             trainer.saver.writer.join()  # before the folder is free for other runs
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keep other runs of this machine out of a folder; a `ConfigError` if one is writing into it.
-
-    The lock file lies in the temporary folder, since nothing is written before the first checkpoint. The lock ends with
-    the process.
-    """
-    with contextlib.ExitStack() as stack:
-        name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:32]
-        # No lock if the system has none, or if its file cannot be created: a full disk, another user's file.
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            if program.is_first_process():
-                file = stack.enter_context((Path(tempfile.gettempdir()) / f"nfzoo-{name}.lock").open("a"))
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loaders
-                except BlockingIOError as error:
-                    raise ConfigError(
-                        f"another run is writing into {str(output)!r}; wait for its end, or choose another output"
-                    ) from error
-        yield
 
 
 def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:

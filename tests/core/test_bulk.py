@@ -20,6 +20,7 @@ import torch
 import nfzoo
 from nfzoo import bulk
 from nfzoo.bulk import main, predict_all
+from nfzoo.checkpoint.lock import locked
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.nn import NFNet
 from nfzoo.predict import image_files, predict
@@ -267,6 +268,17 @@ def test_a_full_disk_leaves_the_parts_before(
     assert sorted(contents(output)) == [f"{part}.jsonl" for part in PARTS[:2]]
     assert main(command) == 0
     assert sorted(contents(output)) == [f"{part}.jsonl" for part in PARTS]
+
+
+def test_a_second_run_is_kept_out(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(checkpoint), "--data", str(folder), "--output", str(tmp_path / "out"), *SHARD]
+    with locked(tmp_path / "out"):
+        assert main(command) == 2
+    assert f"another run is writing into '{tmp_path / 'out'}' (process {os.getpid()}" in capsys.readouterr().err
+    assert main(command) == 0
+    assert sorted(contents(tmp_path / "out")) == [f"{part}.jsonl" for part in PARTS]
 
 
 CHANGES: dict[str, tuple[list[str], str]] = {

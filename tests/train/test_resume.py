@@ -415,9 +415,8 @@ def test_the_last_good_checkpoint_is_named_when_training_diverges(
 
 HOLDER = """
 import sys, time
-from pathlib import Path
-from nfzoo.train.run import _locked
-with _locked(Path(sys.argv[1])):
+from nfzoo.checkpoint.lock import locked
+with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -437,12 +436,6 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
         finally:
             other.kill()
     assert run(output) == 0  # the lock went with the process
-
-
-def test_a_lock_that_cannot_be_made_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.tempfile, "gettempdir", lambda: str(tmp_path / "absent"))
-    with train._locked(tmp_path / "run"):
-        pass
 
 
 LAUNCHER = """
