@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all.
 
 They are written under a hidden name on the target's own file system, flushed to the disk, and renamed. A process that
-dies leaves the target unchanged, and at most one hidden file or folder.
+dies leaves the target unchanged, and at most one hidden file or folder. `sweep` removes such folders of processes that
+have ended.
 
 File systems that do not flush folders or change permissions (network shares, mounted buckets) do without: a warning
 says so once.
@@ -13,11 +14,14 @@ import errno
 import functools
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from nfzoo.checkpoint.lock import new_parents, release, try_lock
 
 logger = logging.getLogger("nfzoo")
 
@@ -37,16 +41,16 @@ def replaced(path: str | Path) -> Iterator[Path]:
     The hidden file has the suffix of `path`, and the permissions that a plain `open` would give it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        scratch.touch(exist_ok=False)
-        yield scratch
-        _sync(scratch)
-        os.replace(scratch, path)
-        _sync(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with new_parents(path):
+        try:
+            scratch.touch(exist_ok=False)
+            yield scratch
+            _sync(scratch)
+            os.replace(scratch, path)
+            _sync(path.parent)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -63,12 +67,9 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = f".{folder.name}.{secrets.token_hex(4)}{PARTIAL}"
     # In a folder that exists: what lies beside it may be another file system, or not writable.
-    scratch = folder / hidden if folder.exists() else folder.with_name(hidden)
-    try:
-        scratch.mkdir()
+    parent = folder if folder.exists() else folder.parent
+    with new_parents(folder), scratch_folder(parent, folder.name) as scratch:
         yield scratch
         mode = scratch.stat().st_mode & 0o666
         files = sorted(scratch.iterdir(), reverse=True)
@@ -88,8 +89,47 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
         for path in files:
             os.replace(path, folder / path.name)
         _sync(folder)
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new hidden folder, which is removed when the block ends; until then `sweep` leaves it alone."""
+    scratch, descriptor = _new_scratch(parent, name)
+    try:
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if descriptor is not None:
+            release(descriptor)
+
+
+def _new_scratch(parent: Path, name: str) -> tuple[Path, int | None]:
+    """Make a hidden folder; return it with the descriptor of its lock, which is `None` on a system without."""
+    while True:
+        scratch = parent / f".{name}.{secrets.token_hex(4)}{PARTIAL}"
+        scratch.mkdir()
+        try:
+            descriptor = _locked(scratch)
+        except OSError:
+            return scratch, None
+        if descriptor is not None:
+            return scratch, descriptor
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder, and return its descriptor; `None` if another process holds it, or has removed the folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if try_lock(descriptor):
+            if folder.exists():
+                return descriptor
+            release(descriptor)
+            return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def remove_folder(folder: Path) -> None:
@@ -99,10 +139,20 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def sweep(parent: Path) -> None:
-    """Remove the hidden folders that an interrupted write or removal left in `parent`."""
-    for path in parent.glob(f".*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
+def sweep(parent: Path, names: str) -> None:
+    """Remove the hidden folders that processes left in `parent` when they were killed in a write or removal.
+
+    Args:
+        names: regular expression of the names of the folders that were to be written or removed.
+    """
+    ours = re.compile(rf"\.(?:{names})(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if ours.fullmatch(path.name):
+            with suppress(OSError):  # a link or a file, or a system without locks of folders
+                descriptor = _locked(path)
+                if descriptor is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    release(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -63,12 +63,12 @@ def locked(target: str | Path, *, wait: bool = False) -> Iterator[None]:
     target = Path(target).resolve()
     places = [target.parent / f".{target.name}{LOCK}", *([target / LOCK] if os.path.isdir(target) else [])]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(new_parents(target, keep=False))
+        with contextlib.suppress(OSError):  # which the write meets again, and reports
+            stack.enter_context(new_parents(target, keep=False))
         for place in places:
             try:
                 descriptor = _lock(place, target, wait)
             except OSError as error:
-                # What cannot be written at all is an error of the write.
                 if error.errno not in _NOT_WRITABLE:
                     _warn_once(str(error))
                 continue
@@ -103,10 +103,9 @@ def release(descriptor: int) -> None:
 def new_parents(path: Path, *, keep: bool = True) -> Iterator[None]:
     """Make the missing parents of `path`. If the block fails, or without `keep`, remove those that are empty."""
     missing = [parent for parent in path.parents if not os.path.lexists(parent)]
-    with contextlib.suppress(OSError):  # an error of what is to be written there
-        path.parent.mkdir(parents=True, exist_ok=True)
     done = False
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
         done = keep
     finally:

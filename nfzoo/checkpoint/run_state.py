@@ -32,7 +32,8 @@ logger = logging.getLogger("nfzoo")
 STATE_FILE = "state.json"
 FORMAT = 2
 _BEFORE = 1  # without a digest
-_NAME = re.compile(r"step_(\d{8,18})")
+STEP_FOLDER = re.compile(r"step_(\d{8,18})")
+"""Names of the folders of checkpoints."""
 
 # Fields of `state.json` and the types of their values, as a training run writes them.
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -88,7 +89,7 @@ def save_state(
     """
     root = Path(root)
     folder = root / step_folder(step)
-    sweep(root)
+    sweep(root, STEP_FOLDER.pattern)
     if folder.is_dir():
         try:
             _read(folder)
@@ -130,7 +131,9 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
     """List the folders of checkpoints in `root` with their steps, the newest first."""
     if not root.is_dir():
         return []
-    numbered = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
+    numbered = [
+        (int(m[1]), path) for path in root.iterdir() if (m := STEP_FOLDER.fullmatch(path.name)) and path.is_dir()
+    ]
     return sorted(numbered, reverse=True)
 
 

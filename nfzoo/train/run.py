@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.atomic import replaced_folder, scratch_folder
 from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
 from nfzoo.checkpoint.run_state import Saved, latest_state
@@ -30,7 +28,7 @@ from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.recipes import parse
-from nfzoo.train.run_folder import LOGS, STATES
+from nfzoo.train.run_folder import LOGS, STATES, clear
 from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
 from nfzoo.variants import VARIANTS
 
@@ -101,8 +99,8 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         _check_shares(config, split, accelerator)
         start = _resumed(config, split, saved) if saved else _fresh(config, split.train.classes)
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
-        if saved is None and accelerator.is_main_process:
-            shutil.rmtree(output / STATES, ignore_errors=True)  # with --overwrite: checkpoints of the earlier run
+        if accelerator.is_main_process:
+            clear(output, states=saved is None)  # with --overwrite: checkpoints of the earlier run
         trainer = Trainer(config, split, accelerator, start)
         accelerator.wait_for_everyone()
         try:
@@ -171,8 +169,8 @@ def _check_writable(output: Path, data: str) -> None:
         if not existing.is_dir():
             raise NotADirectoryError(f"{str(existing)!r} is a file")
         with (  # what a save does
-            tempfile.TemporaryDirectory(prefix=".nfzoo-", dir=existing) as scratch,
-            replaced_folder(Path(scratch) / "model") as folder,
+            scratch_folder(existing, output.name) as scratch,
+            replaced_folder(scratch / "model") as folder,
         ):
             (folder / CONFIG_FILE).write_text("{}", encoding="utf-8")
     except OSError as error:

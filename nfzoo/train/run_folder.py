@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nfzoo.analysis.figures import training_curves
-from nfzoo.checkpoint.atomic import replaced
+from nfzoo.checkpoint.atomic import replaced_folder, sweep
 from nfzoo.checkpoint.background import BackgroundWriter
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
-from nfzoo.checkpoint.run_state import save_state, step_folder
+from nfzoo.checkpoint.run_state import STEP_FOLDER, save_state, step_folder
 from nfzoo.data.source import has_held_out
 from nfzoo.errors import TrainingError
 from nfzoo.runtime.device import backend
@@ -134,15 +137,29 @@ def write_run(
     if not has_held_out(config.data):
         provenance["validation_fraction"] = config.validation_fraction
     save_checkpoint(output, description._replace(provenance=provenance), params)
-    with replaced(output / METRICS_FILE) as scratch:
+    with replaced_folder(output) as scratch:
         lines = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with replaced(output / RUN_FILE) as scratch:
-        scratch.write_text(config.to_yaml(), encoding="utf-8")
-    try:
-        training_curves(output / METRICS_FILE, output / CURVES_FILE)
-    except ModuleNotFoundError:
-        logger.info("no %s: the plots need matplotlib (pip install 'nfzoo[plots]')", CURVES_FILE)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (scratch / METRICS_FILE).write_text(text, encoding="utf-8")
+        (scratch / RUN_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        try:
+            training_curves(scratch / METRICS_FILE, scratch / CURVES_FILE)
+        except ModuleNotFoundError:
+            logger.info("no %s: the plots need matplotlib (pip install 'nfzoo[plots]')", CURVES_FILE)
+
+
+def clear(output: Path, *, states: bool) -> None:
+    """Remove what killed runs left of their last write, and with `states` all checkpoints.
+
+    One process calls this, which has locked the folder.
+    """
+    if states:
+        shutil.rmtree(output / STATES, ignore_errors=True)
+    for parent in (output.parent, output):
+        sweep(parent, re.escape(output.name))
+    sweep(output / STATES, STEP_FOLDER.pattern)
+    with contextlib.suppress(OSError):
+        (output / STATES).rmdir()  # if it is empty
 
 
 def _public(source: str) -> str:

@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 import nfzoo
 from nfzoo.checkpoint import atomic
-from nfzoo.checkpoint.atomic import replaced, replaced_folder
+from nfzoo.checkpoint.atomic import replaced, replaced_folder, sweep
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
 from nfzoo.checkpoint.run_state import save_state
 from nfzoo.config import Preprocessing
@@ -101,9 +103,60 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path, write: Callable[[Pat
 
 @pytest.mark.parametrize("writer", [replaced, replaced_folder])
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path, writer: Callable) -> None:
-    with pytest.raises(ZeroDivisionError), writer(tmp_path / "x"):
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
+    for target in (tmp_path / "x", tmp_path / "new" / "parents" / "x"):
+        with pytest.raises(ZeroDivisionError), writer(target):
+            raise ZeroDivisionError
+        assert not list(tmp_path.iterdir())
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from nfzoo.checkpoint.atomic import replaced_folder
+with replaced_folder(Path(sys.argv[1])) as scratch:
+    (scratch / "model.safetensors").write_bytes(b"weights")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_the_folder_of_a_write_is_swept_once_its_process_was_killed(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "run"
+    if exists:
+        target.mkdir()
+    parent = target if exists else tmp_path
+    command = [sys.executable, "-c", WRITER, str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        sweep(parent, "run")
+        (left,) = parent.iterdir()
+        assert [path.name for path in left.iterdir()] == ["model.safetensors"]
+        process.kill()
+    sweep(parent, "other")
+    assert list(parent.iterdir()) == [left]
+    sweep(parent, "run")
+    assert not list(parent.iterdir())
+
+
+def test_nothing_else_is_swept(tmp_path: Path) -> None:
+    for name in (
+        "run",
+        ".run.0123abcd",
+        ".run.partial.d",
+        ".run2.01234567.partial",
+        ".run.0123456.partial",
+        "run.partial",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "kept").mkdir(parents=True)
+    (tmp_path / ".run.01234567.partial").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".run.01234568.partial").write_text("a file")
+    before = sorted(tmp_path.rglob("*"))
+    sweep(tmp_path, "run")
+    sweep(tmp_path / "absent", "run")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_whose_neighbours_are_on_another_file_system(tmp_path: Path) -> None:

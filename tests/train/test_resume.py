@@ -308,6 +308,28 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert same(tmp_path / "run", whole)
 
 
+def test_what_a_killed_run_left_of_its_last_write_is_removed(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    left = [output.with_name(".run.01234567.partial"), output / ".run.89abcdef.partial"]
+    left += [output / "checkpoints" / name for name in (".step_00000004.01234567.partial", ".step_00000002.partial")]
+    theirs = [output.with_name(".other.01234567.partial"), output / ".pictures.partial"]
+    for folder in (*left, *theirs):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+    assert run(output, "--epochs", "1", "--nonfinite", "stop", "--optim.lr", "1e12", "--optim.clip", "null") == 1
+    assert [folder.exists() for folder in left + theirs] == [False] * 4 + [True] * 2
+    assert not (output / "checkpoints").exists()  # nor is an empty folder left
+
+
+def test_a_run_that_could_not_save_at_all_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nfzoo.checkpoint.run_state.save_tensors", full)
+    assert run(tmp_path / "deep" / "run") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_update_reaches_no_checkpoint_that_is_being_written(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
