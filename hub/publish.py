@@ -19,6 +19,7 @@ from nfzoo.errors import CheckpointError, HubError, NfzooError, nearest
 from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
+from nfzoo.train import strict_yaml
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE
 
 CARD_FILE = "README.md"
@@ -86,8 +87,8 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
 def _public_run(path: Path) -> bytes:
     """Return a run's options without its output folder and without the folders of its paths, which are private."""
     try:
-        run = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        run = strict_yaml.load(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not YAML: {error}") from error
     if not isinstance(run, dict):
         raise CheckpointError(f"{path} must hold the options of a run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -27,7 +28,8 @@ class OptimConfig(StepConfig):
     The fields of a step and their defaults are `StepConfig`'s. Two defaults are others, for batches below 1024.
 
     Attributes:
-        name: "sgd", the papers'; "adamw"; or the import path of another, such as torch.optim.NAdam.
+        name: "sgd", the papers'; "adamw"; another of torch's, such as torch.optim.NAdam; or, on the command line with
+            --allow-import, the import path of any.
         options: further arguments of an optimizer other than "sgd", such as {betas: [0.9, 0.95]}.
         lr: peak learning rate; by default of SGD 0.1 for batches of 64 to 256, in proportion to the batch outside, of
             others 0.001; and a tenth of that from pretrained weights.
@@ -53,6 +55,11 @@ class OptimConfig(StepConfig):
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
     ema_decay: float | None = 0.9999
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the optimizer is neither nfzoo's nor torch's, so that making it imports a module by name."""
+        return self.name not in ("sgd", "adamw") and re.fullmatch(r"torch\.optim\.\w+", self.name) is None
 
     def __post_init__(self) -> None:
         _check_fields(self, "optim.")

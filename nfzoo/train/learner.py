@@ -330,5 +330,5 @@ def torch_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
             f'the optimizer {optim.name!r} with options {optim.options!r} cannot be made: {error}; name "sgd", '
-            '"adamw", or the import path of an optimizer'
+            '"adamw", an optimizer such as "torch.optim.NAdam", or the import path of another'
         ) from error

@@ -14,6 +14,7 @@ import yaml
 
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.runtime import program
+from nfzoo.train import strict_yaml
 from nfzoo.train.config import STARTING, OptimConfig, TrainConfig
 from nfzoo.train.run_folder import RUN_FILE
 from nfzoo.transforms.mixing import Augment
@@ -38,18 +39,18 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     missing = [name for name in _REQUIRED if name not in fields]
     try:
         if options.print_config:
-            config = _train_config({**dict.fromkeys(missing, "x"), **fields})
+            config = _train_config({**dict.fromkeys(missing, "x"), **fields}, options.allow_import)
             recipe = yaml.safe_load(config.to_yaml())
             print(yaml.safe_dump({**recipe, **dict.fromkeys(missing)}, sort_keys=False), end="")
             raise SystemExit(0)
         if missing:
             options_missing = ", ".join(f"--{name}" for name in missing)
             raise ConfigError(f"missing {options_missing}; give what is missing as an option or in a recipe")
-        return _train_config(fields)
+        return _train_config(fields, options.allow_import)
     except ConfigError as error:
         for name, content in options.recipes:  # that which is refused for the same reason when it is read alone
             try:
-                _train_config({**dict.fromkeys(_REQUIRED, "x"), **content})
+                _train_config({**dict.fromkeys(_REQUIRED, "x"), **content}, options.allow_import)
             except ConfigError as same:
                 if str(same) == str(error):
                     raise ConfigError(f"the recipe {name!r}: {error}") from error
@@ -62,9 +63,15 @@ def shipped() -> dict[str, Path]:
     return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if f.name.endswith(".yaml")}
 
 
-def _train_config(fields: Fields) -> TrainConfig:
+def _train_config(fields: Fields, allow_import: bool) -> TrainConfig:
     groups = {name: _GROUPS[name](**value) for name, value in fields.items() if name in _GROUPS and value is not None}
-    return TrainConfig(**{**fields, **groups})
+    config = TrainConfig(**{**fields, **groups})
+    if config.optim.is_foreign and not allow_import:  # an import runs the module, and a recipe may be somebody else's
+        raise ConfigError(
+            f"optim.name {config.optim.name!r} is neither sgd, adamw, nor an optimizer of torch such as "
+            "torch.optim.Adam; to import it, pass --allow-import, which is no part of a recipe"
+        )
+    return config
 
 
 # ---------------------------------------------------------------- options
@@ -81,6 +88,8 @@ def _parser(arguments: list[str]) -> program.Parser:
     parser.add_argument("--recipe", action=_Recipe, metavar="NAME", help=text)
     text = "print all options as a recipe, and do nothing else"
     parser.add_argument("--print-config", action="store_true", default=False, help=text)
+    text = "import the module of an optimizer that is not torch's, which runs it"
+    parser.add_argument("--allow-import", action="store_true", default=False, help=text)
     for name, kind in get_type_hints(TrainConfig).items():
         group = _GROUPS.get(name)
         for inner, inner_kind in ({"": kind} if group is None else {"": dict, **get_type_hints(group)}).items():
@@ -156,7 +165,11 @@ def _converted(cls: type, content: Fields, prefix: str = "") -> Fields:
         name, _, inner = str(key).partition(".")
         if name not in kinds:
             raise ConfigError(f"there is no option {prefix + str(key)!r}{nearest(str(key), kinds)}")
-        _update(fields, {name: _value(prefix + name, kinds[name], {inner: value} if inner else value)})
+        value = _value(prefix + name, kinds[name], {inner: value} if inner else value)
+        old = fields.get(name)
+        if name in fields and not (name in _GROUPS and old and value and old.keys().isdisjoint(value)):
+            raise ConfigError(f"{prefix + name} is there twice, the second time as {prefix + str(key)}")
+        _update(fields, {name: value})
     return fields
 
 
@@ -188,29 +201,11 @@ def _value(name: str, kind: Any, value: Any) -> Any:
     raise ConfigError(f"{name} must be {words[origin]}, not {value!r}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would take the last, and reads 1e-3 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)  # of a key that is no scalar, a list, which no set takes
-            if name in seen:
-                raise yaml.MarkedYAMLError(problem=f"{name!r} is there twice", problem_mark=key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _load(text: str) -> Any:
     """Read YAML; text that is none stays text, which is then refused as a value."""
     try:
-        return yaml.load(text, _Loader)
-    except (ValueError, yaml.YAMLError):
+        return strict_yaml.load(text)
+    except ValueError:
         return text
 
 
@@ -239,12 +234,9 @@ def _read(path: Path) -> Fields:
         ConfigError: names the file, for one that is not YAML and for an option that is unknown or of the wrong type.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
-        raise ConfigError(f"the recipe {str(path)!r} cannot be read: {reason}") from error
+        content = strict_yaml.load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the recipe {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"the recipe {str(path)!r} holds {kind}, not options such as `model: nfnet-f0`")

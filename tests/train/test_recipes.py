@@ -125,6 +125,11 @@ def test_recipes_run(name: str, tmp_path: Path) -> None:
         ("? [a]\n: 1", "line 1: found unhashable key"),
         ("epochs: 1\nepochs: 2", "line 2: 'epochs' is there twice"),
         (b"\xff\xfe", "cannot be read: 'utf-8'"),
+        ("optim: {lr: 1}\noptim.lr: 2", "optim is there twice, the second time as optim.lr"),
+        ("a: &a [x, x]\nb: [*a, *a]", r"line 2: '\*a' refers to another place; write its content out"),
+        ("optim: {options: " + "[" * 99999, "line 1: it is nested deeper than 20 levels"),
+        ("allow_import: true", "no option 'allow_import'"),
+        ("print_config: true", "no option 'print_config'"),
     ],
 )
 def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -190,6 +195,43 @@ def test_dashes_and_underscores_are_the_same() -> None:
 def test_options_of_the_optimizer(options: list[str], expected: dict[str, object]) -> None:
     found = vars(recipes.parse(["--model", "nfnet-test", *NEEDED, *options]).optim)
     assert {name: found[name] for name in expected} == expected
+
+
+EVIL = """
+import pathlib
+pathlib.Path("was imported").touch()
+from torch.optim import Adam
+"""
+
+
+def test_a_recipe_imports_no_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("evil.py").write_text(EVIL)
+    arguments = ["--model", "nfnet-test", "--data", "digits", "--epochs", "1", "--batch-size", "1000"]
+    arguments += ["--train-size", "16", "--test-size", "16", "--output", "run"]
+    for name in (
+        "evil.Adam",
+        "evil",
+        "torch.optim.adam.evil.Adam",
+        "torch.optim.",
+        "Torch.optim.Adam",
+        "torch.evil.Adam",
+    ):
+        Path("theirs.yaml").write_text(f"optim: {{name: {name}}}")
+        assert train.main([*arguments, "--recipe", "theirs.yaml"]) == 2, name
+        error = capsys.readouterr().err
+        assert f"the recipe 'theirs.yaml': optim.name '{name}' is neither sgd" in error, name
+        assert "pass --allow-import" in error
+        assert train.main([*arguments, "--optim.name", name]) == 2, name
+    assert not Path("was imported").exists()
+    assert not Path("run").exists()
+    assert train.main([*arguments, "--optim.name", "evil.Adam", "--allow-import"]) == 0
+    assert Path("was imported").exists()
+    assert train.main(["--recipe", "run/train.yaml", "--overwrite", "true"]) == 2  # what it wrote asks anew
+    assert "pass --allow-import" in capsys.readouterr().err
 
 
 def test_naming_one_option_of_augment_keeps_the_others(tmp_path: Path) -> None:
