@@ -7,7 +7,6 @@ Source: the parameter names of timm 1.0, models/nfnet.py; gains there are `(out,
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from nfzoo.conversion.timm_config import (
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError, nearest
 from nfzoo.model import specs
+from nfzoo.runtime.output import json_text
 from nfzoo.types import Params
 from nfzoo.variants import VARIANTS, variant
 
@@ -332,6 +332,6 @@ def write_timm(folder: Path, description: Description, params: Mapping[str, Tens
     state = {key: value.cpu().contiguous() for key, value in to_timm(description.config, params).items()}
     with replaced_folder(folder) as scratch:
         save_tensors(scratch / WEIGHTS_FILE, state)
-        text = json.dumps(timm_config(arch, description), indent=2, ensure_ascii=False) + "\n"
+        text = json_text(timm_config(arch, description))
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
     return folder

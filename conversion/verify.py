@@ -23,6 +23,7 @@ from nfzoo.conversion.haiku import Tree, to_haiku
 from nfzoo.errors import ConversionError
 from nfzoo.model import plan, run_block
 from nfzoo.runtime import program
+from nfzoo.runtime.output import escaped
 from nfzoo.types import Params
 
 Stages = dict[str, NDArray]
@@ -264,7 +265,8 @@ def _verify(options: argparse.Namespace) -> int:
     cfg = description.config
     x = np.random.default_rng(0).standard_normal((2, options.size, options.size, cfg.in_channels), np.float32)
     rows = compare(cfg, params, x)
-    print(f"{description.name}, {cfg.num_classes} classes, {options.size} x {options.size} pixels, against Haiku")
+    name = escaped(str(description.name))
+    print(f"{name}, {cfg.num_classes} classes, {options.size} x {options.size} pixels, against Haiku")
     for row in rows:
         print(f"{row.stage:<8}  {row.error:.1e}")
     return 0 if all(row.error < TOLERANCE for row in rows) else 1

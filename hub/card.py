@@ -14,6 +14,7 @@ from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError
 from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.model import mac_count, parameter_count
+from nfzoo.runtime.output import escaped
 from nfzoo.train.run_folder import CURVES_FILE
 from nfzoo.variants import VARIANTS
 
@@ -21,6 +22,8 @@ IMAGENET = "imagenet-1k"
 
 _FAMILY = {"nfnet": "NFNet", "nf_resnet": "NF-ResNet", "nf_regnet": "NF-RegNet"}
 _RULES = {"deepmind": "DeepMind's released code", "timm": "timm"}
+
+_MARKDOWN = frozenset(r"\`*_{}[]<>()#+-.!|~&$:@^=")
 
 _CITATION = """\
 @inproceedings{brock2021characterizing,
@@ -204,5 +207,5 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Escape text that would be Markdown in a table."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|~" else c if c.isprintable() else " " for c in text)
+    """Escape text that would be Markdown, HTML, a formula or a link in a table, and characters that cannot be seen."""
+    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in escaped(text))

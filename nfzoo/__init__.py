@@ -27,6 +27,7 @@ from nfzoo.errors import (
     NfzooError,
     UnknownModelError,
 )
+from nfzoo.runtime.output import escape_log
 from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _LAZY = {
     **dict.fromkeys(["agc", "agc_", "clip_grad_agc_", "unitwise_norm", "with_agc"], "nfzoo.optim.clipping"),
     "from_pretrained": "nfzoo.hub.pretrained",
 }
+
+escape_log()
 
 try:
     __version__ = version("nfzoo")

@@ -26,11 +26,12 @@ from nfzoo.checkpoint.part_files import Parts
 from nfzoo.data.images import DIGITS
 from nfzoo.data.loader import BrokenImageError, load_batches
 from nfzoo.data.source import fingerprint, open_all
-from nfzoo.errors import ConfigError, DataError, NfzooError, printable
+from nfzoo.errors import ConfigError, DataError, NfzooError
 from nfzoo.nn import NFNet
 from nfzoo.predict import check_finite, compute, embedding_columns, label_columns, weights_hash
 from nfzoo.runtime import program
 from nfzoo.runtime.device import default_workers, precision, processes, share_of
+from nfzoo.runtime.output import escaped
 
 DTYPES = ("float32", "float16")
 SHARD_SIZE = 4096
@@ -325,7 +326,7 @@ def _main(options: argparse.Namespace, on_start: Callable[[], None]) -> None:
     summary = predict_all(model, keywords.pop("data"), keywords.pop("output"), on_start=on_start, **keywords)
     if not processes(cpu=options.device == "cpu").is_main_process:
         return
-    output = printable(options.output)
+    output = escaped(options.output)
     if summary.written:
         rate = summary.images / max(summary.seconds, 1e-9)
         earlier = f", {summary.parts - summary.written:,} were there" if summary.written < summary.parts else ""

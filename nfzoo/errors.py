@@ -63,8 +63,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'a' or 'b'?`, or "" if no known name is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def printable(text: str) -> str:
-    """Replace control characters and lone surrogates, which file names and labels may hold."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -24,12 +24,13 @@ from nfzoo.data.images import DIGITS, Digits, ImageFolder, Images
 from nfzoo.data.labels import match_classes
 from nfzoo.data.loader import BrokenImageError, evaluation_batches
 from nfzoo.data.source import HELD_OUT, Part, open_held_out, open_split
-from nfzoo.errors import CheckpointError, DataError, printable
+from nfzoo.errors import CheckpointError, DataError
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.runtime import program
 from nfzoo.runtime.device import backend, default_workers, processes, share_of
 from nfzoo.runtime.distributed import gather
+from nfzoo.runtime.output import escaped
 
 if TYPE_CHECKING:
     from accelerate import PartialState  # at run time, only after `choose_xla`
@@ -276,7 +277,7 @@ def table(result: Evaluation) -> str:
         ("top-5", f"{result.top5:7.2%}"),
         ("loss", f"{result.loss:7.4f}"),
     ]
-    return "\n".join(f"{key + ':':<9} {printable(value)}" for key, value in rows)
+    return "\n".join(f"{key + ':':<9} {escaped(value)}" for key, value in rows)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from nfzoo.analysis.signal_propagation import SignalMetrics
 from nfzoo.analysis.style import BLUE, INK, ORANGE, PAPER, QUIET, RULE, check_png
 from nfzoo.checkpoint.atomic import replaced
-from nfzoo.errors import DataError, NfzooError, printable
+from nfzoo.errors import DataError, NfzooError
+from nfzoo.runtime.output import escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
         raise DataError("there are no signal metrics to plot")
     figure = _figure(13, 4.6 if title else 4.2)
     if title:
-        figure.suptitle(printable(title), x=0.012, ha="left", fontsize=12.5, color=INK)
+        figure.suptitle(escaped(title), x=0.012, ha="left", fontsize=12.5, color=INK, parse_math=False)
     # Stages, and the statistics of the panels.
     stages = [m.name.rpartition(".")[0] for m in metrics]
     starts = [i for i in range(1, len(metrics)) if stages[i] != stages[i - 1]]

@@ -14,7 +14,8 @@ from torch import Tensor
 from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, PAGE, PAPER, QUIET, RULE, check_png
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import Preprocessing
-from nfzoo.errors import DataError, printable
+from nfzoo.errors import DataError
+from nfzoo.runtime.output import escaped
 
 SHEET_LIMIT = 120
 """The most images that a sheet shows; of more, it shows the first."""
@@ -159,7 +160,7 @@ def _shares(target: Tensor, classes: Sequence[str] | None) -> list[tuple[str, fl
 
 def _text(draw: ImageDraw.ImageDraw, left: tuple[int, int], text: str, *, size: int, fill: str, room: float) -> None:
     """Draw one line with its left end and vertical middle at `left`; in one too long, `…` replaces the middle."""
-    font, text = _font(size), printable(text)
+    font, text = _font(size), escaped(text)
     if font.getlength(text) > room:
         text = text[:400]  # no sheet has room for more
         while len(text) > 2 and font.getlength(_elided(text)) > room:

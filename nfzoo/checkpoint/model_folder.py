@@ -156,13 +156,19 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint needs a folder")
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
-    text = json.dumps(description.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    text = _json(description, indent=2) + "\n"
     tensors = {k: v.detach().cpu() for k, v in params.items()}
-    metadata = {"nfzoo": json.dumps(description.to_dict(), ensure_ascii=False)}
+    metadata = {"nfzoo": _json(description)}
     with replaced_folder(folder) as scratch:
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
         save_tensors(scratch / WEIGHTS_FILE, tensors, metadata)
     return folder
+
+
+def _json(description: Description, *, indent: int | None = None) -> str:
+    """Return JSON that UTF-8 can hold: a lone surrogate in a label is written as its escape, which JSON reads back."""
+    text = json.dumps(description.to_dict(), indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def load_checkpoint(

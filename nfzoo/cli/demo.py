@@ -11,6 +11,7 @@ from nfzoo.data.images import DIGITS, Digits
 from nfzoo.data.source import open_split
 from nfzoo.errors import Stopped
 from nfzoo.predict import classify
+from nfzoo.runtime.output import guarded
 from nfzoo.train.run import TrainConfig, train
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE
 
@@ -18,6 +19,7 @@ TARGET = 0.99  # held-out accuracy that the demonstration is expected to reach
 _SHOWN = 8
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     """Train `nfnet-test` on the digits and draw its predictions; return 0 if it learned to read them, else 1."""
     arguments = sys.argv[1:] if argv is None else argv

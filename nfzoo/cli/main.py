@@ -7,13 +7,13 @@ Ctrl-C; 141 when the reader of the output went away.
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import sys
 
 from nfzoo import __version__
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.runtime import program
+from nfzoo.runtime.output import guarded
 
 # Name -> (module, function, summary). A module is imported when its command is called.
 COMMANDS = {
@@ -45,11 +45,10 @@ examples:
 """
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end the program
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments and arguments[0] in COMMANDS:
             module, function, _ = COMMANDS[arguments[0]]

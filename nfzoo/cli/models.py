@@ -14,9 +14,10 @@ from nfzoo.checkpoint.model_folder import CONFIG_FILE, read_description
 from nfzoo.cli.tables import giga, millions, print_json, print_table
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.conversion import convert as conversion
-from nfzoo.errors import CheckpointError, ConversionError, printable
+from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.model import BlockCost, costs, parameter_count
 from nfzoo.runtime import program
+from nfzoo.runtime.output import escaped
 from nfzoo.variants import variant
 
 
@@ -59,7 +60,7 @@ def _info(options: argparse.Namespace) -> None:
         return
     for key, value in facts.items():
         if value is not None:
-            print(f"{key + ':':<22}{printable(_in_words(value))}")
+            print(f"{key + ':':<22}{escaped(_in_words(value))}")
     resize = f"{preprocessing.resize}, margin {preprocessing.margin} pixels"
     if preprocessing.resize == "shortest-edge":
         resize = f"{preprocessing.resize}, crop {preprocessing.crop:g}"
@@ -171,7 +172,7 @@ def _convert(options: argparse.Namespace) -> None:
     description = weights.description
     summary = f"{description.name or description.config.family}, {description.config.num_classes} classes, "
     summary += f"{millions(parameter_count(description.config))} parameters, read as {weights.form}"
-    print(f"wrote {printable(str(options.target))}: {printable(summary)}")
+    print(f"wrote {escaped(str(options.target))}: {escaped(summary)}")
 
 
 def _from_hub(name: str, model: str | None) -> conversion.Weights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -17,12 +16,13 @@ from nfzoo.analysis.figures import signal_propagation, training_curves
 from nfzoo.analysis.signal_propagation import SignalMetrics, open_branches, signal_metrics
 from nfzoo.analysis.style import check_png
 from nfzoo.checkpoint.atomic import replaced
-from nfzoo.errors import ConfigError, printable
+from nfzoo.errors import ConfigError
 from nfzoo.model import init
 from nfzoo.nn import NFNet, create
 from nfzoo.predict import image_files
 from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
+from nfzoo.runtime.output import escaped, json_text
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE
 from nfzoo.variants import VARIANTS
 
@@ -187,21 +187,21 @@ def _signal(options: argparse.Namespace) -> None:
         device=options.device,
     )
     signal_propagation(signal.blocks, options.output, title=signal.title())
-    text = json.dumps(signal.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    text = json_text(signal.to_dict())
     if options.json == "-":
         print(text, end="")
     elif options.json is not None:
         with replaced(options.json) as scratch:
             scratch.write_text(text, encoding="utf-8")
     written = [str(options.output), *([options.json] if options.json not in (None, "-") else [])]
-    print(f"wrote {printable(' and '.join(written))}", file=sys.stderr if options.json == "-" else sys.stdout)
+    print(f"wrote {escaped(' and '.join(written))}", file=sys.stderr if options.json == "-" else sys.stdout)
 
 
 def _curves(options: argparse.Namespace) -> None:
     metrics = options.run / METRICS_FILE if options.run.is_dir() else options.run
     output = options.output or metrics.parent / CURVES_FILE
     training_curves(metrics, output)
-    print(f"wrote {printable(str(output))}")
+    print(f"wrote {escaped(str(output))}")
 
 
 if __name__ == "__main__":

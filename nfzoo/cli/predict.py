@@ -9,9 +9,10 @@ from typing import Any
 
 from nfzoo import from_pretrained
 from nfzoo.cli.tables import print_json
-from nfzoo.errors import ConfigError, printable
+from nfzoo.errors import ConfigError
 from nfzoo.predict import Prediction, image_files, predict
 from nfzoo.runtime import program
+from nfzoo.runtime.output import escaped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,14 +64,14 @@ def _predict(options: argparse.Namespace) -> None:
     if options.json:
         print_json([_as_json(p) for p in predictions])
     else:
-        width = max(len(printable(label)) for p in predictions for label, _ in p.top)
+        width = max(len(escaped(label)) for p in predictions for label, _ in p.top)
         for prediction in predictions:
-            print(printable(str(prediction.path)))
+            print(escaped(str(prediction.path)))
             for label, probability in prediction.top:
                 bar = "#" * round(30 * probability)
-                print(f"  {100 * probability:5.1f} %  {printable(label):<{min(width, 40)}}  {bar}".rstrip())
+                print(f"  {100 * probability:5.1f} %  {escaped(label):<{min(width, 40)}}  {bar}".rstrip())
     if options.sheet is not None:
-        print(f"wrote {printable(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)
+        print(f"wrote {escaped(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 
 from nfzoo.cli.tables import print_table
-from nfzoo.errors import ConfigError, printable
+from nfzoo.errors import ConfigError
 from nfzoo.hub import publish
 from nfzoo.hub.space import app
 from nfzoo.model import parameter_count
 from nfzoo.runtime import program
+from nfzoo.runtime.output import escaped
 from nfzoo.variants import VARIANTS
 
 
@@ -68,13 +69,13 @@ def _push(options: argparse.Namespace) -> None:
             )
             return
         for url in publish.push_deepmind(options.all_deepmind, **send):
-            print(f"published {printable(url)}", flush=True)
+            print(f"published {escaped(url)}", flush=True)
     elif options.dry_run:
         files = publish.bundle(options.folder, options.repository, license=options.license)
         print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
-        print("\n" + "\n".join(map(printable, files.card.splitlines())))
+        print(f"\n{files.card}", end="")
     else:
-        print(f"published {printable(publish.push(options.folder, options.repository, **send))}")
+        print(f"published {escaped(publish.push(options.folder, options.repository, **send))}")
 
 
 def space(argv: list[str] | None = None) -> int:

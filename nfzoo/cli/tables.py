@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+
+from nfzoo.runtime.output import escaped, json_text
 
 
 def print_json(value: object) -> None:
     """Print a value as indented JSON."""
-    print(json.dumps(value, indent=2))
+    print(json_text(value), end="")
 
 
 def print_table(rows: Sequence[Sequence[str]], alignment: str) -> None:
     """Print rows of cells, with one of `<` and `>` for each column."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
     for row in rows:
         print("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)).rstrip())

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
 import logging
 import math
 import sys
@@ -27,11 +26,12 @@ from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.config import MAX_SIZE, is_int
 from nfzoo.data.loader import evaluation_batches
 from nfzoo.data.source import open_split
-from nfzoo.errors import CheckpointError, ConfigError, printable
+from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.export.quantize import quantize_onnx
 from nfzoo.nn import NFNet
 from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
+from nfzoo.runtime.output import escaped, json_text
 
 SHEET = "nfzoo.json"
 _CALIBRATION = 256  # images, the first of the training split; more change the ranges little
@@ -199,7 +199,7 @@ def export(
             unquantized.unlink()
         arithmetic = str(p.dtype).removeprefix("torch.") if int8 is None else "int8"
         fields = sheet(folded, format, side, batch) | {"arithmetic": arithmetic}
-        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        text = json_text(fields)
         (scratch / SHEET).write_text(text, encoding="utf-8")
     return Path(folder) / kind.file
 
@@ -305,7 +305,7 @@ def _main(options: argparse.Namespace) -> None:
         )
         written = [path, path.with_name(SHEET)]
     for path in written:
-        print(f"wrote {printable(str(path))}")
+        print(f"wrote {escaped(str(path))}")
 
 
 def _calibration(model: NFNet, source: str, size: int | None, batch: int | None) -> list[Tensor]:

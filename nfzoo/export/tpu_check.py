@@ -24,10 +24,11 @@ from typing import Any
 from nfzoo import __version__
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, read_description
 from nfzoo.config import MAX_SIZE, ModelConfig, Preprocessing
-from nfzoo.errors import CheckpointError, ConfigError, printable
+from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.export.tpu_worker import CHIPS, ENVIRONMENT, REQUIRED, Request
 from nfzoo.model import parameter_count
 from nfzoo.runtime import program
+from nfzoo.runtime.output import escaped
 from nfzoo.variants import variant
 
 TIMEOUT = 30.0  # minutes; NFNet-F6's training step takes its time on a few cores
@@ -181,7 +182,7 @@ def report(check: Check, *, name: str, parameters: int, tried: Sequence[Check] =
         largest = best(tried)
         rows.append(("largest", "none fits" if largest is None else f"{largest['batch']:,} images (estimate)"))
         rows += [("", f"{c['batch']:,}: {_result(c)}") for c in tried]
-    return "\n".join(f"{key + ':' if key else '':<13}{printable(value)}" for key, value in rows)
+    return "\n".join(f"{key + ':' if key else '':<13}{escaped(value)}" for key, value in rows)
 
 
 def _result(check: Check) -> str:
@@ -297,7 +298,7 @@ def _main(options: argparse.Namespace) -> int:
     check_installed()
 
     def check(batch: int) -> Check:
-        title = f"{name}, {'train' if request.train else 'forward'}, batch {batch}, {request.topology}"
+        title = f"{escaped(name)}, {'train' if request.train else 'forward'}, batch {batch}, {request.topology}"
         print(f"{title}: compiling", file=sys.stderr, flush=True)
         answer = compile_in_process(dataclasses.replace(request, batch=batch), timeout=options.timeout, log=options.log)
         if options.largest:

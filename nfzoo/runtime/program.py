@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import re
 import sys
@@ -14,7 +13,8 @@ from typing import Any, NoReturn
 
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import MAX_SIZE
-from nfzoo.errors import ConfigError, NfzooError, nearest, printable
+from nfzoo.errors import ConfigError, NfzooError, nearest
+from nfzoo.runtime.output import escaped, guarded, json_text
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
+        self.color = False  # newer Pythons colour help, by characters that `guarded` would show
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
@@ -66,6 +67,7 @@ def is_first_process(_: object = None) -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@guarded()
 def run(
     program: str,
     work: Callable[[], int | None],
@@ -96,7 +98,7 @@ def report(program: str, error: BaseException, *, reports: Callable[[BaseExcepti
         raise error  # the reader of the output is gone; the `nfzoo` command handles it
     status = error.exit_status if isinstance(error, NfzooError) else 1
     if reports(error):
-        text = printable(" ".join(str(error).split())) or type(error).__name__
+        text = escaped(" ".join(str(error).split())) or type(error).__name__
         print(f"{program}: {'' if status > 128 else 'error: '}{text}", file=sys.stderr)
     return status
 
@@ -123,7 +125,7 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
 
 def write_result(target: str | None, fields: Mapping[str, Any], text: str) -> None:
     """Print a result as text, and write it as JSON to the file `target`. For `-`, print the JSON instead."""
-    written = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    written = json_text(fields)
     if target == "-":
         print(written, end="")
         return
@@ -131,4 +133,4 @@ def write_result(target: str | None, fields: Mapping[str, Any], text: str) -> No
     if target is not None:
         with replaced(target) as scratch:
             scratch.write_text(written, encoding="utf-8")
-        print(f"wrote {printable(target)}")
+        print(f"wrote {escaped(target)}")

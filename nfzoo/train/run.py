@@ -26,6 +26,7 @@ from nfzoo.data.source import Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
+from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.recipes import parse
 from nfzoo.train.run_folder import LOGS, STATES, clear
@@ -283,6 +284,7 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------- the command line
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says, and return the exit status; see the module for its meaning."""
     try:

@@ -37,6 +37,7 @@ from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, full_tensors, gather
+from nfzoo.runtime.output import escaped
 from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
@@ -431,4 +432,4 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            print(text, flush=True)
+            print(escaped(text), flush=True)

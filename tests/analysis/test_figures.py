@@ -135,7 +135,8 @@ def test_signal_propagation(tmp_path: Path) -> None:
     cfg = NFNetConfig(depths=(1, 2, 1, 1), widths=(16, 16, 32, 32), group_width=8, stem_width=16, num_classes=2)
     generator = torch.Generator().manual_seed(0)
     metrics = signal_metrics(cfg, init(cfg, generator=generator), torch.randn(2, 3, 64, 64, generator=generator))
-    signal_propagation(metrics, tmp_path / "s.png")
+    for title in ("", "a$\\frac$b\x1b\n\udcff"):  # as a formula, that would be a wrong one
+        signal_propagation(metrics, tmp_path / "s.png", title=title)
     assert count(tmp_path / "s.png", BLUE_BAR) > 100
     assert count(tmp_path / "s.png", (0xD9, 0x73, 0x0D)) > 50
 

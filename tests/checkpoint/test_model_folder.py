@@ -142,6 +142,16 @@ def test_a_checkpoint_is_two_files(folder):
     assert "äöü" in (folder / "config.json").read_text(encoding="utf-8")
 
 
+def test_labels_that_are_no_text_come_back(tmp_path):
+    """JSON can hold half of a surrogate pair, UTF-8 cannot."""
+    labels = ("\udcff", "a\x1b\x00\n", "\ud800é", "\u2028\x85\x7f", '"\\udcff')
+    description = DESCRIPTION._replace(labels=labels, provenance={"\udcff": ["\udcff"]})
+    folder = save_checkpoint(tmp_path / "m", description, random_params(CFG))
+    for path in (folder, folder / "model.safetensors"):
+        assert load_checkpoint(path)[0] == description
+    assert "é" in (folder / "config.json").read_text(encoding="utf-8")
+
+
 def test_overwriting_keeps_what_is_not_ours(folder):
     (folder / "README.md").write_text("mine")
     other = random_params(CFG, seed=7)

@@ -127,7 +127,7 @@ def test_info_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str
         assert main(["info", str(path)]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
-    assert re.search(r"^labels: +cat, dog, �\[31mfish$", texts[0], re.M)
+    assert re.search(r"^labels: +cat, dog, \\x1b\[31mfish$", texts[0], re.M)
     assert re.search(r"^classes: +3$", texts[0], re.M)
 
 
@@ -140,7 +140,7 @@ def test_predict(checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[s
     )
     lines = capsys.readouterr().out.splitlines()
     assert [lines[i] for i in (0, 3, 6)] == ["photos/a.png", "photos/b.png", "photos/b.png"]
-    assert all(re.match(r"  +\d+\.\d %  (cat|dog|�\[31mfish)", lines[i]) for i in (1, 2, 4, 5, 7, 8))
+    assert all(re.match(r"  +\d+\.\d %  (cat|dog|\\x1b\[31mfish)", lines[i]) for i in (1, 2, 4, 5, 7, 8))
     assert lines[9:] == ["wrote predictions.png"]
     with Image.open("predictions.png") as sheet:
         assert sheet.width > 800
@@ -292,4 +292,4 @@ def test_a_reader_that_goes_away() -> None:
 def test_a_terminal_that_knows_ascii_alone(checkpoint: Path) -> None:
     done = run("info", str(checkpoint), env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert r"\ufffd[31mfish" in done.stdout
+    assert r"\x1b[31mfish" in done.stdout

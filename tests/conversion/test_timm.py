@@ -414,7 +414,7 @@ def test_there_and_back(arch, stride, tmp_path):
     cfg, state = small(arch)
     cfg = cfg.replace(output_stride=stride)
     preprocessing = VARIANTS[ARCHITECTURES[arch]].preprocessing
-    description = Description(cfg, preprocessing, ARCHITECTURES[arch], ("a", "ä", "c"), {"tag": "mine"})
+    description = Description(cfg, preprocessing, ARCHITECTURES[arch], ("a\udcff\x1b", "ä", "c"), {"tag": "mine"})
     written = write_timm(tmp_path / "a", description, timm.from_timm(cfg, state))
     found, params = read_timm(written)
     assert_same(to_timm(cfg, params), state)

@@ -18,6 +18,7 @@ from nfzoo.data.labels import imagenet
 from nfzoo.hub import push
 from nfzoo.hub.card import model_card
 from nfzoo.hub.publish import bundle
+from nfzoo.runtime.output import escaped
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import assert_same
 
@@ -131,6 +132,50 @@ def test_the_accuracy_of_training_is_in_the_metadata(model):
     (entry,) = ModelCard(model_card(description, REPO)).data.to_dict()["model-index"]
     (result,) = entry["results"]
     assert (result["dataset"]["name"], result["metrics"][0]["value"]) == ("pets", 0.75)
+
+
+HOSTILE = (
+    *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[a](javascript:b)", "![a](//e.org/b)", "&lt;b&gt;"),
+    *(
+        "a | b |\n| c | d |",
+        "`a`",
+        "**a** __b__ ~~c~~",
+        "# a",
+        "\n---\n",
+        "\n\n## a\n",
+        "https://e.org www.e.org <a@e.org>",
+    ),
+    *("$$x$$ \\\\(y\\\\)", "\\|", "a\x1b[2J\x07\x9b\u202e\u2028\udcff", "license: x\n---\n<b>", "- a: !!python/name:b"),
+)
+
+
+def test_text_from_files_is_text_in_a_card(model, monkeypatch):
+    """Rendered, a card with such labels and facts has the parts of a card with plain ones, and shows the text."""
+    markdown_it = pytest.importorskip("markdown_it")  # comes with the Hub's client
+    monkeypatch.setattr("nfzoo.hub.card.mac_count", lambda config, size: 1)  # which takes longest of all
+    render = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+
+    def card(text: str) -> ModelCard:
+        labels = (text, *"bcde")
+        description = model.description._replace(labels=labels, provenance={text: text, "data": text, "accuracy": 0.5})
+        result = {"dataset": text, "split": text, "images": 1, "top1": 0.5, "top5": 0.5, "size": 32}
+        written = model_card(description, REPO, evaluation=result)
+        assert written.encode().decode() == written
+        return ModelCard(written)
+
+    def parts(card: ModelCard) -> list[str]:
+        tokens = [inner for token in render.parse(card.text) for inner in (token, *(token.children or ()))]
+        return [f"{token.type} {token.attrs}" for token in tokens if token.type != "text"]
+
+    plain = card("plain")
+    for text in HOSTILE:
+        found = card(text)
+        assert parts(found) == parts(plain), text
+        shown = "".join(t.content for token in render.parse(found.text) for t in token.children or ())
+        assert shown.count(escaped(text)) >= 3, text
+        assert found.data.to_dict().keys() == plain.data.to_dict().keys()
+        (entry,) = found.data.to_dict()["model-index"]
+        assert entry["results"][0]["dataset"]["name"] == entry["results"][0]["dataset"]["split"] == text
 
 
 def test_the_usage_runs(hub, model, tmp_path, monkeypatch, capsys):

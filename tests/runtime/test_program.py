@@ -21,7 +21,7 @@ def fail(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (ConfigError("no such\nmodel \x1b[31m"), 2, "prog: error: no such model �[31m\n"),
+        (ConfigError("no such\nmodel \x1b[31m"), 2, "prog: error: no such model \\x1b[31m\n"),
         (ConfigError(""), 2, "prog: error: ConfigError\n"),
         (OSError(28, "No space left on device"), 1, "prog: error: [Errno 28] No space left on device\n"),
         (KeyboardInterrupt(), 130, ""),

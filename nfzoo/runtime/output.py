@@ -1,0 +1,103 @@
+"""Show text from files, servers and other processes on a terminal, so that none of it can drive the terminal.
+
+A program runs within `guarded`, which makes visible what it prints by any way: results, progress bars, warnings, errors
+and tracebacks. Newlines and tabs pass, since the program writes them itself. Text from elsewhere could add lines of its
+own by them, so a program prints such text as `escaped`. The log does this to each of its messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+# How progress bars move: back to the start of a line before they write it anew, and up by whole lines.
+_MOVES = re.compile(r"\r|(?:\x1b\[A)+\Z")
+
+
+def escaped(text: str) -> str:
+    r"""Return a text in which the characters that `repr` escapes are escaped in the same way.
+
+    They are control characters, also those above 127; marks of writing direction and other invisible characters; line
+    separators; and lone surrogates, which stand for bytes of a file name that are no text. A backslash stays as it is,
+    so that paths do.
+
+    >>> print(escaped("a\x1b[31m\nb"))
+    a\x1b[31m\nb
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def json_text(value: Any) -> str:
+    """Return a value as lines of JSON whose characters can all be seen; reading them gives the value back."""
+    lines = json.dumps(value, indent=2, ensure_ascii=False).split("\n")
+    return "".join((line if line.isprintable() else "".join(map(_in_json, line))) + "\n" for line in lines)
+
+
+def _in_json(character: str) -> str:
+    if character.isprintable():
+        return character
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Make visible what this process, and those that it forks, print in the block.
+
+    The guard outlasts an error that leaves the block, for the error's traceback.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_guard, before)
+    try:
+        yield
+    except Exception:
+        os.environ.setdefault("NO_COLOR", "1")  # newer Pythons would colour the traceback, by characters of control
+        before = sys.stdout, sys.stderr
+        raise
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _guard(stream: Any) -> Any:
+    return stream if stream is None or isinstance(stream, _Guard) else _Guard(stream)
+
+
+class _Guard:
+    """Write to a stream, with all but newlines and tabs escaped, and so what the stream's encoding lacks."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._encoding = stream.encoding or "utf-8"
+
+    def write(self, text: str) -> int:
+        move = match[0] if (match := _MOVES.match(text)) else ""
+        shown = re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), text[len(move) :])
+        self._stream.write(move + shown.encode(self._encoding, "backslashreplace").decode(self._encoding))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def escape_log() -> None:
+    """Escape the messages of nfzoo's log in this process, for whatever handlers the log has."""
+    log = logging.getLogger("nfzoo")
+    if _escape_record not in log.filters:
+        log.addFilter(_escape_record)
+
+
+def _escape_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = escaped(record.getMessage()), ()
+    return True
