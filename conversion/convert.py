@@ -71,6 +71,7 @@ def convert(
     model: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    require_hash: bool = False,
 ) -> Weights:
     """Read weights, and write them in another form: whole, or not at all.
 
@@ -83,6 +84,7 @@ def convert(
         model: the zoo's name (or timm's) where names and shapes do not tell the model, or to insist on one.
         overwrite: replace a model that is at `target`.
         progress: show a bar on standard error.
+        require_hash: see `nfzoo.conversion.download.fetch`.
 
     Raises:
         ConversionError: for weights that are refused, unknown or do not fit, and for a model in the way.
@@ -90,7 +92,11 @@ def convert(
     """
     target = Path(target)
     _check_target(target, to, overwrite)
-    weights = source if isinstance(source, Weights) else read(source, model=model, progress=progress)
+    weights = (
+        source
+        if isinstance(source, Weights)
+        else read(source, model=model, progress=progress, require_hash=require_hash)
+    )
     description, params, form = weights
     name = (description.name or description.config.family) if isinstance(source, Weights) else source
     if form == to == "nfzoo":
@@ -106,7 +112,9 @@ def convert(
     return weights
 
 
-def read(source: str | Path, *, model: str | None = None, progress: bool = False) -> Weights:
+def read(
+    source: str | Path, *, model: str | None = None, progress: bool = False, require_hash: bool = False
+) -> Weights:
     """Read the model that `source` holds: see `convert`.
 
     Raises:
@@ -114,7 +122,8 @@ def read(source: str | Path, *, model: str | None = None, progress: bool = False
     """
     name = str(source)
     if name.startswith("dm:"):
-        return _read_haiku(fetch(name, progress=progress), model, progress, {"url": published_url(name, PUBLISHED)})
+        path = fetch(name, progress=progress, require_hash=require_hash)
+        return _read_haiku(path, model, progress, {"url": published_url(name, PUBLISHED)})
     path = Path(source)
     form = _form(path)
     if form == "haiku":

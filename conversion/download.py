@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
+import logging
 import os
 import re
 import socket
@@ -25,6 +26,8 @@ from tqdm import tqdm
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.checkpoint.lock import locked
 from nfzoo.errors import ConversionError
+
+logger = logging.getLogger("nfzoo")
 
 PUBLISHED = "https://storage.googleapis.com/dm-nfnets"
 MODELS = tuple(f"F{n}" for n in range(7))
@@ -47,11 +50,15 @@ def published_url(name: str, base: str | None = None) -> str:
     return f"{base.rstrip('/')}/{match[1].upper()}_haiku.npz"
 
 
-def fetch(name: str, *, progress: bool = False) -> Path:
+def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> Path:
     """Return the file of `dm:F0` … `dm:F6` from the cache, downloading it first if it is not there.
 
-    The length is checked, and the MD5 where the server states it (Google's does). Processes that ask at the same time
-    wait for one download.
+    The length is checked, and the MD5 where the server states it (Google's does); where it does not, a warning says so.
+    Processes that ask at the same time wait for one download.
+
+    Args:
+        progress: show a bar on standard error.
+        require_hash: ask the server for the MD5 of a file from the cache too, and refuse one that it states none of.
 
     Raises:
         ConversionError: if there is no such file, or it cannot be downloaded, with the reason.
@@ -60,6 +67,8 @@ def fetch(name: str, *, progress: bool = False) -> Path:
     folder = Path(constants.HF_HOME) / "nfzoo" / hashlib.sha256(url.encode()).hexdigest()[:8]
     target = folder / url.rpartition("/")[2]
     if target.is_file():
+        if require_hash:
+            _check_again(url, target)
         return target
     if constants.HF_HUB_OFFLINE:
         raise ConversionError(f"{url} is not in the cache, {folder}, and HF_HUB_OFFLINE forbids to fetch it")
@@ -69,7 +78,7 @@ def fetch(name: str, *, progress: bool = False) -> Path:
             if target.is_file():  # downloaded by another process while this one waited
                 break
             try:
-                _download(url, target, progress=progress)
+                _download(url, target, progress=progress, require_hash=require_hash)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if isinstance(error, ConversionError):
                     raise
@@ -92,13 +101,35 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, ValueError) and not isinstance(reason, socket.gaierror | ConnectionRefusedError)
 
 
-def _download(url: str, target: Path, *, progress: bool) -> None:
-    """Download `url` to `target`, resuming from the bytes that an earlier attempt got of the same content."""
+def _check_again(url: str, target: Path) -> None:
+    """Compare a file of the cache with the MD5 that the server states; raise a `ConversionError` if that fails."""
+    try:
+        _check(target, *_stated(url, require_hash=True)[:2])
+    except (OSError, http.client.HTTPException) as error:
+        raise ConversionError(
+            f"{target} could not be checked ({str(error) or type(error).__name__}); remove it to download it again, or "
+            "leave out --require-hash to take it as it is"
+        ) from error
+
+
+def _stated(url: str, *, require_hash: bool) -> tuple[int, str | None, str | None]:
+    """Return length, MD5 and ETag that the server states; the MD5 is in Google's header, `crc32c=…,md5=…`."""
     with _open(url, method="HEAD") as response:
         headers = response.headers
     if not headers.get("Content-Length", "").isdigit():
         raise ConversionError(f"{url} is sent without its length, so that it cannot be checked; look at NFZOO_DM_URL")
-    length, etag = int(headers["Content-Length"]), headers.get("ETag")
+    stated = re.search(r"md5=([A-Za-z0-9+/]{22}==)", ",".join(headers.get_all("x-goog-hash", [])))
+    if stated is None and require_hash:
+        raise ConversionError(
+            f"{url} is sent without its MD5, so that it cannot be checked; look at NFZOO_DM_URL, or leave out "
+            "--require-hash to take it as it is"
+        )
+    return int(headers["Content-Length"]), stated and base64.b64decode(stated[1]).hex(), headers.get("ETag")
+
+
+def _download(url: str, target: Path, *, progress: bool, require_hash: bool) -> None:
+    """Download `url` to `target`, resuming from the bytes that an earlier attempt got of the same content."""
+    length, md5, etag = _stated(url, require_hash=require_hash)
     # The name of the partial file tells the content, so that parts of different contents are never joined.
     partial = target.with_suffix(f".{hashlib.sha256(f'{etag} {length}'.encode()).hexdigest()[:8]}.partial")
     size = partial.stat().st_size if etag and partial.exists() else 0
@@ -120,10 +151,16 @@ def _download(url: str, target: Path, *, progress: bool) -> None:
         if size < length:
             raise OSError(f"the connection ended after {size} of {length} bytes")
     try:
-        _check(partial, length, ",".join(headers.get_all("x-goog-hash", [])))
+        _check(partial, length, md5)
     except OSError:
         partial.unlink()
         raise
+    if md5 is None:
+        logger.warning(
+            "of %s nothing but the length was checked: the server states no MD5, as a mirror may; --require-hash "
+            "refuses such a file",
+            target.name,
+        )
     with replaced(target) as scratch:
         os.replace(partial, scratch)
     for leftover in target.parent.glob(f"{target.stem}.*partial*"):
@@ -134,14 +171,12 @@ def _open(url: str, *, method: str = "GET", headers: dict[str, str] | None = Non
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}, method=method), timeout=TIMEOUT)
 
 
-def _check(path: Path, length: int, hashes: str) -> None:
-    """Raise an `OSError` unless the file has this length and the MD5 of Google's header, `crc32c=…,md5=…`."""
+def _check(path: Path, length: int, md5: str | None) -> None:
+    """Raise an `OSError` unless the file has this length, and the MD5 if it is known."""
     if path.stat().st_size != length:
         raise OSError(f"{path.stat().st_size} bytes came instead of {length}")
-    stated = re.search(r"md5=([A-Za-z0-9+/]{22}==)", hashes)
-    if stated is not None:
-        expected = base64.b64decode(stated[1]).hex()
+    if md5 is not None:
         with path.open("rb") as file:
-            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if md5 != expected:
-            raise OSError(f"what came has the MD5 {md5}, not {expected}")
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if found != md5:
+            raise OSError(f"what came has the MD5 {found}, not {md5}")

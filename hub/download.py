@@ -3,7 +3,8 @@
 The cache is the Hub's own and shared with its other libraries. Files that it holds are used without a question to the
 network, whatever the revision; `force_download` asks, and fetches what has changed. The Hub's client accepts a body of
 the right length whose bytes are wrong. So each file is hashed when it is used, and compared with the name that the
-cache gives it: the sha256 of large files, git's sha1 of small ones.
+cache gives it: the sha256 of large files, git's sha1 of small ones. Where a mirror or a proxy answers, that name may be
+no hash. A warning then says that nothing was checked, or the file is refused if the caller requires a hash.
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ class Source:
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        require_hash: bool = False,
     ) -> None:
         self.repository = repository
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self.token = token
         self.local = local_files_only or constants.HF_HUB_OFFLINE
         self.force = force_download
+        self.require_hash = require_hash
+        self._unchecked: list[str] = []  # names of files that no hash is known of
 
     def __str__(self) -> str:
         revision = self.repository.revision
@@ -78,10 +82,11 @@ class Source:
         """Return the snapshot folder, with `config.json` and a weight file, and the latter's sha256 if it is known.
 
         Raises:
-            CheckpointError: for a missing or private repository, a failed connection, and damaged files.
+            CheckpointError: for a missing or private repository, a failed connection, and damaged files; with
+                `require_hash` also for files that no hash is known of.
         """
         try:
-            return self._fetch()
+            folder, sha256 = self._fetch()
         except GatedRepoError as error:
             raise CheckpointError(
                 f"{self} asks for consent: accept its terms on its page, then log in with `hf auth login`"
@@ -104,6 +109,14 @@ class Source:
         except (HFValidationError, HTTP_ERROR, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{self} could not be read: {reason}; call again to try again") from error
+        if self._unchecked:
+            logger.warning(
+                "%s of %s could not be checked: the server states no hash, as a mirror or a proxy may; "
+                "require_hash=True (--require-hash) refuses such files",
+                " and ".join(self._unchecked),
+                self,
+            )
+        return folder, sha256
 
     def _fetch(self) -> tuple[Path, str | None]:
         config = self._file(CONFIG_FILE, self.repository.revision)
@@ -143,15 +156,18 @@ class Source:
                 raise CheckpointError(f"{self} lacks {name}, which its {INDEX_FILE} names") from error
 
     def _file(self, name: str, revision: str) -> Path:
-        """Return one file from the cache or the network.
+        """Return one file from the cache or the network, checked.
 
         What the network gave is fetched once more if it is damaged, or if the connection or the server failed.
         """
         path = self._cached(name, revision) if self.local or not self.force else None
+        linked = path is not None and path.is_symlink()
+        if self.require_hash and not linked and not self.local:
+            path = None  # a cache without links states no hash: the Hub has to
         if path is not None:
             damage = self._damage(path, _stated_hash(path))
             if damage is None:
-                return path
+                return self._accepted(path, _stated_hash(path)) if linked or self.require_hash else path
             if self.local:
                 raise CheckpointError(
                     f"{damage}; with a connection, and without offline mode or local_files_only, it is fetched again"
@@ -169,12 +185,23 @@ class Source:
                 continue
             damage = self._damage(path, stated)
             if damage is None:
-                return path
+                return self._accepted(path, stated)
             _remove(path)
             if last:
                 raise CheckpointError(f"{damage}. It was so twice and was deleted; a proxy or mirror may be at fault")
             logger.warning("%s; fetching it again", damage)
         raise AssertionError("the loop returns or raises")
+
+    def _accepted(self, path: Path, stated: str | None) -> Path:
+        """Return a file that is not damaged; note it if no hash is known of it, or refuse it if one is required."""
+        if stated is None and (self.repository.sha256 is None or path.name != WEIGHTS_FILE):
+            if self.require_hash:
+                raise CheckpointError(
+                    f"{path.name} of {self} cannot be checked: the server states no hash, as a mirror or a proxy may; "
+                    "ask the Hub itself, or leave out require_hash (--require-hash) to take the file as it is"
+                )
+            self._unchecked.append(path.name)
+        return path
 
     def _damage(self, path: Path, stated: str | None) -> str | None:
         """Return the difference between a file's hash and those that are known for it, `None` if there is none."""

@@ -36,6 +36,7 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    require_hash: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
@@ -43,7 +44,8 @@ def from_pretrained(
 
     A model that was downloaded before comes from the cache, without a request to the network. If its branch has moved
     on the Hub since, `force_download=True` or another `revision` brings the update. Downloads are checked against the
-    hashes that the Hub states. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere.
+    hashes that the Hub states; where a mirror states none, a warning says that they could not be checked.
+    `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere.
 
     Args:
         source: a zoo name, a Hub repository id (`org/name`), a checkpoint folder or a `.safetensors` file; repositories
@@ -57,6 +59,7 @@ def from_pretrained(
         token: for private repositories: a token, `True` for the saved one, `False` for none.
         local_files_only: raise an error rather than download.
         force_download: ask the Hub for the newest commit of the revision, fetch what has changed, check all again.
+        require_hash: raise an error rather than load a downloaded file that the server states no hash of.
         device, dtype: of the parameters; as saved, on the CPU, by default.
 
     Raises:
@@ -79,6 +82,7 @@ def from_pretrained(
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
+            require_hash=require_hash,
         )
         path, sha256 = hub.fetch()
         origin = {"repository": repository.repo_id, "revision": path.name}

@@ -304,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--skip-broken", action="store_true", help="leave images out that cannot be read, and name them in the manifest"
     )
+    program.add_hash_option(parser)
     add("--overwrite", action="store_true", help="replace the results that DIR holds")
     return parser
 
@@ -322,7 +323,7 @@ def _main(options: argparse.Namespace, on_start: Callable[[], None]) -> None:
     from nfzoo import from_pretrained
 
     keywords = dict(vars(options))
-    model = from_pretrained(keywords.pop("model"))
+    model = from_pretrained(keywords.pop("model"), require_hash=keywords.pop("require_hash"))
     summary = predict_all(model, keywords.pop("data"), keywords.pop("output"), on_start=on_start, **keywords)
     if not processes(cpu=options.device == "cpu").is_main_process:
         return

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import logging
 import os
 import threading
@@ -19,16 +21,18 @@ from nfzoo.errors import ConfigError, DataError, NfzooError, UnknownModelError, 
 from nfzoo.hub.registry import PUBLIC
 from nfzoo.nn import NFNet
 from nfzoo.predict import classify
+from nfzoo.runtime.output import escaped
 
 logger = logging.getLogger("nfzoo")
 
 MODELS_VARIABLE = "NFZOO_SPACE_MODELS"
+MAX_UPLOAD = 32 << 20  # bytes of a picture
 KEPT = 2  # models in memory; the largest takes 1.8 GB, a free Space has 16
 TOP = 5
 
 
 class SpaceError(NfzooError, RuntimeError):
-    """A message for the user of the Space."""
+    """A message for the user of the Space, who may be anybody: it names no path of the server."""
 
 
 class Gallery:
@@ -64,7 +68,7 @@ class Gallery:
                     self._loaded[choice] = self._load(self.sources[choice]).eval()
                 except (NfzooError, OSError) as error:
                     logger.warning("%s cannot be loaded: %s", self.sources[choice], error)
-                    raise SpaceError(f"{choice} cannot be loaded: {error}") from error
+                    raise SpaceError(f"{choice} cannot be loaded. The log of the server says why.") from error
             self._loaded.move_to_end(choice)
             while len(self._loaded) > self._kept:
                 self._loaded.popitem(last=False)
@@ -84,14 +88,15 @@ class Gallery:
         try:
             pixels = model.preprocess(picture)
         except DataError as error:
-            reason = str(error).removeprefix(f"{picture} ")
+            reason = str(error).removeprefix(f"{picture} ").replace(str(picture), "the picture")
             raise SpaceError(f"The picture cannot be read: it {reason}.") from error
         try:
             (top,) = classify(model, [pixels], topk=TOP)
         except NfzooError as error:
             raise SpaceError(f"{choice} gives no answer: {error}.") from error
-        twice = {label for label, count in Counter(label for label, _ in top).items() if count > 1}
-        return {f"{label} ({i})" if label in twice else label: p for i, (label, p) in enumerate(top, start=1)}
+        shown = [(escaped(label), p) for label, p in top]
+        twice = {label for label, count in Counter(label for label, _ in shown).items() if count > 1}
+        return {f"{label} ({i})" if label in twice else label: p for i, (label, p) in enumerate(shown, start=1)}
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:
@@ -144,7 +149,8 @@ def build(gallery: Gallery) -> Any:
         try:
             return gallery.look(picture, choice)
         except SpaceError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            text = html.escape(escaped(str(error)), quote=False)  # Gradio shows it as HTML
+            raise gr.Error(text, print_exception=False) from error
 
     with gr.Blocks(title="nfzoo", analytics_enabled=False) as page:
         gr.Markdown("# Normalizer-Free networks\nGive a picture, choose a model, and see what it takes it for.")
@@ -162,15 +168,17 @@ def build(gallery: Gallery) -> Any:
     return page
 
 
-def main(models: Sequence[str] = (), *, port: int | None = None) -> None:
+def main(models: Sequence[str] = (), *, port: int | None = None, require_hash: bool = False) -> None:
     """Serve the page until it is interrupted, on 127.0.0.1 or where `GRADIO_SERVER_NAME` says.
 
     Args:
         models: sources to choose from; by default see `offered`.
         port: by default the first free one from 7860 on.
+        require_hash: see `nfzoo.from_pretrained`.
     """
-    gallery = Gallery(list(models) or offered(os.environ.get(MODELS_VARIABLE)))
-    build(gallery).launch(server_port=port, footer_links=[])
+    load = functools.partial(from_pretrained, require_hash=require_hash)
+    gallery = Gallery(list(models) or offered(os.environ.get(MODELS_VARIABLE)), load=load)
+    build(gallery).launch(server_port=port, footer_links=[], max_file_size=MAX_UPLOAD)
 
 
 if __name__ == "__main__":

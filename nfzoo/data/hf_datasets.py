@@ -29,12 +29,14 @@ class HFDataset(Images[Path | io.BytesIO]):
         table: the image column, as encoded bytes and path; several tables may be concatenated in it.
         prefixes: the text before `row 17` in the names of images, for each of the concatenated tables.
         ends: end row of each of them.
+        folders: where the files lie that a row may name. Others are not read: a table from elsewhere could name any.
         facts: the value of `stamp`.
     """
 
     table: datasets.Dataset
     prefixes: tuple[str, ...]
     ends: np.ndarray
+    folders: tuple[Path, ...] = ()
     facts: str = ""
 
     @classmethod
@@ -46,6 +48,7 @@ class HFDataset(Images[Path | io.BytesIO]):
         *,
         image: str | None = None,
         label: str | None = None,
+        folders: Sequence[Path] = (),
     ) -> HFDataset:
         """Return the images of a table with a column of images and one of class numbers or names.
 
@@ -54,6 +57,7 @@ class HFDataset(Images[Path | io.BytesIO]):
             source: the table's name in error messages.
             classes: the expected class names, if they are known.
             image, label: names of the columns; by default they are found by type and name.
+            folders: where the files lie that a row may name; relative names start from the first that has such a file.
 
         Raises:
             DataError: if a column does not exist, or a label is missing or is not a class.
@@ -70,17 +74,24 @@ class HFDataset(Images[Path | io.BytesIO]):
             raise DataError(f"{source} has {column.null_count:,} rows without a {label!r}; leave them out")
         numbers, names = _labels(column.to_numpy(), table.features[label], f"{source}, column {label!r},", classes)
         ends = np.array([len(table)])
-        return cls(np.arange(len(table)), numbers, names, _images(table, source, image), (f"{source}, ",), ends)
+        images = _images(table, source, image)
+        return cls(np.arange(len(table)), numbers, names, images, (f"{source}, ",), ends, tuple(folders))
 
     @classmethod
     def unlabelled(
-        cls, tables: Mapping[str, datasets.Dataset], source: str, *, image: str | None = None, facts: str
+        cls,
+        tables: Mapping[str, datasets.Dataset],
+        source: str,
+        *,
+        image: str | None = None,
+        folders: Sequence[Path] = (),
+        facts: str,
     ) -> HFDataset:
         """Return the images of several tables, one after the other.
 
         Args:
             tables: the text before `row 17` in the names of images -> table.
-            source, image: see `labelled`.
+            source, image, folders: see `labelled`.
             facts: the value of `stamp`.
 
         Raises:
@@ -96,7 +107,8 @@ class HFDataset(Images[Path | io.BytesIO]):
         if not ends[-1]:
             raise DataError(f"{source} is empty")
         table = datasets.concatenate_datasets(columns)
-        return cls(np.arange(ends[-1]), np.full(ends[-1], UNLABELLED), (), table, tuple(tables), ends, facts)
+        labels = np.full(ends[-1], UNLABELLED)
+        return cls(np.arange(ends[-1]), labels, (), table, tuple(tables), ends, tuple(folders), facts)
 
     def row_name(self, row: int) -> str:
         k = int(np.searchsorted(self.ends, row, side="right"))
@@ -110,10 +122,21 @@ class HFDataset(Images[Path | io.BytesIO]):
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise DataError(f"{self.row_name(row)} holds no image")
         if cell["bytes"] is None:
-            return Path(cell["path"])
+            return self._file(row, cell["path"])
         image = io.BytesIO(cell["bytes"])
         image.name = self.row_name(row)  # for messages of `open_image`
         return image
+
+    def _file(self, row: int, path: str) -> Path:
+        """Return the file that a row names; raise a `DataError` if it, or what it links to, lies elsewhere."""
+        named = [(folder, folder / path) for folder in self.folders]  # an absolute path stays as it is
+        inside = [file for folder, file in named if file.resolve().is_relative_to(folder.resolve())]
+        if not inside:
+            raise DataError(
+                f"{self.row_name(row)} names the file {path!r}, which does not lie in the folder of the table; other "
+                "files are not read: move it there, or write its bytes into the table"
+            )
+        return next((file for file in inside if file.exists()), inside[0])
 
 
 def _column(
@@ -171,6 +194,18 @@ def _labels(
         number = {name: i for i, name in enumerate(known)}
         return np.array([number[value] for value in values], np.int64), known
     raise DataError(f"{where} holds neither class numbers nor names but {feature}; name another with ?label=COLUMN")
+
+
+def folders_of_hub(repository: str) -> tuple[Path, ...]:
+    """Return the folders of the local caches into which the files of a data set on the Hub are downloaded."""
+    import datasets.config
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache, paths = Path(constants.HF_HUB_CACHE), datasets.config
+    own = cache / repo_folder_name(repo_id=repository, repo_type="dataset")
+    shared = cache / "blobs"  # to which files in it may be links
+    return own, shared, Path(paths.DOWNLOADED_DATASETS_PATH), Path(paths.EXTRACTED_DATASETS_PATH)
 
 
 def open_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:

@@ -28,7 +28,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from nfzoo.data.hf_datasets import HFDataset, open_hub, open_parquet
+from nfzoo.data.hf_datasets import HFDataset, folders_of_hub, open_hub, open_parquet
 from nfzoo.data.images import (
     DIGITS,
     Digits,
@@ -171,7 +171,8 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         names = [part] if part is not None else sorted(map(str, dataset))
         facts = f"{path} {options.get('revision')} {[len(dataset[name]) for name in names]}"
         tables = {f"{name}, ": dataset[name] for name in names}
-        return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), facts=facts)
+        folders = folders_of_hub(_repository(path))
+        return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), folders=folders, facts=facts)
     # Local files: a folder of images, or the archives that the source names.
     path, options = split_options(source)
     root = Path(path)
@@ -199,7 +200,7 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         _check_options(options, ("image",), source)
         facts = " ".join(f"{file.relative_to(base).as_posix()} {file.stat().st_size}" for file in archives)
         tables = {"": open_parquet(archives, repr(source))}
-        return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), facts=facts)
+        return HFDataset.unlabelled(tables, repr(source), image=options.get("image"), folders=[base], facts=facts)
     _check_options(options, (), source)
     return TarShards.unlabelled(archives, base)
 
@@ -278,8 +279,9 @@ def _open_files(files: list[Path], source: str, options: dict[str, str]) -> Open
         return partial(TarShards.index, files)
     _check_options(options, ("image", "label", "train", "validation"), source)
     image, label = options.get("image"), options.get("label")
+    folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
     return lambda classes: HFDataset.labelled(
-        open_parquet(files, repr(source)), repr(source), classes, image=image, label=label
+        open_parquet(files, repr(source)), repr(source), classes, image=image, label=label, folders=[folder]
     )
 
 
@@ -294,10 +296,14 @@ def _hub(source: str, known: tuple[str, ...]) -> tuple[str, dict[str, str], data
     """Return the name, the options and the parts of a data set on the Hub."""
     path, options = split_options(source)
     _check_options(options, known, source)
-    repository, _, config = path.removeprefix(HUB).partition(":")
+    repository, config = _repository(path), path.removeprefix(HUB).partition(":")[2]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
         raise DataError(f"{source!r} names no data set of the Hub; write {HUB}ORG/NAME or {HUB}ORG/NAME:CONFIG")
     return path, options, open_hub(repository, config or None, options.get("revision"), repr(source))
+
+
+def _repository(path: str) -> str:
+    return path.removeprefix(HUB).partition(":")[0]
 
 
 def _hub_parts(source: str) -> _Source:
@@ -312,7 +318,9 @@ def _hub_parts(source: str) -> _Source:
 
     def opener(name: str) -> Opener:
         source = f"{path} ({name})"
-        return lambda classes: HFDataset.labelled(dataset[name], source, classes, image=image, label=label)
+        return lambda classes: HFDataset.labelled(
+            dataset[name], source, classes, image=image, label=label, folders=folders_of_hub(_repository(path))
+        )
 
     return _Source(opener(train), opener(validation) if validation else None, validation)
 

@@ -62,6 +62,12 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def add_hash_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--require-hash`, an option of all commands that load models of the Hub."""
+    text = "refuse a downloaded model if the server states no hash to check it against"
+    parser.add_argument("--require-hash", action="store_true", help=text)
+
+
 def is_first_process(_: object = None) -> bool:
     """Return true in the first of the launched processes, which reports for all."""
     return os.environ.get("RANK", "0") == "0"

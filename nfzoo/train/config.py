@@ -112,6 +112,7 @@ class TrainConfig:
         accumulation: parts in which each process works its share of a batch off, to save memory.
         seed: of everything random.
         pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
+        require_hash: refuse a downloaded model if the server states no hash to check it against.
         tune: "all" weights, or the classifier's ("head") alone.
         train_size: side of the training images in pixels; by default the model's.
         test_size: side of the held-out images in pixels; by default the model's.
@@ -147,6 +148,7 @@ class TrainConfig:
     accumulation: int = 1
     seed: int = 0
     pretrained: bool | None = None
+    require_hash: bool = False
     tune: Literal["all", "head"] = "all"
     train_size: int | None = None
     test_size: int | None = None

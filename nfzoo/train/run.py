@@ -46,6 +46,7 @@ CHANGEABLE = frozenset(
         "output",
         "data",  # compared by content
         "epochs",  # at least those begun
+        "require_hash",
         "accumulation",
         "workers",
         "compile",
@@ -223,7 +224,7 @@ def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> InitialState:
         raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
     if not in_zoo or config.pretrained or (config.pretrained is None and config.model in list_models(pretrained=True)):
         try:
-            model = from_pretrained(config.model, num_classes=len(classes))
+            model = from_pretrained(config.model, num_classes=len(classes), require_hash=config.require_hash)
         except CheckpointError as error:
             hint = "; to start from random weights, pass --pretrained false" if in_zoo else ""
             raise CheckpointError(f"{error}{hint}") from error

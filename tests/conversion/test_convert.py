@@ -651,6 +651,26 @@ def test_faults_that_are_told(
     assert "F0_haiku.npz" not in kept(tmp_path)
 
 
+def test_a_file_without_a_hash_is_named_or_refused(
+    server: type[Server], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    md5, server.md5 = server.md5, None
+    assert main(["convert", "dm:F0", str(tmp_path / "model"), "--require-hash"]) == 2
+    assert "without its MD5" in capsys.readouterr().err
+    server.faults.append("corrupt")
+    assert fetch("dm:F0").read_bytes() != server.content
+    (said,) = caplog.messages
+    assert said.startswith("of F0_haiku.npz nothing but the length was checked")
+    # What is in the cache is checked anew.
+    for server.md5, told in ((None, "without its MD5"), (md5, "could not be checked (what came has the MD5")):
+        with pytest.raises(ConversionError, match=re.escape(told)):
+            fetch("dm:F0", require_hash=True)
+    fetch("dm:F0").unlink()
+    assert fetch("dm:F0", require_hash=True).read_bytes() == server.content
+    assert fetch("dm:F0", require_hash=True).read_bytes() == server.content
+    assert len(caplog.messages) == 1
+
+
 def test_a_download_goes_on_in_the_next_process(server: type[Server], tmp_path: Path) -> None:
     server.faults.extend(["cut"] + ["503"] * 4)
     with pytest.raises(ConversionError, match="resumes the download"):

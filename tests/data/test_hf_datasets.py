@@ -20,7 +20,7 @@ from PIL import Image
 from nfzoo.config import Preprocessing
 from nfzoo.data.hf_datasets import HFDataset
 from nfzoo.data.loader import training_batches
-from nfzoo.data.source import has_held_out, open_held_out, open_split
+from nfzoo.data.source import has_held_out, open_all, open_held_out, open_split
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import open_image
 from tests.support.data_hub import DataHub
@@ -81,7 +81,7 @@ def test_images_are_stored_in_every_usual_way(tmp_path: Path, stored: str) -> No
                 (tmp_path / f"{i}.png").write_bytes(picture(i))
         case "feature":
             features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    images = wrap({"image": column, "label": [0, 1, 0]}, features)
+    images = wrap({"image": column, "label": [0, 1, 0]}, features, folders=[tmp_path])
     for i in range(3):
         with Image.open(io.BytesIO(picture(i))) as expected:
             np.testing.assert_array_equal(open_image(images[i][0]), expected)
@@ -156,6 +156,50 @@ def test_a_row_without_an_image_is_a_broken_image() -> None:
     (batch,) = training_batches(images, rule, epoch=0, seed=0, batch_size=4)
     assert batch.broken == ("the table, row 3 holds no image",)
     assert sorted(batch.indices.tolist()) == [0, 0, 1, 2]
+
+
+def test_a_table_names_files_of_its_own_folder_alone(tmp_path: Path) -> None:
+    """A table from elsewhere could name any file of this machine, also by links that came with it."""
+    own, other = tmp_path / "own", tmp_path / "own-too"
+    for folder in (own / "deep", other):
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(picture(0))
+    (own / "link.png").symlink_to(other / "0.png")
+    (own / "folder").symlink_to(other)
+    (own / "inside.png").symlink_to("deep/0.png")
+    (tmp_path / "way").symlink_to(own)  # the user's own way to the data
+    inside = ("deep/0.png", str(own / "deep" / "0.png"), "deep/../inside.png", str(tmp_path / "way" / "deep" / "0.png"))
+    outside = (
+        "/etc/passwd",
+        "../own-too/0.png",
+        str(other / "0.png"),
+        "link.png",
+        "folder/0.png",
+        "deep/../../own-too/0.png",
+    )
+    column = [{"bytes": None, "path": path} for path in (*inside, *outside, "absent.png")]
+    for folder in (own, tmp_path / "way"):
+        images = wrap({"image": column, "label": [0] * len(column)}, folders=[folder])
+        for i in range(len(inside)):
+            assert open_image(images[i][0]).size == (24, 20)
+        for i, path in enumerate(outside, start=len(inside)):
+            with pytest.raises(DataError, match=rf"row {i} names the file {path!r}, which does not lie in the folder"):
+                images[i]
+        with pytest.raises(DataError, match="does not exist"):
+            open_image(images[len(column) - 1][0])
+    for index in range(len(column)):
+        with pytest.raises(DataError, match="does not lie in the folder"):
+            wrap({"image": column, "label": [0] * len(column)})[index]
+
+
+def test_rows_of_parquet_files_that_name_files(tmp_path: Path) -> None:
+    column = [{"bytes": None, "path": path} for path in ("0.png", "/etc/passwd")]
+    source = str(write_parquet(tmp_path / "data" / "a.parquet", image=column, label=[0, 1]).parent)
+    (tmp_path / "data" / "0.png").write_bytes(picture(0))
+    for images in (open_all(f"{source}/a.parquet"), open_held_out(source).images, open_all(f"{source}/*.parquet")):
+        assert open_image(images[0][0]).size == (24, 20)
+        with pytest.raises(DataError, match="names the file '/etc/passwd'"):
+            images[1]
 
 
 # -- parquet files
@@ -263,3 +307,49 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     assert len(lines) == 3 + len(bad)
     for line, message in zip(lines[3:], bad.values(), strict=True):
         assert message in line
+
+
+FILES_OF_THE_HUB = """
+import sys
+from nfzoo.data.source import open_split
+from nfzoo.errors import DataError
+from nfzoo.transforms.decode import open_image
+train, validation = open_split("hub:org/pets")
+print([open_image(train[i][0]).size for i in range(len(train))], train.classes)
+try:
+    validation[0]
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_image_files_of_a_data_set_of_the_hub_are_read_and_no_others(tmp_path: Path) -> None:
+    shown = {f"train/{name}/0.png": picture(0) for name in ("cat", "dog")}
+    row = write_parquet(tmp_path / "test.parquet", image=[{"bytes": None, "path": "/etc/passwd"}], label=[0])
+    for files, expected in (
+        ({**shown, **{f"test/{name}/0.png": picture(0) for name in ("cat", "dog")}}, []),
+        (
+            {"train.parquet": write_parquet(tmp_path / "a.parquet", image=cells(2), label=[0, 1]).read_bytes()}
+            | {"test.parquet": row.read_bytes()},
+            ["hub:org/pets (test), row 0 names the file '/etc/passwd'"],
+        ),
+    ):
+        with DataHub("org/pets", files) as hub:
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", FILES_OF_THE_HUB],
+                env={
+                    **os.environ,
+                    "HF_ENDPOINT": hub.url,
+                    "HF_HOME": str(tmp_path / hub.url[-5:]),
+                    "HF_HUB_OFFLINE": "0",
+                },
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+        assert done.returncode == 0, done.stderr
+        first, *others = done.stdout.splitlines()
+        assert first.startswith("[(24, 20), (24, 20)] ")
+        assert len(others) == len(expected)
+        assert all(line.startswith(start) for line, start in zip(others, expected, strict=True))

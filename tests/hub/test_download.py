@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,16 @@ from safetensors.torch import load_file
 import nfzoo
 from nfzoo import CheckpointError, NFNet, UnknownModelError
 from nfzoo.checkpoint.model_folder import Description
+from nfzoo.cli.main import main
 from nfzoo.conversion.timm import write_timm
 from nfzoo.data.labels import imagenet
 from nfzoo.hub.registry import PUBLIC
+from nfzoo.hub.space import app
+from nfzoo.hub.space.app import Gallery, SpaceError
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import assert_same, images, random_params
 from tests.support.hub_server import HubServer, object_id
+from tests.support.pictures import write_images
 
 # huggingface_hub 2.4 uploads in a way that its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -195,6 +200,83 @@ def test_a_cache_without_links(hub, files, model, monkeypatch, caplog):
     assert hub.requests == []
 
 
+def flipped(files: dict[str, bytes]) -> dict[str, bytes]:
+    content = bytearray(files["model.safetensors"])
+    content[-1] ^= 1
+    return {**files, "model.safetensors": bytes(content)}
+
+
+def test_files_without_a_hash_are_named_or_refused(hub, files, model, caplog):
+    """A mirror or a proxy may state none, so that no damage would be noticed."""
+    hub.hashless = True
+    hub.add(REPO, flipped(files))
+    refusal = "config.json of the Hub repository 'org/small' cannot be checked: the server states no hash"
+    several: list[dict[str, Any]] = [{}, {"local_files_only": True}, {"force_download": True}]
+    with pytest.raises(CheckpointError, match=refusal):
+        nfzoo.from_pretrained(REPO, require_hash=True)
+    for options in several:
+        caplog.clear()
+        nfzoo.from_pretrained(REPO, **options)
+        (said,) = caplog.messages
+        assert said.startswith(
+            "config.json and model.safetensors of the Hub repository 'org/small' could not be checked"
+        )
+        with pytest.raises(CheckpointError, match=refusal):
+            nfzoo.from_pretrained(REPO, require_hash=True, **options)
+    hub.hashless = False
+    hub.add("org/other", files)
+    caplog.clear()
+    for options in several:
+        options = {**options, "require_hash": True}
+        assert_same(nfzoo.from_pretrained("org/other", **options).state_dict(), model.state_dict())
+    assert caplog.messages == []
+
+
+def test_every_shard_needs_its_hash(hub, shards, caplog):
+    hub.hashless = True
+    hub.add(REPO, shards)
+    nfzoo.from_pretrained(REPO)
+    (said,) = caplog.messages
+    assert all(name in said for name in shards)
+
+
+def test_a_cache_without_links_has_its_hashes_from_the_hub(hub, files, model, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: False)
+    hub.add(REPO, files)
+    for _ in range(2):
+        assert_same(nfzoo.from_pretrained(REPO, require_hash=True).state_dict(), model.state_dict())
+    with pytest.raises(CheckpointError, match="cannot be checked"):
+        nfzoo.from_pretrained(REPO, require_hash=True, local_files_only=True)
+    hub.hashless = True
+    with pytest.raises(CheckpointError, match="cannot be checked"):
+        nfzoo.from_pretrained(REPO, require_hash=True)
+    assert not caplog.messages
+
+
+def test_every_command_can_require_a_hash(hub, files, tmp_path, monkeypatch, capsys):
+    hub.hashless = True
+    hub.add(REPO, files)
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data", {"a": 2, "b": 2})
+    picture = "data/a/0.png"
+    commands = (
+        *(["info", REPO], ["predict", REPO, picture], ["evaluate", REPO, "--data", "data"], ["convert", REPO, "out"]),
+        *(["bulk", REPO, "--data", "data", "--output", "out"], ["plot", "signal", REPO]),
+        ["export", REPO, "--format", "onnx", "--output", "out"],
+        ["train", "--model", REPO, "--data", "data", "--output", "out", "--batch-size", "2", "--epochs", "1"],
+    )
+    for command in commands:
+        value = ["true"] if command[0] == "train" else []
+        assert main([*command, "--require-hash", *value]) == 2, command
+        assert "config.json of the Hub repository 'org/small' cannot be checked" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["data"]
+    monkeypatch.setattr(app, "build", lambda gallery: built.append(gallery) or SimpleNamespace(launch=lambda **_: None))
+    built: list[Gallery] = []
+    assert main(["space", "--model", REPO, "--require-hash"]) == 0
+    with pytest.raises(SpaceError, match="cannot be loaded"):
+        built[0].look(picture, REPO)
+
+
 def test_a_file_that_rots_in_the_cache(hub, files, model, tmp_path, caplog, monkeypatch):
     hub.add(REPO, files)
     nfzoo.from_pretrained(REPO)
@@ -335,8 +417,14 @@ def test_a_name_of_the_zoo_means_its_architecture(hub, timm_files, monkeypatch):
         nfzoo.from_pretrained("nfnet-l0")
 
 
-def test_a_known_sha256_is_checked(hub, timm_files, monkeypatch):
+def test_a_known_sha256_is_checked(hub, timm_files, monkeypatch, caplog):
     hub.add(PUBLIC[ZOO].repo_id, timm_files)
+    hub.hashless = True
+    sha256 = hashlib.sha256(timm_files["model.safetensors"]).hexdigest()
+    monkeypatch.setitem(PUBLIC, ZOO, PUBLIC[ZOO]._replace(sha256=sha256))
+    nfzoo.from_pretrained(ZOO)
+    assert ["model.safetensors" in said for said in caplog.messages] == [False]  # but config.json
+    hub.hashless = False
     monkeypatch.setitem(PUBLIC, ZOO, PUBLIC[ZOO]._replace(sha256="0" * 64))
     with pytest.raises(CheckpointError, match=r"is damaged: its hash is [0-9a-f]{64}, not 0000"):
         nfzoo.from_pretrained(ZOO)

@@ -28,17 +28,18 @@ class DataHub:
 
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self.answer(unquote(urlsplit(self.path).path))
+                parts = urlsplit(self.path)
+                self.answer(unquote(parts.path), everything="recursive=true" in parts.query.split("&"))
 
             do_HEAD = do_POST = do_GET
 
-            def answer(self, path: str) -> None:
+            def answer(self, path: str, *, everything: bool) -> None:
                 known = f"(main|{REVISION})"
                 if re.fullmatch(rf"/api/datasets/{name}(/revision/{known})?", path):
                     about = {"id": name, "sha": REVISION, "siblings": [{"rfilename": file} for file in files]}
                     return self.give(200, {**about, "private": False, "gated": False, "tags": []})
                 if match := re.fullmatch(rf"/api/datasets/{name}/tree/{known}(/(?P<folder>.+))?", path):
-                    return self.give(200, tree(files, match["folder"]))
+                    return self.give(200, tree(files, match["folder"], everything=everything))
                 if match := re.fullmatch(rf"/datasets/{name}/resolve/{known}/(?P<file>.+)", path):
                     content = files.get(match["file"])
                     if content is None:
@@ -74,13 +75,13 @@ def object_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def tree(files: dict[str, bytes], folder: str | None) -> list[dict[str, Any]]:
-    """The files and folders directly in a folder."""
+def tree(files: dict[str, bytes], folder: str | None, *, everything: bool = False) -> list[dict[str, Any]]:
+    """The files and folders directly in a folder, or at any depth."""
     start = f"{folder}/" if folder else ""
     inside = {path: content for path, content in files.items() if path.startswith(start)}
     folders = {path[: path.index("/", len(start))] for path in inside if "/" in path[len(start) :]}
     return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + [
         {"type": "file", "path": path, "oid": object_id(content), "size": len(content)}
         for path, content in inside.items()
-        if "/" not in path[len(start) :]
+        if everything or "/" not in path[len(start) :]
     ]
