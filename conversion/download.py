@@ -64,6 +64,7 @@ def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> P
         ConversionError: if there is no such file, or it cannot be downloaded, with the reason.
     """
     url = published_url(name)
+    shown = re.sub(r"//[^/@]*@", "//", url)  # without a name and password
     folder = Path(constants.HF_HOME) / "nfzoo" / hashlib.sha256(url.encode()).hexdigest()[:8]
     target = folder / url.rpartition("/")[2]
     if target.is_file():
@@ -71,7 +72,7 @@ def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> P
             _check_again(url, target)
         return target
     if constants.HF_HUB_OFFLINE:
-        raise ConversionError(f"{url} is not in the cache, {folder}, and HF_HUB_OFFLINE forbids to fetch it")
+        raise ConversionError(f"{shown} is not in the cache, {folder}, and HF_HUB_OFFLINE forbids to fetch it")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(target, wait=True):
         for attempt in range(1, ATTEMPTS + 1):
@@ -83,7 +84,6 @@ def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> P
                 if isinstance(error, ConversionError):
                     raise
                 if attempt == ATTEMPTS or not _may_pass(error):
-                    shown = re.sub(r"//[^/@]*@", "//", url)  # without a name and password
                     raise ConversionError(
                         f"{shown} could not be fetched (attempt {attempt} of {ATTEMPTS}): "
                         f"{str(error) or type(error).__name__}. Check the connection, or name a mirror in "

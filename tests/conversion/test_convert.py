@@ -704,6 +704,11 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: type
     with pytest.raises(ConversionError, match="localhost") as refused:
         fetch("dm:F0")
     assert "secret" not in str(refused.value)
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConversionError, match="HF_HUB_OFFLINE") as refused:
+            fetch("dm:F0")
+    assert "secret" not in str(refused.value)
     monkeypatch.setenv("NFZOO_DM_URL", "nonsense")
     with pytest.raises(ConversionError, match="NFZOO_DM_URL"):
         fetch("dm:F0")

@@ -52,7 +52,7 @@ def test_table_of_models() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for text in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for text in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / text).read_text()):
             assert target.startswith("https://") or (ROOT / target).exists(), f"{text}: {target}"
 
