@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nfzoo.checkpoint.model_folder import Description
-from nfzoo.config import ModelConfig, Preprocessing
+from nfzoo.config import MAX_SIDE, ModelConfig, Preprocessing, is_int
 from nfzoo.errors import ConfigError, ConversionError
 from nfzoo.model import specs
 from nfzoo.runtime.timm_interface import pretrained_cfg as interface_cfg
@@ -112,8 +112,11 @@ def read_preprocessing(
     test = _side(cfg, "test_input_size", config.in_channels, source) or train
     crop = cfg.get("test_crop_pct") or cfg.get("crop_pct") or 0.875  # timm's default
     try:
-        if not isinstance(crop, int | float) or not 0 < crop <= 1:
-            raise ConfigError(f"crop_pct must be in (0, 1], not {crop!r}")
+        if not isinstance(crop, int | float) or not 1 / MAX_SIDE <= crop <= 1:
+            raise ConfigError(f"crop_pct must be from 1 / {MAX_SIDE} to 1, not {crop!r}")
+        for side in (train, test):
+            if not is_int(side, 1, MAX_SIDE):
+                raise ConfigError(f"the sides of images must be from 1 to {MAX_SIDE} pixels, not {side!r}")
         preprocessing = dataclasses.replace(
             default,
             train_size=train,

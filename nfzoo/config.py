@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 # Far above any network. Without limits a damaged configuration would give endless plans and overflowing numbers.
 MAX_BLOCKS = 1024  # of one stage
-MAX_SIZE = 1 << 20  # channels, classes, pixels, ratios
+MAX_SIZE = 1 << 20  # channels, classes, ratios
+MAX_SIDE = 4096  # pixels of an input or a resized image; one of this size takes 200 MB
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -313,13 +314,16 @@ class Preprocessing:
             raise ConfigError(f"std must be positive and as long as mean, not {self.std!r}")
         for name in ("train_size", "test_size"):
             value = getattr(self, name)
-            if not is_int(value, 1, MAX_SIZE):
-                raise ConfigError(f"{name} must be a positive number of pixels up to {MAX_SIZE}, not {value!r}")
+            if not is_int(value, 1, MAX_SIDE):
+                raise ConfigError(f"{name} must be a positive number of pixels up to {MAX_SIDE}, not {value!r}")
         _one_of("resize", self.resize, ("deepmind", "shortest-edge"))
-        if not is_int(self.margin, 0, MAX_SIZE):
-            raise ConfigError(f"margin must be a number of pixels up to {MAX_SIZE}, not {self.margin!r}")
-        if not _is_number(self.crop) or not 0 < self.crop <= 1:
-            raise ConfigError(f"crop must be in (0, 1], not {self.crop!r}")
+        if not is_int(self.margin, 0, MAX_SIDE):
+            raise ConfigError(f"margin must be a number of pixels up to {MAX_SIDE}, not {self.margin!r}")
+        least = max(self.train_size, self.test_size) / MAX_SIDE
+        if not _is_number(self.crop) or not least <= self.crop <= 1:
+            raise ConfigError(
+                f"crop must be from {least:.4g}, which resizes the edge to {MAX_SIDE} pixels, to 1, not {self.crop!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""

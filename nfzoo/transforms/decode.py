@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from nfzoo.errors import DataError
 
@@ -43,9 +43,17 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
+_SIDEWAYS = frozenset(_UPRIGHT[n] for n in (5, 6, 7, 8))
+_BACKWARDS = frozenset(_UPRIGHT[n] for n in (3, 4, 6, 7))
+"""The first row becomes the last row, or the last column."""
 
 MODES = {1: "L", 3: "RGB"}
+
+# Pillow keeps a pointer to each row, so that a column of pixels takes many times the memory of its pixels.
+_LONGEST_SIDE = 1 << 20
+_BAND = 1 << 22  # pixels that are converted at a time
+# A progressive JPEG is decoded anew for each scan, and a scan can be of fifty bytes. Programs write a dozen.
+_MOST_SCANNED = 1 << 32  # pixels times scans
 
 
 def open_image(
@@ -62,7 +70,8 @@ def open_image(
             them whose shorter side has at least so many pixels.
 
     Raises:
-        DataError: for a source that is absent, damaged, no image, or beyond Pillow's limit of 179 million pixels.
+        DataError: for a source that is absent, damaged, no image, or too large: beyond Pillow's limit of 179 million
+            pixels, or a million on one side. What is too large is not decoded.
     """
     if channels not in MODES:
         raise DataError(
@@ -76,6 +85,9 @@ def open_image(
             if isinstance(source, Image.Image):
                 return _convert(source, channels)
             with Image.open(source, formats=_formats()) as image:
+                if max(image.size) > _LONGEST_SIDE:
+                    raise DataError(f"is too large ({image.width:,} x {image.height:,} pixels); scale it down first")
+                _check_scans(image)
                 if min_side is not None:
                     image.draft(None, (min_side, min_side))  # does nothing in other formats
                 return _convert(image, channels)
@@ -91,20 +103,45 @@ def _formats() -> list[str]:
     return [name for name in (*_FORMATS, "HEIF") if name in Image.OPEN]
 
 
+def _check_scans(image: ImageFile.ImageFile) -> None:
+    """Raise a `DataError` for a JPEG of so many scans that it takes minutes to decode."""
+    if not image.info.get("progressive") or image.fp is None:
+        return
+    image.fp.seek(0)
+    scans = image.fp.read().count(b"\xff\xda")
+    if scans * image.width * image.height > _MOST_SCANNED:
+        raise DataError(f"has {scans:,} scans of {image.width:,} x {image.height:,} pixels; save it with fewer")
+
+
 def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """Return an upright copy of 8 bits. Of a large image one band of rows after the other is converted."""
     image.load()
-    turn = _turn(image)
-    plain = image.copy() if turn is None else image.transpose(turn)
-    if plain.mode.startswith("I"):
-        plain = _from_16_bit(plain)
-    elif plain.mode == "F":
+    mode, turn = MODES[channels], _turn(image)
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    if rows >= height:
+        return _plain(image, mode, turn)
+    upright = Image.new(mode, (height, width) if turn in _SIDEWAYS else (width, height))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        first = height - bottom if turn in _BACKWARDS else top
+        band = _plain(image.crop((0, top, width, bottom)), mode, turn)
+        upright.paste(band, (first, 0) if turn in _SIDEWAYS else (0, first))
+    return upright
+
+
+def _plain(image: Image.Image, mode: str, turn: Image.Transpose | None) -> Image.Image:
+    plain = image
+    if image.mode.startswith("I"):
+        plain = _from_16_bit(image)
+    elif image.mode == "F":
         raise DataError("holds floating-point pixels; save it with 8 or 16 bits a channel")
-    elif plain.has_transparency_data:
-        plain = plain.convert("RGBA")
+    elif image.has_transparency_data:
+        plain = image.convert("RGBA")
         plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
-    plain = plain if plain.mode == MODES[channels] else plain.convert(MODES[channels])
+    plain = plain.convert(mode)  # a copy, if it has this mode
     plain.info = {}  # an orientation left here would be applied again
-    return plain
+    return plain if turn is None else plain.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -116,10 +153,10 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     """Scale modes `I;16*` to 8 bits, and mode `I`, in which Pillow before 11 opens 16-bit PNG files."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise DataError("holds 32-bit pixels; save it with 8 or 16 bits a channel")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

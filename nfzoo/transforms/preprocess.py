@@ -19,6 +19,7 @@ from nfzoo.transforms.resize import check_size, tf_bicubic
 # An image with a larger aspect ratio is cropped to this one before it is resized. Otherwise a line of 1 x 100000 pixels
 # would be scaled up to gigabytes, of which the centre crop keeps one square.
 _MAX_ASPECT = 32
+_MOST_PIXELS = 1 << 27  # of a resized image, which have a smaller aspect ratio where its shorter edge is above 2048
 
 
 def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, size: int | None = None) -> Tensor:
@@ -37,11 +38,10 @@ def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, si
     _check_mode(image, preprocessing)
     if preprocessing.resize == "deepmind":
         side = size + preprocessing.margin
-        pixels = tf_bicubic(_array(image), side, side)
-    else:
-        pixels = _array(_shorter_edge(image, math.floor(size / preprocessing.crop)))
-    top, left = (round((n - size) / 2) for n in pixels.shape[:2])
-    return normalize(pixels[top : top + size, left : left + size], preprocessing)
+        return normalize(tf_bicubic(image, side, side, centre=size), preprocessing)
+    resized = _shorter_edge(image, math.floor(size / preprocessing.crop))
+    left, top = (round((n - size) / 2) for n in resized.size)
+    return normalize(_array(resized.crop((left, top, left + size, top + size))), preprocessing)
 
 
 def training_crop(
@@ -80,7 +80,7 @@ def training_crop(
     if preprocessing.resize == "deepmind":
         kept = size / (size + preprocessing.margin)
         box = distorted_box(image.width, image.height, rng, scale=scale, ratio=ratio, kept=kept)
-        pixels = tf_bicubic(_array(image.crop(box)), size, size)
+        pixels = tf_bicubic(image, size, size, box=box)
     else:
         box = random_box(image.width, image.height, rng, scale=scale, ratio=ratio)
         pixels = _array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
@@ -121,7 +121,7 @@ def normalize_batch(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 def _shorter_edge(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter edge to `size`; the longer one is rounded down, as in torchvision."""
     width, height = image.size
-    limit = _MAX_ASPECT * min(width, height)
+    limit = max(1, min(_MAX_ASPECT, _MOST_PIXELS // size**2)) * min(width, height)
     if max(width, height) > limit:
         w, h = min(width, limit), min(height, limit)
         left, top = (width - w) // 2, (height - h) // 2

@@ -190,8 +190,9 @@ def test_rounding_never_loses_a_tenth():
 BAD_PREPROCESSING: list[tuple[str, Any]] = [
     *(("train_size", v) for v in BAD_COUNTS),
     *(("test_size", v) for v in BAD_COUNTS),
-    *(("margin", v) for v in (-1, 1.0, True, "1", None, [1], math.nan)),
-    *(("crop", v) for v in (0, -0.5, 1.1, math.nan, math.inf, True, "1", None, [1.0])),
+    *(("margin", v) for v in (-1, 1.0, True, "1", None, [1], math.nan, 30_000)),
+    *(("crop", v) for v in (0, -0.5, 1.1, math.nan, math.inf, True, "1", None, [1.0], 5e-324, 1e-4, 0.0078)),
+    *((name, 4097) for name in ("train_size", "test_size")),
     *(("mean", v) for v in ("abc", (), 0.5, None, ("0.5",) * 3, (True,) * 3, (math.nan,) * 3, (math.inf,) * 3, ([],))),
     *(
         ("std", v)

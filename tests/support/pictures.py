@@ -6,8 +6,10 @@ import contextlib
 import functools
 import io
 import os
+import struct
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +89,18 @@ def check_source(images: Images) -> None:
     assert turned.labels.tolist() == [len(images.classes) - 1 - label for label in images.labels.tolist()]
     assert turned[0][1] == turned.labels[0]
     assert turned.name(0) == images.name(0)
+
+
+def png(width: int, height: int, *, bits: int = 1, colour: int = 0) -> bytes:
+    """A black PNG file of any size, which Pillow would take long to write; `colour` is the format's colour type."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    row = bytes(1 + (width * bits * channels + 7) // 8)
+    rows = max(1, (1 << 20) // len(row))
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(row * min(rows, height - top)) for top in range(0, height, rows))
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed + packer.flush()) + chunk(b"IEND", b"")

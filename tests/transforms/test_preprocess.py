@@ -16,6 +16,7 @@ from sklearn.datasets import load_sample_image
 from nfzoo.config import Preprocessing
 from nfzoo.errors import DataError
 from nfzoo.nn import create
+from nfzoo.transforms import preprocess
 from nfzoo.transforms.crops import distorted_box, random_box
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.preprocess import (
@@ -135,6 +136,13 @@ def test_a_line_of_pixels_needs_no_gigabytes(shape: tuple[int, int], rule: Prepr
     x = evaluation_transform(open_image(ramp), rule, size=512)
     assert x.shape == (3, 512, 512)
     assert abs(x.mean().item() - 0.5) < 0.01  # the centre of the ramp
+
+
+def test_a_large_resized_image_has_a_smaller_aspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(noise(3, 60))
+    monkeypatch.setattr(preprocess, "_MOST_PIXELS", 100_000)
+    for size, most in ((64, 20), (100, 10), (300, 1), (400, 1)):
+        assert preprocess._shorter_edge(image, size).size == (most * size, size)
 
 
 @pytest.mark.parametrize("rule", [PLAIN, SHORTEST])
