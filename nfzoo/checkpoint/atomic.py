@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nfzoo.checkpoint.lock import new_parents, release, try_lock
+from nfzoo.checkpoint.lock import flush, new_parents, release, try_lock
 
 logger = logging.getLogger("nfzoo")
 
@@ -157,15 +157,7 @@ def sweep(parent: Path, names: str) -> None:
 
 def _sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
-
-    def flush() -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    _if_supported("flush folders" if path.is_dir() else "flush files", flush)
+    _if_supported("flush folders" if path.is_dir() else "flush files", functools.partial(flush, path))
 
 
 def _if_supported(what: str, operation: Callable[[], object]) -> None:

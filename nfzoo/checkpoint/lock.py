@@ -101,17 +101,32 @@ def release(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def new_parents(path: Path, *, keep: bool = True) -> Iterator[None]:
-    """Make the missing parents of `path`. If the block fails, or without `keep`, remove those that are empty."""
+    """Make the missing parents of `path`. If the block fails, or without `keep`, remove those that are empty.
+
+    Their own names are flushed, so that a loss of power takes no file with them that was flushed later.
+    """
     missing = [parent for parent in path.parents if not os.path.lexists(parent)]
     done = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # a file system that does not flush folders; `atomic` warns of it
+            for parent in missing:
+                flush(parent.parent)
         yield
         done = keep
     finally:
         with contextlib.suppress(OSError):
             for parent in [] if done else missing:
                 parent.rmdir()
+
+
+def flush(path: Path) -> None:
+    """Write a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lock(place: Path, target: Path, wait: bool) -> int:

@@ -25,6 +25,7 @@ COMMANDS = {
     "bulk": ("nfzoo.bulk", "main", "labels or embeddings of very many images, as files"),
     "plot": ("nfzoo.cli.plot", "main", "the signal-propagation plot of a model, the curves of a run"),
     "convert": ("nfzoo.cli.models", "convert", "weights of other frameworks to nfzoo's, and back"),
+    "drill": ("nfzoo.drill.run", "main", "whether a run survives kills, full disks and power cuts, on this machine"),
     "push": ("nfzoo.cli.publish", "push", "a trained model onto the Hugging Face Hub"),
     "space": ("nfzoo.cli.publish", "space", "a web page on which models label pictures"),
     "export": ("nfzoo.export.run", "main", "a model for other runtimes: ONNX, AOTInductor, torch.export, StableHLO"),

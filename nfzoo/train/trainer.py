@@ -137,6 +137,9 @@ class Trainer:
         with Agreement() as self.agreement:
             self._check_held_out()
             self._preview()
+            if self.epoch == config.epochs:  # whatever became of the model since
+                self.save_state()
+                self.saver.save_model(self.description, self.rows, pretrained=self.pretrained)
             for epoch in range(self.epoch, config.epochs):
                 # Train.
                 self.learner.model.train()

@@ -1,0 +1,183 @@
+"""Run trainings in forked processes: `python -m nfzoo.drill.lane`, which reads jobs from standard input.
+
+Forking spares each run the imports. This process itself must start no thread, as threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nfzoo.drill.shim import Fault, arm
+
+CRASHED = 70
+"""Exit status of a run that ended in an error which it does not know."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, and what happens to it.
+
+    Args:
+        arguments: of `nfzoo train`.
+        watched: the folder below which calls are counted, and fail.
+        output: a path without suffix for what the first process prints: `.out`, `.err`.
+        processes: how many train together.
+        fault: of the first process, which alone writes files.
+        log: a file for the calls of the first process.
+        kill_after: seconds until SIGKILL to all processes.
+        pause_after: seconds until SIGSTOP to the last process, which goes on a second later.
+        timeout: seconds until the run counts as hung.
+    """
+
+    arguments: Sequence[str]
+    watched: str
+    output: str
+    processes: int = 1
+    fault: Fault = field(default_factory=Fault)
+    log: str | None = None
+    kill_after: float | None = None
+    pause_after: float | None = None
+    timeout: float = 120
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: the exit status of its first process, negative after a signal, `None` if it hung."""
+
+    status: int | None
+    seconds: float
+    printed: str
+    errors: str
+
+
+class Lane:
+    """A process that runs one job after another.
+
+    Args:
+        library: the library of `shim.build`, or `None` for runs without faults in system calls.
+    """
+
+    def __init__(self, library: Path | None) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        if library is not None:
+            environment["LD_PRELOAD"] = str(library)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nfzoo.drill.lane"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, job: Job) -> Ended:
+        """Run a job to its end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(asdict(job)), file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline())
+        texts = (Path(job.output + suffix).read_text(errors="replace") for suffix in (".out", ".err"))
+        return Ended(answer["status"], answer["seconds"], *texts)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def main() -> None:
+    """Run the jobs of standard input, one in each line; answer each with a line."""
+    import accelerate  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch  # noqa: F401
+
+    import nfzoo.train.run  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        job["fault"] = Fault(*job["fault"])
+        print(json.dumps(_run(Job(**job))), flush=True)
+
+
+def _run(job: Job) -> dict[str, Any]:
+    start, port = time.monotonic(), _free_port()
+    children = [_fork(job, rank, port) for rank in range(job.processes)]
+    running, status, paused = set(children), None, False
+    while running:
+        pid, how = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            running.discard(pid)
+            code = os.waitstatus_to_exitcode(how)
+            if pid == children[0]:
+                status = code
+            if code == -signal.SIGKILL:  # as a machine that is lost takes all its processes with it
+                _send(running, signal.SIGKILL)
+            continue
+        elapsed = time.monotonic() - start
+        if elapsed > job.timeout or (job.kill_after is not None and elapsed > job.kill_after):
+            _send(running, signal.SIGKILL)
+            for pid in running:
+                os.waitpid(pid, 0)
+            status = None if elapsed > job.timeout else -signal.SIGKILL
+            break
+        if job.pause_after is not None and elapsed > job.pause_after and not paused:
+            paused = True
+            _send({children[-1]} & running, signal.SIGSTOP)
+            time.sleep(1)
+            _send({children[-1]} & running, signal.SIGCONT)
+        time.sleep(0.002)
+    return {"status": status, "seconds": time.monotonic() - start}
+
+
+def _send(processes: set[int], number: int) -> None:
+    for process in processes:
+        os.kill(process, number)
+
+
+def _fork(job: Job, rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = CRASHED
+    try:
+        first = rank == 0
+        for descriptor, suffix in ((1, ".out"), (2, ".err")):
+            name = job.output + suffix if first else f"{job.output}-{rank}{suffix}"
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if job.processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {"WORLD_SIZE": str(job.processes), "LOCAL_WORLD_SIZE": str(job.processes)}
+            os.environ |= {"MASTER_PORT": str(port)}
+        if first and (job.log is not None or job.fault != Fault()):
+            log = -1 if job.log is None else os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            arm(Path(job.watched), job.fault, log)
+        from nfzoo.train.run import main as train
+
+        status = train(list(job.arguments))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

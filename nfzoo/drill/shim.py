@@ -1,0 +1,108 @@
+"""Inject faults into system calls, and record them, through a library that is loaded before the C library."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import shutil
+import struct
+import subprocess
+import sys
+from enum import IntEnum
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Operation(IntEnum):
+    """A call on a file or folder; the numbers are those of `shim.c`."""
+
+    OPEN = 0
+    CREATE = 1  # is logged as OPEN
+    WRITE = 2
+    TRUNCATE = 3
+    SYNC = 4
+    RENAME = 5
+    MKDIR = 6
+    UNLINK = 7
+    RMDIR = 8
+    CHMOD = 9
+    LINK = 10
+
+
+class Action(IntEnum):
+    """What happens at a call; the numbers are those of `shim.c`."""
+
+    NONE = 0
+    KILL = 1
+    TEAR = 2  # a write does half of its work, then the process is killed
+    FAIL_ONCE = 3
+    FAIL_ON = 4  # at this call and all later ones
+    SHORTEN = 5  # this write and all later ones do half of their work
+
+
+class Fault(NamedTuple):
+    """A fault, and the call below the watched folder at which it happens, counted from 1."""
+
+    action: Action = Action.NONE
+    call: int = 0
+    error: int = 0
+    """`errno` of a call that fails. `errno.ENOSPC` fails only calls that take space."""
+    clock_offset: int = 0
+    """Seconds that are added to the time of day."""
+
+
+class Call(NamedTuple):
+    """A call that was made."""
+
+    operation: Operation
+    descriptor: int
+    number: int
+    offset: int
+    path: str
+    data: bytes
+    target: str
+
+
+_RECORD = struct.Struct("=iiqqii")
+_COMPILERS = ("cc", "gcc", "clang")
+
+
+def build(folder: Path) -> Path | None:
+    """Compile the library into `folder`; return `None` where that is impossible: no Linux, no C compiler."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if not sys.platform.startswith("linux") or compiler is None:
+        return None
+    library = folder / "shim.so"
+    with resources.as_file(resources.files("nfzoo.drill") / "shim.c") as source:
+        command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl", "-lpthread"]
+        done = subprocess.run(command, capture_output=True)
+    return library if done.returncode == 0 else None
+
+
+def arm(folder: Path, fault: Fault, log: int = -1) -> None:
+    """Watch a folder in this process, which was started with the library; write calls to the descriptor `log`."""
+    ctypes.CDLL(None).nfzoo_drill_arm(
+        ctypes.c_char_p(str(folder).encode()),
+        ctypes.c_int(fault.action),
+        ctypes.c_int64(fault.call),
+        ctypes.c_int(fault.error or errno.EIO),
+        ctypes.c_int(log),
+        ctypes.c_int64(fault.clock_offset),
+    )
+
+
+def read_log(path: Path) -> list[Call]:
+    """Read the calls of a log that the library wrote, up to one that is cut off."""
+    content, calls, position = path.read_bytes(), [], 0
+    while position + _RECORD.size <= len(content):
+        operation, descriptor, number, offset, first, second = _RECORD.unpack_from(content, position)
+        start = position + _RECORD.size
+        position = start + first + second
+        if position > len(content):
+            break
+        body, target = content[start : start + first], content[start + first : position].decode()
+        operation = Operation(operation)
+        path_, data = ("", body) if operation in (Operation.WRITE, Operation.SYNC) else (body.decode(), b"")
+        calls.append(Call(operation, descriptor, number, offset, path_, data, target))
+    return calls
