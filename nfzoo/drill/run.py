@@ -8,6 +8,7 @@ with the same bits, else 1.
 
 from __future__ import annotations
 
+import argparse
 import os
 import queue
 import random
@@ -122,10 +123,10 @@ def _write_digits(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `nfzoo drill` command and return its exit status."""
-    return program.run("nfzoo drill", lambda: _drill(argv))
+    return program.run("nfzoo drill", lambda: _main(_parser().parse_args(argv)))
 
 
-def _drill(argv: list[str] | None) -> int:
+def _parser() -> program.Parser:
     parser = program.Parser(prog="nfzoo drill", description=__doc__)
     parser.add_argument(
         "--trials", type=program.positive_int, default=TRIALS, help="number of faults (default: %(default)s)"
@@ -138,7 +139,10 @@ def _drill(argv: list[str] | None) -> int:
     parser.add_argument("--seed", type=program.nonnegative_int, default=0, help="of the choice of faults (default: 0)")
     parser.add_argument("--workers", type=program.positive_int, help="runs at a time (default: one for each processor)")
     parser.add_argument("--json", metavar="FILE", help="write the figures of each fault as JSON; - for standard output")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
     if options.sharding is not None and options.processes < 2:
         raise ConfigError("--sharding fsdp2 needs several processes: pass --processes 2")
     parent = Path(options.folder)

@@ -160,7 +160,10 @@ class Drill:
             kinds = [kinds[2], kinds[8], kinds[10]]
         total = sum(weight for weight, _ in kinds)
         shares = [max(1, round(count * weight / total)) for weight, _ in kinds]
-        shares[0] += count - sum(shares)
+        shares[0] += max(0, count - sum(shares))
+        while sum(shares) > count:  # few trials: none of the last kinds rather than none of the first
+            most = max(shares)
+            shares[len(shares) - 1 - shares[::-1].index(most)] -= 1
         return [next(made) for share, (_, made) in zip(shares, kinds, strict=True) for _ in range(share)]
 
     def _calls(self, reference: Reference, rng: random.Random) -> Iterator[int]:
