@@ -5,6 +5,8 @@ Forking spares each run the imports. This process itself must start no thread, a
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -20,6 +22,14 @@ from typing import Any
 
 from nfzoo.drill.shim import Fault, arm
 
+_IMPORTED_BY_EVERY_RUN = (
+    "accelerate",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "safetensors.torch",
+    "torch._dynamo",
+    "nfzoo.train.run",
+)
 CRASHED = 70
 """Exit status of a run that ended in an error which it does not know."""
 
@@ -97,12 +107,9 @@ class Lane:
 
 def main() -> None:
     """Run the jobs of standard input, one in each line; answer each with a line."""
-    import accelerate  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import torch  # noqa: F401
-
-    import nfzoo.train.run  # noqa: F401
-
+    for name in _IMPORTED_BY_EVERY_RUN:
+        with contextlib.suppress(ModuleNotFoundError):  # of an extra
+            importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         job["fault"] = Fault(*job["fault"])

@@ -37,12 +37,10 @@ def test_runs_survive_two_hundred_faults(tmp_path: Path, options: list[str]) -> 
 def test_a_run_that_does_not_survive_is_found_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trials, "_flip", lambda path, rng: path.write_bytes(path.read_bytes()))  # damages nothing
     monkeypatch.setattr(trials, "newest", lambda paths: 99)  # what no run has saved
-    status, verdicts = drill(tmp_path, "--trials", "11", "--workers", "1")
+    status, verdicts = drill(tmp_path, "--trials", "2", "--workers", "1")
     assert status == 1
-    bad = {v["fault"] for v in verdicts if v["problem"]}
-    assert {"SIGKILL at a call", "power cut", "full disk"} <= bad
+    assert {v["fault"] for v in verdicts if v["problem"]} == {"SIGKILL at a call", "SIGKILL in a write"}
     assert "went on from step" in capsys.readouterr().out
     (kept,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert list(kept.glob("trial-*/run"))
