@@ -16,10 +16,12 @@ from nfzoo.checkpoint.model_folder import (
     INDEX_FILE,
     WEIGHTS_FILE,
     Description,
+    describe,
     load_checkpoint,
     read_description,
     save_checkpoint,
 )
+from nfzoo.checkpoint.run_state import STATE_FILE, open_state
 from nfzoo.checkpoint.state_dicts import is_torch_file
 from nfzoo.conversion.download import PUBLISHED, fetch, published_url
 from nfzoo.conversion.haiku import from_arrays, recognize
@@ -56,7 +58,7 @@ _FOREIGN = {
 
 
 class Weights(NamedTuple):
-    """A model that was read, and the form it had: `nfzoo`, `timm`, or what `open_source` says."""
+    """A model that was read, and the form it had: `nfzoo`, `timm`, `checkpoint`, or what `open_source` says."""
 
     description: Description
     params: Params
@@ -77,8 +79,8 @@ def convert(
 
     Args:
         source: DeepMind's pickle or an archive of such a tree; `dm:F0` … `dm:F6`, DeepMind's own, to be fetched; a
-            folder or weight file of timm's or nfzoo's; or weights that were read already, such as those of a Hub
-            repository.
+            folder or weight file of timm's or nfzoo's; a training run's checkpoint, of which the average is taken if it
+            has one; or weights that were read already, such as those of a Hub repository.
         target: the folder, or for `haiku` the file, to write.
         to: the form to write.
         model: the zoo's name (or timm's) where names and shapes do not tell the model, or to insist on one.
@@ -136,6 +138,10 @@ def read(
         raise ConversionError(f"{name} says itself what model it is; leave out --model")
     if form == "nfzoo":
         return Weights(*load_checkpoint(path), form)
+    if form == "checkpoint":
+        saved = open_state(path)
+        kind = "model" if saved.facts["config"]["optim"]["ema_decay"] is None else "average"
+        return Weights(describe(saved.facts["description"], path), saved.tensors(kind), form)
     raise ConversionError(
         f"{name} is no folder, no file here; load what the Hub has with nfzoo.from_pretrained, and save it"
     )
@@ -146,11 +152,13 @@ def is_name(source: str) -> bool:
     return not source.startswith("dm:") and _form(Path(source)) == "name"
 
 
-def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "name"]:
+def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "checkpoint", "name"]:
     """Return the form of what lies at `path`; `name` if nothing does."""
     if not path.exists():
         looks_local = path.is_absolute() or path.suffix in (".npz", ".pkl", ".pickle", ".dill", *_TORCH)
         return "haiku" if looks_local else "name"  # which says that there is no such file
+    if (path / STATE_FILE).is_file():
+        return "checkpoint"
     folder = path if path.is_dir() else path.parent
     is_torch = path.is_file() and (path.suffix in _TORCH or (path.suffix != ".npz" and is_torch_file(path)))
     if path.is_file() and not is_torch:

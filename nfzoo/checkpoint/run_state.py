@@ -1,9 +1,10 @@
 """Checkpoints from which a run resumes: written whole or not at all, rotated, and searched for the newest.
 
-A checkpoint is a folder `step_00000123` of safetensors files and `state.json`, which is written last. That has a digest
-of itself, and lists every file with its size and checksum. A checkpoint is built under a hidden name, flushed to the
-disk and renamed, so a process that dies at any moment leaves complete checkpoints and at most one hidden folder, which
-the next save sweeps away.
+A checkpoint is a folder `step_00000123` of safetensors files and of `state.json`, which is written last. There is one
+file for each kind of tensors or, where parameters are sharded, for each process. `state.json` has a digest of itself,
+and lists every file with its size and checksum. A checkpoint is built under a hidden name, flushed to the disk and
+renamed. So a process that dies at any moment leaves complete checkpoints and at most one hidden folder, which the next
+save sweeps away.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import random
 import re
 import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +26,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import remove_folder, replaced_folder, sweep
+from nfzoo.checkpoint.shards import is_sharded, load_full, save_shards
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("nfzoo")
 
@@ -64,7 +70,9 @@ class Saved(NamedTuple):
         return int(self.facts["step"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read the tensors of one file, such as `"model"`; raise `CheckpointError` if it is damaged."""
+        """Read the full tensors of one kind, such as `"model"`; raise `CheckpointError` if a file is damaged."""
+        if is_sharded(self.folder):
+            return load_full(self.folder, f"{name}/")
         path = self.folder / f"{name}.safetensors"
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -74,42 +82,65 @@ class Saved(NamedTuple):
 
 
 def save_state(
-    root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], *, keep: int = 2
+    root: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    group: ProcessGroup | None = None,
 ) -> Path:
-    """Write the checkpoint of a step, then remove all but the newest `keep`. Only one process may call this.
+    """Write the checkpoint of a step, then remove all but the newest `keep`.
+
+    One process alone calls this, or all of `group` together.
 
     Args:
         root: the folder of the run's checkpoints.
         step: steps taken so far; a complete checkpoint of the same step is kept instead.
-        tensors: file name without suffix -> tensors on the CPU.
-        facts: further fields of `state.json`, ready for JSON.
+        tensors: kind, such as `"model"` -> tensors on the CPU.
+        facts: further fields of `state.json`, ready for JSON; those of the first process count.
+        group: processes that write a file each, with what they hold of each tensor; by default one file for each kind.
 
     Raises:
         OSError: if writing fails; earlier checkpoints then stay.
     """
     root = Path(root)
     folder = root / step_folder(step)
-    sweep(root, STEP_FOLDER.pattern)
-    if folder.is_dir():
-        try:
-            _read(folder)
-            return folder
-        except CheckpointError:
-            remove_folder(folder)
-    with replaced_folder(folder) as scratch:
-        for name, content in tensors.items():
-            save_tensors(scratch / f"{name}.safetensors", content)
-        files = sorted(scratch.iterdir())
-        sizes = {path.name: path.stat().st_size for path in files}
-        sums = {path.name: _checksum(path) for path in files}
-        manifest = {"format": FORMAT, **facts, "step": step, "files": sizes, "crc32": sums}
-        text = json.dumps({**manifest, "sha256": _digest(manifest)})
-        (scratch / STATE_FILE).write_text(text, encoding="utf-8")
+    parts = {f"{kind}/{name}": tensor for kind, content in tensors.items() for name, tensor in content.items()}
+    if group is not None and group.rank() != 0:
+        save_shards(None, parts, group)
+        return folder
+    with ExitStack() as others:
+        if group is not None:  # which wait for the name of the folder
+            others.callback(save_shards, None, parts, group)
+        sweep(root, STEP_FOLDER.pattern)
+        if folder.is_dir():
+            try:
+                _read(folder)
+                return folder
+            except CheckpointError:
+                remove_folder(folder)
+        with replaced_folder(folder) as scratch:
+            if group is None:
+                for kind, content in tensors.items():
+                    save_tensors(scratch / f"{kind}.safetensors", content)
+            else:
+                others.pop_all()
+                save_shards(scratch, parts, group)
+            _write_manifest(scratch, {"format": FORMAT, **facts, "step": step})
     # Those of later steps are of a run that went back behind them, as they were damaged: they do not count.
     for number, old in [(n, path) for n, path in _folders(root) if n <= step][keep:]:
         if number != step:
             remove_folder(old)
     return folder
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `state.json` with the sizes and checksums of all other files."""
+    files = sorted(folder.iterdir())
+    facts["files"] = {path.name: path.stat().st_size for path in files}
+    facts["crc32"] = {path.name: _checksum(path) for path in files}
+    (folder / STATE_FILE).write_text(json.dumps({**facts, "sha256": _digest(facts)}), encoding="utf-8")
 
 
 def step_folder(step: int) -> str:
@@ -125,6 +156,15 @@ def latest_state(root: str | Path) -> Saved | None:
         except CheckpointError as error:
             logger.warning("%s is skipped: %s", folder, error)
     return None
+
+
+def open_state(folder: str | Path) -> Saved:
+    """Return the checkpoint in a folder; raise `CheckpointError` if it is incomplete or damaged."""
+    folder = Path(folder)
+    try:
+        return Saved(folder, _read(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {folder} cannot be used: {error}") from error
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:

@@ -47,6 +47,25 @@ def full_tensors(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: full_tensor(p.detach()) for name, p in params.items()}
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a `DTensor`, or the tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def with_local(tensor: Tensor, local: Tensor, mesh: Any) -> Tensor:
+    """Return `local`; if `tensor` is a `DTensor`, return one of its shape of which this process holds `local`.
+
+    Args:
+        mesh: a `DeviceMesh` of the device of `local`, over the processes of the tensor's own.
+    """
+    if not is_dtensor(tensor):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    placements = tensor.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
 @torch.no_grad()
 def copy_(target: Tensor, value: Tensor) -> None:
     """Copy a full tensor into `target`, which may be a `DTensor`."""
@@ -63,12 +82,12 @@ def copy_(target: Tensor, value: Tensor) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Return the optimizer's state as full tensors, under keys `"parameter::entry"`."""
+    """Return the optimizer's state, detached, under keys `"parameter::entry"`."""
     tensors = {}
     for p, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{names[p]}::{key}"] = full_tensor(value.detach())
+                tensors[f"{names[p]}::{key}"] = value.detach()
     return tensors
 
 
@@ -76,7 +95,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Invert `optimizer_tensors`; entries of a parameter's shape are sharded as the parameter is."""
+    """Load full tensors of what `optimizer_tensors` returned; those of a parameter's shape are sharded as it is."""
     params = {name: p for p, name in names.items()}
     for full_key, value in tensors.items():
         name, _, key = full_key.partition("::")

@@ -21,7 +21,6 @@ from nfzoo.runtime.device import AUTOCAST, backend, precision
 from nfzoo.runtime.distributed import (
     copy_,
     full_tensor,
-    full_tensors,
     gradients,
     optimizer_tensors,
     restore_optimizer,
@@ -243,22 +242,19 @@ class Learner:
     # ------------------------------------------------------------ checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint holds, `model`, `optimizer` and `average`, as full tensors.
-
-        All processes call this together.
-        """
+        """Return what a checkpoint holds: `model`, `optimizer` and `average`, which is sharded where the model is."""
         state = optimizer_tensors(self.optimizer, self.names)
         tensors = {
-            "model": full_tensors(self.live),
+            "model": {name: p.detach() for name, p in self.live.items()},
             # The averages have a file of their own, whatever the optimizer.
             "optimizer": {key: value for key, value in state.items() if not key.endswith("::ema")},
         }
         if (averages := self.averages) is not None:
-            tensors["average"] = full_tensors(averages)
+            tensors["average"] = {name: p.detach() for name, p in averages.items()}
         return tensors
 
     def restore(self, saved: Saved) -> None:
-        """Load a checkpoint: the inverse of `tensors`."""
+        """Load a checkpoint of what `tensors` returned, in any number of processes."""
         for name, value in saved.tensors("model").items():
             copy_(self.live[name], value)
         restore_optimizer(self.optimizer, self.names, saved.tensors("optimizer"))

@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from nfzoo.analysis.figures import training_curves
 from nfzoo.checkpoint.atomic import replaced_folder, sweep
 from nfzoo.checkpoint.background import BackgroundWriter
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
-from nfzoo.checkpoint.run_state import STEP_FOLDER, save_state, step_folder
+from nfzoo.checkpoint.run_state import STEP_FOLDER, Saved, save_state, step_folder
 from nfzoo.data.source import has_held_out
 from nfzoo.errors import TrainingError
 from nfzoo.runtime.device import backend
-from nfzoo.runtime.distributed import gather
+from nfzoo.runtime.distributed import gather, local_tensor, with_local
 from nfzoo.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ RUN_FILE = "train.yaml"
 
 
 class Saver:
-    """Save a run's checkpoints and model while training goes on, from a copy in the memory of the main process.
+    """Save a run's checkpoints and model while training goes on, from a copy in the CPU's memory.
 
-    All processes call `save_state`, `save_model` and `finish` together. Where the main process could not write,
-    `finish` raises in all of them, and so does the next `save_state`.
+    The main process writes; where parameters are sharded, each process writes what it holds. All processes call
+    `save_state`, `save_model` and `finish` together. Where one could not write, `finish` raises in all of them, and so
+    does the next `save_state`.
 
     Args:
         config: the run.
@@ -52,6 +54,8 @@ class Saver:
         self.config, self.accelerator = config, accelerator
         self.backend = backend(accelerator.device)
         self.writer = BackgroundWriter()
+        # A group of its own, as its messages are not those of the training, which goes on meanwhile.
+        self._group: Any = dist.new_group(backend="gloo") if config.sharding == "fsdp2" else None
         self._copies: dict[str, dict[str, Tensor]] = {}  # in the CPU's memory, which the next checkpoint uses again
         self._last: dict[str, dict[str, Tensor]] = {}  # tensors of the last checkpoint
         self._folders = [] if resumed is None else [resumed]  # the last may be still to come
@@ -59,24 +63,38 @@ class Saver:
     def save_state(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
         """Save a checkpoint to resume from; the arguments are those of `run_state.save_state`, on any device."""
         self.finish()  # what is being written is in the memory that the next lines write to
-        root, keep = Path(self.config.output) / STATES, self.config.keep_checkpoints
+        root, keep, group = Path(self.config.output) / STATES, self.config.keep_checkpoints, self._group
         self._folders.append(root / step_folder(step))
-        if self.accelerator.is_main_process:
-            if self.config.async_save:
-                for name, content in tensors.items():
-                    self._copies[name] = self.backend.copy_to_cpu(content, self._copies.get(name, {}))
-                self._last = dict(self._copies)
-            else:  # on a CPU these are the live tensors
-                self._last = {name: self.backend.to_cpu(content) for name, content in tensors.items()}
-            on_cpu = self._last
-            self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep))
+        if self.accelerator.is_main_process or group is not None:
+            on_cpu = self._last = {kind: self._on_cpu(kind, content) for kind, content in tensors.items()}
+            self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep, group=group))
         self._wait_if_asked()
+
+    def _on_cpu(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what this process holds, in the CPU's memory; without `async_save` these may be the live tensors."""
+        held = {name: local_tensor(t) for name, t in tensors.items()}
+        if self.config.async_save:
+            held = self._copies[kind] = self.backend.copy_to_cpu(held, self._copies.get(kind, {}))
+        else:
+            held = self.backend.to_cpu(held)
+        if self._group is None:
+            return held
+        from torch.distributed.device_mesh import DeviceMesh
+
+        mesh = DeviceMesh.from_group(self._group, "cpu")
+        return {name: with_local(t, held[name], mesh) for name, t in tensors.items()}
 
     def save_model(self, description: Description, rows: Sequence[Mapping[str, Any]], *, pretrained: bool) -> None:
         """Save the model with the weights of the last checkpoint; the other arguments are those of `write_run`."""
         if self.accelerator.is_main_process:
-            params, rows = self._last.get("average", self._last["model"]), list(rows)
-            self.writer.submit(lambda: write_run(self.config, description, params, rows, pretrained=pretrained))
+            rows, kind = list(rows), "average" if "average" in self._last else "model"
+
+            def write() -> None:
+                sharded = self._group is not None
+                params = Saved(self._folders[-1], {}).tensors(kind) if sharded else self._last[kind]
+                write_run(self.config, description, params, rows, pretrained=pretrained)
+
+            self.writer.submit(write)
         self._wait_if_asked()
 
     def _wait_if_asked(self) -> None:
@@ -91,7 +109,7 @@ class Saver:
         """Wait until all is written.
 
         Raises:
-            TrainingError: in all processes, if the main process could not write.
+            TrainingError: in all processes, if one could not write.
         """
         failure: list[str] = []
         try:

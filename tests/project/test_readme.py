@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 import nfzoo
 import nfzoo.data.labels
@@ -68,6 +67,8 @@ COMMANDS = shell_commands()
 
 def photographs(folder: Path) -> Path:
     """Write a photograph and two classes of photographs."""
+    from sklearn.datasets import load_sample_image  # takes seconds
+
     Image.fromarray(load_sample_image("china.jpg")).save(folder / "photo.jpg")
     for name in ("china", "flower"):
         (folder / "photos" / name).mkdir(parents=True)

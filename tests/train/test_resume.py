@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import nfzoo
+from nfzoo.cli.main import main as nfzoo_command
 from nfzoo.train import run as train
 from nfzoo.train import run_folder, trainer
 from tests.support.pictures import few_digits, write_images
@@ -94,6 +95,39 @@ def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypat
             run(tmp_path / "run")
     assert run(tmp_path / "run", "--resume", "true") == 0
     assert same(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_becomes_a_model(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = max((whole / "checkpoints").iterdir())
+    assert nfzoo_command(["convert", str(newest), str(tmp_path / "model")]) == 0
+    assert "read as checkpoint" in capsys.readouterr().out
+    found, wanted = weights(tmp_path / "model"), weights(whole)  # of the average
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+    assert nfzoo.from_pretrained(tmp_path / "model").labels == nfzoo.from_pretrained(whole).labels
+    damaged = shutil.copytree(newest, tmp_path / newest.name)
+    (damaged / "average.safetensors").unlink()
+    assert nfzoo_command(["convert", str(damaged), str(tmp_path / "other")]) == 2
+    assert "average.safetensors is missing" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_shards_resume_in_other_numbers_of_processes(tmp_path: Path, whole: Path) -> None:
+    shards = tmp_path / "shards"
+    together(tmp_path, [[*OPTIONS, "--output", str(shards), "--sharding", "fsdp2"]])
+    newest = max((shards / "checkpoints").iterdir())
+    assert sorted(path.suffix for path in newest.iterdir()) == [".json", ".safetensors", ".safetensors"]
+    shutil.rmtree(newest)  # as if the last epoch's end had not been reached
+    for name in ("one", "two", "four"):
+        shutil.copytree(shards, tmp_path / name)
+    common = [*OPTIONS, "--resume", "true", "--output"]
+    assert run(tmp_path / "one", "--resume", "true") == 0
+    together(tmp_path, [[*common, str(tmp_path / "two")]])
+    together(tmp_path, [[*common, str(tmp_path / "four"), "--sharding", "fsdp2"]], world=4)
+    for name in ("shards", "one", "two", "four"):
+        found, wanted = weights(tmp_path / name), weights(whole)
+        assert max(float((found[k] - wanted[k]).abs().max()) for k in wanted) < PROCESSES_TOLERANCE, name
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_sample_image
 
 from nfzoo.config import Preprocessing
 from nfzoo.errors import DataError
@@ -38,6 +37,8 @@ SHORTEST = dataclasses.replace(PLAIN, resize="shortest-edge", crop=0.875)
 
 @pytest.fixture(scope="module")
 def china() -> np.ndarray:
+    from sklearn.datasets import load_sample_image  # takes seconds
+
     return load_sample_image("china.jpg")
 
 
