@@ -48,7 +48,7 @@ class TrainingError(NfzooError, RuntimeError):
 
 
 class LostError(TrainingError):
-    """Another process of the run has ended."""
+    """Another process of the run, or one that loads its images, has ended or does not answer."""
 
 
 class Stopped(NfzooError):

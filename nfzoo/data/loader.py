@@ -6,19 +6,19 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from nfzoo.config import Preprocessing
 from nfzoo.data.images import UNLABELLED, Images
+from nfzoo.data.workers import PATIENCE, load
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.mixing import Augment
@@ -86,6 +86,7 @@ def training_batches(
     size: int | None = None,
     augment: Augment | None = None,
     workers: int = 0,
+    patience: float = PATIENCE,
 ) -> Iterator[TrainingBatch]:
     """Load one process's micro-batches of one shuffled epoch, cropped and flipped.
 
@@ -98,6 +99,8 @@ def training_batches(
     Args:
         batch_size: images of a global batch, over all processes and accumulated steps.
         start: samples of this epoch that all processes together have processed before.
+        workers: loader processes, see `workers.load`.
+        patience: seconds that one of them may take for a batch.
 
     Raises:
         ConfigError: if the batch does not divide among processes and steps, or `start` is outside the epoch.
@@ -117,7 +120,7 @@ def training_batches(
     )
     # A generator, as a long epoch has many indices.
     batches = (order[first + offset : first + offset + share].tolist() for first in firsts for offset in offsets)
-    return _training_batches(_load(samples, batches, _collate_training, workers), offsets)
+    return _training_batches(load(samples, batches, _collate_training, workers, patience=patience), offsets)
 
 
 def _training_batches(batches: Iterator, offsets: Sequence[int]) -> Iterator[TrainingBatch]:
@@ -201,11 +204,17 @@ class EvaluationBatch(NamedTuple):
 
 
 def load_batches(
-    images: Images, preprocessing: Preprocessing, size: int, batches: Sequence[Sequence[int]], workers: int
+    images: Images,
+    preprocessing: Preprocessing,
+    size: int,
+    batches: Sequence[Sequence[int]],
+    workers: int,
+    *,
+    patience: float = PATIENCE,
 ) -> Iterator[EvaluationBatch]:
     """Load batches of the given indices as model inputs with sides of `size` pixels."""
     samples = _EvaluationSamples(images, preprocessing, size)
-    return _load(samples, batches, samples.collate, workers if batches else 0)
+    return load(samples, batches, samples.collate, workers if batches else 0, patience=patience)
 
 
 def evaluation_batches(
@@ -218,6 +227,7 @@ def evaluation_batches(
     size: int | None = None,
     workers: int = 0,
     broken: list[str] | None = None,
+    patience: float = PATIENCE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load one process's share of all images. Processes share no image; the last batch may be smaller.
 
@@ -230,7 +240,7 @@ def evaluation_batches(
     share = range(rank, len(images), world)
     batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
     for pixels, labels, problems in load_batches(
-        images, preprocessing, size or preprocessing.test_size, batches, workers
+        images, preprocessing, size or preprocessing.test_size, batches, workers, patience=patience
     ):
         if problems:
             if broken is None:
@@ -266,21 +276,3 @@ class _EvaluationSamples(TorchDataset["tuple[Tensor, int] | str"]):
             torch.tensor([label for _, label in rows], dtype=torch.int64),
             {i: sample for i, sample in enumerate(samples) if isinstance(sample, str)},
         )
-
-
-def _load(
-    samples: TorchDataset, batches: Iterable[Sequence[int]], collate: Callable[[list], Any], workers: int
-) -> Iterator:
-    loader = DataLoader(
-        samples,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
-    )
-    return iter(loader)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

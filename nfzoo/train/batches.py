@@ -67,6 +67,7 @@ class InputPipeline:
             start=start,
             augment=self.augment,
             workers=self.workers,
+            patience=self.config.worker_timeout,
         )
         return self._copied(batches) if self.device.type == "cuda" else batches
 
@@ -121,6 +122,7 @@ class InputPipeline:
             rank=self.rank,
             world=self.world,
             workers=self.workers,
+            patience=self.config.worker_timeout,
             broken=broken,
         )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 
 from nfzoo.data.source import HELD_OUT
+from nfzoo.data.workers import PATIENCE
 from nfzoo.errors import ConfigError
 from nfzoo.step import StepConfig
 from nfzoo.transforms.mixing import Augment
@@ -124,6 +125,7 @@ class TrainConfig:
         augmented_sheet: a PNG file to draw the first augmented batch into.
         max_broken: images that may turn out unreadable. Each is named; in training the next one takes its place.
         workers: loader processes per training process; by default as many as there are processors, up to 8.
+        worker_timeout: seconds that a loader process may take for a batch before another takes its place.
         mixed_precision: "no", "bf16" or "fp16"; by default as Accelerate is configured.
         compile: compile the model block by block, which takes a minute once and makes steps faster.
         cuda_graph: launch each step on a GPU as one CUDA graph, without the cost of launching kernel by kernel; by
@@ -159,6 +161,7 @@ class TrainConfig:
     augmented_sheet: str | None = None
     max_broken: int = 0
     workers: int | None = None
+    worker_timeout: float = PATIENCE
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     compile: bool = False
     cuda_graph: bool | None = None
@@ -190,6 +193,8 @@ class TrainConfig:
             raise ConfigError(f"seed must not be negative, and below 2**63; is {self.seed!r}")
         if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:
             raise ConfigError(f"workers must not be negative, and at most {MAX_WORKERS}; is {self.workers!r}")
+        if self.worker_timeout < 1:
+            raise ConfigError(f"worker_timeout must be at least a second, not {self.worker_timeout!r}")
         if not isinstance(self.optim, OptimConfig):
             raise ConfigError(f"optim must be a mapping of options such as lr, not {self.optim!r}")
         if self.sharding != "none" and self.optim.sam_rho is not None:

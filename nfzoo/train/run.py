@@ -49,6 +49,7 @@ CHANGEABLE = frozenset(
         "require_hash",
         "accumulation",
         "workers",
+        "worker_timeout",
         "compile",
         "cuda_graph",
         "activation_checkpointing",
