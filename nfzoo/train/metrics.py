@@ -1,9 +1,10 @@
-"""Add up what an epoch reports: loss, right answers, clipped units, and images that cannot be read."""
+"""Add up what an epoch reports (loss, right answers, clipped units, images that cannot be read), and send it on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from nfzoo.data.loader import BrokenImageError
 from nfzoo.errors import DataError
 from nfzoo.runtime.distributed import gather
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
 
 logger = logging.getLogger("nfzoo")
 
@@ -116,3 +120,44 @@ class UnreadableImages:
         if self.limit == 0:
             return f"{names}; --max-broken N lets training go on with up to N such images"
         return f"{count} images cannot be read, and max_broken is {self.limit}; such as: {names}"
+
+
+class Tracker:
+    """Send figures to the tracker that the accelerator was made with, if to any.
+
+    One that fails costs a warning, the first time, and never the run.
+
+    Args:
+        accelerator: its main process sends.
+        name: the tracker's, or `None`.
+        options: what the tracker shows of the run.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, name: str | None, options: Mapping[str, bool | int | float | str]
+    ) -> None:
+        self._accelerator, self._name, self._failed = accelerator, name, False
+        self._try(lambda: accelerator.init_trackers("nfzoo", config=dict(options)))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._try(lambda: self._accelerator.log(dict(values), step=step))
+
+    def finish(self) -> None:
+        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after it.
+        for tracker in self._accelerator.trackers:
+            self._try(tracker.finish)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        if self._name is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            if not self._failed:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                logger.warning(
+                    "the tracker %r failed (%s); training goes on, and metrics.jsonl has its figures",
+                    self._name,
+                    reason,
+                )
+            self._failed = True

@@ -42,7 +42,7 @@ from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
-from nfzoo.train.metrics import Metrics, UnreadableImages
+from nfzoo.train.metrics import Metrics, Tracker, UnreadableImages
 from nfzoo.train.run_folder import Saver
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Trainer:
         if start.saved is not None:
             self._restore(start.saved)
         self.backend.step_mark()  # keeps the preparation out of the first step's program
-        self._start_tracker()
+        self.tracker = self._start_tracker()
         origin = "pretrained" if self.pretrained else "random"
         if start.saved is not None:
             origin = f"step {self.step}'s"
@@ -172,9 +172,7 @@ class Trainer:
                     self._stop_if_asked()
             self.saver.finish()
         self._say(f"saved to {config.output}")
-        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after it.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        self.tracker.finish()
         self.accelerator.wait_for_everyone()
         return Result(Path(config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
 
@@ -340,7 +338,7 @@ class Trainer:
             values["train/gradient_norm"] = float(self.metrics.norm)
             if (clipped := self.learner.updater.clipped) is not None:
                 values["train/clipped"] = float(clipped)
-            self.accelerator.log(values, step=self.step)
+            self.tracker.log(values, self.step)
 
     def _report(self, row: Mapping[str, Any]) -> None:
         ema = "" if self.learner.averages is None else f", {row['ema_accuracy']:.2%} averaged"
@@ -351,18 +349,14 @@ class Trainer:
             f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
             f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}  {row['images_per_second']:.0f} images/s"
         )
-        if self.config.tracker is not None:
-            values = {f"epoch/{key}": value for key, value in row.items() if isinstance(value, float)}
-            self.accelerator.log(values, step=self.step)
+        self.tracker.log({f"epoch/{k}": value for k, value in row.items() if isinstance(value, float)}, self.step)
 
-    def _start_tracker(self) -> None:
-        if self.config.tracker is None:
-            return
+    def _start_tracker(self) -> Tracker:
         flat = {k: v for k, v in self.config.to_dict().items() if isinstance(v, bool | int | float | str)}
         flat |= {
             f"optim.{k}": v for k, v in self.config.to_dict()["optim"].items() if isinstance(v, bool | int | float)
         }
-        self.accelerator.init_trackers("nfzoo", config=flat)
+        return Tracker(self.accelerator, self.config.tracker, flat)
 
     def _check_held_out(self) -> None:
         """Read the held-out images before training if they are few: one that is broken would end it after an epoch."""

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ from nfzoo.train import batches as inputs
 from nfzoo.train import config as recipe
 from nfzoo.train import recipes, trainer
 from nfzoo.train import run as train
+from tests.support.loops import each
 from tests.support.pictures import few_digits, write_images
 
 QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "16", "--train-size", "16", "--test-size", "16"]
@@ -462,6 +464,23 @@ def test_tracker_and_sheet(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("epoch/accuracy")] == [10]
+
+
+@each("fails", [("start",), ("store_init_configuration",), ("log",), ("finish",), ("start", "log", "finish")])
+def test_a_tracker_that_fails_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: tuple[str, ...]
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to\nhost")
+
+    caplog.clear()
+    with monkeypatch.context() as patch:
+        for name in fails:
+            patch.setattr(TensorBoardTracker, name, unreachable)
+        assert run(tmp_path / "-".join(fails), "--tracker", "tensorboard", "--epochs", "2") == 0
+    lines = [record.message for record in caplog.records if "tracker" in record.message]
+    said = "the tracker 'tensorboard' failed (no route to host); training goes on, and metrics.jsonl has its figures"
+    assert lines == [said]
 
 
 @pytest.mark.parametrize("inside", ["out", "."])
