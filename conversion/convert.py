@@ -74,6 +74,7 @@ def convert(
     overwrite: bool = False,
     progress: bool = False,
     require_hash: bool = False,
+    allow_pickle: bool = False,
 ) -> Weights:
     """Read weights, and write them in another form: whole, or not at all.
 
@@ -87,6 +88,7 @@ def convert(
         overwrite: replace a model that is at `target`.
         progress: show a bar on standard error.
         require_hash: see `nfzoo.conversion.download.fetch`.
+        allow_pickle: read a file of `torch.save`; DeepMind's pickles have a reader of nfzoo's own, and need no leave.
 
     Raises:
         ConversionError: for weights that are refused, unknown or do not fit, and for a model in the way.
@@ -97,7 +99,7 @@ def convert(
     weights = (
         source
         if isinstance(source, Weights)
-        else read(source, model=model, progress=progress, require_hash=require_hash)
+        else read(source, model=model, progress=progress, require_hash=require_hash, allow_pickle=allow_pickle)
     )
     description, params, form = weights
     name = (description.name or description.config.family) if isinstance(source, Weights) else source
@@ -115,7 +117,12 @@ def convert(
 
 
 def read(
-    source: str | Path, *, model: str | None = None, progress: bool = False, require_hash: bool = False
+    source: str | Path,
+    *,
+    model: str | None = None,
+    progress: bool = False,
+    require_hash: bool = False,
+    allow_pickle: bool = False,
 ) -> Weights:
     """Read the model that `source` holds: see `convert`.
 
@@ -132,7 +139,7 @@ def read(
         _refuse_foreign(path)
         return _read_haiku(path, model, progress, {})
     if form == "timm":
-        description, params = read_timm(path, model=model)
+        description, params = read_timm(path, model=model, allow_pickle=allow_pickle)
         return Weights(description, params, (description.provenance or {})["format"])
     if model is not None:
         raise ConversionError(f"{name} says itself what model it is; leave out --model")

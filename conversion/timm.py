@@ -133,7 +133,9 @@ def _timm_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 # ---------------------------------------------------------------- reading
 
 
-def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None) -> tuple[Description, Params]:
+def read_timm(
+    path: Path, *, model: str | None = None, sha256: str | None = None, allow_pickle: bool = False
+) -> tuple[Description, Params]:
     """Read a model in timm's layout: a folder with its `config.json` and weight file, or a weight file alone.
 
     A folder brings the number of classes, the preprocessing and the labels. A file alone brings its shapes; the
@@ -144,6 +146,7 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
         path: a folder, a `.safetensors` file, or a file that torch wrote.
         model: timm's or the zoo's name; needed where neither `config.json` nor the shapes say it.
         sha256: of the weight file, if it is known, so that it is not read a second time.
+        allow_pickle: read a file that torch wrote, which is a pickle.
 
     Raises:
         ConversionError: for what is missing, damaged, of another architecture, or changed by `model_args` or
@@ -154,7 +157,7 @@ def read_timm(path: Path, *, model: str | None = None, sha256: str | None = None
     path = Path(path)
     weights = _weight_file(path)
     fields = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
-    with open_state_dict(weights, ANCHORS) as state:
+    with open_state_dict(weights, ANCHORS, allow_pickle=allow_pickle) as state:
         shapes = state.shapes
         gains = [shape for key, shape in shapes.items() if key.endswith(".gain")]
         if fields is None and gains and all(len(shape) == 1 for shape in gains):

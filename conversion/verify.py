@@ -253,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("file", help="DeepMind's pickle, or another file that `nfzoo convert` reads")
     parser.add_argument("--model", metavar="NAME", help="the zoo's name, if names and shapes do not tell")
+    program.add_source_options(parser)
     parser.add_argument(
         "--size", type=program.positive_int, default=64, metavar="N", help="side of the input image (default: 64)"
     )
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     _frameworks()
-    description, params, _ = read(options.file, model=options.model)
+    description, params, _ = read(options.file, model=options.model, **program.source_options(options))
     cfg = description.config
     x = np.random.default_rng(0).standard_normal((2, options.size, options.size, cfg.in_channels), np.float32)
     rows = compare(cfg, params, x)

@@ -64,6 +64,7 @@ class Source:
         local_files_only: bool = False,
         force_download: bool = False,
         require_hash: bool = False,
+        allow_pickle: bool = False,
     ) -> None:
         self.repository = repository
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
@@ -71,6 +72,7 @@ class Source:
         self.local = local_files_only or constants.HF_HUB_OFFLINE
         self.force = force_download
         self.require_hash = require_hash
+        self.allow_pickle = allow_pickle
         self._unchecked: list[str] = []  # names of files that no hash is known of
 
     def __str__(self) -> str:
@@ -131,13 +133,21 @@ class Source:
             expected = "an nfzoo model or one" if self.repository.layout is None else "a model"
             raise CheckpointError(f"{self} does not hold {expected} in timm's layout, says its {CONFIG_FILE}")
         if self.repository.sha256 is None:
-            names.append(PICKLED_FILE if layout == "timm" else INDEX_FILE)  # timm's files until 2023
+            if layout != "timm":
+                names.append(INDEX_FILE)
+            elif self.allow_pickle:
+                names.append(PICKLED_FILE)  # timm's files until 2023
         commit = config.parent.name  # both files of one commit, wherever the branch goes meanwhile
         for name in names:
             try:
                 weights = self._file(name, commit)
             except EntryNotFoundError as error:
                 unreachable = isinstance(error, LocalEntryNotFoundError) and not self.local
+                if layout == "timm" and not unreachable and not self.allow_pickle:
+                    raise CheckpointError(
+                        f"{self} lacks {WEIGHTS_FILE}; if it has {PICKLED_FILE}, a pickle of torch's, "
+                        "allow_pickle=True (--allow-pickle) reads that"
+                    ) from error
                 if unreachable or name == names[-1]:
                     raise
             else:

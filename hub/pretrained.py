@@ -37,6 +37,7 @@ def from_pretrained(
     local_files_only: bool = False,
     force_download: bool = False,
     require_hash: bool = False,
+    allow_pickle: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
@@ -60,6 +61,8 @@ def from_pretrained(
         local_files_only: raise an error rather than download.
         force_download: ask the Hub for the newest commit of the revision, fetch what has changed, check all again.
         require_hash: raise an error rather than load a downloaded file that the server states no hash of.
+        allow_pickle: also read weights in a pickle of torch's, such as `pytorch_model.bin`, if there are none in
+            safetensors, by torch's reader of weights alone, from torch 2.10 on.
         device, dtype: of the parameters; as saved, on the CPU, by default.
 
     Raises:
@@ -83,6 +86,7 @@ def from_pretrained(
             local_files_only=local_files_only,
             force_download=force_download,
             require_hash=require_hash,
+            allow_pickle=allow_pickle,
         )
         path, sha256 = hub.fetch()
         origin = {"repository": repository.repo_id, "revision": path.name}
@@ -90,7 +94,8 @@ def from_pretrained(
         return load(path, num_classes=num_classes, in_channels=in_channels, device=device, dtype=dtype)
     try:
         # A zoo name means one architecture, whatever the repository holds.
-        description, params = read_timm(path, model=name if origin and name in PUBLIC else None, sha256=sha256)
+        known = name if origin and name in PUBLIC else None
+        description, params = read_timm(path, model=known, sha256=sha256, allow_pickle=allow_pickle)
     except ConversionError as error:
         raise CheckpointError(f"{name}: {error}") from error
     description = description._replace(provenance={**(description.provenance or {}), **origin})

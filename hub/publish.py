@@ -15,7 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, weight_files
-from nfzoo.errors import CheckpointError, HubError, NfzooError, nearest
+from nfzoo.checkpoint.state_dicts import check_values
+from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError, nearest
 from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
@@ -60,7 +61,11 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     if not folder.is_dir():
         beside = map(str, folder.parent.iterdir()) if folder.parent.is_dir() else ()
         raise CheckpointError(f"there is no folder {str(folder)!r}{nearest(str(folder), beside)}")
-    description, _ = load_checkpoint(folder)
+    description, params = load_checkpoint(folder)
+    try:
+        check_values(params)
+    except ConversionError as error:
+        raise CheckpointError(f"the weights in {folder} are not to be published: {error}") from error
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
     if (folder / CARD_FILE).is_file():
         try:

@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--skip-broken", action="store_true", help="leave images out that cannot be read, and name them in the manifest"
     )
-    program.add_hash_option(parser)
+    program.add_source_options(parser)
     add("--overwrite", action="store_true", help="replace the results that DIR holds")
     return parser
 
@@ -323,7 +323,8 @@ def _main(options: argparse.Namespace, on_start: Callable[[], None]) -> None:
     from nfzoo import from_pretrained
 
     keywords = dict(vars(options))
-    model = from_pretrained(keywords.pop("model"), require_hash=keywords.pop("require_hash"))
+    source = {name: keywords.pop(name) for name in program.source_options(options)}
+    model = from_pretrained(keywords.pop("model"), **source)
     summary = predict_all(model, keywords.pop("data"), keywords.pop("output"), on_start=on_start, **keywords)
     if not processes(cpu=options.device == "cpu").is_main_process:
         return

@@ -306,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     add("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
     add("--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them")
-    program.add_hash_option(parser)
+    program.add_source_options(parser)
     add("--date", type=_date, metavar="YYYY-MM-DD", help="the day to note in the result (default: none)")
     return parser
 
@@ -332,7 +332,7 @@ def _main(options: argparse.Namespace) -> None:
 
     if options.json not in (None, "-"):
         program.check_writable(Path(options.json))
-    model = from_pretrained(options.model, require_hash=options.require_hash)
+    model = from_pretrained(options.model, **program.source_options(options))
     evaluation = evaluate(
         model,
         options.data,

@@ -168,15 +168,17 @@ def build(gallery: Gallery) -> Any:
     return page
 
 
-def main(models: Sequence[str] = (), *, port: int | None = None, require_hash: bool = False) -> None:
+def main(
+    models: Sequence[str] = (), *, port: int | None = None, require_hash: bool = False, allow_pickle: bool = False
+) -> None:
     """Serve the page until it is interrupted, on 127.0.0.1 or where `GRADIO_SERVER_NAME` says.
 
     Args:
         models: sources to choose from; by default see `offered`.
         port: by default the first free one from 7860 on.
-        require_hash: see `nfzoo.from_pretrained`.
+        require_hash, allow_pickle: see `nfzoo.from_pretrained`.
     """
-    load = functools.partial(from_pretrained, require_hash=require_hash)
+    load = functools.partial(from_pretrained, require_hash=require_hash, allow_pickle=allow_pickle)
     gallery = Gallery(list(models) or offered(os.environ.get(MODELS_VARIABLE)), load=load)
     build(gallery).launch(server_port=port, footer_links=[], max_file_size=MAX_UPLOAD)
 

@@ -31,13 +31,13 @@ def info(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "model", metavar="MODEL", help="a name from `nfzoo list`, a checkpoint folder or its weight file"
     )
-    program.add_hash_option(parser)
+    program.add_source_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return program.run(parser.prog, lambda: _info(parser.parse_args(argv)))
 
 
 def _info(options: argparse.Namespace) -> None:
-    config, preprocessing, facts = _lookup(options.model, require_hash=options.require_hash)
+    config, preprocessing, facts = _lookup(options.model, **program.source_options(options))
     size = preprocessing.test_size
     table = costs(config, size)
     train_macs = sum(c.macs for c in costs(config, preprocessing.train_size))
@@ -80,7 +80,7 @@ def _info(options: argparse.Namespace) -> None:
     print_table([("stage", "blocks", f"output at {size}", "parameters", "MACs"), *cells, total], "<>>>>")
 
 
-def _lookup(source: str, *, require_hash: bool) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
+def _lookup(source: str, **options: bool) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
     """Return configuration, preprocessing and facts of a zoo name or a checkpoint. A file comes before a name."""
     path = Path(source)
     if not path.exists() and "/" not in source:
@@ -93,7 +93,7 @@ def _lookup(source: str, *, require_hash: bool) -> tuple[ModelConfig, Preprocess
         description = read_description(path / CONFIG_FILE if path.is_dir() else path)
     else:
         # A Hub repository, or a folder in timm's layout.
-        description = from_pretrained(source, require_hash=require_hash).description
+        description = from_pretrained(source, **options).description
     labels = None
     if description.labels is not None:
         more = ", …" if len(description.labels) > 8 else ""
@@ -158,7 +158,7 @@ def convert(argv: list[str] | None = None) -> int:
         "--to", choices=("nfzoo", "haiku", "timm"), default="nfzoo", help="what to write (default: nfzoo)"
     )
     parser.add_argument("--model", metavar="NAME", help="the model that the weights are of, if they do not tell")
-    program.add_hash_option(parser)
+    program.add_source_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is at OUT")
     return program.run(parser.prog, lambda: _convert(parser.parse_args(argv)))
 
@@ -166,7 +166,7 @@ def convert(argv: list[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> None:
     source = options.source
     if conversion.is_name(source):
-        source = _from_hub(source, options.model, require_hash=options.require_hash)
+        source = _from_hub(source, options.model, **program.source_options(options))
     weights = conversion.convert(
         source,
         options.target,
@@ -174,7 +174,7 @@ def _convert(options: argparse.Namespace) -> None:
         model=options.model,
         overwrite=options.overwrite,
         progress=sys.stderr.isatty(),
-        require_hash=options.require_hash,
+        **program.source_options(options),
     )
     description = weights.description
     summary = f"{description.name or description.config.family}, {description.config.num_classes} classes, "
@@ -182,10 +182,10 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"wrote {escaped(str(options.target))}: {escaped(summary)}")
 
 
-def _from_hub(name: str, model: str | None, *, require_hash: bool) -> conversion.Weights:
+def _from_hub(name: str, model: str | None, **options: bool) -> conversion.Weights:
     """Load a zoo name or a Hub repository, which says itself what model it is."""
     if model is not None:
         raise ConversionError(f"{name} says itself what model it is; leave out --model")
-    loaded = from_pretrained(name, require_hash=require_hash)
+    loaded = from_pretrained(name, **options)
     origin = (loaded.provenance or {}).get("format")
     return conversion.Weights(loaded.description, dict(loaded.state_dict()), "timm" if origin == "timm" else "nfzoo")

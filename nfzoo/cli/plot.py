@@ -66,6 +66,7 @@ def measure(
     seed: int = 0,
     device: torch.device | str = "cpu",
     require_hash: bool = False,
+    allow_pickle: bool = False,
 ) -> Signal:
     """Measure the statistics of a model's activations at each depth on one batch, without noise.
 
@@ -79,7 +80,7 @@ def measure(
         batch: number of images.
         size: side of the input in pixels; by default that of the model's training.
         seed: of the weights and of the batch that are drawn.
-        require_hash: see `nfzoo.from_pretrained`.
+        require_hash, allow_pickle: see `nfzoo.from_pretrained`.
 
     Raises:
         ConfigError: for a folded model, an unusable device, options that contradict each other.
@@ -89,7 +90,7 @@ def measure(
         raise ConfigError("trained weights are as they are; branches can be left silent only in random ones")
     target = usable_device(device)
     files = image_files(images)[:batch] if images else []
-    model = _open(source, trained=trained, require_hash=require_hash)
+    model = _open(source, trained=trained, require_hash=require_hash, allow_pickle=allow_pickle)
     generator = torch.Generator().manual_seed(seed)
     cfg = model.config
     if trained:
@@ -108,12 +109,12 @@ def measure(
     return Signal(model.name or Path(source).resolve().name, weights, what, tuple(x.shape), blocks)
 
 
-def _open(source: str, *, trained: bool, require_hash: bool) -> NFNet:
+def _open(source: str, *, trained: bool, **options: bool) -> NFNet:
     if not trained and source in VARIANTS and not Path(source).exists():
         return create(source, device="meta")  # the architecture alone
     from nfzoo import from_pretrained
 
-    return from_pretrained(source, require_hash=require_hash)
+    return from_pretrained(source, **options)
 
 
 def _number(value: object) -> object:
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "  nfzoo plot signal runs/pets --trained --images pets/val",
     )
     sub.add_argument("model", metavar="MODEL", help="a zoo name, a checkpoint folder, a weight file, a Hub repository")
-    program.add_hash_option(sub)
+    program.add_source_options(sub)
     sub.add_argument("--trained", action="store_true", help="the trained weights (default: random ones)")
     sub.add_argument("--silent", action="store_true", help="random weights as training starts from them")
     sub.add_argument(
@@ -188,7 +189,7 @@ def _signal(options: argparse.Namespace) -> None:
         size=options.size,
         seed=options.seed,
         device=options.device,
-        require_hash=options.require_hash,
+        **program.source_options(options),
     )
     signal_propagation(signal.blocks, options.output, title=signal.title())
     text = json_text(signal.to_dict())

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--batch-size", type=program.positive_int, default=32, metavar="N", help="images at a time (default: 32)"
     )
-    program.add_hash_option(parser)
+    program.add_source_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--data", action=_UseBulk, help=argparse.SUPPRESS)
     return program.run(parser.prog, lambda: _predict(parser.parse_args(argv)))
@@ -53,7 +53,7 @@ def _predict(options: argparse.Namespace) -> None:
     if options.sheet is not None:
         program.check_writable(options.sheet)
     files = image_files(options.images, without=options.sheet)
-    model = from_pretrained(options.model, require_hash=options.require_hash)
+    model = from_pretrained(options.model, **program.source_options(options))
     predictions = predict(
         model,
         files,

@@ -93,13 +93,13 @@ def space(argv: list[str] | None = None) -> int:
         help="a zoo name, a checkpoint folder, a folder of such, or a Hub repository; may be given again (default: "
         "$NFZOO_SPACE_MODELS, with commas between, or the zoo's models with public weights)",
     )
-    program.add_hash_option(parser)
+    program.add_source_options(parser)
     parser.add_argument("--port", type=_port, metavar="P", help="port (default: the first free one from 7860 on)")
     return program.run(parser.prog, lambda: _space(parser.parse_args(argv)))
 
 
 def _space(options: argparse.Namespace) -> None:
-    app.main(options.model, port=options.port, require_hash=options.require_hash)
+    app.main(options.model, port=options.port, **program.source_options(options))
 
 
 def _port(text: str) -> int:

@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
         help="onnx: eight-bit arithmetic, its ranges taken from these images: digits, or a folder with one subfolder "
         "per class",
     )
-    program.add_hash_option(parser)
+    program.add_source_options(parser)
     parser.add_argument("--training", action="store_true", help="stablehlo: write the training step as well")
     return parser
 
@@ -285,7 +285,7 @@ def _main(options: argparse.Namespace) -> None:
     if options.format != STABLEHLO and options.training:
         raise ConfigError(f"--training is for {STABLEHLO}; {options.format} is for inference")
     program.check_writable(Path(options.output), folder=True)
-    model = from_pretrained(options.model, require_hash=options.require_hash)
+    model = from_pretrained(options.model, **program.source_options(options))
     if options.format == STABLEHLO:
         from nfzoo.export.stablehlo import export_stablehlo
 

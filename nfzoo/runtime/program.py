@@ -62,10 +62,17 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def add_hash_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--require-hash`, an option of all commands that load models of the Hub."""
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--require-hash` and `--allow-pickle`, options of all commands that load models."""
     text = "refuse a downloaded model if the server states no hash to check it against"
     parser.add_argument("--require-hash", action="store_true", help=text)
+    text = "also read weights in a pickle of torch's (.bin, .pt, .pth), if you trust who made it"
+    parser.add_argument("--allow-pickle", action="store_true", help=text)
+
+
+def source_options(options: argparse.Namespace) -> dict[str, bool]:
+    """Return the keywords that these options are to `nfzoo.from_pretrained`."""
+    return {"require_hash": options.require_hash, "allow_pickle": options.allow_pickle}
 
 
 def is_first_process(_: object = None) -> bool:

@@ -18,7 +18,7 @@ from nfzoo.transforms.mixing import Augment
 
 MAX_SEED = 1 << 63
 MAX_WORKERS = 256
-STARTING = ("resume", "overwrite")
+STARTING = ("resume", "overwrite", "allow_pickle")
 """Options that concern one start of a run, and are no part of a recipe."""
 
 
@@ -114,6 +114,7 @@ class TrainConfig:
         seed: of everything random.
         pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
         require_hash: refuse a downloaded model if the server states no hash to check it against.
+        allow_pickle: also read weights in a pickle of torch's (.bin, .pt, .pth), if you trust who made it.
         tune: "all" weights, or the classifier's ("head") alone.
         train_size: side of the training images in pixels; by default the model's.
         test_size: side of the held-out images in pixels; by default the model's.
@@ -151,6 +152,7 @@ class TrainConfig:
     seed: int = 0
     pretrained: bool | None = None
     require_hash: bool = False
+    allow_pickle: bool = False
     tune: Literal["all", "head"] = "all"
     train_size: int | None = None
     test_size: int | None = None

@@ -47,6 +47,7 @@ CHANGEABLE = frozenset(
         "data",  # compared by content
         "epochs",  # at least those begun
         "require_hash",
+        "allow_pickle",
         "accumulation",
         "workers",
         "worker_timeout",
@@ -225,7 +226,12 @@ def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> InitialState:
         raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
     if not in_zoo or config.pretrained or (config.pretrained is None and config.model in list_models(pretrained=True)):
         try:
-            model = from_pretrained(config.model, num_classes=len(classes), require_hash=config.require_hash)
+            model = from_pretrained(
+                config.model,
+                num_classes=len(classes),
+                require_hash=config.require_hash,
+                allow_pickle=config.allow_pickle,
+            )
         except CheckpointError as error:
             hint = "; to start from random weights, pass --pretrained false" if in_zoo else ""
             raise CheckpointError(f"{error}{hint}") from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import nfzoo
-from nfzoo.conversion.convert import convert
+from nfzoo.checkpoint import state_dicts
+from nfzoo.conversion import convert as conversion
 from nfzoo.errors import ConversionError
+
+convert = functools.partial(conversion.convert, allow_pickle=True)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +145,7 @@ def test_flipped_bits_are_noticed(weights: dict[str, Tensor], tmp_path: Path) ->
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x40
     path.write_bytes(content)
-    with pytest.raises(ConversionError, match=r"w.pt is damaged: .* does not have the checksum"):
+    with pytest.raises(ConversionError, match=r"w\.pt cannot be read .* does not have the checksum"):
         convert(path, tmp_path / "model")
 
 
@@ -195,6 +201,93 @@ def test_files_that_are_refused(weights: dict[str, Tensor], tmp_path: Path, case
     with pytest.raises(ConversionError, match=message):
         convert(tmp_path / f"weights{suffix}", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_pickles_are_read_on_request_alone(
+    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never under a torch that they corrupt (CVE-2026-24747)."""
+    monkeypatch.setattr(torch, "load", None)
+    for name in ("w.bin", "w.pt", "w.pth", "w.ckpt", "w.pth.tar", "weights"):
+        torch.save(weights, tmp_path / name)
+        with pytest.raises(ConversionError, match=f"{name} is a pickle .*convert it to safetensors.*--allow-pickle"):
+            conversion.convert(tmp_path / name, tmp_path / "model")
+    for version in ("2.9.0", "2.9.1+cpu"):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(ConversionError, match=r"CVE-2026-24747.*: convert it to safetensors.* torch 2\.10 or"):
+            convert(tmp_path / "w.pt", tmp_path / "model")
+
+
+# What stands for no tensor that a layer computes in, or for more memory than the file has.
+ODD: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "expanded": (lambda: torch.zeros(1).expand(30_000, 30_000), "take 3,6.. bytes|take 3,600,.* bytes, over 2 times"),
+    "meta": (lambda: torch.zeros(3, device="meta"), "on meta, no plain tensor"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "of layout torch.sparse_coo"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "a nested tensor"),
+    "complex": (lambda: torch.zeros(3, dtype=torch.complex64), "complex64|shape|differs"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("case", ODD)
+def test_odd_tensors(weights: dict[str, Tensor], tmp_path: Path, case: str) -> None:
+    make, message = ODD[case]
+    torch.save({**weights, "head.bias": make()}, tmp_path / "w.pt")
+    with pytest.raises(ConversionError, match=message):
+        convert(tmp_path / "w.pt", tmp_path / "model")
+
+
+def test_one_storage_for_many_tensors(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    largest = max(weights.values(), key=Tensor.numel)
+    shared = {key: largest.view(-1)[: value.numel()].view(value.shape) for key, value in weights.items()}
+    torch.save({**shared, **{f"more.{i}": largest for i in range(9)}}, tmp_path / "w.pt")
+    with pytest.raises(ConversionError, match="bytes, over 2 times the file's; save contiguous copies"):
+        convert(tmp_path / "w.pt", tmp_path / "model")
+
+
+def _archive(
+    weights: dict[str, Tensor], change: Callable[[str, bytes], bytes], kind: int = zipfile.ZIP_STORED
+) -> bytes:
+    saved, out = io.BytesIO(), io.BytesIO()
+    torch.save(weights, saved)
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(out, "w", kind) as target:
+        for name in source.namelist():
+            target.writestr(name, change(name, source.read(name)))
+    return out.getvalue()
+
+
+def test_archives_that_ask_for_more_than_they_hold(
+    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pickled(program: bytes) -> bytes:
+        return _archive(weights, lambda name, data: program if name.endswith("data.pkl") else data)
+
+    def text(value: bytes) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value
+
+    path = tmp_path / "w.pt"
+    monkeypatch.setattr(state_dicts, "MOST_READS", 9999)
+    for content, message in (
+        (_archive(weights, lambda _, data: data, zipfile.ZIP_DEFLATED), "is packed or encrypted"),
+        (pickled(b"\x80\x02c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R."), "memory or time"),
+        (pickled(b"\x80\x02c_codecs\nencode\n" + text(b"a" * 99999) + text(b"idna") + b"\x86R."), "memory or time"),
+        (pickled(b"\x80\x02" + b"]" * (5 << 20) + b"."), "takes 5,242,883 bytes, more than 4,194,304"),
+        (
+            bytes.fromhex("80028a0a6cfc9c46f9206aa850192e") + b"\x80\x02" + b"]" * (5 << 20) + b".",
+            "more than 9999 reads",
+        ),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ConversionError, match=message):
+            convert(path, tmp_path / "model")
+
+
+def test_a_dictionary_in_many_places_is_looked_at_once(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    inner: dict[str, Any] = {}
+    for _ in range(4):
+        inner = {str(i): inner for i in range(2000)}
+    torch.save({"model": weights, "rest": inner}, tmp_path / "w.pt")
+    assert convert(tmp_path / "w.pt", tmp_path / "model").description.name == "nfnet-test"
 
 
 # File or folder with this file -> what it is called.

@@ -277,6 +277,41 @@ def test_every_command_can_require_a_hash(hub, files, tmp_path, monkeypatch, cap
         built[0].look(picture, REPO)
 
 
+def test_every_command_reads_pickles_on_request_alone(timm_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data", {"a": 2, "b": 2})
+    write_timm(tmp_path / "m", timm_model.description, timm_model.state_dict())
+    torch.save(load_file("m/model.safetensors"), "m/pytorch_model.bin")
+    Path("m/model.safetensors").unlink()
+    commands = (
+        *(
+            ["info", "m"],
+            ["predict", "m", "data/a/0.png"],
+            ["evaluate", "m", "--data", "data"],
+            ["convert", "m", "out"],
+        ),
+        *(["bulk", "m", "--data", "data", "--output", "bulk"], ["plot", "signal", "m", "--output", "s.png"]),
+        ["export", "m", "--format", "onnx", "--output", "onnx"],
+        ["train", "--model", "m", "--data", "data", "--output", "run", "--batch-size", "2", "--epochs", "1"],
+    )
+    read = []
+    monkeypatch.setattr(torch, "load", lambda *_, **__: read.append(1) or exit(7))
+    for command in commands:
+        value = ["true"] if command[0] == "train" else []
+        assert main(command) == 2, command
+        assert "pass allow_pickle=True (--allow-pickle)" in capsys.readouterr().err
+        assert not read
+        with pytest.raises(SystemExit):
+            main([*command, "--allow-pickle", *value])
+        assert read.pop() == 1, command
+    monkeypatch.setattr(app, "build", lambda gallery: built.append(gallery) or SimpleNamespace(launch=lambda **_: None))
+    built: list[Gallery] = []
+    for option, outcome in ([], SpaceError), (["--allow-pickle"], SystemExit):
+        assert main(["space", "--model", "m", *option]) == 0
+        with pytest.raises(outcome):
+            built[-1].look("data/a/0.png", "m")
+
+
 def test_a_file_that_rots_in_the_cache(hub, files, model, tmp_path, caplog, monkeypatch):
     hub.add(REPO, files)
     nfzoo.from_pretrained(REPO)
@@ -434,10 +469,16 @@ def test_timms_older_weight_file(hub, timm_model, tmp_path):
     folder = write_timm(tmp_path / "m", timm_model.description, timm_model.state_dict())
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     hub.add(REPO, {name: (folder / name).read_bytes() for name in ("config.json", "pytorch_model.bin")})
-    assert_same(nfzoo.from_pretrained(REPO).state_dict(), timm_model.state_dict())
+    for options in ({}, {"local_files_only": True}):  # the cache holds config.json by then
+        with pytest.raises(CheckpointError, match=r"lacks model.safetensors; .*allow_pickle=True \(--allow-pickle\)"):
+            nfzoo.from_pretrained(REPO, **options)
+    assert all("pytorch_model.bin" not in request.path for request in hub.requests)
+    loaded = nfzoo.from_pretrained(REPO, allow_pickle=True)
+    assert_same(loaded.state_dict(), timm_model.state_dict())
     hub.requests.clear()
     for local in (False, True):
-        assert_same(nfzoo.from_pretrained(REPO, local_files_only=local).state_dict(), timm_model.state_dict())
+        loaded = nfzoo.from_pretrained(REPO, local_files_only=local, allow_pickle=True)
+        assert_same(loaded.state_dict(), timm_model.state_dict())
     assert hub.requests == []
 
 

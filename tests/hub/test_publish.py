@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants, metadata_load
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import nfzoo
 from nfzoo import CheckpointError, HubError, NFNet
@@ -65,6 +68,18 @@ def test_a_branch_and_a_pull_request(hub, model):
     model.push_to_hub(REPO, token="good", create_pr=True)
     assert hub.repos[REPO].branches["main"] == main
     assert {"next", "refs/pr/1"} <= hub.repos[REPO].branches.keys()
+
+
+def test_weights_that_are_not_finite_are_not_published(hub, model, tmp_path):
+    folder = model.save_pretrained(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.bias"][0] = torch.nan
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, folder / "model.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=r"not to be published: head\.bias holds numbers that are not finite"):
+        push(folder, REPO, token="good")
+    assert hub.requests == []
 
 
 # ---------------------------------------------------------------- the card

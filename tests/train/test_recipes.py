@@ -130,6 +130,7 @@ def test_recipes_run(name: str, tmp_path: Path) -> None:
         ("optim: {options: " + "[" * 99999, "line 1: it is nested deeper than 20 levels"),
         ("allow_import: true", "no option 'allow_import'"),
         ("print_config: true", "no option 'print_config'"),
+        ("allow_pickle: true", "allow_pickle: true, which is no part of a recipe"),
     ],
 )
 def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
