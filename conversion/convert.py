@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from nfzoo.conversion.pickle_writer import write_haiku
 from nfzoo.conversion.timm import PICKLED_FILE, file_sha256, read_timm, write_timm
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError
+from nfzoo.files import read_json
 from nfzoo.types import Params
 
 Form = Literal["nfzoo", "haiku", "timm"]
@@ -173,8 +173,8 @@ def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "checkpoint", "name"]
     if path.suffix == ".safetensors" and _describes_itself(path):
         return "nfzoo"
     try:
-        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        fields = read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError):
         # Without a config.json the weights are another trainer's.
         return "timm" if is_torch or any((folder / name).is_file() for name in _WEIGHT_FILES) else "haiku"
     if isinstance(fields, dict) and isinstance(fields.get("architecture"), str):

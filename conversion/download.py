@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.checkpoint.lock import locked
 from nfzoo.errors import ConversionError
+from nfzoo.files import open_regular
 
 logger = logging.getLogger("nfzoo")
 
@@ -176,7 +177,7 @@ def _check(path: Path, length: int, md5: str | None) -> None:
     if path.stat().st_size != length:
         raise OSError(f"{path.stat().st_size} bytes came instead of {length}")
     if md5 is not None:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != md5:
             raise OSError(f"what came has the MD5 {found}, not {md5}")

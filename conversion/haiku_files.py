@@ -32,6 +32,7 @@ from nfzoo.conversion.arrays import (
 from nfzoo.conversion.haiku import canonical
 from nfzoo.conversion.pickle_reader import read_pickle
 from nfzoo.errors import ConversionError
+from nfzoo.files import open_regular
 
 _KEYSTR = re.compile(r"\['([^']*)'\]\['([^']*)'\]")  # jax.tree_util.keystr of a path
 MOST_RATIO = 20  # unpacked bytes to one of the archive; trained weights hardly pack at all, 2.3 if they were bfloat16
@@ -168,7 +169,7 @@ def open_source(path: str | Path) -> Iterator[Source]:
         what = "is a folder without a model" if path.is_dir() else "is no file" if path.exists() else "does not exist"
         raise ConversionError(f"{path} {what}; give DeepMind's file, or a folder of nfzoo's or timm's")
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         try:
             magic = file.read(4)
             if magic[:1] == b"\x80":

@@ -27,6 +27,7 @@ from nfzoo.conversion.timm_config import (
 )
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError, nearest
+from nfzoo.files import open_regular
 from nfzoo.model import specs
 from nfzoo.runtime.output import json_text
 from nfzoo.types import Params
@@ -156,7 +157,7 @@ def read_timm(
     """
     path = Path(path)
     weights = _weight_file(path)
-    fields = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
+    fields = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else None
     with open_state_dict(weights, ANCHORS, allow_pickle=allow_pickle) as state:
         shapes = state.shapes
         gains = [shape for key, shape in shapes.items() if key.endswith(".gain")]
@@ -297,7 +298,7 @@ def _sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: P
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -6,7 +6,6 @@ Source: timm 1.0, models/_hub.py (`save_config_for_hf`) and data/config.py (`res
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from nfzoo.checkpoint.model_folder import Description
 from nfzoo.config import MAX_SIDE, ModelConfig, Preprocessing, is_int
 from nfzoo.errors import ConfigError, ConversionError
+from nfzoo.files import read_json
 from nfzoo.model import specs
 from nfzoo.runtime.timm_interface import pretrained_cfg as interface_cfg
 
@@ -33,8 +33,8 @@ def is_timm(fields: object) -> bool:
 def read_config(path: Path) -> dict[str, Any]:
     """Read the content of timm's `config.json`."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        fields = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not is_timm(fields):
         raise ConversionError(f"{path} is not timm's: it lacks an 'architecture' such as \"dm_nfnet_f0\"")

@@ -10,7 +10,6 @@ no hash. A warning then says that nothing was checked, or the file is refused if
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -41,6 +40,7 @@ from nfzoo.checkpoint.weight_files import read_index
 from nfzoo.conversion.timm import PICKLED_FILE
 from nfzoo.conversion.timm_config import is_timm
 from nfzoo.errors import CheckpointError
+from nfzoo.files import open_regular, read_json
 from nfzoo.hub.registry import Repository
 
 logger = logging.getLogger("nfzoo")
@@ -124,8 +124,8 @@ class Source:
         config = self._file(CONFIG_FILE, self.repository.revision)
         names = [WEIGHTS_FILE]  # the first that is there counts
         try:
-            fields = json.loads(config.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            fields = read_json(config)
+        except ValueError as error:
             raise CheckpointError(f"{CONFIG_FILE} in {self} is not JSON: {error}") from error
         own = isinstance(fields, dict) and fields.get("library_name") == "nfzoo"
         layout = "nfzoo" if own else "timm" if is_timm(fields) else None
@@ -266,7 +266,7 @@ def _stated_hash(path: Path) -> str | None:
 
 def _hash(path: Path, like: str) -> str:
     """Return the sha256 of a file, or git's hash of it: the sha1 of a header and the content."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if len(like) == 64:
             return hashlib.file_digest(file, "sha256").hexdigest()
         content = file.read()

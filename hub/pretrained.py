@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from nfzoo.conversion.timm import read_timm
 from nfzoo.conversion.timm_config import is_timm
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError, UnknownModelError, nearest
+from nfzoo.files import read_json
 from nfzoo.hub.download import Source
 from nfzoo.hub.registry import PUBLIC, Repository
 from nfzoo.nn import NFNet, assemble, check_changes, load
@@ -107,8 +107,8 @@ def from_pretrained(
 
 def _in_timms_layout(path: Path) -> bool:
     try:
-        return path.is_dir() and is_timm(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return path.is_dir() and is_timm(read_json(path / CONFIG_FILE))
+    except (OSError, ValueError):
         return False  # `load` says what is wrong
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, weight_f
 from nfzoo.checkpoint.state_dicts import check_values
 from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError, nearest
 from nfzoo.evaluate import EVALUATION_FILE
+from nfzoo.files import read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
 from nfzoo.train import strict_yaml
@@ -69,15 +69,15 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
     if (folder / CARD_FILE).is_file():
         try:
-            card = (folder / CARD_FILE).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+            card = read_text(folder / CARD_FILE)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / CARD_FILE} is not text: {error}") from error
     else:
         evaluation = None
         if EVALUATION_FILE in extras:
             try:
-                evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
-            except ValueError as error:
+                evaluation = read_json(folder / EVALUATION_FILE)
+            except (OSError, ValueError) as error:
                 raise CheckpointError(f"{folder / EVALUATION_FILE} is not JSON: {error}") from error
             if not isinstance(evaluation, dict):
                 raise CheckpointError(f"{folder / EVALUATION_FILE} must hold a JSON object")
@@ -92,8 +92,8 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
 def _public_run(path: Path) -> bytes:
     """Return a run's options without its output folder and without the folders of its paths, which are private."""
     try:
-        run = strict_yaml.load(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        run = strict_yaml.load(read_text(path, strict_yaml.MOST_TEXT))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not YAML: {error}") from error
     if not isinstance(run, dict):
         raise CheckpointError(f"{path} must hold the options of a run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from nfzoo.analysis.signal_propagation import SignalMetrics
 from nfzoo.analysis.style import BLUE, INK, ORANGE, PAPER, QUIET, RULE, check_png
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import DataError, NfzooError
+from nfzoo.files import parse_json, read_text
 from nfzoo.runtime.output import escaped
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}; nfzoo train writes it after the first epoch") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text: {error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"line {number} of {path} is not JSON: {error}") from error
         if not isinstance(row, dict) or "epoch" not in row:
             raise DataError(f"line {number} of {path} must be an object with an 'epoch'")

@@ -18,6 +18,7 @@ from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.weight_files import FLOATS, open_tensors, open_weights, read_index, save_tensors
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError, nearest
+from nfzoo.files import parse_json, read_text
 from nfzoo.model import reparametrized_hint, specs
 from nfzoo.types import Params
 
@@ -124,7 +125,7 @@ def read_description(path: Path) -> Description:
         text, source = metadata["nfzoo"], f"the metadata of {path}"
     else:
         try:
-            text, source = path.read_text(encoding="utf-8"), str(path)
+            text, source = read_text(path), str(path)
         except FileNotFoundError as error:
             raise CheckpointError(f"there is no {path.name} in {path.parent}") from error
         except UnicodeDecodeError as error:
@@ -136,8 +137,8 @@ def read_description(path: Path) -> Description:
 
 def _parse(text: str, source: str) -> Description:
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a JSONDecodeError, or a number of too many digits
+        fields = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{source} is not JSON: {error}") from error
     return describe(fields, source)
 
@@ -194,7 +195,7 @@ def load_checkpoint(
         )
     else:
         sibling = path.parent / CONFIG_FILE
-        alone = _has_metadata(weights) or not sibling.is_file()
+        alone = _has_metadata(weights) or not sibling.exists()
         description = read_description(weights if alone else sibling)
     with open_tensors(weights, str(device or "cpu")) as tensors:
         for file_path, file in tensors.files.items() if path.is_dir() else ():

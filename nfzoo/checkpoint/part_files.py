@@ -18,6 +18,7 @@ import numpy as np
 
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import ConfigError, DataError
+from nfzoo.files import read_json
 
 MANIFEST = "manifest.json"
 FORMATS = {"top-k": ("jsonl", "parquet"), "embeddings": ("npz", "parquet")}
@@ -125,7 +126,7 @@ def finish(parts: Parts) -> list[dict[str, Any]]:
     notes = [note for note in map(parts.broken_path, range(len(parts))) if note.exists()]
     if not manifest["complete"]:
         for note in notes:
-            broken += json.loads(note.read_text(encoding="utf-8"))
+            broken += read_json(note)
         broken.sort(key=lambda entry: entry["part"])
         if len(broken) == parts.images:
             raise DataError(f"none of the {parts.images:,} images can be read, such as: {broken[0]['problem']}")
@@ -218,10 +219,10 @@ def _short(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except (OSError, ValueError):
         content = None
     return content if isinstance(content, dict) else {}
 

@@ -29,6 +29,7 @@ from nfzoo.checkpoint.atomic import remove_folder, replaced_folder, sweep
 from nfzoo.checkpoint.shards import is_sharded, load_full, save_shards
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.errors import CheckpointError
+from nfzoo.files import check_regular, open_regular, read_json
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,6 +76,7 @@ class Saved(NamedTuple):
             return load_full(self.folder, f"{name}/")
         path = self.folder / f"{name}.safetensors"
         try:
+            check_regular(path)
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -184,7 +186,7 @@ def _read(folder: Path) -> dict[str, Any]:
         CheckpointError: if anything is missing or damaged.
     """
     try:
-        facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        facts = read_json(folder / STATE_FILE)
         version, claimed = facts["format"], facts.pop("sha256", None)
         if version not in (_BEFORE, FORMAT):
             raise CheckpointError(
@@ -219,7 +221,7 @@ def _has_fields(facts: Mapping[str, Any]) -> bool:
 def _checksum(path: Path) -> int:
     """Return the CRC-32 of a file, which reveals accidental damage, not manipulation."""
     value = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value

@@ -19,6 +19,7 @@ from torch.torch_version import TorchVersion
 
 from nfzoo.checkpoint.weight_files import FLOATS, open_tensors
 from nfzoo.errors import CheckpointError, ConversionError
+from nfzoo.files import open_regular
 
 logger = logging.getLogger("nfzoo")
 
@@ -95,13 +96,13 @@ def _short(dtype: torch.dtype) -> str:
 def is_torch_file(path: Path) -> bool:
     """Return whether torch wrote this file, whatever its suffix, by its first bytes and its members."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.read(len(_LEGACY)) == _LEGACY:
                 return True
-        if not zipfile.is_zipfile(path):
-            return False
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") for name in archive.namelist())
+            if not zipfile.is_zipfile(file):
+                return False
+            with zipfile.ZipFile(file) as archive:
+                return any(name.endswith("/data.pkl") for name in archive.namelist())
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return False
 
@@ -196,7 +197,7 @@ def _check_archive(path: Path) -> None:
     Checksums have to be those of the content. Nothing may be packed or stand in two places, so that an archive takes no
     more memory than it has bytes. A pickle may ask for no more than that either.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 pickles = _checked_pickles(archive, path.stat().st_size)

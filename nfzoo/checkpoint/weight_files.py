@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nfzoo.errors import CheckpointError
+from nfzoo.files import check_regular, read_json
 
 FRAMEWORK = {"format": "pt"}
 """Metadata that accelerate and transformers require of a file of torch's tensors."""
@@ -56,6 +57,7 @@ def _sort_metadata(path: Path) -> None:
 def open_weights(path: Path, device: str = "cpu") -> Any:
     """Open a safetensors file; raise a `CheckpointError` if it is missing or damaged."""
     try:
+        check_regular(path)
         return safe_open(path, framework="pt", device=device)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}") from error
@@ -111,8 +113,8 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: if the file is no index, names a tensor twice, or names a file that does not lie beside it.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (OSError, ValueError, RecursionError) as error:
+        fields = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no index of shards: {error}") from error
     index = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(index, dict) or not index:
@@ -123,14 +125,6 @@ def read_index(path: Path) -> dict[str, str]:
                 f"{path} has {key!r} in {name!r}, which is no name of a .safetensors file beside the index"
             )
     return index
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it has {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return fields
 
 
 def _check_shards(weights: Weights, index: Mapping[str, str], path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from nfzoo.cli.tables import giga, millions, print_json, print_table
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.conversion import convert as conversion
 from nfzoo.errors import CheckpointError, ConversionError
+from nfzoo.files import read_json
 from nfzoo.model import BlockCost, costs, parameter_count
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
@@ -80,7 +80,7 @@ def _info(options: argparse.Namespace) -> None:
     print_table([("stage", "blocks", f"output at {size}", "parameters", "MACs"), *cells, total], "<>>>>")
 
 
-def _lookup(source: str, **options: bool) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
+def _lookup(source: str, **options: Any) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
     """Return configuration, preprocessing and facts of a zoo name or a checkpoint. A file comes before a name."""
     path = Path(source)
     if not path.exists() and "/" not in source:
@@ -116,7 +116,7 @@ def _in_words(value: Any) -> str:
 
 def _is_foreign(folder: Path) -> bool:
     try:
-        return "library_name" not in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return "library_name" not in read_json(folder / CONFIG_FILE)
     except (OSError, ValueError, TypeError):
         return False  # `read_description` says what is wrong
 
@@ -182,7 +182,7 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"wrote {escaped(str(options.target))}: {escaped(summary)}")
 
 
-def _from_hub(name: str, model: str | None, **options: bool) -> conversion.Weights:
+def _from_hub(name: str, model: str | None, **options: Any) -> conversion.Weights:
     """Load a zoo name or a Hub repository, which says itself what model it is."""
     if model is not None:
         raise ConversionError(f"{name} says itself what model it is; leave out --model")

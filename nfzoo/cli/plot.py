@@ -109,7 +109,7 @@ def measure(
     return Signal(model.name or Path(source).resolve().name, weights, what, tuple(x.shape), blocks)
 
 
-def _open(source: str, *, trained: bool, **options: bool) -> NFNet:
+def _open(source: str, *, trained: bool, **options: Any) -> NFNet:
     if not trained and source in VARIANTS and not Path(source).exists():
         return create(source, device="meta")  # the architecture alone
     from nfzoo import from_pretrained

@@ -13,6 +13,7 @@ import numpy as np
 
 from nfzoo.data.images import UNLABELLED, Images, check_classes
 from nfzoo.errors import DataError
+from nfzoo.files import check_regular
 
 if TYPE_CHECKING:
     import datasets
@@ -214,6 +215,11 @@ def open_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
     Raises:
         DataError: if files are damaged, if their columns differ, or if `datasets` is not installed.
     """
+    for path in files:
+        try:
+            check_regular(path)
+        except OSError as error:
+            raise DataError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     return _load(
         lambda load: load("parquet", data_files=[str(path) for path in files], split="train"),
         source,

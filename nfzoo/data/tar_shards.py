@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import os
 import tarfile
 import threading
@@ -21,6 +20,7 @@ from nfzoo.config import is_int
 from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending
 from nfzoo.data.layouts import is_visible
 from nfzoo.errors import DataError
+from nfzoo.files import open_regular, parse_json, read_text
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
 CLASSES_FILE = "classes.txt"
@@ -139,7 +139,7 @@ class TarShards(Images[io.BytesIO]):
     def read_row(self, row: int) -> io.BytesIO:
         shard, offset, size = self.ranges[row].tolist()
         try:
-            content = _read_at(_opened(self.shards[shard]).descriptor, size, offset)
+            content = _read_at(_opened(self.shards[shard]).file.fileno(), size, offset)
         except OSError as error:
             raise DataError(f"{self.row_name(row)} cannot be read: {error.strerror or error}") from error
         if len(content) < size:
@@ -150,17 +150,17 @@ class TarShards(Images[io.BytesIO]):
 
 
 class _Opened:
-    """A file descriptor that is closed with its last reference."""
+    """A file that is closed with its last reference."""
 
     def __init__(self, shard: _Shard) -> None:
-        self.descriptor = os.open(shard.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        status = os.fstat(self.descriptor)
+        self.file = open_regular(shard.path)
+        status = os.fstat(self.file.fileno())
         if (status.st_size, status.st_mtime_ns) != (shard.size, shard.modified):
             raise DataError(f"{shard.path!r} changed after it was indexed; start again, and keep the files unchanged")
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        if hasattr(self, "file"):
+            self.file.close()
 
 
 # Forked processes inherit descriptors, and reading at an offset does not move them, so all may share them.
@@ -225,7 +225,7 @@ def _read_index(path: str, *, labelled: bool) -> _Index:
     if path.lower().endswith(COMPRESSED):
         raise DataError(f"{path!r} is compressed, so its members cannot be read at random; decompress it to a .tar")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             members = [member for member in list_members(file, path) if _is_content(member.name)]
             images = _labelled_images(file, path, members) if labelled else _all_images(path, members)
@@ -291,12 +291,12 @@ def _label(file: BinaryIO, path: str, member: Member) -> int:
     is_json = member.name.lower().endswith(".json")
     try:
         text = content.decode()
-        label = json.loads(text) if is_json else int(text)
+        label = parse_json(text) if is_json else int(text)
         if isinstance(label, dict):
             label = label["label"]
         if not is_int(label, 0, (1 << 31) - 1):
             raise ValueError
-    except (ValueError, KeyError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         shown = content[:40].decode(errors="replace")
         raise DataError(
             f"{member.name!r} in {path!r} holds {shown!r} where a class number from 0 on is expected"
@@ -309,12 +309,10 @@ def _class_names(shard: Path) -> tuple[str, ...] | None:
     """Read the lines of `classes.txt`, if it exists; trailing empty lines do not count."""
     for folder in (shard.parent, shard.absolute().parent.parent):
         path = folder / CLASSES_FILE
-        if path.is_file():
+        if path.exists():
             try:
-                names = tuple(
-                    class_name(line.strip()) for line in path.read_text(encoding="utf-8").rstrip().splitlines()
-                )
-            except (OSError, UnicodeDecodeError) as error:
+                names = tuple(class_name(line.strip()) for line in read_text(path).rstrip().splitlines())
+            except (OSError, ValueError) as error:
                 raise DataError(f"{str(path)!r} cannot be read: {error}") from error
             if not names or not all(names) or len(set(names)) < len(names):
                 raise DataError(f"{str(path)!r} must name every class once, one a line, in the order of the labels")

@@ -70,7 +70,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help=text)
 
 
-def source_options(options: argparse.Namespace) -> dict[str, bool]:
+def source_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords that these options are to `nfzoo.from_pretrained`."""
     return {"require_hash": options.require_hash, "allow_pickle": options.allow_pickle}
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from nfzoo.errors import ConfigError, nearest
+from nfzoo.files import read_text
 from nfzoo.runtime import program
 from nfzoo.train import strict_yaml
 from nfzoo.train.config import STARTING, OptimConfig, TrainConfig
@@ -234,7 +235,7 @@ def _read(path: Path) -> Fields:
         ConfigError: names the file, for one that is not YAML and for an option that is unknown or of the wrong type.
     """
     try:
-        content = strict_yaml.load(path.read_text(encoding="utf-8"))
+        content = strict_yaml.load(read_text(path, strict_yaml.MOST_TEXT))
     except (OSError, ValueError) as error:
         raise ConfigError(f"the recipe {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):

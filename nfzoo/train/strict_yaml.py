@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+MOST_TEXT = 1 << 16  # bytes of a file; PyYAML takes seconds for a megabyte
 MAX_DEPTH = 20
 MAX_DIGITS = 100
 

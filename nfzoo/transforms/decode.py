@@ -7,7 +7,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from nfzoo.errors import DataError
+from nfzoo.files import UnreadableFileError, open_regular
 
 HEIF_SUFFIXES = frozenset([".heic", ".heif"])
 HEIF_REMEDY = "pip install 'nfzoo[heif]' reads HEIC"
@@ -84,7 +85,10 @@ def open_image(
         with _silent():
             if isinstance(source, Image.Image):
                 return _convert(source, channels)
-            with Image.open(source, formats=_formats()) as image:
+            with ExitStack() as stack:
+                is_path = isinstance(source, str | os.PathLike)
+                file = stack.enter_context(open_regular(source)) if is_path else source
+                image = stack.enter_context(Image.open(file, formats=_formats()))
                 if max(image.size) > _LONGEST_SIDE:
                     raise DataError(f"is too large ({image.width:,} x {image.height:,} pixels); scale it down first")
                 _check_scans(image)
@@ -193,6 +197,8 @@ def _reason(source: object, error: Exception) -> str:
             return "is a folder, not an image"
         case PermissionError():
             return "may not be read: permission denied"
+        case UnreadableFileError():
+            return f"is not read: {error}"
         case UnidentifiedImageError():
             empty = isinstance(source, str | os.PathLike) and not os.stat(source).st_size
             return "is empty" if empty else "is no image of a known format, or its beginning is damaged"

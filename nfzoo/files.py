@@ -1,0 +1,81 @@
+"""Open files that may come from strangers: regular ones alone, and JSON and other text of a sensible size."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from io import BufferedReader
+from typing import Any
+
+MOST_TEXT = 32 << 20  # bytes; a configuration with names for a million classes takes 20 MB
+
+
+class UnreadableFileError(OSError):
+    """A file that is there, and is not read: no regular file, or too long."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Open a regular file for reading; a pipe would keep its reader waiting, and a device may never end.
+
+    Raises:
+        UnreadableFileError: for a pipe, a socket or a device.
+        OSError: as `open`.
+    """
+    return open(path, "rb", opener=_open)
+
+
+def _open(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # for a folder `open` has its own error
+        return descriptor
+    os.close(descriptor)
+    raise UnreadableFileError("it is no regular file but a pipe, a socket or a device")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise as `open_regular`, before a library opens the file by its name."""
+    open_regular(path).close()
+
+
+def read_text(path: str | os.PathLike[str], most: int = MOST_TEXT) -> str:
+    """Return the text of a regular file in UTF-8.
+
+    Raises:
+        UnreadableFileError: also for a file of more than `most` bytes.
+        OSError: as `open`.
+        ValueError: for what is not UTF-8.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UnreadableFileError(f"it is longer than {most:,} bytes")
+    return content.decode("utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a JSON file; raise as `read_text` and `parse_json`."""
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the content of a JSON text.
+
+    Raises:
+        ValueError: for what is no JSON, is nested too deeply, or has a key twice, of which readers take either.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"it has {key[:200]!r} twice")
+        fields[key] = value
+    return fields
