@@ -21,7 +21,7 @@ Resize = Literal["deepmind", "shortest-edge"]
 T = TypeVar("T")
 
 # Far above any network. Without limits a damaged configuration would give endless plans and overflowing numbers.
-MAX_BLOCKS = 1024  # of one stage
+MAX_BLOCKS = 512  # of all stages; counting the operations of one takes milliseconds
 MAX_SIZE = 1 << 20  # channels, classes, ratios
 MAX_SIDE = 4096  # pixels of an input or a resized image; one of this size takes 200 MB
 
@@ -133,6 +133,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _integers(self, "depths", 4, MAX_BLOCKS)
+        if sum(self.depths) > MAX_BLOCKS:
+            raise ConfigError(f"depths must be at most {MAX_BLOCKS} blocks together, not {list(self.depths)}")
         _integers(self, "widths", 4, MAX_SIZE)
         _one_of("activation", self.activation, get_args(Activation))
         _one_of("rules", self.rules, RULES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfzoo.data.images import UNLABELLED, Images, check_classes
+from nfzoo.data.images import UNLABELLED, Images, check_classes, numbered_classes
 from nfzoo.errors import DataError
-from nfzoo.files import check_regular
+from nfzoo.files import open_regular
 
 if TYPE_CHECKING:
     import datasets
@@ -183,7 +184,7 @@ def _labels(
             raise DataError(f"{where} holds {low}, which means no label; take a part that has labels")
         if names is not None and classes is not None:
             check_classes(where, tuple(names), classes)
-        known = tuple(names or ()) or classes or tuple(map(str, range(high + 1)))
+        known = tuple(names or ()) or classes or numbered_classes(high, len(numbers), where)
         if high >= len(known):
             raise DataError(f"{where} holds {high}, beyond the {len(known)} classes; labels count from 0")
         return numbers, known
@@ -215,16 +216,27 @@ def open_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
     Raises:
         DataError: if files are damaged, if their columns differ, or if `datasets` is not installed.
     """
-    for path in files:
-        try:
-            check_regular(path)
-        except OSError as error:
-            raise DataError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+
+    def opened(load: Callable[..., Any]) -> Any:
+        for path in files:
+            _check_rows(path)
+        return load("parquet", data_files=[str(path) for path in files], split="train")
+
     return _load(
-        lambda load: load("parquet", data_files=[str(path) for path in files], split="train"),
+        opened,
         source,
         "check the files, and the space left for the cache of datasets",
     )
+
+
+def _check_rows(path: Path) -> None:
+    """Raise a `ValueError` for more rows than bytes: equal rows are counted, and would fill the disk."""
+    from pyarrow.parquet import ParquetFile
+
+    with open_regular(path) as file:
+        rows, size = ParquetFile(file).metadata.num_rows, os.fstat(file.fileno()).st_size
+    if rows > size:
+        raise ValueError(f"{path.name} states {rows:,} rows in {size:,} bytes")
 
 
 @functools.lru_cache(maxsize=4)  # each opening asks the Hub

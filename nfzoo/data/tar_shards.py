@@ -6,9 +6,7 @@ import functools
 import hashlib
 import io
 import os
-import tarfile
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from nfzoo.config import is_int
-from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending
+from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending, numbered_classes
 from nfzoo.data.layouts import is_visible
+from nfzoo.data.tar_headers import Member, list_members, read_at
 from nfzoo.errors import DataError
 from nfzoo.files import open_regular, parse_json, read_text
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
@@ -30,15 +29,6 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 _MAX_LABEL_SIZE = 1 << 20  # bytes of a label file
 _OPEN_FILES = 128
 _READERS = 16  # files indexed at a time; on a network disk, reading headers is waiting
-_LOCK = threading.Lock()
-
-
-class Member(NamedTuple):
-    """A file inside a tar file: its name, first byte and number of bytes."""
-
-    name: str
-    offset: int
-    size: int
 
 
 class _Shard(NamedTuple):
@@ -96,7 +86,7 @@ class TarShards(Images[io.BytesIO]):
             raise DataError(f"{_all(files)} holds no images; expected are members KEY.jpg and KEY.cls")
         path, member, greatest = max(samples, key=lambda sample: sample[2])
         if classes is None:
-            classes = tuple(map(str, range(greatest + 1)))
+            classes = numbered_classes(greatest, len(samples), f"{member.name!r} in {path!r}")
         elif greatest >= len(classes):
             raise DataError(
                 f"{member.name!r} in {path!r} has label {greatest}, beyond the {len(classes)} classes; labels "
@@ -139,7 +129,7 @@ class TarShards(Images[io.BytesIO]):
     def read_row(self, row: int) -> io.BytesIO:
         shard, offset, size = self.ranges[row].tolist()
         try:
-            content = _read_at(_opened(self.shards[shard]).file.fileno(), size, offset)
+            content = read_at(_opened(self.shards[shard]).file.fileno(), size, offset)
         except OSError as error:
             raise DataError(f"{self.row_name(row)} cannot be read: {error.strerror or error}") from error
         if len(content) < size:
@@ -167,52 +157,7 @@ class _Opened:
 _opened = functools.lru_cache(maxsize=_OPEN_FILES)(_Opened)
 
 
-def _read_at(descriptor: int, size: int, offset: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(descriptor, size, offset)
-    with _LOCK:  # Windows has neither pread nor fork
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, size)
-
-
 # -- the index
-
-
-def list_members(file: BinaryIO, path: str) -> Iterator[Member]:
-    """List the regular files of an open tar file, in its order.
-
-    `tarfile` stops without an error at a damaged or missing header, so this looks for the end mark there.
-
-    Raises:
-        DataError: if the file is no tar file, is damaged, is cut off before its end mark, or has sparse members.
-    """
-    length = os.fstat(file.fileno()).st_size
-    try:
-        tar = tarfile.TarFile(fileobj=file)  # uncompressed
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"{path!r} is no tar file; make it again with `tar -cf`, or fetch it again") from error
-    while True:
-        try:
-            member = tar.next()
-        except (tarfile.TarError, ValueError):  # from the header after the last good member
-            break
-        if member is None:
-            if _read_at(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(tarfile.BLOCKSIZE):
-                return
-            break
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
-        if member.issparse():
-            raise DataError(f"{path!r} holds sparse members; make it again without `tar --sparse`")
-        if member.size < 0:
-            tar.offset = member.offset
-            break
-        if member.isreg():
-            if member.offset_data + member.size > length:
-                break
-            yield Member(member.name, member.offset_data, member.size)
-    if tar.offset + tarfile.BLOCKSIZE > length:
-        raise DataError(f"{path!r} is cut off: it ends before the end mark of a tar file; copy or make it again")
-    raise DataError(f"{path!r} is damaged at byte {tar.offset:,}; make it again with `tar -cf`, or fetch it again")
 
 
 def _read_indices(files: list[str], *, labelled: bool) -> list[_Index]:
@@ -287,7 +232,7 @@ def _labelled_images(file: BinaryIO, path: str, members: Iterable[Member]) -> li
 def _label(file: BinaryIO, path: str, member: Member) -> int:
     if member.size > _MAX_LABEL_SIZE:
         raise DataError(f"{member.name!r} in {path!r} is {member.size:,} bytes long, too long for a label")
-    content = _read_at(file.fileno(), member.size, member.offset)
+    content = read_at(file.fileno(), member.size, member.offset)
     is_json = member.name.lower().endswith(".json")
     try:
         text = content.decode()

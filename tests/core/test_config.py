@@ -214,3 +214,12 @@ def test_preprocessing_fields_are_checked():
         Preprocessing.from_dict({"train_size": 32})
     with pytest.raises(ConfigError, match="test_size"):
         Preprocessing.from_dict({"train_size": 32, "test_size": 32, "tset_size": 3})
+
+
+def test_a_configuration_of_endless_blocks() -> None:
+    """`nfzoo info` would count their operations for minutes."""
+    config = VARIANTS["nfnet-test"].config
+    assert config.replace(depths=(128, 128, 128, 128)).depths == (128,) * 4
+    for depths in ((128, 128, 128, 129), (1024,) * 4):
+        with pytest.raises(ConfigError, match="depths must be"):
+            config.replace(depths=depths)

@@ -248,6 +248,17 @@ def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_number_in_a_parquet_file_takes_no_memory(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", image=cells(2), label=[0, 2_147_483_646])
+    with pytest.raises(DataError, match="has label 2,147,483,646; 2 images have at most 65,536 classes"):
+        open_split(str(path))
+    path = write_parquet(
+        tmp_path / "y.parquet", image=cells(1) * 99_999, label=[0] * 99_999
+    )  # each column in a few bytes
+    with pytest.raises(DataError, match=r"y\.parquet states 99,999 rows in .* bytes"):
+        open_split(str(path))
+
+
 def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "pets.parquet", image=cells(2), label=[0, 1])
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from nfzoo.data import tar_shards as shards
-from nfzoo.data.tar_shards import Member, TarShards, list_members
+from nfzoo.data.tar_headers import Member, list_members
+from nfzoo.data.tar_shards import TarShards
 from nfzoo.errors import DataError
 from nfzoo.evaluate import open_labelled
 from nfzoo.transforms.decode import open_image
@@ -351,6 +352,19 @@ def test_a_damaged_header_does_not_end_the_list(tmp_path: Path) -> None:
             path.write_bytes(overwrite(header + at, bytes([data[header + at] ^ 0x55]))(data))
             with pytest.raises(DataError, match="is damaged at byte" if header else "is no tar file"):
                 members(path)
+
+
+def test_a_great_label_needs_many_images(tmp_path: Path) -> None:
+    """A number alone would make two thousand million classes."""
+    for label, message in (
+        (b"2147483646", "1 images have at most 65,536 classes"),
+        (b"65536", "label 65,536; 1 images"),
+    ):
+        path = write_tar(tmp_path / "x.tar", [("a.jpg", picture(0)), ("a.cls", label)])
+        with pytest.raises(DataError, match=message):
+            TarShards.index([path])
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", picture(0)), ("a.cls", b"65535")])
+    assert len(TarShards.index([path]).classes) == 65536
 
 
 def test_sparse_members_are_refused(tmp_path: Path) -> None:
