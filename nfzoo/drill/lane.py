@@ -43,8 +43,9 @@ class Job:
         watched: the folder below which calls are counted, and fail.
         output: a path without suffix for what the first process prints: `.out`, `.err`.
         processes: how many train together.
-        fault: of the first process, which alone writes files.
-        log: a file for the calls of the first process.
+        fault: what happens in one process, and at which of its calls.
+        struck: the number of that process.
+        log: a file for the calls of all processes.
         kill_after: seconds until SIGKILL to all processes.
         pause_after: seconds until SIGSTOP to the last process, which goes on a second later.
         timeout: seconds until the run counts as hung.
@@ -55,6 +56,7 @@ class Job:
     output: str
     processes: int = 1
     fault: Fault = field(default_factory=Fault)
+    struck: int = 0
     log: str | None = None
     kill_after: float | None = None
     pause_after: float | None = None
@@ -63,7 +65,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: the exit status of its first process, negative after a signal, `None` if it hung."""
+    """How a run ended.
+
+    Attributes:
+        status: exit status of the first process, negative after a signal; `None` if the run hung.
+        seconds: how long it took.
+        printed: what the first process printed.
+        errors: what all processes printed as errors, the first process last.
+    """
 
     status: int | None
     seconds: float
@@ -96,13 +105,22 @@ class Lane:
         assert self._process.stdout is not None
         print(json.dumps(asdict(job)), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
-        texts = (Path(job.output + suffix).read_text(errors="replace") for suffix in (".out", ".err"))
-        return Ended(answer["status"], answer["seconds"], *texts)
+        errors = [_printed(job, rank, ".err").read_text(errors="replace") for rank in range(job.processes)]
+        return Ended(
+            answer["status"],
+            answer["seconds"],
+            _printed(job, 0, ".out").read_text(errors="replace"),
+            "".join(reversed(errors)),
+        )
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+
+
+def _printed(job: Job, rank: int, suffix: str) -> Path:
+    return Path(f"{job.output}-{rank}{suffix}" if rank else job.output + suffix)
 
 
 def main() -> None:
@@ -117,6 +135,8 @@ def main() -> None:
 
 
 def _run(job: Job) -> dict[str, Any]:
+    if job.log is not None:
+        Path(job.log).write_bytes(b"")
     start, port = time.monotonic(), _free_port()
     children = [_fork(job, rank, port) for rank in range(job.processes)]
     running, status, paused = set(children), None, False
@@ -157,18 +177,17 @@ def _fork(job: Job, rank: int, port: int) -> int:
         return pid
     status = CRASHED
     try:
-        first = rank == 0
         for descriptor, suffix in ((1, ".out"), (2, ".err")):
-            name = job.output + suffix if first else f"{job.output}-{rank}{suffix}"
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+            os.dup2(os.open(_printed(job, rank, suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if job.processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {"WORLD_SIZE": str(job.processes), "LOCAL_WORLD_SIZE": str(job.processes)}
             os.environ |= {"MASTER_PORT": str(port)}
-        if first and (job.log is not None or job.fault != Fault()):
-            log = -1 if job.log is None else os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            arm(Path(job.watched), job.fault, log)
+        fault = job.fault if rank == job.struck else Fault()
+        if job.log is not None or fault != Fault():
+            log = -1 if job.log is None else os.open(job.log, os.O_WRONLY | os.O_APPEND)
+            arm(Path(job.watched), fault, log, rank)
         from nfzoo.train.run import main as train
 
         status = train(list(job.arguments))

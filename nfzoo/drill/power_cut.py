@@ -7,6 +7,7 @@ flushed file keeps its content but needs a flush of its folder to keep its name,
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -52,9 +53,10 @@ class Journal:
 
     def __init__(self, root: Path, calls: Iterable[Call]) -> None:
         self.changes: list[Change] = []
+        self._lock = threading.Lock()  # trials run in threads
         self._inodes = [Inode({})]
         self._live: dict[PurePath, Inode] = {PurePath(root): self._inodes[0]}
-        self._open: dict[int, Inode] = {}
+        self._open: dict[tuple[int, int], Inode] = {}  # by process and descriptor
         self._numbered: dict[int, Inode] = {}  # of the inodes' numbers, which can be used anew
         for call in calls:
             self._add(call)
@@ -62,7 +64,7 @@ class Journal:
     # ------------------------------------------------------------ what was done
 
     def _add(self, call: Call) -> None:
-        path, live = PurePath(call.path), self._live
+        path, live, opened = PurePath(call.path), self._live, (call.process, call.descriptor)
         match call.operation:
             case Operation.OPEN | Operation.CREATE:
                 known = self._numbered.get(call.offset)
@@ -71,13 +73,13 @@ class Journal:
                     self._rename(call.number, earlier, path)
                 elif path not in live:
                     self._enter(call.number, path, self._new())
-                self._open[call.descriptor] = self._numbered[call.offset] = live[path]
+                self._open[opened] = self._numbered[call.offset] = live[path]
             case Operation.WRITE:
-                self._write(call.number, self._open[call.descriptor], call.offset, call.data)
+                self._write(call.number, self._open[opened], call.offset, call.data)
             case Operation.TRUNCATE:
-                self._resize(call.number, self._open[call.descriptor], call.offset)
+                self._resize(call.number, self._open[opened], call.offset)
             case Operation.SYNC:
-                flushed = self._open[call.descriptor]
+                flushed = self._open[opened]
                 if call.offset:  # a file, which may have been written to past the library
                     self._resize(call.number, flushed, len(call.data))
                     self._write(call.number, flushed, 0, call.data)
@@ -165,16 +167,17 @@ class Journal:
         Args:
             share: how much of a change that was not flushed is left, from 0 to 1.
         """
-        for inode in self._inodes:
-            inode.content.clear()
-            if inode.entries is not None:
-                inode.entries.clear()
-        for change in self.changes:
-            if change.number < call:
-                left = 1.0 if change.flushed < call else share(change)
-                if left:
-                    change.apply(left)
-        _write_tree(self._inodes[0], folder)
+        with self._lock:
+            for inode in self._inodes:
+                inode.content.clear()
+                if inode.entries is not None:
+                    inode.entries.clear()
+            for change in self.changes:
+                if change.number < call:
+                    left = 1.0 if change.flushed < call else share(change)
+                    if left:
+                        change.apply(left)
+            _write_tree(self._inodes[0], folder)
 
     def renamed(self, call: int, *, flushed: bool) -> set[str]:
         """Return the names that renames before a call gave; with `flushed`, those that a loss of power leaves."""

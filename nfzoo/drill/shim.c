@@ -16,6 +16,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -33,6 +34,7 @@ struct record {
     int64_t number; /* place of the call from 1 on; calls that change nothing have that of the call before */
     int64_t offset; /* where a write began; the length of a truncated file; the inode of an opened one */
     int32_t first, second;
+    int64_t process;
 };
 
 enum { DESCRIPTORS = 4096 };
@@ -42,21 +44,38 @@ static char root[PATH_MAX];
 static size_t root_length;
 static char below[DESCRIPTORS]; /* whether a descriptor is of a file or folder below the root */
 static int fault, failure, log_descriptor = -1;
-static int64_t count, at, clock_offset;
+static int64_t count, at, clock_offset, process;
 
 #define REAL(result, name, ...)                                                                                        \
     static result (*real)(__VA_ARGS__);                                                                                \
     if (!real)                                                                                                         \
         real = (result(*)(__VA_ARGS__))dlsym(RTLD_NEXT, #name)
 
-/* Watch `folder` from now on. The calls below it are counted from 1; at number `call` the fault happens. */
-void nfzoo_drill_arm(const char *folder, int what, int64_t call, int error, int log, int64_t seconds)
+/* Watch `folder` from now on. The calls below it are counted from 1; at number `call` the fault happens. Processes that
+ * log to one file open it each by itself, to append; `name` tells their records apart. */
+void nfzoo_drill_arm(const char *folder, int what, int64_t call, int error, int log, int64_t seconds, int64_t name)
 {
     pthread_mutex_lock(&lock);
     snprintf(root, sizeof root, "%s", folder);
     root_length = strlen(root);
     fault = what, at = call, failure = error, log_descriptor = log, clock_offset = seconds, count = 0;
+    process = name;
     memset(below, 0, sizeof below);
+    pthread_mutex_unlock(&lock);
+}
+
+/* Begin and end a call. The lock of the log orders the calls of all processes as their records. */
+static void hold(void)
+{
+    pthread_mutex_lock(&lock);
+    if (log_descriptor >= 0)
+        flock(log_descriptor, LOCK_EX);
+}
+
+static void let_go(void)
+{
+    if (log_descriptor >= 0)
+        flock(log_descriptor, LOCK_UN);
     pthread_mutex_unlock(&lock);
 }
 
@@ -107,7 +126,8 @@ static void note(int operation, int descriptor, int64_t number, int64_t offset, 
 {
     if (log_descriptor < 0)
         return;
-    struct record record = {operation, descriptor, number, offset, (int32_t)size, second ? (int32_t)strlen(second) : 0};
+    struct record record = {operation, descriptor, number, offset, (int32_t)size, second ? (int32_t)strlen(second) : 0,
+                            process};
     append(&record, sizeof record);
     append(first, size);
     append(second, (size_t)record.second);
@@ -144,7 +164,7 @@ static size_t allowed(size_t size)
 #define FAIL_IF_ASKED(operation)                                                                                       \
     int error = enter(operation);                                                                                      \
     if (error) {                                                                                                       \
-        pthread_mutex_unlock(&lock);                                                                                   \
+        let_go();                                                                                                      \
         errno = error;                                                                                                 \
         return -1;                                                                                                     \
     }
@@ -156,13 +176,13 @@ static int opened(int folder, const char *path, int flags, mode_t mode)
     char full[PATH_MAX];
     if (!resolve(folder, path, full))
         return (int)syscall(SYS_openat, folder, path, flags, mode);
-    pthread_mutex_lock(&lock);
+    hold();
     struct stat before;
     int changes = ((flags & O_CREAT) && lstat(full, &before) != 0) || (flags & O_TRUNC);
     if (changes) {
         FAIL_IF_ASKED(CREATE);
     } else if (fault == FAIL_ON && failure == EROFS && count >= at && (flags & O_ACCMODE) != O_RDONLY) {
-        pthread_mutex_unlock(&lock);
+        let_go();
         errno = EROFS;
         return -1;
     }
@@ -175,7 +195,7 @@ static int opened(int folder, const char *path, int flags, mode_t mode)
         if (flags & O_TRUNC)
             note(TRUNCATE, descriptor, count, 0, NULL, 0, NULL);
     }
-    pthread_mutex_unlock(&lock);
+    let_go();
     errno = kept;
     return descriptor;
 }
@@ -228,7 +248,7 @@ int close(int descriptor)
 
 static ssize_t written(int descriptor, const void *data, size_t size, int64_t offset)
 {
-    pthread_mutex_lock(&lock);
+    hold();
     FAIL_IF_ASKED(WRITE);
     size = allowed(size);
     ssize_t done = offset < 0 ? syscall(SYS_write, descriptor, data, size)
@@ -240,7 +260,7 @@ static ssize_t written(int descriptor, const void *data, size_t size, int64_t of
     }
     if (fault == TEAR && count == at)
         die();
-    pthread_mutex_unlock(&lock);
+    let_go();
     errno = kept;
     return done;
 }
@@ -275,12 +295,12 @@ int ftruncate(int descriptor, off_t length)
 {
     if (!is_watched(descriptor))
         return (int)syscall(SYS_ftruncate, descriptor, length);
-    pthread_mutex_lock(&lock);
+    hold();
     FAIL_IF_ASKED(TRUNCATE);
     int status = (int)syscall(SYS_ftruncate, descriptor, length), kept = errno;
     if (!status)
         note(TRUNCATE, descriptor, count, length, NULL, 0, NULL);
-    pthread_mutex_unlock(&lock);
+    let_go();
     errno = kept;
     return status;
 }
@@ -291,7 +311,7 @@ int fsync(int descriptor)
 {
     if (!is_watched(descriptor))
         return (int)syscall(SYS_fsync, descriptor);
-    pthread_mutex_lock(&lock);
+    hold();
     FAIL_IF_ASKED(SYNC);
     int status = (int)syscall(SYS_fsync, descriptor), kept = errno;
     struct stat now;
@@ -306,7 +326,7 @@ int fsync(int descriptor)
         if (size && content != MAP_FAILED)
             munmap(content, size);
     }
-    pthread_mutex_unlock(&lock);
+    let_go();
     errno = kept;
     return status;
 }
@@ -322,12 +342,12 @@ int fdatasync(int descriptor) { return fsync(descriptor); }
     int first_below = resolve(folder, path, full), second_below = second && resolve(other_folder, second, target);     \
     if (!first_below && !second_below)                                                                                 \
         return (int)(call);                                                                                            \
-    pthread_mutex_lock(&lock);                                                                                         \
+    hold();                                                                                                            \
     FAIL_IF_ASKED(operation);                                                                                          \
     int status = (int)(call), kept = errno;                                                                            \
     if (!status)                                                                                                       \
         note(operation, -1, count, 0, full, strlen(full), second ? target : NULL);                                     \
-    pthread_mutex_unlock(&lock);                                                                                       \
+    let_go();                                                                                                          \
     errno = kept;                                                                                                      \
     return status
 

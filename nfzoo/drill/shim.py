@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections import Counter
 from enum import IntEnum
 from importlib import resources
 from pathlib import Path
@@ -53,7 +54,7 @@ class Fault(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call that was made."""
+    """A call that was made; `number` is its place among the calls of all processes, `own` among those of its own."""
 
     operation: Operation
     descriptor: int
@@ -62,9 +63,11 @@ class Call(NamedTuple):
     path: str
     data: bytes
     target: str
+    process: int
+    own: int
 
 
-_RECORD = struct.Struct("=iiqqii")
+_RECORD = struct.Struct("=iiqqiiq")
 _COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -80,8 +83,15 @@ def build(folder: Path) -> Path | None:
     return library if done.returncode == 0 else None
 
 
-def arm(folder: Path, fault: Fault, log: int = -1) -> None:
-    """Watch a folder in this process, which was started with the library; write calls to the descriptor `log`."""
+def arm(folder: Path, fault: Fault, log: int = -1, process: int = 0) -> None:
+    """Watch a folder in this process, which was started with the library.
+
+    Args:
+        folder: the folder.
+        fault: what happens, and at which call.
+        log: a descriptor that takes the calls, opened by this process to append.
+        process: the number of this process in the log.
+    """
     ctypes.CDLL(None).nfzoo_drill_arm(
         ctypes.c_char_p(str(folder).encode()),
         ctypes.c_int(fault.action),
@@ -89,14 +99,16 @@ def arm(folder: Path, fault: Fault, log: int = -1) -> None:
         ctypes.c_int(fault.error or errno.EIO),
         ctypes.c_int(log),
         ctypes.c_int64(fault.clock_offset),
+        ctypes.c_int64(process),
     )
 
 
 def read_log(path: Path) -> list[Call]:
-    """Read the calls of a log that the library wrote, up to one that is cut off."""
+    """Read the calls of a log that processes wrote through the library, up to one that is cut off."""
     content, calls, position = path.read_bytes(), [], 0
+    counts: Counter[int] = Counter()
     while position + _RECORD.size <= len(content):
-        operation, descriptor, number, offset, first, second = _RECORD.unpack_from(content, position)
+        operation, descriptor, own, offset, first, second, process = _RECORD.unpack_from(content, position)
         start = position + _RECORD.size
         position = start + first + second
         if position > len(content):
@@ -104,5 +116,6 @@ def read_log(path: Path) -> list[Call]:
         body, target = content[start : start + first], content[start + first : position].decode()
         operation = Operation(operation)
         path_, data = ("", body) if operation in (Operation.WRITE, Operation.SYNC) else (body.decode(), b"")
-        calls.append(Call(operation, descriptor, number, offset, path_, data, target))
+        counts[process] = own
+        calls.append(Call(operation, descriptor, counts.total(), offset, path_, data, target, process, own))
     return calls

@@ -109,7 +109,7 @@ class Drill:
         journal = Journal(watched, calls)
         if record:
             copy = self._new("replayed")
-            journal.write(copy, len(calls) + 1, lambda change: 1.0)
+            journal.write(copy, calls[-1].number + 1, lambda change: 1.0)
             if contents(copy) != contents(watched):
                 raise RuntimeError("the recorded calls do not account for every file of the run")
         return Reference(watched, ended, outcome(watched / "run"), calls, journal)
@@ -166,40 +166,50 @@ class Drill:
             shares[len(shares) - 1 - shares[::-1].index(most)] -= 1
         return [next(made) for share, (_, made) in zip(shares, kinds, strict=True) for _ in range(share)]
 
-    def _calls(self, reference: Reference, rng: random.Random) -> Iterator[int]:
+    def _calls(self, reference: Reference, rng: random.Random) -> Iterator[Call]:
         """Yield every call of one save in a random order, then any calls of the run."""
         first, last = reference.saves()
-        numbers = list(range(first, last + 1))
-        rng.shuffle(numbers)
-        yield from numbers
+        calls = list({call.number: call for call in reference.calls}.values())
+        saving = [call for call in calls if first <= call.number <= last]
+        rng.shuffle(saving)
+        yield from saving
         while True:
-            yield rng.randint(1, len(reference.calls))
+            yield rng.choice(calls)
 
-    def _at(self, name: str, fault: Fault, reference: Reference, *, clock_offset: int = 0) -> Trial:
+    def _at(
+        self,
+        name: str,
+        call: Call,
+        reference: Reference,
+        *,
+        action: Action = Action.KILL,
+        error: int = 0,
+        clock_offset: int = 0,
+    ) -> Trial:
         def break_(lane: Lane, watched: Path) -> Ended:
-            return lane.run(self.job(watched, fault=fault))
+            return lane.run(self.job(watched, fault=Fault(action, call.own, error), struck=call.process))
 
-        return Trial(name, break_, newest(reference.journal.renamed(fault.call, flushed=False)), clock_offset)
+        return Trial(name, break_, newest(reference.journal.renamed(call.number, flushed=False)), clock_offset)
 
     def _kills(self, reference: Reference, rng: random.Random) -> Iterator[Trial]:
         for call in self._calls(reference, rng):
-            yield self._at("SIGKILL at a call", Fault(Action.KILL, call), reference)
+            yield self._at("SIGKILL at a call", call, reference)
 
     def _torn(self, reference: Reference, rng: random.Random) -> Iterator[Trial]:
-        writes = [call.number for call in reference.calls if call.operation is Operation.WRITE and len(call.data) > 1]
+        writes = [call for call in reference.calls if call.operation is Operation.WRITE and len(call.data) > 1]
         while True:
-            yield self._at("SIGKILL in a write", Fault(Action.TEAR, rng.choice(writes)), reference)
+            yield self._at("SIGKILL in a write", rng.choice(writes), reference, action=Action.TEAR)
 
     def _errors(
         self, name: str, action: Action, error: int, reference: Reference, rng: random.Random
     ) -> Iterator[Trial]:
         for call in self._calls(reference, rng):
-            yield self._at(name, Fault(action, call, error), reference)
+            yield self._at(name, call, reference, action=action, error=error)
 
     def _clock(self, reference: Reference, rng: random.Random) -> Iterator[Trial]:
         for call in self._calls(reference, rng):
             back = -rng.randint(1, 3650) * _DAY
-            yield self._at("clock set back", Fault(Action.KILL, call), reference, clock_offset=back)
+            yield self._at("clock set back", call, reference, clock_offset=back)
 
     def _moments(self, reference: Reference, rng: random.Random) -> Iterator[Trial]:
         while True:
@@ -220,11 +230,11 @@ class Drill:
             seed = rng.randrange(1 << 32)
 
             def break_(
-                lane: Lane, watched: Path, call: int = call, kind: str = kinds[i % len(kinds)], seed: int = seed
+                lane: Lane, watched: Path, call: int = call.number, kind: str = kinds[i % len(kinds)], seed: int = seed
             ) -> None:
                 reference.journal.write(watched, call, SHARES[kind](random.Random(seed)))
 
-            yield Trial("power cut", break_, newest(reference.journal.renamed(call, flushed=True)))
+            yield Trial("power cut", break_, newest(reference.journal.renamed(call.number, flushed=True)))
 
     def _damage(self, reference: Reference, rng: random.Random) -> Iterator[Trial]:
         """Damage a file of the last checkpoint, or of the model."""

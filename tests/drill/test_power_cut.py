@@ -13,7 +13,9 @@ ROOT = Path("/w")
 
 def call(operation: Operation, number: int, path: str = "", *, fd: int = 3, offset: int = 0, data: bytes = b"") -> Call:
     name, _, target = path.partition(">")
-    return Call(operation, fd, number, offset, f"/w{name}" if name else "", data, f"/w{target}" if target else "")
+    return Call(
+        operation, fd, number, offset, f"/w{name}" if name else "", data, f"/w{target}" if target else "", 0, number
+    )
 
 
 # A file is written, flushed, renamed; then its folder is flushed.
