@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.errors import ConfigError
+from nfzoo.runtime.distributed import group_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -267,8 +268,10 @@ def accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerat
     """
     choose_xla()
     _refuse_launch_options()
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
+    if group := group_options():
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(**group)]
     return Accelerator(mixed_precision="fp16" if precision(mixed_precision) == "fp16" else "no", **options)
 
 
@@ -327,7 +330,7 @@ def processes(*, cpu: bool, patience: datetime.timedelta | None = None) -> Parti
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    options = {} if patience is None else {"timeout": patience}
+    options = group_options() | ({} if patience is None else {"timeout": patience})
     state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)  # as Accelerator reads it
     check_processes(state.num_processes)
     return state

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -179,6 +181,44 @@ def _launcher() -> int | None:
         return None
     names = {os.path.basename(word) for word in words[:4]}
     return parent if names & {b"accelerate", b"accelerate.commands.launch"} else None
+
+
+def elastic_launcher() -> str | None:
+    """Identify the `torchrun`, or `accelerate launch` of several processes, that started this process.
+
+    It may start it anew. Its run id identifies it, which all machines know; where none was given, its process on this
+    machine does. Return `None` without such a launcher.
+    """
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run in (None, "", "none"):  # "none" is torchrun's default
+        parent = psutil.Process(os.getppid())
+        return None if run is None else f"{platform.node()} {parent.pid} {parent.create_time()}"
+    return run
+
+
+def group_options() -> dict[str, Any]:
+    """Return the options of `init_process_group` that a process needs which `torchrun` has started anew.
+
+    torchrun's own store, of a single machine or of fixed ones, still holds where the processes before listened. The new
+    ones would now and then connect to those, and wait for half an hour.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return {"init_method": f"{_RESTARTED}://"} if restarted else {}
+
+
+def _rendezvous(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    prefix = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    from torch.distributed.rendezvous import rendezvous
+
+    for store, rank, world in rendezvous("env://", **options):
+        yield dist.PrefixStore(prefix, store), rank, world  # pyright: ignore[reportPrivateImportUsage]
+
+
+_RESTARTED = "nfzoo-restarted"
+if dist.is_available():
+    from torch.distributed.rendezvous import register_rendezvous_handler
+
+    register_rendezvous_handler(_RESTARTED, _rendezvous)
 
 
 def gradients(params: Iterable[Tensor]) -> list[Tensor]:

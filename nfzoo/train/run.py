@@ -26,6 +26,7 @@ from nfzoo.data.source import Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
+from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.recipes import parse
@@ -130,13 +131,18 @@ def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:
 
 
 def _open_saved(config: TrainConfig) -> Saved | None:
-    """Return the checkpoint to go on from, if that is asked for and there is one.
+    """Return the checkpoint to go on from: the newest if that is asked for, or else one of this launcher's.
 
     Raises:
         ConfigError: where the folder holds a model or a run that nobody said to overwrite or to resume.
         CheckpointError: where no checkpoint is intact.
     """
     output = Path(config.output)
+    launcher = elastic_launcher()
+    if launcher is not None and not config.resume:  # which may have started all processes anew
+        saved = latest_state(output / STATES)
+        if saved is not None and saved.facts.get("launcher") == launcher:
+            return saved
     if config.resume:
         saved = latest_state(output / STATES)
         if saved is not None:

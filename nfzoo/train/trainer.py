@@ -36,7 +36,7 @@ from nfzoo.nn import NFNet
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
-from nfzoo.runtime.distributed import Agreement, full_tensors, gather
+from nfzoo.runtime.distributed import Agreement, elastic_launcher, full_tensors, gather
 from nfzoo.runtime.output import escaped
 from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
@@ -399,6 +399,7 @@ class Trainer:
             "pretrained": self.pretrained,
             "data": self._data,
             "config": self.config.to_dict(),
+            "launcher": elastic_launcher(),
             "description": self.description.to_dict(),
         }
         self.saver.save_state(self.step, tensors, facts)

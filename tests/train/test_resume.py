@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -128,6 +130,56 @@ def test_shards_resume_in_other_numbers_of_processes(tmp_path: Path, whole: Path
     for name in ("shards", "one", "two", "four"):
         found, wanted = weights(tmp_path / name), weights(whole)
         assert max(float((found[k] - wanted[k]).abs().max()) for k in wanted) < PROCESSES_TOLERANCE, name
+
+
+def test_what_a_launcher_starts_anew_goes_on_by_itself(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoints of another launcher are refused as ever; `--overwrite` is for the first start."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default: the launcher's process identifies it
+    for step, options in ((1, []), (3, []), (8, ["--overwrite", "true"])):
+        with monkeypatch.context() as patch:
+            die_before_step(step, patch)
+            with pytest.raises(Died):
+                run(tmp_path / "run", *options)
+    assert "step 2's weights" in capsys.readouterr().out
+    for name in ("another", None):
+        with monkeypatch.context() as patch:
+            patch.setenv("TORCHELASTIC_RUN_ID", name) if name else patch.delenv("TORCHELASTIC_RUN_ID")
+            assert run(tmp_path / "run") == 2
+        assert "holds a model already" in capsys.readouterr().err
+    assert run(tmp_path / "run") == 0
+    assert "step 8's weights" in capsys.readouterr().out
+    assert same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One of two is killed before there is a checkpoint, and one after; all go on without `--resume`."""
+    together(tmp_path, [[*OPTIONS, "--output", str(tmp_path / "whole")]])
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    command += ["--monitor-interval", "0.1", "--master-port", str(free_ports(1)[0]), "-m", "nfzoo.train", *OPTIONS]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [*command, "--output", str(output)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        try:
+            assert "random weights" in launcher.stdout.readline()
+            psutil.Process(launcher.pid).children()[1].kill()
+            assert "weights" in launcher.stdout.readline()
+            while not list(output.glob("checkpoints/step_*")):
+                time.sleep(0.01)
+            psutil.Process(launcher.pid).children()[0].kill()
+            printed, _ = launcher.communicate(timeout=120)
+        finally:
+            launcher.kill()
+    assert launcher.returncode == 0, capfd.readouterr().err
+    assert re.search(r"step \d+'s weights", printed)
+    assert same(output, tmp_path / "whole")
+    for found, wanted in zip(rows(output), rows(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)  # an epoch's sums, which two processes share, are added anew
 
 
 @pytest.mark.slow
