@@ -51,6 +51,7 @@ class HFDataset(Images[Path | io.BytesIO]):
         image: str | None = None,
         label: str | None = None,
         folders: Sequence[Path] = (),
+        facts: str = "",
     ) -> HFDataset:
         """Return the images of a table with a column of images and one of class numbers or names.
 
@@ -60,6 +61,7 @@ class HFDataset(Images[Path | io.BytesIO]):
             classes: the expected class names, if they are known.
             image, label: names of the columns; by default they are found by type and name.
             folders: where the files lie that a row may name; relative names start from the first that has such a file.
+            facts: the value of `stamp`.
 
         Raises:
             DataError: if a column does not exist, or a label is missing or is not a class.
@@ -77,7 +79,7 @@ class HFDataset(Images[Path | io.BytesIO]):
         numbers, names = _labels(column.to_numpy(), table.features[label], f"{source}, column {label!r},", classes)
         ends = np.array([len(table)])
         images = _images(table, source, image)
-        return cls(np.arange(len(table)), numbers, names, images, (f"{source}, ",), ends, tuple(folders))
+        return cls(np.arange(len(table)), numbers, names, images, (f"{source}, ",), ends, tuple(folders), facts)
 
     @classmethod
     def unlabelled(

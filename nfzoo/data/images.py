@@ -73,6 +73,10 @@ class Images(ABC, Generic[_Source_co]):
     def stamp(self) -> str:
         """Return a text that identifies the contents, apart from names and number, without reading images."""
 
+    def files(self) -> Iterable[str | Path]:
+        """Return the files that hold the images, always in the same order; none if they are not known."""
+        return ()
+
     def name(self, index: int) -> str:
         """Return the name of an image, for messages and as a key of results."""
         return self.row_name(int(self.rows[index]))
@@ -219,6 +223,9 @@ class ImageFolder(Images[Path]):
 
     def row_name(self, row: int) -> str:
         return self.paths[row]
+
+    def files(self) -> Iterable[str | Path]:
+        return (os.path.join(self.root, self.paths[row]) for row in self.rows.tolist())
 
     def stamp(self) -> str:
         return "files"

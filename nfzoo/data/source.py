@@ -280,8 +280,15 @@ def _open_files(files: list[Path], source: str, options: dict[str, str]) -> Open
     _check_options(options, ("image", "label", "train", "validation"), source)
     image, label = options.get("image"), options.get("label")
     folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    facts = " ".join(str(file.stat().st_size) for file in files)
     return lambda classes: HFDataset.labelled(
-        open_parquet(files, repr(source)), repr(source), classes, image=image, label=label, folders=[folder]
+        open_parquet(files, repr(source)),
+        repr(source),
+        classes,
+        image=image,
+        label=label,
+        folders=[folder],
+        facts=facts,
     )
 
 

@@ -126,6 +126,9 @@ class TarShards(Images[io.BytesIO]):
     def stamp(self) -> str:
         return hashlib.sha256(self.ranges.tobytes()).hexdigest()
 
+    def files(self) -> Iterable[str | Path]:
+        return [shard.path for shard in self.shards]
+
     def read_row(self, row: int) -> io.BytesIO:
         shard, offset, size = self.ranges[row].tolist()
         try:

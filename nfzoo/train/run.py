@@ -275,7 +275,17 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
             "choose another output"
         )
     identity, before = split_identity(split), saved.facts["data"]
-    if before != identity:
+    differs = [key for key, value in before.items() if identity[key] != value]  # older runs have fewer
+    if differs == ["sizes"] or differs == ["sizes", "times"]:
+        raise DataError(
+            f"{config.data!r} has files of the same names and other sizes than when the run that {saved.folder} is of "
+            "began; resume with the same data, or start anew in another output"
+        )
+    if differs == ["times"] and program.is_first_process():
+        logger.warning(
+            "the files of %s were written anew since the run began, with the same names and sizes", config.data
+        )
+    elif differs:
         raise DataError(
             f"{config.data!r} has {identity['images']} training images of {len(identity['classes'])} classes; the run "
             f"that {saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import signal
 import sys
 import time
@@ -77,13 +78,25 @@ class InitialState(NamedTuple):
 
 
 def split_identity(split: Split) -> dict[str, Any]:
-    """Return the identity of a run's data: classes, number, and a hash of all names and labels."""
-    digest = hashlib.sha256()
+    """Return the identity of a run's data: classes, number, hashes of names and labels, of sizes, and of times.
+
+    No image is read. Times are those at which files were changed, in seconds, which a copy to another disk may lose.
+    """
+    digest, sizes, times = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for images in split:
         digest.update(np.ascontiguousarray(images.labels).tobytes())
         for i in range(len(images)):
             digest.update(Path(images.name(i)).name.encode("utf-8", "surrogatepass") + b"\0")
-    return {"images": len(split.train), "classes": list(split.train.classes), "digest": digest.hexdigest()}
+        sizes.update(images.stamp().encode() + b"\0")
+        for file in images.files():
+            try:
+                status = os.stat(file)
+            except OSError:  # reading it will say what is wrong
+                continue
+            sizes.update(b"%d " % status.st_size)
+            times.update(b"%d " % status.st_mtime)
+    identity = {"images": len(split.train), "classes": list(split.train.classes), "digest": digest.hexdigest()}
+    return {**identity, "sizes": sizes.hexdigest(), "times": times.hexdigest()}
 
 
 class Trainer:

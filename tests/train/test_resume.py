@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import nfzoo
+from nfzoo.checkpoint import run_state
 from nfzoo.cli.main import main as nfzoo_command
 from nfzoo.train import run as train
 from nfzoo.train import run_folder, trainer
@@ -250,6 +251,39 @@ def test_other_data_are_noticed(
     write_images(moved, {"cow": 10})
     assert train.main([*options, "--resume", "true"]) == 2
     assert "24 training images of 3 classes" in capsys.readouterr().err
+
+
+def test_other_pixels_under_the_same_names(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = write_images(tmp_path / "pets", {"cat": 10, "dog": 10})
+    options = ["--model", "nfnet-test", "--data", str(data), "--output", str(tmp_path / "run"), "--batch_size", "4"]
+    options += ["--workers", "0", "--save_steps", "1", "--epochs", "1", "--keep-checkpoints", "9"]
+    with monkeypatch.context() as patch:
+        die_before_step(2, patch)
+        with pytest.raises(Died):
+            train.main(options)
+    image = data / "dog" / "3.png"
+    pixels = image.read_bytes()
+    image.write_bytes(pixels + b"\0")
+    assert train.main([*options, "--resume", "true"]) == 2
+    assert "files of the same names and other sizes" in capsys.readouterr().err
+    image.write_bytes(pixels)
+    os.utime(image, (1, 1))
+    assert train.main([*options, "--resume", "true"]) == 0
+    assert [r.message for r in caplog.records] == [
+        f"the files of {data} were written anew since the run began, with the same names and sizes"
+    ]
+    # Runs of before knew neither sizes nor times.
+    image.write_bytes(pixels + b"\0")
+    for state in (tmp_path / "run" / "checkpoints").glob("*/state.json"):
+        facts = json.loads(state.read_text())
+        del facts["data"]["sizes"], facts["data"]["times"], facts["sha256"]
+        state.write_text(json.dumps({**facts, "sha256": run_state._digest(facts)}))
+    assert train.main([*options, "--resume", "true"]) == 0
 
 
 # ---------------------------------------------------------------- signals and dying processes
