@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.checkpoint.lock import locked
-from nfzoo.errors import ConversionError
+from nfzoo.errors import ConversionError, without_credentials
 from nfzoo.files import open_regular
 
 logger = logging.getLogger("nfzoo")
@@ -65,7 +65,7 @@ def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> P
         ConversionError: if there is no such file, or it cannot be downloaded, with the reason.
     """
     url = published_url(name)
-    shown = re.sub(r"//[^/@]*@", "//", url)  # without a name and password
+    shown = without_credentials(url)
     folder = Path(constants.HF_HOME) / "nfzoo" / hashlib.sha256(url.encode()).hexdigest()[:8]
     target = folder / url.rpartition("/")[2]
     if target.is_file():

@@ -21,7 +21,7 @@ from nfzoo.files import read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
 from nfzoo.train import strict_yaml
-from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE
+from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, public_data, public_model
 
 CARD_FILE = "README.md"
 LICENSE = "apache-2.0"
@@ -90,18 +90,18 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
 
 
 def _public_run(path: Path) -> bytes:
-    """Return a run's options without its output folder and without the folders of its paths, which are private."""
+    """Return a run's options without its output folder, and data and model without their folders: all are private."""
     try:
         run = strict_yaml.load(read_text(path, strict_yaml.MOST_TEXT))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not YAML: {error}") from error
     if not isinstance(run, dict):
         raise CheckpointError(f"{path} must hold the options of a run")
-    run.pop("output", None)
-    for key in ("model", "data"):
-        value = str(run.get(key, ""))
-        if value.startswith((".", "/", "~")) or value.count("/") > 1 or Path(value).exists():
-            run[key] = Path(value).name
+    for key in ("output", "augmented_sheet"):
+        run.pop(key, None)
+    for key, public in (("model", public_model), ("data", public_data)):
+        if key in run:
+            run[key] = public(str(run[key]))
     return yaml.safe_dump(run, sort_keys=False).encode()
 
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
+def without_credentials(text: str) -> str:
+    """Return a text whose addresses, such as a mirror's or a proxy's, have neither user nor password.
+
+    >>> without_credentials("https://me:secret@mirror.org/F1 is not there")
+    'https://mirror.org/F1 is not there'
+    """
+    return re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
+
+
 class NfzooError(Exception):
-    """Base of all errors below.
+    """Base of all errors below, whose messages hold no credentials.
 
     Attributes:
         exit_status: exit status of a command that this error ends. From 129 on, a signal ended the command, and the
@@ -15,6 +25,10 @@ class NfzooError(Exception):
     """
 
     exit_status = 2
+
+    def __init__(self, *args: object, **options: object) -> None:
+        shown = (without_credentials(value) if isinstance(value, str) else value for value in args)
+        super().__init__(*shown, **options)
 
 
 class ConfigError(NfzooError, ValueError):

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
+from nfzoo.errors import without_credentials
+
 # How progress bars move: back to the start of a line before they write it anew, and up by whole lines.
 _MOVES = re.compile(r"\r|(?:\x1b\[A)+\Z")
 
@@ -71,7 +73,7 @@ def _guard(stream: Any) -> Any:
 
 
 class _Guard:
-    """Write to a stream, with all but newlines and tabs escaped, and so what the stream's encoding lacks."""
+    """Write to a stream without credentials, and with escapes for all but newlines, tabs and what its encoding has."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -79,7 +81,7 @@ class _Guard:
 
     def write(self, text: str) -> int:
         move = match[0] if (match := _MOVES.match(text)) else ""
-        shown = re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), text[len(move) :])
+        shown = re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), without_credentials(text[len(move) :]))
         self._stream.write(move + shown.encode(self._encoding, "backslashreplace").decode(self._encoding))
         return len(text)
 
@@ -99,5 +101,5 @@ def escape_log() -> None:
 
 
 def _escape_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = escaped(record.getMessage()), ()
+    record.msg, record.args = escaped(without_credentials(record.getMessage())), ()
     return True

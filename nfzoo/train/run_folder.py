@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from nfzoo.checkpoint.atomic import replaced_folder, sweep
 from nfzoo.checkpoint.background import BackgroundWriter
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
 from nfzoo.checkpoint.run_state import STEP_FOLDER, Saved, save_state, step_folder
-from nfzoo.data.source import has_held_out
+from nfzoo.data.source import HUB, has_held_out, split_options
 from nfzoo.errors import TrainingError
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather, local_tensor, with_local
@@ -146,8 +146,8 @@ def write_run(
     """
     output, row, averaged = Path(config.output), rows[-1], config.optim.ema_decay is not None
     provenance = {
-        "trained_from": _public(config.model) if pretrained else "random weights",
-        "data": _public(config.data),
+        "trained_from": public_model(config.model) if pretrained else "random weights",
+        "data": public_data(config.data),
         "epochs": row["epoch"],
         "weights": "ema" if averaged else "live",
         "accuracy": row["ema_accuracy"] if averaged else row["accuracy"],
@@ -180,6 +180,17 @@ def clear(output: Path, *, states: bool) -> None:
         (output / STATES).rmdir()  # if it is empty
 
 
-def _public(source: str) -> str:
-    """Return a name as it is, and of a path its last part: a shared checkpoint must not tell private folders."""
-    return Path(source).resolve().name if Path(source).exists() else source
+def public_data(source: str) -> str:
+    """Return the name of data for others: the last part of a path, also of a pattern or a path with options."""
+    if source.startswith(HUB):
+        return source
+    path, options = split_options(source)
+    name = Path(path).resolve().name if Path(path).exists() else PurePath(path).name
+    return name + source[len(path) :] if options else name
+
+
+def public_model(source: str) -> str:
+    """Return the name of a model for others: the last part of a path, and the names of zoo and Hub as they are."""
+    if Path(source).exists():
+        return Path(source).resolve().name
+    return PurePath(source).name if source.startswith((".", "/", "~")) or source.count("/") > 1 else source

@@ -44,7 +44,7 @@ from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import Metrics, Tracker, UnreadableImages
-from nfzoo.train.run_folder import Saver
+from nfzoo.train.run_folder import Saver, public_data, public_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
@@ -366,6 +366,9 @@ class Trainer:
 
     def _start_tracker(self) -> Tracker:
         flat = {k: v for k, v in self.config.to_dict().items() if isinstance(v, bool | int | float | str)}
+        for name in ("output", "augmented_sheet"):  # a tracker may be on the other side of the world
+            flat.pop(name, None)
+        flat |= {"model": public_model(self.config.model), "data": public_data(self.config.data)}
         flat |= {
             f"optim.{k}": v for k, v in self.config.to_dict()["optim"].items() if isinstance(v, bool | int | float)
         }

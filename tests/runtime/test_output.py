@@ -48,6 +48,21 @@ def test_what_is_escaped_can_be_seen_and_what_can_be_seen_stays() -> None:
     assert escaped(text) == "".join(map(escaped, text))
 
 
+def test_no_credentials_of_an_address_are_shown(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a warning of another library names a proxy, or a mirror that HF_ENDPOINT names."""
+    escape_log()
+    with guarded():
+        print("no answer of https://me:secret@mirror.org/x")
+        sys.stderr.write("proxy http://me:secret@proxy:3128\n")
+    logging.getLogger("nfzoo").warning("%s could not be read", "https://me:secret@mirror.org/x")
+    printed = capsys.readouterr()
+    assert printed.out == "no answer of https://mirror.org/x\n"
+    assert printed.err == "proxy http://proxy:3128\n"
+    assert caplog.messages == ["https://mirror.org/x could not be read"]
+
+
 @each("text", ["", "cat", "ñandú, 图像", "C:\\new\\x1b", "\N{OLD ITALIC LETTER A}"])
 def test_ordinary_text_stays(text: str) -> None:
     assert escaped(text) == text

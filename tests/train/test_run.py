@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -19,12 +20,13 @@ import nfzoo
 from nfzoo.cli import demo
 from nfzoo.data.source import open_split
 from nfzoo.evaluate import evaluate
+from nfzoo.hub.publish import bundle
 from nfzoo.train import batches as inputs
 from nfzoo.train import config as recipe
-from nfzoo.train import recipes, trainer
+from nfzoo.train import recipes, run_folder, trainer
 from nfzoo.train import run as train
 from tests.support.loops import each
-from tests.support.pictures import few_digits, write_images
+from tests.support.pictures import few_digits, write_images, write_shard
 
 QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "16", "--train-size", "16", "--test-size", "16"]
 # Ten float32 steps with sums in another order; a parameter is of order one.
@@ -481,6 +483,44 @@ def test_a_tracker_that_fails_costs_one_warning(
     lines = [record.message for record in caplog.records if "tracker" in record.message]
     said = "the tracker 'tensorboard' failed (no route to host); training goes on, and metrics.jsonl has its figures"
     assert lines == [said]
+
+
+def test_no_path_of_the_data_leaves_the_checkpoints_and_the_recipe(tmp_path: Path) -> None:
+    """Neither weights, configuration, figures nor what a tracker sends; `train.yaml` is published with names alone."""
+    place = tmp_path / "private-place"
+    write_shard(place / "pets-0.tar", {str(i): i % 2 for i in range(20)})
+    options = ["--tracker", "tensorboard", "--batch-size", "4", "--augmented-sheet", str(place / "sheet.png")]
+    for name, data in (("a", "pets-*.tar"), ("b", "pets-{0..0}.tar")):
+        output = tmp_path / name
+        assert run(output, *options, data=f"{place}/{data}") == 0
+        for file in output.rglob("*"):
+            if file.is_file() and "checkpoints" not in file.parts and file.name != "train.yaml":
+                assert b"private-place" not in file.read_bytes(), file
+        provenance = nfzoo.from_pretrained(output).provenance
+        assert provenance is not None
+        assert provenance["data"] == data
+        published = bundle(output, "someone/pets").files["train.yaml"]
+        assert isinstance(published, bytes)
+        assert b"private-place" not in published
+        assert yaml.safe_load(published)["data"] == data
+
+
+@each(
+    ("public", "source", "name"),
+    [
+        (run_folder.public_data, "digits", "digits"),
+        (run_folder.public_data, "hub:org/pets?image=img", "hub:org/pets?image=img"),
+        (run_folder.public_data, "secret/pets", "pets"),
+        (run_folder.public_data, "/secret/train-{000..099}.tar", "train-{000..099}.tar"),
+        (run_folder.public_data, "secret/x.parquet?image=img", "x.parquet?image=img"),
+        (run_folder.public_model, "nfnet-f0", "nfnet-f0"),
+        (run_folder.public_model, "org/model", "org/model"),
+        (run_folder.public_model, "./secret/model", "model"),
+        (run_folder.public_model, "very/secret/model", "model"),
+    ],
+)
+def test_names_for_others(public: Callable[[str], str], source: str, name: str) -> None:
+    assert public(source) == name
 
 
 @pytest.mark.parametrize("inside", ["out", "."])
