@@ -169,15 +169,15 @@ def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelC
         raise ConversionError(f"the tree is of {modules}, not of one of DeepMind's modules {', '.join(families)}")
     family = families[roots.pop()]
     rows = [row for row in VARIANTS.values() if row.config.rules == "deepmind" and row.config.family == family]
-    differences = [(_differences(_sized(row.config, shapes), shapes), row) for row in rows]
-    fitting = [row for difference, row in differences if not difference]
+    differences = [(*_differences(_sized(row.config, shapes), shapes), row) for row in rows]
+    fitting = [row for count, _, row in differences if not count]
     if len(fitting) == 1:
         return fitting[0], _sized(fitting[0].config, shapes)
     if fitting:
         names = ", ".join(row.name for row in fitting)
         raise ConversionError(f"the tree fits {names} alike: say which with --model")
-    near = sorted(differences, key=lambda pair: len(pair[0]))[:3]
-    told = "; ".join(f"{row.name} differs in {len(d)} arrays, such as {d[0]}" for d, row in near)
+    near = sorted(differences, key=lambda found: found[0])[:3]
+    told = "; ".join(f"{row.name} differs in {count} arrays, such as {first}" for count, first, row in near)
     raise ConversionError(f"the tree of {len(shapes)} arrays is of no model of the zoo. The nearest: {told}")
 
 
@@ -204,11 +204,17 @@ def _sized(cfg: ModelConfig, shapes: Shapes) -> ModelConfig:
         return cfg
 
 
-def _differences(cfg: ModelConfig, shapes: Shapes) -> list[str]:
-    """Describe what distinguishes a model's tree from these names and shapes."""
+def _differences(cfg: ModelConfig, shapes: Shapes) -> tuple[int, str]:
+    """Count what distinguishes a model's tree from these names and shapes, and describe the first."""
     expected = haiku_shapes(cfg)
-    return [
-        *(f"{path}, which is missing" for path in expected if path not in shapes),
-        *(f"{path}, which it does not have" for path in shapes if path not in expected),
-        *(f"{path}, there {shapes[path]} and here {w}" for path, w in expected.items() if shapes.get(path, w) != w),
-    ]
+    missing = [path for path in expected if path not in shapes]
+    unknown = [path for path in shapes if path not in expected]
+    others = [path for path, shape in expected.items() if shapes.get(path, shape) != shape]
+    first = ""
+    if missing:
+        first = f"{missing[0]}, which is missing"
+    elif unknown:
+        first = f"{unknown[0]}, which it does not have"
+    elif others:
+        first = f"{others[0]}, there {shapes[others[0]]} and here {expected[others[0]]}"
+    return len(missing) + len(unknown) + len(others), first

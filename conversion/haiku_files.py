@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nfzoo.checkpoint.weight_files import MOST_TENSORS
 from nfzoo.conversion.arrays import (
     BFLOAT16,
     FLOATS,
@@ -198,6 +199,8 @@ def _flat(tree: dict[Any, Any]) -> dict[str, LazyArray]:
             if path in arrays:
                 raise RefusedError(f"{path!r} comes twice, in two spellings")
             arrays[path] = array
+            if len(arrays) > MOST_TENSORS:
+                raise RefusedError(f"it holds more than {MOST_TENSORS:,} arrays, as no model does")
     if not arrays:
         raise RefusedError("it holds no arrays")
     return arrays

@@ -229,12 +229,12 @@ def _only(
         return names[0]
     if names:
         raise ConversionError(f"{source} fits {' and '.join(names)}; say which it is with --model {names[0]}")
-    differences = {name: _differences(own, shapes) for name, own in known.items()}
-    name = min(differences, key=lambda name: len(differences[name]))
-    first = differences[name][0]
+    counts = {name: len(_differences(own, shapes)) for name, own in known.items()}
+    name = min(known, key=counts.__getitem__)
+    first = _differences(known[name], shapes)[0]
     raise ConversionError(
         f"{source} fits no NF-network of timm's or nfzoo's. The nearest is {name}, from which it differs in "
-        f"{len(differences[name])} tensors, such as {first}: {shapes.get(first, 'missing')} instead of "
+        f"{counts[name]} tensors, such as {first}: {shapes.get(first, 'missing')} instead of "
         f"{known[name].get(first, 'none')}; if it is another, name it with --model"
     )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from nfzoo.checkpoint.weight_files import FLOATS, open_tensors
+from nfzoo.checkpoint.weight_files import FLOATS, MOST_TENSORS, open_tensors
 from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.files import open_regular
 
@@ -50,6 +50,8 @@ class StateDict(Mapping[str, Tensor]):
         read: Callable[[str], Tensor],
         anchors: Collection[str],
     ) -> None:
+        if len(shapes) > MOST_TENSORS:
+            raise ConversionError(f"{path} holds {len(shapes):,} tensors; no model has more than {MOST_TENSORS:,}")
         plain = {_WRAPPERS.sub("", key): key for key in shapes}
         if len(plain) < len(shapes):
             name = next(key for key in shapes if plain[_WRAPPERS.sub("", key)] != key)

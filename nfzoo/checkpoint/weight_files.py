@@ -26,6 +26,9 @@ FRAMEWORK = {"format": "pt"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of numbers that a model computes in; eight bits need scales, which no model here has."""
 
+MOST_TENSORS = 1 << 16
+"""Tensors of one file or model, many times those of the largest; comparing names with every model takes time."""
+
 _LENGTH = 8  # bytes before the header, which state its length
 
 
@@ -68,7 +71,7 @@ def open_weights(path: Path, device: str = "cpu") -> Any:
 
 
 class Weights:
-    """The tensors of one safetensors file, or of several shards.
+    """The tensors of one safetensors file, or of several shards; a `CheckpointError` for more than `MOST_TENSORS`.
 
     Attributes:
         files: the opened files, by path.
@@ -78,6 +81,9 @@ class Weights:
     def __init__(self, files: Mapping[Path, Any]) -> None:
         self.files = files
         self._file = {key: file for file in files.values() for key in file.keys()}  # noqa: SIM118
+        if len(self._file) > MOST_TENSORS:
+            count = f"{len(self._file):,} tensors"
+            raise CheckpointError(f"{next(iter(files))} holds {count}; no model has more than {MOST_TENSORS:,}")
         self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in self._file.items()}
 
     def get_tensor(self, key: str) -> Tensor:

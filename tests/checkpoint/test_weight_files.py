@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import nfzoo
 from nfzoo import CheckpointError, NFNet
-from nfzoo.checkpoint.weight_files import save_tensors
+from nfzoo.checkpoint import weight_files
+from nfzoo.checkpoint.weight_files import open_tensors, save_tensors
 from nfzoo.hub.publish import bundle
 from tests.support.helpers import SMALL, assert_same, images, random_params
 
@@ -119,6 +120,17 @@ def additional(key: str) -> Callable[[Path], object]:
 def of_another_model(folder: Path) -> None:
     description = NFNet(SMALL["nfnet-plain"]).description.to_dict()
     save_file(load_file(first_shard(folder)), first_shard(folder), metadata={"nfzoo": json.dumps(description)})
+
+
+def test_more_tensors_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_files, "MOST_TENSORS", 3)
+    path = tmp_path / "w.safetensors"
+    save_tensors(path, {str(i): torch.zeros(1) for i in range(3)})
+    with open_tensors(path) as weights:
+        assert len(weights.shapes) == 3
+    save_tensors(path, {str(i): torch.zeros(1) for i in range(4)})
+    with pytest.raises(CheckpointError, match="holds 4 tensors; no model has more"), open_tensors(path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,12 @@ def corpus(tree: Tree, canary: Path) -> Iterator[tuple[str, bytes, str]]:
     yield "npz, a list of 2 GB", bytes(end), "list of files takes"
     yield "npz, 64 bit", zipped[:-22] + b"PK\x06\x07" + b"\0" * 16 + zipped[-22:], "more than 4 GiB"
 
+    # -- names, each of an array that all share
+    one = raw_array(FOUR, some(16)) + b"r" + struct.pack("<I", 99) + b"0"
+    for count, told in ((65_000, "differs in 650.. arrays, such as"), (66_000, "more than 65,536 arrays")):
+        names = b"".join(text(f"{i:06}") + b"j" + struct.pack("<I", 99) for i in range(count))
+        yield f"{count} names", P(b"}", one, text("NFNet/~/" + "m" * 240), b"}(", names, b"us."), told
+
     # -- other files
     yield "empty", b"", "it is empty"
     yield "text", b"weights, please\n", "neither a pickle"
