@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from nfzoo.drill.shim import Fault, arm
+from nfzoo.torch_internals import COMPILER
 
 _IMPORTED_BY_EVERY_RUN = (
     "accelerate",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "safetensors.torch",
-    "torch._dynamo",
+    COMPILER,
     "nfzoo.train.run",
 )
 CRASHED = 70
