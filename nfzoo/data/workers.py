@@ -72,7 +72,7 @@ def load(
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start,
             timeout=_POLL if workers else 0,
             generator=torch.Generator(),  # it draws a seed for each start, and not from the run's generator
         )
@@ -112,8 +112,9 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _start(worker: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the main one ends the others
 
 
 def _answers(loader: DataLoader, patience: float) -> Generator[Any, None, None]:

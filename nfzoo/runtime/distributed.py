@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+READING = 5.0
+"""Seconds that a process which was asked to stop goes on waiting for data."""
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -122,6 +125,10 @@ def gather(items: list[T]) -> list[T]:
     return [item for part in gathered for item in part]
 
 
+class Interrupted(BaseException):  # no Exception, which code that reads images may catch
+    """A process that was asked to stop still waited for data."""
+
+
 class Agreement:
     """Agreement of all processes on whether any of them was asked to stop.
 
@@ -131,6 +138,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        self._process, self._reading, self._timed = os.getpid(), False, False
         self._launcher = _launcher()
         self._before: dict[int, Any] = {}
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -147,10 +155,39 @@ class Agreement:
 
     def __exit__(self, *_: object) -> None:
         self._restore_handlers()
+        if self._timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
         self._restore_handlers()
+        if sys.platform != "win32" and os.getpid() == self._process:  # not one that loads images for it
+            self._timed = True
+            signal.signal(signal.SIGALRM, self._wake)
+            signal.setitimer(signal.ITIMER_REAL, READING, 1)
+
+    def _wake(self, number: int, frame: FrameType | None) -> None:
+        if self._reading:
+            self._reading = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Interrupted
+
+    def reading(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items of an iterable that may wait without end, as for a server that is gone.
+
+        Raises:
+            Interrupted: if this process was asked to stop and the next item has not come after some seconds.
+        """
+        iterator = iter(items)
+        while True:
+            self._reading = True
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._reading = False
+            yield item
 
     def _restore_handlers(self) -> None:
         for number, handler in self._before.items():

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +37,7 @@ from nfzoo.nn import NFNet
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
-from nfzoo.runtime.distributed import Agreement, elastic_launcher, full_tensors, gather
+from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
 from nfzoo.runtime.output import escaped
 from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
@@ -159,10 +159,11 @@ class Trainer:
                 parts: list[TrainingBatch] = []
                 last = time.perf_counter()
                 with self._bar(epoch) as bar:
-                    for batch in self.pipeline.batches(epoch, self.consumed):
+                    for batch in self._batches(epoch):
                         parts.append(batch)
                         if len(parts) < config.accumulation:
                             continue
+                        self._stop_if_asked()
                         self.train_step(parts)
                         parts = []
                         self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
@@ -181,23 +182,36 @@ class Trainer:
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.metrics.clear()
                 self._report(row)
-                if epoch + 1 < config.epochs:
-                    self._stop_if_asked()
             self.saver.finish()
         self._say(f"saved to {config.output}")
         self.tracker.finish()
         self.accelerator.wait_for_everyone()
         return Result(Path(config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
 
+    def _batches(self, epoch: int) -> Iterator[TrainingBatch]:
+        """Yield what is left of an epoch; where it does not come, let all processes agree to stop as before a step."""
+        try:
+            yield from self.agreement.reading(self.pipeline.batches(epoch, self.consumed))
+        except Interrupted:
+            self._stop_if_asked()
+
+    def _held_out(self, broken: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the held-out images; where they do not come, stop by itself, as other processes may be ahead."""
+        try:
+            yield from self.agreement.reading(self.pipeline.held_out(broken))
+        except Interrupted:
+            name = signal.Signals(number := self.agreement.asked or signal.SIGTERM).name
+            where = f"stopped by {name} while it waited for held-out images"
+            raise Stopped(f"{where}; {self.saver.last_checkpoint()}", number) from None
+
     def _after_step(self, bar: tqdm[Any]) -> None:
-        """Report a step; save and stop if due. After the last step of an epoch, `fit` does this."""
+        """Report a step, and save if due. After the last step of an epoch, `fit` does this."""
         bar.update()
         if self.step % LOG_STEPS == 0:
             self._log(bar)
-        if self.consumed + self.config.batch_size <= len(self.split.train):
-            if self.config.save_steps is not None and self.step % self.config.save_steps == 0:
-                self.save_state()
-            self._stop_if_asked()
+        goes_on = self.consumed + self.config.batch_size <= len(self.split.train)
+        if goes_on and self.config.save_steps is not None and self.step % self.config.save_steps == 0:
+            self.save_state()
 
     # ------------------------------------------------------------ one step
 
@@ -325,7 +339,7 @@ class Trainer:
     def _score(self, params: Mapping[str, Tensor]) -> Score:
         full = full_tensors(params)
         broken: list[str] = []
-        batches = self.pipeline.held_out(broken)
+        batches = self._held_out(broken)
 
         def logits(images: Tensor) -> Tensor:
             with self.learner.autocast():
@@ -379,7 +393,7 @@ class Trainer:
         if self.step or len(self.split.validation) > CHECKED:
             return
         broken: list[str] = []
-        for _ in self.pipeline.held_out(broken):
+        for _ in self._held_out(broken):
             pass
         self.unreadable.leave_out(broken)
 

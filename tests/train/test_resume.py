@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import nfzoo
 from nfzoo.checkpoint import run_state
 from nfzoo.cli.main import main as nfzoo_command
+from nfzoo.data.loader import epoch_order
 from nfzoo.train import run as train
 from nfzoo.train import run_folder, trainer
 from tests.support.pictures import few_digits, write_images
@@ -388,6 +389,56 @@ def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: in
     saved = trainer.Path(tmp_path / "run" / "checkpoints")
     assert len(list(saved.iterdir())) in (1, 2)
     assert not list(saved.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "options", "said"),
+    [
+        ("train", ["--workers", "0"], "after step 4; "),
+        ("train", ["--workers", "1"], "after step 4; "),
+        ("val", ["--workers", "1"], "held-out images; nothing"),
+    ],
+)
+def test_asked_to_stop_while_it_waits_for_a_disk(tmp_path: Path, part: str, options: list[str], said: str) -> None:
+    """A named pipe without a writer is a file that is never read to its end."""
+    data = write_images(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
+    write_images(data / "val", {"cat": 2, "dog": 2})
+    order = epoch_order(20, seed=0, epoch=0)
+    index = int(order[17])  # of the fifth step
+    image = (
+        data / "train" / ("cat", "dog")[index >= 10] / f"{index % 10}.png"
+        if part == "train"
+        else data / "val/cat/0.png"
+    )
+    image.unlink()
+    os.mkfifo(image)
+    options = [*options, "--data", str(data), "--batch_size", "4", "--save_steps", "999"]
+    (process,) = start(tmp_path / "run", *options, world=1)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert f"stopped by SIGTERM {'after' if part == 'train' else 'while it waited for'} " in error
+    assert said in error
+    assert (tmp_path / "run" / "checkpoints" / "step_00000004").exists() == (part == "train")
+
+
+@pytest.mark.slow
+def test_two_processes_are_asked_to_stop_while_one_waits_for_a_disk(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
+    write_images(data / "val", {"cat": 2, "dog": 2})
+    index = int(epoch_order(20, seed=0, epoch=0)[19])  # of the fifth step, for the second process
+    image = data / "train" / ("cat", "dog")[index >= 10] / f"{index % 10}.png"
+    image.unlink()
+    os.mkfifo(image)
+    processes = start(tmp_path / "run", "--data", str(data), "--batch_size", "4", "--save_steps", "999", world=2)
+    time.sleep(2)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], printed
+    assert "stopped by SIGTERM after step 4" in printed[0][1]
 
 
 @pytest.mark.slow
