@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """Tell how a run ended.
 
     Attributes:
         status: exit status of the first process, negative after a signal; `None` if the run hung.

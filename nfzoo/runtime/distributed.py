@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -227,10 +226,12 @@ def elastic_launcher() -> str | None:
     machine does. Return `None` without such a launcher.
     """
     run = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run in (None, "", "none"):  # "none" is torchrun's default
-        parent = psutil.Process(os.getppid())
-        return None if run is None else f"{platform.node()} {parent.pid} {parent.create_time()}"
-    return run
+    if run not in ("", "none"):  # "none" is torchrun's default
+        return run
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    return f"{platform.node()} {parent.pid} {parent.create_time()}"
 
 
 def group_options() -> dict[str, Any]:

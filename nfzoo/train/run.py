@@ -102,7 +102,8 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
         device.check_processes(accelerator.num_processes)
         _check_shares(config, split, accelerator)
-        start = _resumed(config, split, saved) if saved else _fresh(config, split.train.classes)
+        data = split_identity(split)
+        start = _resumed(config, data, saved) if saved else _fresh(config, data)
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
             clear(output, states=saved is None)  # with --overwrite: checkpoints of the earlier run
@@ -138,20 +139,15 @@ def _open_saved(config: TrainConfig) -> Saved | None:
         CheckpointError: where no checkpoint is intact.
     """
     output = Path(config.output)
-    launcher = elastic_launcher()
-    if launcher is not None and not config.resume:  # which may have started all processes anew
-        saved = latest_state(output / STATES)
-        if saved is not None and saved.facts.get("launcher") == launcher:
-            return saved
-    if config.resume:
-        saved = latest_state(output / STATES)
-        if saved is not None:
-            return saved
-        if not config.overwrite and any((output / STATES).glob("step_*")):
-            raise CheckpointError(
-                f"no checkpoint in {str(output / STATES)!r} is intact; pass --overwrite true to begin anew, or "
-                "choose another output"
-            )
+    launcher = elastic_launcher()  # which may have started all processes anew
+    saved = latest_state(output / STATES) if config.resume or launcher is not None else None
+    if saved is not None and (config.resume or saved.facts.get("launcher") == launcher):
+        return saved
+    if config.resume and not config.overwrite and any((output / STATES).glob("step_*")):
+        raise CheckpointError(
+            f"no checkpoint in {str(output / STATES)!r} is intact; pass --overwrite true to begin anew, or choose "
+            "another output"
+        )
     if not config.overwrite:
         if (output / CONFIG_FILE).exists():
             raise ConfigError(
@@ -224,9 +220,10 @@ def _tracker(config: TrainConfig) -> str | None:
 # ---------------------------------------------------------------- what a run begins with
 
 
-def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> InitialState:
+def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
     from nfzoo import from_pretrained, list_models
 
+    classes = tuple(data["classes"])
     in_zoo = config.model in VARIANTS and not Path(config.model).exists()
     if config.pretrained is False and not in_zoo:
         raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
@@ -251,10 +248,10 @@ def _fresh(config: TrainConfig, classes: tuple[str, ...]) -> InitialState:
     preprocessing = Preprocessing.from_dict({**model.preprocessing.to_dict(), **sizes})
     description = Description(model.config.replace(**changes), preprocessing, model.name, classes)
     params = {n: p.detach() for n, p in model.named_parameters()}
-    return InitialState(NFNet.from_params(description, params), pretrained)
+    return InitialState(NFNet.from_params(description, params), pretrained, data)
 
 
-def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
+def _resumed(config: TrainConfig, data: dict[str, Any], saved: Saved) -> InitialState:
     """Return the model of a checkpoint, if it is one of this very run."""
     # Options newer than the checkpoint have their defaults.
     defaults = TrainConfig(model=config.model, data=config.data, output=config.output).to_dict()
@@ -274,25 +271,26 @@ def _resumed(config: TrainConfig, split: Split, saved: Saved) -> InitialState:
             f"{f' ({len(changed) - 1} more options differ)' if changed[1:] else ''}; resume with the same options, or "
             "choose another output"
         )
-    identity, before = split_identity(split), saved.facts["data"]
-    differs = [key for key, value in before.items() if identity[key] != value]  # older runs have fewer
-    if differs == ["sizes"] or differs == ["sizes", "times"]:
+    before = saved.facts["data"]
+    differs = [key for key, value in before.items() if data.get(key) != value]  # older runs have fewer
+    if differs in (["sizes"], ["sizes", "times"]):
         raise DataError(
             f"{config.data!r} has files of the same names and other sizes than when the run that {saved.folder} is of "
             "began; resume with the same data, or start anew in another output"
         )
-    if differs == ["times"] and program.is_first_process():
-        logger.warning(
-            "the files of %s were written anew since the run began, with the same names and sizes", config.data
-        )
+    if differs == ["times"]:
+        if program.is_first_process():
+            logger.warning(
+                "the files of %s were written anew since the run began, with the same names and sizes", config.data
+            )
     elif differs:
         raise DataError(
-            f"{config.data!r} has {identity['images']} training images of {len(identity['classes'])} classes; the run "
+            f"{config.data!r} has {data['images']} training images of {len(data['classes'])} classes; the run "
             f"that {saved.folder} is of had {before['images']} of {len(before['classes'])}, or others by name; resume "
             "with the same data, or start anew in another output"
         )
     description = describe(saved.facts["description"], saved.folder)
-    return InitialState(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], saved)
+    return InitialState(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], data, saved)
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -87,12 +87,12 @@ class Saver:
     def save_model(self, description: Description, rows: Sequence[Mapping[str, Any]], *, pretrained: bool) -> None:
         """Save the model with the weights of the last checkpoint; the other arguments are those of `write_run`."""
         if self.accelerator.is_main_process:
-            rows, kind = list(rows), "average" if "average" in self._last else "model"
+            rows, folder, kind = list(rows), self._folders[-1], "average" if "average" in self._last else "model"
+            params = self._last[kind]
 
             def write() -> None:
-                sharded = self._group is not None
-                params = Saved(self._folders[-1], {}).tensors(kind) if sharded else self._last[kind]
-                write_run(self.config, description, params, rows, pretrained=pretrained)
+                full = params if self._group is None else Saved(folder, {}).tensors(kind)
+                write_run(self.config, description, full, rows, pretrained=pretrained)
 
             self.writer.submit(write)
         self._wait_if_asked()

@@ -69,11 +69,13 @@ class InitialState(NamedTuple):
     Attributes:
         model: the network with its initial weights.
         pretrained: whether the weights are pretrained, not random.
+        data: the identity of the run's data, as `split_identity` returns it.
         saved: the checkpoint to resume from, or `None`.
     """
 
     model: NFNet
     pretrained: bool
+    data: dict[str, Any]
     saved: Saved | None = None
 
 
@@ -125,7 +127,7 @@ class Trainer:
         self._sound = torch.ones((), dtype=torch.bool, device=accelerator.device) if stops_late else None
         self.unreadable = UnreadableImages(config.max_broken)
         self.saver = Saver(config, accelerator, None if start.saved is None else start.saved.folder)
-        self._data = split_identity(split)
+        self._data = start.data
         if start.saved is not None:
             self._restore(start.saved)
         self.backend.step_mark()  # keeps the preparation out of the first step's program

@@ -1,6 +1,7 @@
 """Several processes train what one does: plain, accumulated, with SAM, sharded, and with the work resumed by others."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import nfzoo
+from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.train import run as train
 from tests.support.processes import together
 
@@ -84,3 +86,11 @@ def assert_one_trains_the_same(two: Path, one: Path, name: str) -> None:
     for key in ("train_loss", "train_accuracy", "clipped", "loss", "accuracy", "ema_accuracy"):
         assert rows[0][key] == pytest.approx(rows[1][key], abs=1e-4), key
     assert nfzoo.from_pretrained(two / name).labels == tuple("0123456789")
+
+
+def test_a_process_without_a_launcher_asks_nobody_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 0)  # as in a container, where no process has this number
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert elastic_launcher() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run-7")
+    assert elastic_launcher() == "run-7"

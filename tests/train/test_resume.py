@@ -274,6 +274,10 @@ def test_other_pixels_under_the_same_names(
     assert "files of the same names and other sizes" in capsys.readouterr().err
     image.write_bytes(pixels)
     os.utime(image, (1, 1))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    with monkeypatch.context() as patch:  # a process that is not the first goes on too, and leaves the warning to it
+        patch.setattr(train.program, "is_first_process", lambda *_: False)
+        assert train.main([*options, "--output", str(tmp_path / "other"), "--resume", "true"]) == 0
     assert train.main([*options, "--resume", "true"]) == 0
     assert [r.message for r in caplog.records] == [
         f"the files of {data} were written anew since the run began, with the same names and sizes"
