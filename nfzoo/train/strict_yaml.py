@@ -42,6 +42,13 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # of a tag that does not fit
+            problem = f"{str(node.value)[:40]!r} is none of {node.tag.rpartition(':')[2]!r}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
     def construct_scalar(self, node: yaml.Node) -> Any:
         if node.tag in (_INT, _FLOAT) and len(node.value) > MAX_DIGITS:
             problem = f"a number of {len(node.value)} digits is too long"
