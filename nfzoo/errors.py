@@ -22,9 +22,11 @@ class NfzooError(Exception):
     Attributes:
         exit_status: exit status of a command that this error ends. From 129 on, a signal ended the command, and the
             message reports no error.
+        of_one_process: whether one of several processes may meet it alone, and then reports it itself.
     """
 
     exit_status = 2
+    of_one_process = False
 
     def __init__(self, *args: object, **options: object) -> None:
         shown = (without_credentials(value) if isinstance(value, str) else value for value in args)
@@ -63,6 +65,8 @@ class TrainingError(NfzooError, RuntimeError):
 
 class LostError(TrainingError):
     """Another process of the run, or one that loads its images, has ended or does not answer."""
+
+    of_one_process = True
 
 
 class Stopped(NfzooError):

@@ -24,7 +24,7 @@ from nfzoo.data.images import DIGITS, Digits, ImageFolder, Images
 from nfzoo.data.labels import match_classes
 from nfzoo.data.loader import BrokenImageError, evaluation_batches
 from nfzoo.data.source import HELD_OUT, Part, open_held_out, open_split
-from nfzoo.errors import CheckpointError, DataError, LostError
+from nfzoo.errors import CheckpointError, DataError
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.runtime import program
@@ -320,11 +320,7 @@ def _date(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 for a result, 2 for bad input, 1 for a disk error."""
-    return program.run(
-        "nfzoo evaluate",
-        lambda: _main(_parser().parse_args(argv)),
-        reports=lambda error: program.is_first_process() or isinstance(error, BrokenImageError | LostError),
-    )
+    return program.run("nfzoo evaluate", lambda: _main(_parser().parse_args(argv)))
 
 
 def _main(options: argparse.Namespace) -> None:

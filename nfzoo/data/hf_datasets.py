@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfzoo.data.images import UNLABELLED, Images, check_classes, numbered_classes
+from nfzoo.data.images import UNLABELLED, Images, check_classes
+from nfzoo.data.labels import numbered_classes
 from nfzoo.errors import DataError
 from nfzoo.files import open_regular
 

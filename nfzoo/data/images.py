@@ -18,7 +18,6 @@ from typing import BinaryIO, Generic, Self, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from nfzoo.config import MAX_SIZE
 from nfzoo.data.layouts import check_classes_of, files_in, foreign_format, is_visible, subfolders
 from nfzoo.errors import DataError
 from nfzoo.transforms.decode import HEIF_REMEDY, HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
@@ -28,9 +27,6 @@ logger = logging.getLogger("nfzoo")
 DIGITS = "digits"
 UNLABELLED = -1
 """The label of an image without one."""
-
-MANY_CLASSES = 1 << 16
-"""Classes that data may have whatever their number of images; a part may lack most of them."""
 
 _DIGITS_SIZE = 32
 
@@ -237,18 +233,6 @@ def check_classes(source: str, names: tuple[str, ...], expected: tuple[str, ...]
         odd = sorted(set(names) ^ set(expected))
         differ = f"they differ in {', '.join(map(repr, odd[:5]))}" if odd else "the names are the same in another order"
         raise DataError(f"{source} has {len(names)} classes where {len(expected)} are expected; {differ}")
-
-
-def numbered_classes(highest: int, images: int, where: str) -> tuple[str, ...]:
-    """Return the names of classes that have numbers alone, from 0 to the greatest label.
-
-    Raises:
-        DataError: for far more classes than there are images: one number in a file would take any amount of memory.
-    """
-    most = min(max(images, MANY_CLASSES), MAX_SIZE)
-    if highest >= most:
-        raise DataError(f"{where} has label {highest:,}; {images:,} images have at most {most:,} classes, from 0 on")
-    return tuple(map(str, range(highest + 1)))
 
 
 def class_name(text: str) -> str:

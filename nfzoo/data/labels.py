@@ -1,4 +1,4 @@
-"""Names of the ImageNet classes, and the matching of class names to a model's outputs."""
+"""Names of classes: those of ImageNet, those that are numbers, and their matching to a model's outputs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+from nfzoo.config import MAX_SIZE
 from nfzoo.data.images import class_name
 from nfzoo.errors import DataError, nearest
+
+MANY_CLASSES = 1 << 16
+"""Classes that data may have whatever their number of images; a part may lack most of them."""
 
 
 @functools.cache
@@ -94,3 +98,15 @@ def _check_one_to_one(
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(map(repr, names[:5])) + more
+
+
+def numbered_classes(highest: int, images: int, where: str) -> tuple[str, ...]:
+    """Return the names of classes that have numbers alone, from 0 to the greatest label.
+
+    Raises:
+        DataError: for far more classes than there are images: one number in a file would take any amount of memory.
+    """
+    most = min(max(images, MANY_CLASSES), MAX_SIZE)
+    if highest >= most:
+        raise DataError(f"{where} has label {highest:,}; {images:,} images have at most {most:,} classes, from 0 on")
+    return tuple(map(str, range(highest + 1)))

@@ -30,6 +30,8 @@ _MAX_UNREADABLE = 100  # consecutive unreadable images after which the data set 
 class BrokenImageError(DataError):
     """An unreadable image, met in the middle of a pass. One of several processes may raise it alone."""
 
+    of_one_process = True
+
 
 # -- training
 

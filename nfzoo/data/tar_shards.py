@@ -15,7 +15,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from nfzoo.config import is_int
-from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending, numbered_classes
+from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending
+from nfzoo.data.labels import numbered_classes
 from nfzoo.data.layouts import is_visible
 from nfzoo.data.tar_headers import Member, list_members, read_at
 from nfzoo.errors import DataError

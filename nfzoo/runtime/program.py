@@ -75,9 +75,14 @@ def source_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"require_hash": options.require_hash, "allow_pickle": options.allow_pickle}
 
 
-def is_first_process(_: object = None) -> bool:
+def is_first_process() -> bool:
     """Return true in the first of the launched processes, which reports for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def reports_here(error: BaseException) -> bool:
+    """Return whether this process reports an error: the first does, and one that alone meets it."""
+    return is_first_process() or (isinstance(error, NfzooError) and error.of_one_process)
 
 
 @guarded()
@@ -86,7 +91,7 @@ def run(
     work: Callable[[], int | None],
     *,
     failures: tuple[type[Exception], ...] = (OSError,),
-    reports: Callable[[BaseException], bool] = is_first_process,
+    reports: Callable[[BaseException], bool] = reports_here,
 ) -> int:
     """Call `work` and return the exit status: 0 for `None`, an error's `exit_status`, 1 for a failure, 130 for Ctrl-C.
 
@@ -103,7 +108,7 @@ def run(
         leave_processes()
 
 
-def report(program: str, error: BaseException, *, reports: Callable[[BaseException], bool] = is_first_process) -> int:
+def report(program: str, error: BaseException, *, reports: Callable[[BaseException], bool] = reports_here) -> int:
     """Print the error that ends a command, and return the exit status; see `run`."""
     if isinstance(error, KeyboardInterrupt):
         return 130

@@ -21,7 +21,7 @@ from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
-from nfzoo.data.loader import BrokenImageError, share_of_batch
+from nfzoo.data.loader import share_of_batch
 from nfzoo.data.source import Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError
 from nfzoo.nn import NFNet, create
@@ -314,12 +314,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.fit()
         return 0
     except (NfzooError, OSError, KeyboardInterrupt) as error:
-        return program.report("nfzoo train", error, reports=_reports)
+        return program.report("nfzoo train", error)
     finally:
         trainer = None  # its DDP wrapper must not outlive the process group
         program.leave_processes()
-
-
-def _reports(error: BaseException) -> bool:
-    """Return whether this process reports an error: the first does, and one that alone meets it."""
-    return program.is_first_process() or isinstance(error, BrokenImageError | LostError)
