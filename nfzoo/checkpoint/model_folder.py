@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.run_state import STATE_FILE
 from nfzoo.checkpoint.weight_files import FLOATS, open_tensors, open_weights, read_index, save_tensors
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError, nearest
@@ -127,7 +128,9 @@ def read_description(path: Path) -> Description:
         try:
             text, source = read_text(path), str(path)
         except FileNotFoundError as error:
-            raise CheckpointError(f"there is no {path.name} in {path.parent}") from error
+            run = (path.parent / STATE_FILE).is_file()
+            remedy = "; it is a checkpoint of a run, of which `nfzoo convert` makes a model" if run else ""
+            raise CheckpointError(f"there is no {path.name} in {path.parent}{remedy}") from error
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path} is not text: {error}") from error
         except OSError as error:

@@ -193,8 +193,10 @@ def _read(folder: Path) -> dict[str, Any]:
                 f"it has format {version!r}, and this nfzoo reads {_BEFORE} and {FORMAT}: upgrade nfzoo"
             )
         whole = _digest(facts) == claimed if version == FORMAT else _has_fields(facts)
-        if not whole or step_folder(facts["step"]) != folder.name:
+        if not whole:
             raise CheckpointError(f"{STATE_FILE} is damaged")
+        if step_folder(facts["step"]) != folder.name:
+            raise CheckpointError(f"it is of step {facts['step']}, so its folder must be {step_folder(facts['step'])}")
         for name, size in facts["files"].items():
             if (folder / name).stat().st_size != size or _checksum(folder / name) != facts["crc32"][name]:
                 raise CheckpointError(f"{name} is damaged")

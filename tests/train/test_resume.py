@@ -113,7 +113,12 @@ def test_a_checkpoint_becomes_a_model(tmp_path: Path, whole: Path, capsys: pytes
     (damaged / "average.safetensors").unlink()
     assert nfzoo_command(["convert", str(damaged), str(tmp_path / "other")]) == 2
     assert "average.safetensors is missing" in capsys.readouterr().err
+    damaged.rename(renamed := tmp_path / "renamed")
+    assert nfzoo_command(["convert", str(renamed), str(tmp_path / "other")]) == 2
+    assert f"so its folder must be {newest.name}" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    assert nfzoo_command(["info", str(newest)]) == 2
+    assert "a checkpoint of a run, of which `nfzoo convert` makes a model" in capsys.readouterr().err
 
 
 @pytest.mark.slow
