@@ -32,6 +32,7 @@ def sources() -> list[Path]:
     python = (path for folder in PACKAGE_DIRS for path in (ROOT / folder).rglob("*.py"))
     assets = [path for path in (ROOT / "nfzoo/assets").glob("*") if path.is_file()]
     assets += (ROOT / "recipes").glob("*.yaml")
+    assets += (ROOT / "nfzoo/drill").glob("*.c")
     found = [ROOT / "nfzoo/py.typed", *python, *assets]
     return sorted(path.relative_to(ROOT) for path in found)
 

@@ -299,7 +299,7 @@ def test_other_pixels_under_the_same_names(
 # ---------------------------------------------------------------- signals and dying processes
 
 
-def start(output: Path, *options: str, world: int) -> list[subprocess.Popen[str]]:
+def start(output: Path, *options: str, world: int, module: str = "nfzoo.train") -> list[subprocess.Popen[str]]:
     """The processes of a run, each in a group of its own, past their start."""
     port = free_ports(1)[0]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -307,7 +307,7 @@ def start(output: Path, *options: str, world: int) -> list[subprocess.Popen[str]
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "nfzoo.train", *OPTIONS, "--output", str(output), *options],
+            [sys.executable, "-m", module, *OPTIONS, "--output", str(output), *options],
             cwd=ROOT,
             env={**environment, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})},
             stdout=subprocess.PIPE,
@@ -410,7 +410,6 @@ def test_asked_to_stop_it_saves_and_goes(tmp_path: Path, number: int, status: in
     ],
 )
 def test_asked_to_stop_while_it_waits_for_a_disk(tmp_path: Path, part: str, options: list[str], said: str) -> None:
-    """A named pipe without a writer is a file that is never read to its end."""
     data = write_images(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
     write_images(data / "val", {"cat": 2, "dog": 2})
     order = epoch_order(20, seed=0, epoch=0)
@@ -423,7 +422,7 @@ def test_asked_to_stop_while_it_waits_for_a_disk(tmp_path: Path, part: str, opti
     image.unlink()
     os.mkfifo(image)
     options = [*options, "--data", str(data), "--batch_size", "4", "--save_steps", "999"]
-    (process,) = start(tmp_path / "run", *options, world=1)
+    (process,) = start(tmp_path / "run", *options, world=1, module="tests.support.silent_disk")
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
@@ -441,7 +440,8 @@ def test_two_processes_are_asked_to_stop_while_one_waits_for_a_disk(tmp_path: Pa
     image = data / "train" / ("cat", "dog")[index >= 10] / f"{index % 10}.png"
     image.unlink()
     os.mkfifo(image)
-    processes = start(tmp_path / "run", "--data", str(data), "--batch_size", "4", "--save_steps", "999", world=2)
+    options = ["--data", str(data), "--batch_size", "4", "--save_steps", "999"]
+    processes = start(tmp_path / "run", *options, world=2, module="tests.support.silent_disk")
     time.sleep(2)
     for process in processes:
         process.send_signal(signal.SIGTERM)
