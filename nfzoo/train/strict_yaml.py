@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError) as error:  # of a tag that does not fit
-            problem = f"{str(node.value)[:40]!r} is none of {node.tag.rpartition(':')[2]!r}"
+            problem = f"{str(node.value)[:40]!r} is no valid {node.tag.rpartition(':')[2]}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
     def construct_scalar(self, node: yaml.Node) -> Any:
