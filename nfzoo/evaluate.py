@@ -49,7 +49,6 @@ class Score(NamedTuple):
     loss: float
 
 
-@torch.no_grad()
 def score(
     logits: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str
 ) -> Score:
@@ -59,23 +58,40 @@ def score(
     index ranks first. An image with a NaN among its logits is never correct. The loss is the cross-entropy. All values
     are NaN if there are no images.
     """
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
-    losses: list[Tensor] = []
+    return scores([logits], batches, device=device)[0]
+
+
+@torch.no_grad()
+def scores(
+    functions: Sequence[Callable[[Tensor], Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str,
+) -> list[Score]:
+    """Score several functions as `score` does, in one pass over the batches."""
+    counts = [torch.zeros(3, dtype=torch.int64, device=device) for _ in functions]
+    losses: list[list[Tensor]] = [[] for _ in functions]
     target = backend(device)
     for images, labels in batches:
         images, labels = target.images(images), labels.to(device)
-        outputs = logits(images).float()
-        own = outputs.gather(1, labels[:, None])
-        index = torch.arange(outputs.shape[1], device=device)
-        behind = (outputs < own) | ((outputs == own) & (index >= labels[:, None]))
-        rank = (~behind).sum(1)
-        counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), rank.new_tensor(len(labels))])
-        losses.append(F.cross_entropy(outputs, labels, reduction="sum"))
-    # Thousands of losses are added in float64, which Apple's GPUs do not have.
-    wide = torch.float32 if counts.device.type == "mps" else torch.float64
-    loss = torch.stack(losses).to(wide).sum() if losses else torch.zeros((), dtype=wide, device=device)
+        for logits, count, loss in zip(functions, counts, losses, strict=True):
+            outputs = logits(images).float()
+            own = outputs.gather(1, labels[:, None])
+            index = torch.arange(outputs.shape[1], device=device)
+            behind = (outputs < own) | ((outputs == own) & (index >= labels[:, None]))
+            rank = (~behind).sum(1)
+            count += torch.stack([(rank < 1).sum(), (rank < 5).sum(), rank.new_tensor(len(labels))])
+            loss.append(F.cross_entropy(outputs, labels, reduction="sum"))
+    return [_reduced(count, loss) for count, loss in zip(counts, losses, strict=True)]
+
+
+def _reduced(counts: Tensor, losses: Sequence[Tensor]) -> Score:
+    """Return the score of all processes from the counts `(3,)` of one, right in the top 1, in the top 5, and seen."""
     from accelerate.utils import reduce
 
+    # Thousands of losses are added in float64, which Apple's GPUs do not have.
+    wide = torch.float32 if counts.device.type == "mps" else torch.float64
+    loss = torch.stack([*losses]).to(wide).sum() if losses else torch.zeros((), dtype=wide, device=counts.device)
     right, right5, seen = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
     total = float(reduce(loss, reduction="sum"))  # type: ignore[arg-type]
     if not seen:

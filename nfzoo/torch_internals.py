@@ -77,10 +77,6 @@ def addmm_activation(bias: Tensor, x: Tensor, weight: Tensor, *, gelu: bool) -> 
     return torch.ops.aten._addmm_activation(bias, x, weight, use_gelu=gelu)
 
 
-COMPILER = "torch._dynamo"
-"""Module that every optimizer imports when it is made, in a second."""
-
-
 def under_ddp() -> bool:
     """Return whether the forward pass of a `DistributedDataParallel` module is running."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -1,6 +1,7 @@
 """Run trainings in forked processes: `python -m nfzoo.drill.lane`, which reads jobs from standard input.
 
-Forking spares each run the imports. This process itself must start no thread, as threads do not survive a fork.
+Forking spares each run the imports: what one run has imported, this process imports before it forks the next. It must
+start no thread, as threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -13,24 +14,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nfzoo.drill.shim import Fault, arm
-from nfzoo.torch_internals import COMPILER
 
-_IMPORTED_BY_EVERY_RUN = (
-    "accelerate",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "safetensors.torch",
-    COMPILER,
-    "nfzoo.train.run",
-)
 CRASHED = 70
 """Exit status of a run that ended in an error which it does not know."""
 
@@ -126,9 +119,6 @@ def _printed(job: Job, rank: int, suffix: str) -> Path:
 
 def main() -> None:
     """Run the jobs of standard input, one in each line; answer each with a line."""
-    for name in _IMPORTED_BY_EVERY_RUN:
-        with contextlib.suppress(ModuleNotFoundError):  # of an extra
-            importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         job["fault"] = Fault(*job["fault"])
@@ -138,8 +128,18 @@ def main() -> None:
 def _run(job: Job) -> dict[str, Any]:
     if job.log is not None:
         Path(job.log).write_bytes(b"")
+    with tempfile.TemporaryFile("w+") as imported:
+        ended = _watch(job, imported)
+        imported.seek(0)
+        for name in imported.read().splitlines():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    return ended
+
+
+def _watch(job: Job, imported: IO[str]) -> dict[str, Any]:
     start, port = time.monotonic(), _free_port()
-    children = [_fork(job, rank, port) for rank in range(job.processes)]
+    children = [_fork(job, rank, port, imported) for rank in range(job.processes)]
     running, status, paused = set(children), None, False
     while running:
         pid, how = os.waitpid(-1, os.WNOHANG)
@@ -172,11 +172,12 @@ def _send(processes: set[int], number: int) -> None:
         os.kill(process, number)
 
 
-def _fork(job: Job, rank: int, port: int) -> int:
+def _fork(job: Job, rank: int, port: int, imported: IO[str]) -> int:
+    """Start a process of a job; the first writes the names of the modules that it has imported."""
     pid = os.fork()
     if pid:
         return pid
-    status = CRASHED
+    status, known = CRASHED, set(sys.modules)
     try:
         for descriptor, suffix in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(_printed(job, rank, suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
@@ -195,6 +196,9 @@ def _fork(job: Job, rank: int, port: int) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        if rank == 0:
+            imported.write("\n".join(name for name in sys.modules if name not in known))
+            imported.flush()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -31,7 +31,7 @@ from nfzoo.checkpoint.run_state import Saved, rng_state, set_rng_state
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
-from nfzoo.evaluate import Score, score
+from nfzoo.evaluate import scores
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.optim.sgd import warmup_cosine
@@ -328,31 +328,29 @@ class Trainer:
         return row
 
     def _evaluate(self) -> dict[str, float]:
-        live = self._score(self.learner.live)
+        """Score the live and the averaged weights in one pass over the held-out images."""
+        broken: list[str] = []
+        weights = [self.learner.live] if self.learner.averages is None else [self.learner.live, self.learner.averages]
+        functions = [self._logits(full_tensors(params)) for params in weights]
+        live, *averaged = scores(functions, self._held_out(broken), device=self.accelerator.device)
+        try:
+            self.unreadable.leave_out(broken)
+        except BrokenImageError as error:
+            raise BrokenImageError(f"{error}; {self.saver.last_checkpoint()}") from error
         row = {"loss": live.loss, "accuracy": live.top1}
-        if self.learner.averages is not None:
-            averaged = self._score(self.learner.averages)
-            row |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.top1}
+        for result in averaged:
+            row |= {"ema_loss": result.loss, "ema_accuracy": result.top1}
         self.unreadable.share()
         if self.unreadable.known:  # those among the held-out images as well
             row["broken"] = len(self.unreadable.known)
         return row
 
-    def _score(self, params: Mapping[str, Tensor]) -> Score:
-        full = full_tensors(params)
-        broken: list[str] = []
-        batches = self._held_out(broken)
-
+    def _logits(self, params: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         def logits(images: Tensor) -> Tensor:
             with self.learner.autocast():
-                return apply(self.cfg, full, images)
+                return apply(self.cfg, params, images)
 
-        result = score(logits, batches, device=self.accelerator.device)
-        try:
-            self.unreadable.leave_out(broken)
-        except BrokenImageError as error:
-            raise BrokenImageError(f"{error}; {self.saver.last_checkpoint()}") from error
-        return result
+        return logits
 
     def _sum(self, values: Tensor) -> list[float]:
         reduced = self.accelerator.reduce(values, reduction="sum")

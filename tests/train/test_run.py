@@ -29,6 +29,7 @@ from tests.support.loops import each
 from tests.support.pictures import few_digits, write_images, write_shard
 
 QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "16", "--train-size", "16", "--test-size", "16"]
+QUICK += ["--workers", "0"]  # processes that load images cost a short run half of its time
 # Ten float32 steps with sums in another order; a parameter is of order one.
 PROCESSES_TOLERANCE = 1e-5
 
@@ -479,7 +480,7 @@ def test_a_tracker_that_fails_costs_one_warning(
     with monkeypatch.context() as patch:
         for name in fails:
             patch.setattr(TensorBoardTracker, name, unreachable)
-        assert run(tmp_path / "-".join(fails), "--tracker", "tensorboard", "--epochs", "2") == 0
+        assert run(tmp_path / "-".join(fails), "--tracker", "tensorboard", "--epochs", "2", "--batch-size", "80") == 0
     lines = [record.message for record in caplog.records if "tracker" in record.message]
     said = "the tracker 'tensorboard' failed (no route to host); training goes on, and metrics.jsonl has its figures"
     assert lines == [said]
@@ -489,7 +490,7 @@ def test_no_path_of_the_data_leaves_the_checkpoints_and_the_recipe(tmp_path: Pat
     """Neither weights, configuration, figures nor what a tracker sends; `train.yaml` is published with names alone."""
     place = tmp_path / "private-place"
     write_shard(place / "pets-0.tar", {str(i): i % 2 for i in range(20)})
-    options = ["--tracker", "tensorboard", "--batch-size", "4", "--augmented-sheet", str(place / "sheet.png")]
+    options = ["--tracker", "tensorboard", "--batch-size", "16", "--augmented-sheet", str(place / "sheet.png")]
     for name, data in (("a", "pets-*.tar"), ("b", "pets-{0..0}.tar")):
         output = tmp_path / name
         assert run(output, *options, data=f"{place}/{data}") == 0
