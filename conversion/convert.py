@@ -33,7 +33,6 @@ from nfzoo.files import read_json
 from nfzoo.types import Params
 
 Form = Literal["nfzoo", "haiku", "timm"]
-FORMS: tuple[Form, ...] = ("nfzoo", "haiku", "timm")
 _WEIGHT_FILES = (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE)
 _TORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 

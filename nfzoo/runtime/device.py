@@ -140,14 +140,6 @@ class Backend:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def launch_hint(self) -> str:
-        """Return the command that starts several processes on such devices."""
-        if self.device.type == "cpu":
-            return "ACCELERATE_USE_CPU=true accelerate launch --cpu --num_processes 2 -m nfzoo.train ..."
-        if self.device.type == "mps":
-            return "one process uses the whole GPU: accelerate launch --num_processes 1 -m nfzoo.train ..."
-        return f"accelerate launch --multi_gpu --num_processes {torch.accelerator.device_count()} -m nfzoo.train ..."
-
 
 @dataclass(frozen=True)
 class XlaBackend(Backend):
@@ -203,9 +195,6 @@ class XlaBackend(Backend):
 
         torch_xla.sync(wait=True)
 
-    def launch_hint(self) -> str:
-        return "PJRT_DEVICE=TPU accelerate launch --tpu --num_processes 8 -m nfzoo.train ..."
-
 
 @dataclass(frozen=True)
 class TpuBackend(Backend):
@@ -213,17 +202,13 @@ class TpuBackend(Backend):
 
     Unverified on hardware: written to the documentation of torch-tpu 0.2.0, and never run on a TPU. Accelerate does not
     support this device, so `nfzoo.train` reaches TPUs through torch-xla. This class serves your own loops over
-    `torch.distributed` (backend `tpu_dist`) and DistributedDataParallel.
+    `torch.distributed` (backend `tpu_dist`) and DistributedDataParallel: call
+    `torch.tpu.distributed.set_tpu_launch_env(nproc_per_node=8)`, then `torch.multiprocessing.spawn` or torchrun, and
+    `init_process_group("tpu_dist")` in each process.
     """
 
     def start(self) -> None:
         _import("torch_tpu", "tpu")  # torch loads it itself unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
-
-    def launch_hint(self) -> str:
-        return (
-            "call torch.tpu.distributed.set_tpu_launch_env(nproc_per_node=8), then torch.multiprocessing.spawn or "
-            "torchrun, and init_process_group('tpu_dist') in each process"
-        )
 
 
 def backend(device: torch.device | str) -> Backend:
