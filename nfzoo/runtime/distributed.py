@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -235,28 +237,51 @@ def elastic_launcher() -> str | None:
 
 
 def group_options() -> dict[str, Any]:
-    """Return the options of `init_process_group` that a process needs which `torchrun` has started anew.
+    """Return the options of `init_process_group` for processes that meet in the store of `torchrun`.
 
-    torchrun's own store, of a single machine or of fixed ones, still holds where the processes before listened. The new
-    ones would now and then connect to those, and wait for half an hour.
+    That store outlives them, and still holds where the processes of earlier attempts listened. Later ones would now and
+    then connect to those, and wait for half an hour. They therefore meet under a prefix that no others know.
     """
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return {"init_method": f"{_RESTARTED}://"} if restarted else {}
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return {"init_method": f"{_OWN_PREFIX}://"} if shared else {}
+
+
+def agree_on_prefix(store: Any, rank: int, world: int) -> str:
+    """Return a text that these processes agree on and no earlier ones did, whatever those left in the `dist.Store`.
+
+    Each process asks with a text of its own. Process 0 answers every text that it finds, also those of the dead, until
+    all others have taken its answer. The number of the attempt would not do: on several machines it can differ.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"nfzoo/asked/{rank}", own)
+        prefix = store.get(f"nfzoo/answer/{own}").decode()  # waits for it
+        store.set(f"nfzoo/taken/{prefix}/{rank}", "")
+        return prefix
+    missing, answered = set(range(1, world)), set()
+    while missing:
+        for other in missing:
+            if store.check([f"nfzoo/asked/{other}"]) and (asked := store.get(f"nfzoo/asked/{other}")) not in answered:
+                store.set(f"nfzoo/answer/{asked.decode()}", own)
+                answered.add(asked)
+        missing = {other for other in missing if not store.check([f"nfzoo/taken/{own}/{other}"])}
+        time.sleep(0.01)
+    return own
 
 
 def _rendezvous(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
-    prefix = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
     from torch.distributed.rendezvous import rendezvous
 
     for store, rank, world in rendezvous("env://", **options):
+        prefix = agree_on_prefix(store, rank, world)
         yield dist.PrefixStore(prefix, store), rank, world  # pyright: ignore[reportPrivateImportUsage]
 
 
-_RESTARTED = "nfzoo-restarted"
+_OWN_PREFIX = "nfzoo-own-prefix"
 if dist.is_available():
     from torch.distributed.rendezvous import register_rendezvous_handler
 
-    register_rendezvous_handler(_RESTARTED, _rendezvous)
+    register_rendezvous_handler(_OWN_PREFIX, _rendezvous)
 
 
 def gradients(params: Iterable[Tensor]) -> list[Tensor]:

@@ -3,14 +3,16 @@
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._C._distributed_c10d import HashStore
 
 import nfzoo
-from nfzoo.runtime.distributed import elastic_launcher
+from nfzoo.runtime.distributed import agree_on_prefix, elastic_launcher, group_options
 from nfzoo.train import run as train
 from tests.support.processes import together
 
@@ -94,3 +96,22 @@ def test_a_process_without_a_launcher_asks_nobody_for_its_parent(monkeypatch: py
     assert elastic_launcher() is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run-7")
     assert elastic_launcher() == "run-7"
+
+
+def test_processes_agree_whatever_earlier_ones_left_in_the_store() -> None:
+    store, found = HashStore(), []
+    for world in (3, 1, 3, 2):  # as machines go and come back
+        with ThreadPoolExecutor(world) as pool:
+            prefixes = set(pool.map(lambda rank, world=world: agree_on_prefix(store, rank, world), range(world)))
+        assert len(prefixes) == 1
+        found += prefixes
+        store.set("nfzoo/asked/1", f"a process that ended before it had an answer, {world}")
+    assert len(set(found)) == 4
+
+
+def test_a_prefix_is_for_the_store_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, options in ((None, {}), ("False", {}), ("True", {"init_method": "nfzoo-own-prefix://"})):
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", value)
+        assert group_options() == options
