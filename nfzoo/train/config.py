@@ -13,6 +13,7 @@ import yaml
 from nfzoo.data.source import HELD_OUT
 from nfzoo.data.workers import PATIENCE
 from nfzoo.errors import ConfigError
+from nfzoo.optim.fine_tuning import TUNE
 from nfzoo.step import StepConfig
 from nfzoo.transforms.mixing import Augment
 
@@ -115,7 +116,8 @@ class TrainConfig:
         pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
         require_hash: refuse a downloaded model if the server states no hash to check it against.
         allow_pickle: also read weights in a pickle of torch's (.bin, .pt, .pth), if you trust who made it.
-        tune: "all" weights, or the classifier's ("head") alone.
+        tune: "all" weights; "head", the classifier's alone; or "stages:N", those of the last N stages, of the final
+            convolution and of the classifier. No step changes a bit of the others.
         train_size: side of the training images in pixels; by default the model's.
         test_size: side of the held-out images in pixels; by default the model's.
         drop_rate: dropout rate; by default the model's.
@@ -153,7 +155,7 @@ class TrainConfig:
     pretrained: bool | None = None
     require_hash: bool = False
     allow_pickle: bool = False
-    tune: Literal["all", "head"] = "all"
+    tune: str = "all"
     train_size: int | None = None
     test_size: int | None = None
     drop_rate: float | None = None
@@ -191,6 +193,8 @@ class TrainConfig:
         for name in ("model", "data", "output"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} must not be empty")
+        if TUNE.fullmatch(self.tune) is None:
+            raise ConfigError(f"tune must be all, head or stages:N, such as stages:1, not {self.tune!r}")
         if not 0 <= self.seed < MAX_SEED:
             raise ConfigError(f"seed must not be negative, and below 2**63; is {self.seed!r}")
         if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:

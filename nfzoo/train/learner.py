@@ -15,6 +15,7 @@ from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet
 from nfzoo.optim.agc_sgd import AGCSGD, can_compile, param_groups
 from nfzoo.optim.clipping import agc_
+from nfzoo.optim.fine_tuning import freeze_
 from nfzoo.optim.sam import ascent_rows, restore_, sam_ascent_
 from nfzoo.optim.sgd import DECAYED, ema_
 from nfzoo.runtime.device import AUTOCAST, backend, precision
@@ -110,11 +111,12 @@ class TorchUpdater:
     clipped: Tensor | None = None
 
     def __init__(self, optimizer: torch.optim.Optimizer, prepared: Any, live: Params, config: OptimConfig) -> None:
-        self._optimizer, self._prepared, self._live, self._config = optimizer, prepared, live, config
-        self._clipped = [p for name, p in live.items() if p.requires_grad and name != "head.weight"]
+        self._optimizer, self._prepared, self._config = optimizer, prepared, config
+        self._trained = {name: p for name, p in live.items() if p.requires_grad}
+        self._clipped = [p for name, p in self._trained.items() if name != "head.weight"]
         self.averages: Params | None = None
-        if config.ema_decay is not None:
-            self.averages = {name: p.detach().clone() for name, p in live.items()}
+        if config.ema_decay is not None:  # a frozen parameter is its own average
+            self.averages = {name: p.detach().clone() if p.requires_grad else p.detach() for name, p in live.items()}
 
     def begin(self, number: int, lr: float) -> None:
         self._number = number
@@ -129,7 +131,8 @@ class TorchUpdater:
         self._prepared.step()
         skipped = getattr(self._prepared, "step_was_skipped", False)  # by a loss scaler
         if self.averages is not None and self._config.ema_decay is not None and not skipped:
-            ema_(self.averages, self._live, self._number, decay=self._config.ema_decay)
+            averages = {name: self.averages[name] for name in self._trained}
+            ema_(averages, self._trained, self._number, decay=self._config.ema_decay)
 
 
 class Learner:
@@ -148,9 +151,10 @@ class Learner:
         self.backend = backend(accelerator.device)
         self.dtype = AUTOCAST[precision(config.mixed_precision)]
         self.sharded = config.sharding == "fsdp2"
-        if config.tune == "head":
-            for name, p in model.named_parameters():
-                p.requires_grad_(name.startswith("head."))
+        try:
+            freeze_(model, config.tune)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if config.activation_checkpointing:
             model.checkpoint_blocks()
         model = model.to(accelerator.device)

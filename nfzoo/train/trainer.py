@@ -135,8 +135,11 @@ class Trainer:
         origin = "pretrained" if self.pretrained else "random"
         if start.saved is not None:
             origin = f"step {self.step}'s"
+        parameters = f"{sum(p.numel() for p in self.learner.live.values()):,} parameters"
+        if config.tune != "all":
+            parameters += f" ({sum(p.numel() for p in self.learner.trainable):,} of them trained)"
         self._say(
-            f"{config.model}: {sum(p.numel() for p in self.learner.live.values()):,} parameters, {origin} weights; "
+            f"{config.model}: {parameters}, {origin} weights; "
             f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
             f"{len(split.train.classes)} classes; {accelerator.num_processes} process(es) on "
             f"{accelerator.device.type}, peak learning rate {self.peak_lr:g}"
