@@ -35,6 +35,9 @@ class OptimConfig(StepConfig):
         options: further arguments of an optimizer other than "sgd", such as {betas: [0.9, 0.95]}.
         lr: peak learning rate; by default of SGD 0.1 for batches of 64 to 256, in proportion to the batch outside, of
             others 0.001; and a tenth of that from pretrained weights.
+        layer_decay: factor of the rate from each residual block to the one below it, as timm and BEiT have it, such as
+            0.75; the classifier has the full rate, the last block this factor of it. null gives all the same.
+        head_lr_scale: factor of the classifier's rate, such as 10 for one that was drawn anew.
         momentum: of SGD.
         nesterov: whether momentum is Nesterov's.
         weight_decay: of kernels and linears; SGD adds it to their gradients.
@@ -52,6 +55,8 @@ class OptimConfig(StepConfig):
     name: str = "sgd"
     options: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
+    layer_decay: float | None = None
+    head_lr_scale: float = 1.0
     clip: float | None = 0.1
     clip_norm: float | None = None
     warmup_epochs: float = 1.0
@@ -72,10 +77,12 @@ class OptimConfig(StepConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"optim.{name} must be in [0, 1), not {value!r}")
-        for name in ("lr", "clip", "agc_eps", "clip_norm", "sam_rho"):
+        for name in ("lr", "head_lr_scale", "clip", "agc_eps", "clip_norm", "sam_rho"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"optim.{name} must be positive, not {value!r}; null is the default or none")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay must be in (0, 1], not {self.layer_decay!r}; null gives none")
         if not 0 < self.sam_fraction <= 1:
             raise ConfigError(f"optim.sam_fraction must be in (0, 1], not {self.sam_fraction!r}")
         if self.options and self.name == "sgd":

@@ -15,7 +15,7 @@ from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet
 from nfzoo.optim.agc_sgd import AGCSGD, can_compile, param_groups
 from nfzoo.optim.clipping import agc_
-from nfzoo.optim.fine_tuning import freeze_
+from nfzoo.optim.fine_tuning import freeze_, lr_scales, split_by_scale
 from nfzoo.optim.sam import ascent_rows, restore_, sam_ascent_
 from nfzoo.optim.sgd import DECAYED, ema_
 from nfzoo.runtime.device import AUTOCAST, backend, precision
@@ -74,13 +74,16 @@ class PapersUpdater:
 
     def __init__(self, optimizer: AGCSGD, prepared: Any, live: Params, device: torch.device) -> None:
         self._optimizer, self._prepared, self._live = optimizer, prepared, live
-        self._lr, self._number = (backend(device).number() for _ in range(2))
+        # A CUDA graph reads each number from a tensor of its own.
+        self._lr = {_scale(group): backend(device).number() for group in optimizer.param_groups}
+        self._number = backend(device).number()
         # Created before the first step: a lazy device would compile that step as a program of its own.
         optimizer.init_state()
 
     def begin(self, number: int, lr: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"], group["steps"] = self._lr(lr), self._number(number)
+            scale = _scale(group)
+            group["lr"], group["steps"] = self._lr[scale](lr * scale), self._number(number)
 
     def step(self, gate: Tensor | None) -> None:
         self._optimizer.gate = gate
@@ -96,6 +99,10 @@ class PapersUpdater:
     def averages(self) -> Params | None:
         kept = any(group["ema_decay"] is not None for group in self._optimizer.param_groups)
         return self._optimizer.averages(self._live) if kept else None
+
+
+def _scale(group: Mapping[str, Any]) -> float:
+    return group.get("lr_scale", 1.0)
 
 
 class TorchUpdater:
@@ -121,7 +128,7 @@ class TorchUpdater:
     def begin(self, number: int, lr: float) -> None:
         self._number = number
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * _scale(group)
 
     def step(self, gate: Tensor | None) -> None:
         if gate is not None and not bool(gate):
@@ -301,9 +308,17 @@ class _NoReduction:
         self.model.set_requires_gradient_sync(True)
 
 
+def scales(optim: OptimConfig, model: NFNet) -> dict[Tensor, float]:
+    """Return the factor of each parameter's learning rate: see `lr_scales`."""
+    named = dict(model.named_parameters())
+    factors = lr_scales(named, layer_decay=optim.layer_decay, head_lr_scale=optim.head_lr_scale)
+    return {p: factors[name] for name, p in named.items()}
+
+
 def papers_optimizer(optim: OptimConfig, model: NFNet, lr: float, *, compiled: bool) -> AGCSGD:
     """Make the papers' optimizer of the parameters that are not frozen; `compiled` as in `AGCSGD`."""
     groups = param_groups(model, weight_decay=optim.weight_decay, clip=optim.clip)
+    groups = split_by_scale(groups, scales(optim, model), lr)
     names = ("momentum", "nesterov", "ema_decay")
     options = {name: getattr(optim, name) for name in names}
     return AGCSGD(groups, lr, eps=optim.agc_eps, compiled=compiled, **options)
@@ -326,7 +341,7 @@ def torch_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.
         cls = getattr(importlib.import_module(package), name)
         if not issubclass(cls, torch.optim.Optimizer):
             raise TypeError("it is no torch.optim.Optimizer")
-        return cls([group for group in groups if group["params"]], **{**optim.options, "lr": lr})
+        return cls(split_by_scale(groups, scales(optim, model), lr), **{**optim.options, "lr": lr})
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
             f'the optimizer {optim.name!r} with options {optim.options!r} cannot be made: {error}; name "sgd", '

@@ -74,3 +74,31 @@ def test_more_stages_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(tmp_path / "run", "--tune", "stages:5") == 2
     assert "more than the 4 stages of the network; pass stages:4 or less" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- rates by depth
+
+# One step of SGD without momentum, decay and clipping moves each weight by its rate times the same gradient.
+PLAIN = ["--batch-size", "160", "--optim.warmup-epochs", "0", "--optim.clip", "null", "--optim.weight-decay", "0"]
+PLAIN += ["--optim.ema-decay", "null", "--optim.lr", "0.5"]
+
+
+@each("name", ["sgd", "torch.optim.SGD"])
+def test_each_depth_moves_at_its_rate(tmp_path: Path, name: str) -> None:
+    own = ["--optim.momentum", "0", "--optim.nesterov", "false"] if name == "sgd" else []
+    rates = ["--optim.layer-decay", "0.5", "--optim.head-lr-scale", "4"]
+    for folder, options in (("plain", []), ("decayed", rates)):
+        assert run(tmp_path / f"{name}-{folder}", *PLAIN, "--optim.name", name, *own, *options) == 0
+    start = nfzoo.create("nfnet-test", generator=torch.Generator().manual_seed(0)).state_dict()
+    plain, decayed = (load_file(tmp_path / f"{name}-{f}" / "model.safetensors") for f in ("plain", "decayed"))
+    # Of nfnet-test's four blocks the last has depth 4, as the final convolution; the others do not move at first, but
+    # for their skip gains.
+    powers = {"stem.conv0.weight": 5, "stages.0.0.skip_gain": 4, "stages.2.0.skip_gain": 2, "stages.3.0.skip_gain": 1}
+    for key, factor in {
+        **{key: 0.5**power for key, power in powers.items()},
+        "final_conv.weight": 0.5,
+        "head.bias": 4.0,
+    }.items():
+        moved, full = decayed[key] - start[key], plain[key] - start[key]
+        assert full.abs().max() > 0, key
+        torch.testing.assert_close(moved, factor * full, rtol=1e-2, atol=1e-7)  # differences of float32 weights
