@@ -15,7 +15,7 @@ import logging
 import random
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,9 +90,10 @@ def save_state(
     facts: Mapping[str, Any],
     *,
     keep: int = 2,
+    also: Collection[int] = (),
     group: ProcessGroup | None = None,
 ) -> Path:
-    """Write the checkpoint of a step, then remove all but the newest `keep`.
+    """Write the checkpoint of a step, then remove all but the newest `keep` and those of the steps `also`.
 
     One process alone calls this, or all of `group` together.
 
@@ -132,7 +133,7 @@ def save_state(
             _write_manifest(scratch, {"format": FORMAT, **facts, "step": step})
     # Those of later steps are of a run that went back behind them, as they were damaged: they do not count.
     for number, old in [(n, path) for n, path in _folders(root) if n <= step][keep:]:
-        if number != step:
+        if number != step and number not in also:
             remove_folder(old)
     return folder
 
@@ -167,6 +168,13 @@ def open_state(folder: str | Path) -> Saved:
         return Saved(folder, _read(folder))
     except CheckpointError as error:
         raise CheckpointError(f"the checkpoint {folder} cannot be used: {error}") from error
+
+
+def remove_later(root: str | Path, step: int) -> None:
+    """Remove the checkpoints of later steps than `step`, the newest first."""
+    for number, folder in _folders(Path(root)):
+        if number > step:
+            remove_folder(folder)
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:

@@ -19,7 +19,7 @@ from nfzoo.transforms.mixing import Augment
 
 MAX_SEED = 1 << 63
 MAX_WORKERS = 256
-STARTING = ("resume", "overwrite", "allow_pickle")
+STARTING = ("resume", "resume_from", "overwrite", "allow_pickle")
 """Options that concern one start of a run, and are no part of a recipe."""
 
 
@@ -142,10 +142,16 @@ class TrainConfig:
             default where one process trains with sgd, without fp16 and sharding.
         activation_checkpointing: forget each block's activations and compute them again in the backward pass.
         sharding: "none" gives every process all parameters; "fsdp2" shards them over the processes.
+        keep_best: "accuracy", "loss" or "f1" (macro F1) on the held-out images: the folder keeps the model of the epoch
+            that is best by it, and its checkpoint beside the newest. The weights that are judged are those that are
+            saved: their moving average, or with optim.ema_decay null the live ones. By default the last epoch is kept.
+        patience: epochs without a better one after which the run ends; needs keep_best. null trains all epochs.
         nonfinite: what to do when a gradient is not finite: "stop", or "skip" the step and count it.
         resume: go on from the newest checkpoint in the output folder; from the start if there is none.
+        resume_from: the checkpoint that resume takes: "last", the newest; or "best", that of keep_best, and later ones
+            are removed.
         save_steps: steps between checkpoints; by default one at the end of each epoch alone.
-        keep_checkpoints: checkpoints to keep, the newest ones.
+        keep_checkpoints: checkpoints to keep, the newest ones, beside that of keep_best.
         async_save: write checkpoints while training goes on, from a copy of weights and optimizer in the host's memory.
         tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
         overwrite: write into an output folder that holds a model already.
@@ -178,8 +184,11 @@ class TrainConfig:
     cuda_graph: bool | None = None
     activation_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
+    keep_best: Literal["accuracy", "loss", "f1"] | None = None
+    patience: int | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
     resume: bool = False
+    resume_from: Literal["last", "best"] = "last"
     save_steps: int | None = None
     keep_checkpoints: int = 2
     async_save: bool = True
@@ -189,10 +198,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
-        for name in ("epochs", "batch_size", "accumulation", "train_size", "test_size", "save_steps"):
+        for name in ("epochs", "batch_size", "accumulation", "train_size", "test_size", "patience", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if self.patience is not None and self.keep_best is None:
+            raise ConfigError(
+                f"patience {self.patience} needs a metric to wait for; pass keep_best accuracy, loss or f1"
+            )
+        if self.resume_from != "last" and not (self.resume and self.keep_best):
+            raise ConfigError(f"resume_from {self.resume_from!r} needs resume true, and the keep_best of the run")
         if self.keep_checkpoints < 1:
             raise ConfigError(f"keep_checkpoints must be at least 1, not {self.keep_checkpoints!r}")
         if self.max_broken < 0:

@@ -126,9 +126,10 @@ class _Recipe(argparse.Action):
         content = _read(_find(values))
         for name in STARTING:
             if content.get(name):  # files written before hold `false`
+                value = str(content[name]).lower()
                 raise ConfigError(
-                    f"the recipe {values!r} has {name}: true, which is no part of a recipe; remove the line, and pass "
-                    f"--{name} true where it is meant"
+                    f"the recipe {values!r} has {name}: {value}, which is no part of a recipe; remove the line, and "
+                    f"pass --{name.replace('_', '-')} {value} where it is meant"
                 )
         namespace.recipes.append((values, content))
         _update(namespace.fields, content)

@@ -30,7 +30,7 @@ from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.recipes import parse
-from nfzoo.train.run_folder import LOGS, STATES, clear
+from nfzoo.train.run_folder import LOGS, STATES, best_state, clear
 from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
 from nfzoo.variants import VARIANTS
 
@@ -56,7 +56,9 @@ CHANGEABLE = frozenset(
         "cuda_graph",
         "activation_checkpointing",
         "sharding",
+        "patience",
         "resume",
+        "resume_from",
         "save_steps",
         "keep_checkpoints",
         "async_save",
@@ -106,7 +108,8 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         start = _resumed(config, data, saved) if saved else _fresh(config, data)
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
-            clear(output, states=saved is None)  # with --overwrite: checkpoints of the earlier run
+            back = saved.step if saved is not None and config.resume_from == "best" else None
+            clear(output, states=saved is None, after=back)  # with --overwrite: checkpoints of the earlier run
         trainer = Trainer(config, split, accelerator, start)
         accelerator.wait_for_everyone()
         try:
@@ -141,7 +144,10 @@ def _open_saved(config: TrainConfig) -> Saved | None:
     output = Path(config.output)
     launcher = elastic_launcher()  # which may have started all processes anew
     saved = latest_state(output / STATES) if config.resume or launcher is not None else None
-    if saved is not None and (config.resume or saved.facts.get("launcher") == launcher):
+    started_anew = saved is not None and launcher is not None and saved.facts.get("launcher") == launcher
+    if saved is not None and config.resume_from == "best" and not started_anew:
+        return best_state(output)
+    if saved is not None and (config.resume or started_anew):
         return saved
     if config.resume and not config.overwrite and any((output / STATES).glob("step_*")):
         raise CheckpointError(

@@ -17,12 +17,13 @@ from torch import Tensor
 from nfzoo.analysis.figures import training_curves
 from nfzoo.checkpoint.atomic import replaced_folder, sweep
 from nfzoo.checkpoint.background import BackgroundWriter
-from nfzoo.checkpoint.model_folder import Description, save_checkpoint
-from nfzoo.checkpoint.run_state import STEP_FOLDER, Saved, save_state, step_folder
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, read_description, save_checkpoint
+from nfzoo.checkpoint.run_state import STEP_FOLDER, Saved, open_state, remove_later, save_state, step_folder
 from nfzoo.data.source import HUB, has_held_out, split_options
-from nfzoo.errors import TrainingError
+from nfzoo.errors import CheckpointError, TrainingError
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather, local_tensor, with_local
+from nfzoo.train.best import rule
 from nfzoo.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -59,15 +60,22 @@ class Saver:
         self._copies: dict[str, dict[str, Tensor]] = {}  # in the CPU's memory, which the next checkpoint uses again
         self._last: dict[str, dict[str, Tensor]] = {}  # tensors of the last checkpoint
         self._folders = [] if resumed is None else [resumed]  # the last may be still to come
+        self._best = rule(config)
+        self._kept: int | None = None  # the epoch whose model the folder holds, if this process wrote it
 
     def save_state(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
-        """Save a checkpoint to resume from; the arguments are those of `run_state.save_state`, on any device."""
+        """Save a checkpoint to resume from; the arguments are those of `run_state.save_state`, on any device.
+
+        That of the best epoch in the `rows` of `facts` stays beside the newest, if the run keeps it.
+        """
+        best = None if self._best is None else self._best.row(facts["rows"])
+        also = [] if best is None else [best["step"]]
         self.finish()  # what is being written is in the memory that the next lines write to
         root, keep, group = Path(self.config.output) / STATES, self.config.keep_checkpoints, self._group
         self._folders.append(root / step_folder(step))
         if self.accelerator.is_main_process or group is not None:
             on_cpu = self._last = {kind: self._on_cpu(kind, content) for kind, content in tensors.items()}
-            self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep, group=group))
+            self.writer.submit(lambda: save_state(root, step, on_cpu, facts, keep=keep, also=also, group=group))
         self._wait_if_asked()
 
     def _on_cpu(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,17 +93,37 @@ class Saver:
         return {name: with_local(t, held[name], mesh) for name, t in tensors.items()}
 
     def save_model(self, description: Description, rows: Sequence[Mapping[str, Any]], *, pretrained: bool) -> None:
-        """Save the model with the weights of the last checkpoint; the other arguments are those of `write_run`."""
+        """Save the figures, and the model with the weights of the last checkpoint.
+
+        If the run keeps its best epoch, the model is that of its checkpoint. The other arguments are those of
+        `write_run`.
+        """
         if self.accelerator.is_main_process:
             rows, folder, kind = list(rows), self._folders[-1], "average" if "average" in self._last else "model"
-            params = self._last[kind]
+            params, last = self._last[kind], rows[-1]
+            best = last if self._best is None else self._best.row(rows)
+            assert best is not None
 
             def write() -> None:
-                full = params if self._group is None else Saved(folder, {}).tensors(kind)
-                write_run(self.config, description, full, rows, pretrained=pretrained)
+                full: Mapping[str, Tensor] | None
+                if best is last:
+                    full = params if self._group is None else Saved(folder, {}).tensors(kind)
+                else:
+                    full = None if self._kept == best["epoch"] else self._of_best(step_folder(best["step"]), kind)
+                write_run(self.config, description, full, rows, of=best, pretrained=pretrained)
+                self._kept = best["epoch"]
 
             self.writer.submit(write)
         self._wait_if_asked()
+
+    def _of_best(self, name: str, kind: str) -> dict[str, Tensor] | None:
+        """Read the weights of the best epoch; where its checkpoint is damaged, return `None` with a warning."""
+        output = self.config.output
+        try:
+            return open_state(Path(output) / STATES / name).tensors(kind)
+        except CheckpointError as error:
+            logger.warning("%s; %s keeps the model that it holds", error, output)
+            return None
 
     def _wait_if_asked(self) -> None:
         if not self.config.async_save:
@@ -132,29 +160,24 @@ class Saver:
 def write_run(
     config: TrainConfig,
     description: Description,
-    params: Mapping[str, Tensor],
+    params: Mapping[str, Tensor] | None,
     rows: Sequence[Mapping[str, Any]],
     *,
+    of: Mapping[str, Any],
     pretrained: bool,
 ) -> None:
     """Write the run's output folder as it is after an epoch; an `OSError` where the disk does not take it.
 
     Args:
-        params: on the CPU, the moving average if the recipe has one.
+        params: on the CPU, the moving average if the recipe has one; `None` leaves the model that is there.
         rows: figures of all epochs so far, the last of which is this one's.
+        of: figures of the epoch that `params` are of.
         pretrained: whether the run began with somebody's weights.
     """
-    output, row, averaged = Path(config.output), rows[-1], config.optim.ema_decay is not None
-    provenance = {
-        "trained_from": public_model(config.model) if pretrained else "random weights",
-        "data": public_data(config.data),
-        "epochs": row["epoch"],
-        "weights": "ema" if averaged else "live",
-        "accuracy": row["ema_accuracy"] if averaged else row["accuracy"],
-    }
-    if not has_held_out(config.data):
-        provenance["validation_fraction"] = config.validation_fraction
-    save_checkpoint(output, description._replace(provenance=provenance), params)
+    output = Path(config.output)
+    if params is not None:
+        provenance = _provenance(config, of, pretrained=pretrained)
+        save_checkpoint(output, description._replace(provenance=provenance), params)
     with replaced_folder(output) as scratch:
         lines = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -166,13 +189,45 @@ def write_run(
             logger.info("no %s: the plots need matplotlib (pip install 'nfzoo[plots]')", CURVES_FILE)
 
 
-def clear(output: Path, *, states: bool) -> None:
-    """Remove what killed runs left of their last write, and with `states` all checkpoints.
+def _provenance(config: TrainConfig, row: Mapping[str, Any], *, pretrained: bool) -> dict[str, Any]:
+    """Return the origin of the weights of an epoch: its number, its accuracy, and by which metric it was chosen."""
+    averaged, best = config.optim.ema_decay is not None, rule(config)
+    provenance = {
+        "trained_from": public_model(config.model) if pretrained else "random weights",
+        "data": public_data(config.data),
+        "epochs": row["epoch"],
+        "weights": "ema" if averaged else "live",
+        "accuracy": row["ema_accuracy"] if averaged else row["accuracy"],
+    }
+    if best is not None:
+        value = best.value(row)
+        provenance |= {"best_by": best.metric, best.metric: value if value == value else None, "step": row["step"]}
+    if not has_held_out(config.data):
+        provenance["validation_fraction"] = config.validation_fraction
+    return provenance
+
+
+def best_state(output: Path) -> Saved:
+    """Return the checkpoint of the epoch whose model a run's folder holds, as its best one.
+
+    Raises:
+        CheckpointError: where the folder has no record of a best epoch, or its checkpoint is damaged.
+    """
+    step = (read_description(output / CONFIG_FILE).provenance or {}).get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{output} has no record of a best epoch; pass --resume-from last")
+    return open_state(output / STATES / step_folder(step))
+
+
+def clear(output: Path, *, states: bool, after: int | None = None) -> None:
+    """Remove what killed runs left of their last write; with `states` all checkpoints, or those after a step.
 
     One process calls this, which has locked the folder.
     """
     if states:
         shutil.rmtree(output / STATES, ignore_errors=True)
+    if after is not None:
+        remove_later(output / STATES, after)
     for parent in (output.parent, output):
         sweep(parent, re.escape(output.name))
     sweep(output / STATES, STEP_FOLDER.pattern)

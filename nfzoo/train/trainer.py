@@ -41,6 +41,7 @@ from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, 
 from nfzoo.runtime.output import escaped
 from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
+from nfzoo.train.best import rule
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import Metrics, Tracker, UnreadableImages
@@ -55,7 +56,10 @@ SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
 
 
 class Result(NamedTuple):
-    """Result of a run: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training."""
+    """Result of a run: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training.
+
+    The accuracies are those of the epoch that the folder keeps.
+    """
 
     folder: Path
     accuracy: float
@@ -118,6 +122,7 @@ class Trainer:
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
+        self.best = rule(config)
         self.metrics = Metrics(accelerator.device)
         self._compute: Callable[[Sequence[Inputs]], Tensor | None] = self._update
         if uses_cuda_graph(config, accelerator):
@@ -159,6 +164,8 @@ class Trainer:
                 self.save_state()
                 self.saver.save_model(self.description, self.rows, pretrained=self.pretrained)
             for epoch in range(self.epoch, config.epochs):
+                if self._is_patient_no_more():
+                    break
                 # Train.
                 self.learner.model.train()
                 parts: list[TrainingBatch] = []
@@ -188,10 +195,27 @@ class Trainer:
                 self.metrics.clear()
                 self._report(row)
             self.saver.finish()
-        self._say(f"saved to {config.output}")
+        if self.best is None:
+            self._say(f"saved to {config.output}")
+        else:
+            row = dict(self.best.row(self.rows) or {})
+            which = "averaged" if self.best.averaged else "live"
+            self._say(
+                f"saved to {config.output}: epoch {row['epoch']}, the best by {self.best.metric} "
+                f"({self.best.value(row):.4f} {which}), and the last as a checkpoint"
+            )
         self.tracker.finish()
         self.accelerator.wait_for_everyone()
         return Result(Path(config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
+
+    def _is_patient_no_more(self) -> bool:
+        """Return whether the best epoch is so long ago that the run is to end, as the main process sees it."""
+        if self.best is None or self.config.patience is None:
+            return False
+        ends = gather([self.best.waited(self.rows) >= self.config.patience])[0]
+        if ends:
+            self._say(f"no better {self.best.metric} for {self.best.waited(self.rows)} epochs; the run ends")
+        return ends
 
     def _batches(self, epoch: int) -> Iterator[TrainingBatch]:
         """Yield what is left of an epoch; where it does not come, let all processes agree to stop as before a step."""
@@ -330,19 +354,20 @@ class Trainer:
             row["skipped"] = self.skipped
         return row
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         """Score the live and the averaged weights in one pass over the held-out images."""
         broken: list[str] = []
         weights = [self.learner.live] if self.learner.averages is None else [self.learner.live, self.learner.averages]
         functions = [self._logits(full_tensors(params)) for params in weights]
-        live, *averaged = scores(functions, self._held_out(broken), device=self.accelerator.device)
+        batches, device = self._held_out(broken), self.accelerator.device
+        live, *averaged = scores(functions, batches, device=device, classes=self.cfg.num_classes)
         try:
             self.unreadable.leave_out(broken)
         except BrokenImageError as error:
             raise BrokenImageError(f"{error}; {self.saver.last_checkpoint()}") from error
-        row = {"loss": live.loss, "accuracy": live.top1}
+        row: dict[str, Any] = {"loss": live.loss, "accuracy": live.top1, "f1": live.f1}
         for result in averaged:
-            row |= {"ema_loss": result.loss, "ema_accuracy": result.top1}
+            row |= {"ema_loss": result.loss, "ema_accuracy": result.top1, "ema_f1": result.f1}
         self.unreadable.share()
         if self.unreadable.known:  # those among the held-out images as well
             row["broken"] = len(self.unreadable.known)
@@ -374,10 +399,11 @@ class Trainer:
         ema = "" if self.learner.averages is None else f", {row['ema_accuracy']:.2%} averaged"
         clipped = f"  clipped {row['clipped']:.1%}" if self.learner.updater.clipped is not None else ""
         skipped = f"  skipped {self.skipped}" if self.skipped else ""
+        best = "" if self.best is None or self.best.row(self.rows) is not row else "  best so far"
         broken = f"  broken images {len(self.unreadable.known)}" if self.unreadable.known else ""
         self._say(
             f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
-            f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}  {row['images_per_second']:.0f} images/s"
+            f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}{best}  {row['images_per_second']:.0f} images/s"
         )
         self.tracker.log({f"epoch/{k}": value for k, value in row.items() if isinstance(value, float)}, self.step)
 

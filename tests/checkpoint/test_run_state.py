@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nfzoo.checkpoint import weight_files
-from nfzoo.checkpoint.run_state import Saved, latest_state, rng_state, save_state, set_rng_state
+from nfzoo.checkpoint.run_state import Saved, latest_state, remove_later, rng_state, save_state, set_rng_state
 from nfzoo.errors import CheckpointError
 
 
@@ -48,6 +48,14 @@ def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     saved = latest_state(tmp_path)
     assert saved is not None
     assert saved.step == 123456789
+
+
+def test_others_are_kept_beside_the_newest_when_asked(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_state(tmp_path, step, tensors(step), {}, keep=1, also=[2])
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+    remove_later(tmp_path, 2)
+    assert names(tmp_path) == ["step_00000002"]
 
 
 def test_there_is_none(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The best epoch of a run by its figures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nfzoo.train.best import Best, rule
+from nfzoo.train.config import OptimConfig, TrainConfig
+from tests.support.loops import each
+
+
+def figures(name: str, values: list[float | None]) -> list[dict[str, Any]]:
+    return [{"epoch": i + 1, "step": 10 * (i + 1), name: value} for i, value in enumerate(values)]
+
+
+@each(
+    ("metric", "averaged", "name", "values", "epoch", "waited"),
+    [
+        ("accuracy", False, "accuracy", [0.5, 0.7, 0.7, 0.6], 2, 2),  # of equal ones the first
+        ("loss", False, "loss", [1.0, 0.7, 0.8], 2, 1),
+        ("f1", True, "ema_f1", [0.5, 0.4, 0.6], 3, 0),
+        ("accuracy", True, "accuracy", [0.5, 0.7], 1, 1),  # live figures count for nothing
+        ("loss", False, "loss", [math.nan, 2.0, math.nan, None], 2, 2),
+        ("f1", False, "f1", [math.nan, None], 1, 1),
+    ],
+)
+def test_the_best_epoch(
+    metric: str, averaged: bool, name: str, values: list[float | None], epoch: int, waited: int
+) -> None:
+    best, rows = Best(metric, averaged), figures(name, values)
+    row = best.row(rows)
+    assert row is not None
+    assert (row["epoch"], best.waited(rows)) == (epoch, waited)
+
+
+def test_before_the_first_epoch_there_is_none() -> None:
+    assert Best("loss", False).row([]) is None
+    assert Best("loss", False).waited([]) == 0
+
+
+def test_the_saved_weights_are_judged() -> None:
+    run = {"model": "nfnet-test", "data": "digits", "output": "x"}
+    assert rule(TrainConfig(**run)) is None  # type: ignore[arg-type]
+    assert rule(TrainConfig(**run, keep_best="f1")) == Best("f1", averaged=True)  # type: ignore[arg-type]
+    live = OptimConfig(ema_decay=None)
+    assert rule(TrainConfig(**run, keep_best="loss", optim=live)) == Best("loss", averaged=False)  # type: ignore[arg-type]
