@@ -115,11 +115,15 @@ def test_a_machine_is_lost_and_comes_back(tmp_path: Path) -> None:
                     each.kill()
             process.wait()
 
+        def holds_the_store() -> bool:
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
         def trained_by(processes: int) -> int:
             return printed.read_text().count(f"; {processes} process(es)")
 
         first = machine()
-        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)  # it holds the store
+        wait_for(holds_the_store)
         second = machine()
         wait_for(lambda: trained_by(2) == 1)
         saved = {*output.glob("checkpoints/step_*")}
