@@ -229,27 +229,30 @@ def evaluation_batches(
     size: int | None = None,
     workers: int = 0,
     broken: list[str] | None = None,
+    indices: list[int] | None = None,
     patience: float = PATIENCE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load one process's share of all images. Processes share no image; the last batch may be smaller.
 
     Args:
         broken: list to which a message about each unreadable image is appended; the image is left out.
+        indices: list to which the index of each image is appended, in the order of the batches' rows.
 
     Raises:
         BrokenImageError: for an unreadable image, if `broken` is `None`.
     """
     share = range(rank, len(images), world)
     batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
-    for pixels, labels, problems in load_batches(
-        images, preprocessing, size or preprocessing.test_size, batches, workers, patience=patience
-    ):
+    loaded = load_batches(images, preprocessing, size or preprocessing.test_size, batches, workers, patience=patience)
+    for rows, (pixels, labels, problems) in zip(batches, loaded, strict=True):
         if problems:
             if broken is None:
                 raise BrokenImageError(next(iter(problems.values())))
             broken += problems.values()
             readable = [i for i in range(len(labels)) if i not in problems]
-            pixels, labels = pixels[readable], labels[readable]
+            pixels, labels, rows = pixels[readable], labels[readable], [rows[i] for i in readable]
+        if indices is not None:
+            indices += rows
         if len(labels):
             yield pixels, labels
 

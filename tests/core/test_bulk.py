@@ -24,7 +24,7 @@ from nfzoo.checkpoint.lock import locked
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.nn import NFNet
 from nfzoo.predict import image_files, predict
-from tests.core.test_evaluate import make_model
+from tests.evaluate.test_accuracy import make_model
 from tests.support.forks import FORK, run_in_group
 from tests.support.helpers import relative
 from tests.support.pictures import picture, write_images, write_tar

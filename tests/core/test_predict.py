@@ -12,7 +12,7 @@ from PIL import Image
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet, create
 from nfzoo.predict import classify, embedding_columns, image_files, label_columns, predict, weights_hash
-from tests.core.test_evaluate import LABELS, make_model
+from tests.evaluate.test_accuracy import LABELS, make_model
 
 PROBABILITY = 1e-5  # other batches sum in another order
 

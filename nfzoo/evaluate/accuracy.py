@@ -1,17 +1,16 @@
-"""Top-1 and top-5 accuracy on labelled images: `accelerate launch -m nfzoo.evaluate MODEL --data FOLDER`.
+"""Top-1 and top-5 accuracy on labelled images, and the logits of all of them.
 
 Every image counts once with any number of processes: their integer counts are added before the division.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from nfzoo.data.source import HELD_OUT, Part, open_held_out, open_split
 from nfzoo.errors import CheckpointError, DataError
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
-from nfzoo.runtime import program
 from nfzoo.runtime.device import backend, default_workers, processes, share_of
 from nfzoo.runtime.distributed import gather
 from nfzoo.runtime.output import escaped
@@ -202,6 +200,147 @@ class Evaluation(NamedTuple):
         return {key: value for key, value in self._asdict().items() if value is not None}
 
 
+class Outputs(NamedTuple):
+    """The logits of all readable images, in the order of the data.
+
+    Attributes:
+        indices: of the images in the data, int64 `(n,)`.
+        labels: indices of the model's outputs, int64 `(n,)`.
+        logits: float32 `(n, classes)`.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A model on its device, and labelled images of which several processes (of Accelerate) take equal shares.
+
+    The model computes in its trained form, which gives the same bits as in training.
+
+    Attributes:
+        model, name: the model, and its name in the result.
+        labelled: see `open_labelled`.
+        state: this process among the others.
+        device: this process's.
+        size, batch_size, workers, skip_broken, date: see `evaluate`.
+    """
+
+    model: NFNet
+    name: str
+    labelled: Labelled
+    state: PartialState
+    device: torch.device
+    size: int
+    batch_size: int
+    workers: int
+    skip_broken: bool
+    date: str | None
+
+    @classmethod
+    def open(
+        cls,
+        model: NFNet,
+        data: str,
+        *,
+        name: str | None = None,
+        size: int | None = None,
+        batch_size: int = 32,
+        workers: int | None = None,
+        device: torch.device | str | None = None,
+        skip_broken: bool = False,
+        date: str | None = None,
+    ) -> Self:
+        """Open the images and move the model to its device: see `evaluate`, which has the same arguments."""
+        model.config.check_classifier()
+        state = processes(cpu=str(device) == "cpu")
+        target = share_of(state, device)
+        trained = model.provenance or {}
+        held_out = trained.get("validation_fraction") if trained.get("data") == Path(data).name else None
+        labelled = open_labelled(data, model.config.num_classes, model.labels, held_out=held_out or HELD_OUT)
+        if held_out and data != DIGITS and labelled.split is None and state.is_main_process:
+            logger.warning("%s was trained on most of these images: this is no held-out accuracy", name or model.name)
+        if workers is None:
+            workers = 0 if isinstance(labelled.images, Digits) else default_workers(state.num_processes)
+        shown, side = name or model.name or "model", size or model.preprocessing.test_size
+        return cls(model.to(target), shown, labelled, state, target, side, batch_size, workers, skip_broken, date)
+
+    def evaluation(self) -> Evaluation:
+        """Score the model; all processes return the same."""
+        return self._run()
+
+    def outputs(self) -> tuple[Evaluation, Outputs]:
+        """Score the model, and return the logits of all processes as well, which each of them holds in memory."""
+        kept: list[Tensor] = []
+        indices: list[int] = []
+        evaluation = self._run(kept=kept, indices=indices)
+        logits = torch.cat(kept).numpy() if kept else np.zeros((0, self.model.config.num_classes), np.float32)
+        parts = gather([(np.asarray(indices, np.int64), logits)])
+        rows = np.concatenate([part[0] for part in parts])
+        order = rows.argsort()
+        rows = rows[order]
+        return evaluation, Outputs(
+            rows, self.labelled.images.labels[rows], np.concatenate([part[1] for part in parts])[order]
+        )
+
+    def _run(self, *, kept: list[Tensor] | None = None, indices: list[int] | None = None) -> Evaluation:
+        from nfzoo import __version__
+
+        images, model = self.labelled.images, self.model
+        params, dtype = dict(model.named_parameters()), next(model.parameters()).dtype
+        broken: list[str] = []
+        batches = evaluation_batches(
+            images,
+            model.preprocessing,
+            batch_size=self.batch_size,
+            rank=self.state.process_index,
+            world=self.state.num_processes,
+            size=self.size,
+            workers=self.workers,
+            broken=broken if self.skip_broken else None,
+            indices=indices,
+        )
+
+        def logits(x: Tensor) -> Tensor:
+            outputs = apply(model.config, params, x.to(dtype))
+            if kept is not None:
+                kept.append(outputs.float().cpu())
+            return outputs
+
+        try:
+            shown = _with_bar(batches, len(images), self.state)
+            result = score(logits, shown, device=self.device)
+        except BrokenImageError as error:
+            raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
+        problems = sorted(gather(broken))
+        if self.state.is_main_process:
+            for problem in problems:
+                logger.warning("left out: %s", problem)
+        if not result.images:
+            raise DataError(f"none of the {len(images)} images can be read, such as: {problems[0]}")
+        if not np.isfinite(result.loss):
+            raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
+        return Evaluation(
+            model=self.name,
+            dataset=self.labelled.dataset,
+            split=self.labelled.split,
+            matched_by=self.labelled.matched_by,
+            classes=len(images.classes),
+            images=result.images,
+            skipped=len(problems),
+            top1=result.top1,
+            top5=result.top5,
+            loss=result.loss,
+            size=self.size,
+            resize=resize_rule(model.preprocessing),
+            nfzoo=__version__,
+            torch=str(torch.__version__),
+            date=self.date,
+        )
+
+
 def evaluate(
     model: NFNet,
     data: str,
@@ -230,67 +369,17 @@ def evaluate(
         CheckpointError: if the outputs are not finite.
         ConfigError: for a device that is not available.
     """
-    from nfzoo import __version__
-
-    model.config.check_classifier()
-    # The images, with labels of this model.
-    state = processes(cpu=str(device) == "cpu")
-    target = share_of(state, device)
-    trained = model.provenance or {}
-    held_out = trained.get("validation_fraction") if trained.get("data") == Path(data).name else None
-    labelled = open_labelled(data, model.config.num_classes, model.labels, held_out=held_out or HELD_OUT)
-    if held_out and data != DIGITS and labelled.split is None and state.is_main_process:
-        logger.warning("%s was trained on most of these images: this is no held-out accuracy", name or model.name)
-    images = labelled.images
-    if workers is None:
-        workers = 0 if isinstance(images, Digits) else default_workers(state.num_processes)
-
-    # This process's share of the images, by the trained form, which gives the same bits as in training.
-    model = model.to(target)
-    params, dtype = dict(model.named_parameters()), next(model.parameters()).dtype
-    broken: list[str] = []
-    batches = evaluation_batches(
-        images,
-        model.preprocessing,
-        batch_size=batch_size,
-        rank=state.process_index,
-        world=state.num_processes,
+    return Evaluator.open(
+        model,
+        data,
+        name=name,
         size=size,
+        batch_size=batch_size,
         workers=workers,
-        broken=broken if skip_broken else None,
-    )
-    try:
-        shown = _with_bar(batches, len(images), state)
-        result = score(lambda x: apply(model.config, params, x.to(dtype)), shown, device=target)
-    except BrokenImageError as error:
-        raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
-
-    # The result of all processes.
-    problems = sorted(gather(broken))
-    if state.is_main_process:
-        for problem in problems:
-            logger.warning("left out: %s", problem)
-    if not result.images:
-        raise DataError(f"none of the {len(images)} images can be read, such as: {problems[0]}")
-    if not np.isfinite(result.loss):
-        raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
-    return Evaluation(
-        model=name or model.name or "model",
-        dataset=labelled.dataset,
-        split=labelled.split,
-        matched_by=labelled.matched_by,
-        classes=len(images.classes),
-        images=result.images,
-        skipped=len(problems),
-        top1=result.top1,
-        top5=result.top5,
-        loss=result.loss,
-        size=size or model.preprocessing.test_size,
-        resize=resize_rule(model.preprocessing),
-        nfzoo=__version__,
-        torch=str(torch.__version__),
+        device=device,
+        skip_broken=skip_broken,
         date=date,
-    )
+    ).evaluation()
 
 
 def resize_rule(preprocessing: Preprocessing) -> str:
@@ -323,71 +412,3 @@ def table(result: Evaluation) -> str:
         ("loss", f"{result.loss:7.4f}"),
     ]
     return "\n".join(f"{key + ':':<9} {escaped(value)}" for key, value in rows)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = program.Parser(
-        prog="nfzoo evaluate",
-        description="Top-1 and top-5 accuracy of a model on a folder of images.\n\n"
-        "examples:\n"
-        "  nfzoo evaluate nfnet-f0 --data imagenet/val --json evaluation.json\n"
-        "  accelerate launch -m nfzoo.evaluate runs/pets --data pets/val",
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a zoo name, a Hub repository, a checkpoint folder or its weight file")
-    add(
-        "--data",
-        required=True,
-        metavar="FOLDER",
-        help="one subfolder of images per class, named as the model's labels (ImageNet's: or by WordNet id); or with "
-        "such folders in train/ and val/, of which val/ is taken; or tar shards, parquet files, hub:ORG/NAME; or "
-        "'digits', those that training holds out",
-    )
-    add("--size", type=program.positive_int, metavar="N", help="side of the input in pixels (default: the model's)")
-    images = "images at a time per process (default: 32)"
-    add("--batch-size", type=program.positive_int, default=32, metavar="N", help=images)
-    workers = "loader processes per process (default: the processors, up to 8)"
-    add("--workers", type=program.nonnegative_int, metavar="N", help=workers)
-    add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    add("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
-    add("--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them")
-    program.add_source_options(parser)
-    add("--date", type=_date, metavar="YYYY-MM-DD", help="the day to note in the result (default: none)")
-    return parser
-
-
-def _date(text: str) -> str:
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no date such as 2026-01-31") from error
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return 0 for a result, 2 for bad input, 1 for a disk error."""
-    return program.run("nfzoo evaluate", lambda: _main(_parser().parse_args(argv)))
-
-
-def _main(options: argparse.Namespace) -> None:
-    from nfzoo import from_pretrained
-
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
-    model = from_pretrained(options.model, **program.source_options(options))
-    evaluation = evaluate(
-        model,
-        options.data,
-        name=model.name or Path(options.model).resolve().name,
-        size=options.size,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        device=options.device,
-        skip_broken=options.skip_broken,
-        date=options.date,
-    )
-    if processes(cpu=options.device == "cpu").is_main_process:
-        program.write_result(options.json, evaluation.to_dict(), table(evaluation))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
