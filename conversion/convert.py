@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.files import read_json
 from nfzoo.types import Params
+
+logger = logging.getLogger("nfzoo")
 
 Form = Literal["nfzoo", "haiku", "timm"]
 _WEIGHT_FILES = (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE)
@@ -106,6 +109,12 @@ def convert(
         raise ConversionError(f"{name} is a model of nfzoo's already; --to haiku and --to timm write others")
     if description.config.folded:
         raise ConversionError(f"{name} is folded for inference, and only nfzoo reads that; convert the trained model")
+    if to != "nfzoo" and description.temperature is not None:
+        logger.warning(
+            "%s has a temperature, which other formats do not keep: divide its logits by %.6g before the softmax",
+            name,
+            description.temperature,
+        )
     if to == "haiku":
         write_haiku(target, description.config, params)
     elif to == "timm":

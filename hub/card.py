@@ -83,12 +83,14 @@ def model_card(
         ("input", f"{preprocessing.train_size} pixels in training, {size} in evaluation"),
         ("classes", _classes(description)),
     ]
+    if description.temperature is not None:
+        facts.append(("temperature of the probabilities", f"{description.temperature:.4g}"))
     parts = [
         f"# {title}",
         f"A Normalizer-Free network for nfzoo{_zoo(description)}.",
         _table(("", ""), facts),
         "## Use",
-        _usage(repo_id, config.num_classes),
+        _usage(repo_id, config.num_classes, calibrated=description.temperature is not None),
     ]
     if evaluation is not None:
         parts += ["## Evaluation", _evaluation(evaluation)]
@@ -102,7 +104,8 @@ def model_card(
     return f"---\n{metadata.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _usage(repo_id: str, classes: int) -> str:
+def _usage(repo_id: str, classes: int, *, calibrated: bool) -> str:
+    logits = "(model(image[None]) / model.temperature)" if calibrated else "model(image[None])"
     return f"""\
 ```sh
 pip install nfzoo
@@ -115,7 +118,7 @@ import torch
 model = nfzoo.from_pretrained("{repo_id}")
 image = model.preprocess("photo.jpg")
 with torch.inference_mode():
-    probabilities = model(image[None]).softmax(dim=1)[0]
+    probabilities = {logits}.softmax(dim=1)[0]
 for probability, index in zip(*probabilities.topk({min(5, classes)})):
     print(f"{{probability:6.1%}}  {{model.labels[index] if model.labels else int(index)}}")
 ```"""

@@ -159,6 +159,7 @@ def predict_all(
         # A model object of our own around the parameters, so that the caller's stays unchanged and on its device.
         own = missing[state.process_index :: state.num_processes]
         labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
+        divisor = model.temperature or 1.0
         if own:
             lean = model if model.config.folded else model.for_inference()
             model = NFNet.from_params(lean.description, dict(lean.named_parameters())).to(target)
@@ -194,7 +195,9 @@ def predict_all(
                 readable = [i for i, name in enumerate(names) if name not in broken]
                 names = [names[i] for i in readable]
                 results = check_finite(torch.cat(outputs)[readable], names)
-                columns = embedding_columns(results, dtype) if embeddings else label_columns(results, topk, labels)
+                columns = (
+                    embedding_columns(results, dtype) if embeddings else label_columns(results / divisor, topk, labels)
+                )
                 part_files.write_part(parts, k, names, columns, broken)
         _wait_for_all(state)
         seconds = time.perf_counter() - begun

@@ -65,6 +65,8 @@ class NFNet(TimmInterface):
         generator, device, dtype: as for `nfzoo.model.init`.
 
     Attributes:
+        temperature: divisor of the logits before the softmax of `nfzoo.predict`, `None` for 1. It is saved with the
+            model; another classifier or training leaves it out.
         pool: activation and mean over the pixels. A module in its place gets the map before the activation.
         head: the classifier. Another module of pooled features may stand in its place; then `labels` are gone. With an
             `nn.Linear` with bias or an `nn.Identity` there, `config` follows, and the model can be saved and folded.
@@ -98,6 +100,7 @@ class NFNet(TimmInterface):
         self.preprocessing = preprocessing
         self.provenance: dict[str, Any] | None = None
         self.foreign: dict[str, Any] | None = None
+        self.temperature: float | None = None
         self._register(functional_model.init(config, generator=generator, device=device, dtype=dtype))
 
     @classmethod
@@ -113,10 +116,12 @@ class NFNet(TimmInterface):
     def _set_origin(self, description: Description) -> None:
         self.provenance = None if description.provenance is None else dict(description.provenance)
         self.foreign = None if description.foreign is None else dict(description.foreign)
+        self.temperature = description.temperature
 
     def _set_labels(self, labels: Sequence[str] | None) -> None:
-        """Set the labels of a new classifier, and forget those that other tools wrote."""
+        """Set a new classifier's labels, and forget those that other tools wrote, and the old one's temperature."""
         self.labels = None if labels is None else tuple(labels)
+        self.temperature = None
         self.foreign = {k: v for k, v in (self.foreign or {}).items() if k not in LABEL_KEYS} or None
 
     def _register(self, params: Params) -> None:
@@ -158,7 +163,8 @@ class NFNet(TimmInterface):
     @property
     def description(self) -> Description:
         """The description that is saved beside the weights."""
-        return Description(self.config, self.preprocessing, self.name, self.labels, self.provenance, self.foreign)
+        about = self.config, self.preprocessing, self.name, self.labels, self.provenance, self.foreign
+        return Description(*about, temperature=self.temperature)
 
     def _check_blocks(self) -> None:
         """Raise a `ConfigError` if more than `config` and the parameters tell what the network computes."""
@@ -406,7 +412,7 @@ class NFNet(TimmInterface):
         """Write `config.json` and `model.safetensors` into `folder`, atomically.
 
         Raises:
-            ConfigError: for a head that `config` does not tell of.
+            ConfigError: for a head that `config` does not tell of, or a temperature that is not between 0.001 and 1000.
         """
         self._check_blocks()
         return save_checkpoint(folder, self.description, self.state_dict())

@@ -35,7 +35,9 @@ class Prediction(NamedTuple):
 def classify(
     model: NFNet, images: Sequence[Tensor], *, batch_size: int = 32, topk: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """Return the `topk` most probable labels of each image `(C, H, W)`, with their softmax probabilities.
+    """Return the `topk` most probable labels of each image `(C, H, W)`, with their probabilities.
+
+    The probabilities are the softmax of the logits, divided by `model.temperature` if the model has one.
 
     There is no noise, even in training mode. The device is that of the parameters. Images of one batch must have one
     size. Without labels the classes are called "class 0", "class 1", …; a model with fewer classes than `topk` returns
@@ -56,7 +58,7 @@ def classify(
             logits = model(x, None if model.config.folded else {}).float()  # no noise
             if not logits.isfinite().all():
                 raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
-            top = logits.softmax(1).topk(min(topk, logits.shape[1]), dim=1)
+            top = (logits / (model.temperature or 1.0)).softmax(1).topk(min(topk, logits.shape[1]), dim=1)
         for indices, values in zip(top.indices.tolist(), top.values.tolist(), strict=True):
             results.append([(_label(model, i), value) for i, value in zip(indices, values, strict=True)])
     return results

@@ -27,7 +27,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
 FORMAT = 1
-_KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance"}
+_KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
+
+_SHARED = ("config", "preprocessing", "labels", "temperature")  # in which the files of a folder have to agree
+
+_TEMPERATURES = "0.001 to 1000"
 
 LABEL_KEYS = ("id2label", "label2id", "num_labels")
 """Keys in which transformers repeats the labels."""
@@ -50,6 +54,7 @@ class Description(NamedTuple):
         labels: class names, in the order of the logits.
         provenance: origin of the weights, free-form JSON.
         foreign: what other tools added, under their keys: see `FOREIGN_KEYS`.
+        temperature: probabilities are `softmax(logits / temperature)`; 1 if it is `None`, and then no key of the file.
     """
 
     config: ModelConfig
@@ -58,6 +63,7 @@ class Description(NamedTuple):
     labels: tuple[str, ...] | None = None
     provenance: Mapping[str, Any] | None = None
     foreign: Mapping[str, Any] | None = None
+    temperature: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of `config.json`, ready for JSON."""
@@ -69,6 +75,7 @@ class Description(NamedTuple):
             "preprocessing": self.preprocessing.to_dict(),
             "labels": None if self.labels is None else list(self.labels),
             "provenance": None if self.provenance is None else dict(self.provenance),
+            **({} if self.temperature is None else {"temperature": self.temperature}),
             **(self.foreign or {}),
         }
 
@@ -111,7 +118,17 @@ def describe(fields: object, source: str | Path) -> Description:
         raise CheckpointError(f"{source}: 'name' must be a string, not {name!r}")
     if provenance is not None and not isinstance(provenance, dict):
         raise CheckpointError(f"{source}: 'provenance' must be a JSON object, not {provenance!r}")
-    return Description(config, preprocessing, name, labels, provenance, foreign or None)
+    temperature = fields.get("temperature")
+    if not is_temperature(temperature):
+        raise CheckpointError(f"{source}: 'temperature' must be a number from {_TEMPERATURES}, not {temperature!r}")
+    return Description(config, preprocessing, name, labels, provenance, foreign or None, temperature)
+
+
+def is_temperature(value: object) -> bool:
+    """Return whether logits can be divided by a value, or it is `None`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return 1e-3 <= value <= 1e3
 
 
 def read_description(path: Path) -> Description:
@@ -154,11 +171,16 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
 
     Raises:
         CheckpointError: if the parameters do not fit the configuration, or `folder` is a file.
+        ConfigError: for a temperature that is not between 0.001 and 1000.
         OSError: if writing fails; an earlier checkpoint then still loads, at least from its weight file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint needs a folder")
+    if not is_temperature(description.temperature):
+        raise ConfigError(
+            f"the model's temperature must be None or a number from {_TEMPERATURES}, not {description.temperature!r}"
+        )
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
     text = _json(description, indent=2) + "\n"
     tensors = {k: v.detach().cpu() for k, v in params.items()}
@@ -204,7 +226,7 @@ def load_checkpoint(
         for file_path, file in tensors.files.items() if path.is_dir() else ():
             text = (file.metadata() or {}).get("nfzoo")
             own = description if text is None else _parse(text, f"the metadata of {file_path}")
-            if own[:2] != description[:2] or own.labels != description.labels:
+            if any(getattr(own, key) != getattr(description, key) for key in _SHARED):
                 raise CheckpointError(
                     f"{CONFIG_FILE} and {file_path.name} in {path} describe different models, perhaps after an "
                     f"interrupted save or an edit; load {weights} alone and save it anew, or restore the pair"

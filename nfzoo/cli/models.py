@@ -102,7 +102,7 @@ def _lookup(source: str, **options: Any) -> tuple[ModelConfig, Preprocessing, di
     return (
         description.config,
         description.preprocessing,
-        {"name": description.name, "provenance": provenance, "labels": labels},
+        {"name": description.name, "provenance": provenance, "labels": labels, "temperature": description.temperature},
     )
 
 

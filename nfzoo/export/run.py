@@ -211,7 +211,8 @@ def _entries(folder: str | Path) -> list[Path]:
 def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, Any]:
     """Return the content of `nfzoo.json`: the program's input and output, preprocessing, labels and provenance.
 
-    A shape is a list of numbers, and of names for dynamic dimensions.
+    A shape is a list of numbers, and of names for dynamic dimensions. Of a model that has one, there is the
+    `temperature` by which the program's logits are to be divided before the softmax.
     """
     from nfzoo import __version__
 
@@ -231,6 +232,7 @@ def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, 
         "size": size,
         "device": p.device.type,
         **{key: description[key] for key in ("name", "architecture", "preprocessing", "labels", "provenance")},
+        **({} if model.temperature is None else {"temperature": model.temperature}),
         "versions": {"nfzoo": __version__, "torch": str(torch.__version__)},
     }
 

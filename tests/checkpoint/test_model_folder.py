@@ -409,6 +409,28 @@ def test_what_other_tools_write_into_the_configuration_is_kept(folder, tmp_path)
     assert module.description.to_dict()["labels"] == list("abcd")
 
 
+def test_a_temperature_stays_with_its_classifier(folder: Path, tmp_path: Path) -> None:
+    module = load(folder)
+    assert module.temperature is None
+    assert "temperature" not in json.loads((folder / "config.json").read_text())  # as earlier versions read it
+    module.temperature = 1.5
+    for twin in (module, module.for_inference(), copy.deepcopy(module)):
+        saved = twin.save_pretrained(tmp_path / "again")
+        assert json.loads((saved / "config.json").read_text())["temperature"] == 1.5
+        assert load(saved).temperature == load(saved / "model.safetensors").temperature == 1.5
+        assert NFNet.from_pretrained(saved).temperature == 1.5
+    assert load(saved, num_classes=3).temperature is None
+    (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="describe different models"):
+        load(folder)
+    module.head = torch.nn.Linear(module.head.weight.shape[1], 2)  # type: ignore[arg-type, union-attr, index]
+    assert module.temperature is None
+    module.temperature = -1.0
+    with pytest.raises(ConfigError, match=r"must be None or a number from 0\.001 to 1000, not -1\.0"):
+        module.save_pretrained(tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
 BAD_CONFIGS = {
     "list": (lambda f: [f], "must hold a JSON object"),
     "empty list": (lambda f: [], "must hold a JSON object"),
@@ -436,6 +458,11 @@ BAD_CONFIGS = {
     "labels as object": (lambda f: f.update(labels={"0": "a"}), "list of strings"),
     "name": (lambda f: f.update(name=["a"]), "'name' must be a string"),
     "provenance": (lambda f: f.update(provenance="a test"), "'provenance' must be a JSON object"),
+    "temperature": (lambda f: f.update(temperature="1"), "'temperature' must be a number from 0.001 to 1000, not '1'"),
+    "temperature 0": (lambda f: f.update(temperature=0), "'temperature' must be a number"),
+    "hot": (lambda f: f.update(temperature=10**400), "'temperature' must be a number"),
+    "temperature as truth": (lambda f: f.update(temperature=True), "'temperature' must be a number"),
+    "not a number": (lambda f: f.update(temperature=float("nan")), "'temperature' must be a number"),
     "classes": (more_classes, "another shape"),
 }
 

@@ -100,6 +100,15 @@ def test_to_haiku_and_back(name: str, tmp_path: Path) -> None:
     assert_same(load_checkpoint(tmp_path / "back")[1], params)
 
 
+def test_a_temperature_is_not_lost_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, params = zeros("nfnet-test")
+    description = Description(config, VARIANTS["nfnet-test"].preprocessing, "nfnet-test", temperature=1.25)
+    save_checkpoint(tmp_path / "model", description, params)
+    convert(tmp_path / "model", tmp_path / "out.npz", to="haiku")
+    (said,) = caplog.messages
+    assert "divide its logits by 1.25 before the softmax" in said
+
+
 def test_what_is_written_needs_no_numpy_2(tmp_path: Path) -> None:
     """numpy 2 has moved the functions that its pickles name; the old names work in all."""
     _, params = model("nfnet-test", tmp_path / "model")

@@ -54,7 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> NFNet:
-    return make_model()
+    made = make_model()
+    made.temperature = 2.5
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,17 @@ def test_classify_is_softmax_sorted(model: NFNet) -> None:
         assert abs(sum(p for _, p in found) - 1) < PROBABILITY
 
 
+def test_a_temperature_divides_the_logits(model: NFNet) -> None:
+    images = random_images(3)
+    with torch.no_grad():
+        expected = (model.eval()(torch.stack(images)) / 2.5).softmax(1).max(1).values
+    model.temperature = 2.5
+    found = [row[0][1] for row in classify(model, images)]
+    model.temperature = None
+    np.testing.assert_allclose(found, expected, atol=PROBABILITY)
+    assert max(abs(expected - torch.tensor([row[0][1] for row in classify(model, images)]))) > 0.01
+
+
 def test_classify_does_not_depend_on_batches_or_mode(model: NFNet) -> None:
     images = random_images(5)
     one = classify(model.eval(), images, batch_size=1, topk=2)

@@ -126,7 +126,7 @@ def test_compiled_package_runs_without_nfzoo(tmp_path):
 
 def test_what_goes_in_and_comes_out_stands_beside_it(tmp_path):
     model = shell()
-    model.provenance = {"data": "none"}
+    model.provenance, model.temperature = {"data": "none"}, 1.5
     export(model.for_inference(), tmp_path, format="onnx", batch=2, size=64)
     fields = json.loads((tmp_path / SHEET).read_text())
     assert fields["program"] == "onnx"
@@ -135,6 +135,7 @@ def test_what_goes_in_and_comes_out_stands_beside_it(tmp_path):
     assert fields["output"] == {"name": "logits", "shape": [2, 5], "dtype": "float32"}
     assert fields["labels"] == list(LABELS)
     assert fields["provenance"] == {"data": "none"}
+    assert fields["temperature"] == 1.5
     assert Preprocessing.from_dict(fields["preprocessing"]) == model.preprocessing
     assert config_from_dict(fields["architecture"]) == model.config.replace(folded=True)
     assert run_onnx(tmp_path / "model.onnx", images(model.config, 2, 64)).shape == (2, 5)

@@ -21,6 +21,7 @@ from nfzoo.data.labels import imagenet
 from nfzoo.hub import push
 from nfzoo.hub.card import model_card
 from nfzoo.hub.publish import bundle
+from nfzoo.predict import predict
 from nfzoo.runtime.output import escaped
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import assert_same
@@ -194,14 +195,20 @@ def test_text_from_files_is_text_in_a_card(model, monkeypatch):
 
 
 def test_the_usage_runs(hub, model, tmp_path, monkeypatch, capsys):
-    model.push_to_hub(REPO, token="good")
-    card = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]["README.md"].decode()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").save("photo.jpg")
-    exec(compile(code, "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split("%")[1].strip() for line in lines) == list("abcde")
+    for temperature, name in ((None, REPO), (0.25, f"{REPO}-calibrated")):
+        model.temperature = temperature
+        model.push_to_hub(name, token="good")
+        card = hub.repos[name].commits[hub.repos[name].branches["main"]]["README.md"].decode()
+        assert ("| temperature of the probabilities | 0.25 |" in card) == (temperature is not None)
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        exec(compile(code, "README.md", "exec"), {})
+        lines = [line.split("%") for line in capsys.readouterr().out.splitlines()]
+        expected = predict(model, ["photo.jpg"])[0].top
+        assert [(label.strip(), value.strip()) for value, label in lines] == [
+            (label, f"{100 * value:.1f}") for label, value in expected
+        ]
 
 
 def test_a_card_that_is_no_text_and_names_that_cannot_be(run):
