@@ -38,7 +38,7 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
     """
     check_png(output)
     rows = _read_metrics(metrics_jsonl)
-    figure = _figure(10.5, 4.4)
+    figure = new_figure(10.5, 4.4)
     loss, accuracy = figure.subplots(1, 2)
     lines = (("train_", "training, as optimised", QUIET, ":"), ("", "held out, live weights", ORANGE, "-"))
     for axes, quantity, factor in ((loss, "loss", 1.0), (accuracy, "accuracy", 100.0)):
@@ -50,14 +50,14 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
             marker = "o" if len(points) <= 40 else ""
             x, y = zip(*points, strict=True)
             axes.plot(x, y, style, color=colour, label=f"{label}: {last}", marker=marker, markersize=3.5, linewidth=1.8)
-        _dress(axes, "Loss" if quantity == "loss" else "Accuracy (%)", "epoch")
+        dress(axes, "Loss" if quantity == "loss" else "Accuracy (%)", "epoch")
         if axes.get_legend_handles_labels()[0]:  # none if every figure is missing
             axes.legend(
                 frameon=False, fontsize=9, labelcolor=INK, title="at the end", title_fontsize=9, alignment="left"
             )
     loss.set_ylim(bottom=0)
     accuracy.set_ylim(top=min(accuracy.get_ylim()[1], 101))
-    _save(figure, output)
+    save(figure, output)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
     check_png(output)
     if not metrics:
         raise DataError("there are no signal metrics to plot")
-    figure = _figure(13, 4.6 if title else 4.2)
+    figure = new_figure(13, 4.6 if title else 4.2)
     if title:
         figure.suptitle(escaped(title), x=0.012, ha="left", fontsize=12.5, color=INK, parse_math=False)
     # Stages, and the statistics of the panels.
@@ -119,7 +119,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
         x, y = _by_depth(metrics, field)
         # Curves: measured, and assumed by beta.
         axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.8, label="measured")
-        _dress(axes, name, "residual blocks passed")
+        dress(axes, name, "residual blocks passed")
         axes.set_ylabel("average over channels", color=QUIET)
         if expectation is not None and (expected := _by_depth(metrics, expectation))[0]:
             axes.plot(*expected, color=QUIET, linestyle=(0, (4, 2)), linewidth=1.3, label="assumed by beta")
@@ -145,7 +145,7 @@ def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title:
                     fontsize=8.5,
                     color=QUIET,
                 )
-    _save(figure, output)
+    save(figure, output)
 
 
 def _by_depth(metrics: Sequence[SignalMetrics], field: str) -> tuple[list[int], list[float]]:
@@ -153,7 +153,8 @@ def _by_depth(metrics: Sequence[SignalMetrics], field: str) -> tuple[list[int], 
     return [i for i, _ in points], [value for _, value in points]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches; raise a `MissingPlotsError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -161,7 +162,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor=PAPER)
 
 
-def _dress(axes: Axes, title: str, x_label: str) -> None:
+def dress(axes: Axes, title: str, x_label: str) -> None:
+    """Give axes the title, the name of their horizontal axis, and the style of all figures."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold")
@@ -174,6 +176,7 @@ def _dress(axes: Axes, title: str, x_label: str) -> None:
     axes.spines["bottom"].set_color(RULE)
 
 
-def _save(figure: Figure, output: Path) -> None:
+def save(figure: Figure, output: Path) -> None:
+    """Write a figure to a PNG, whole or not at all."""
     with replaced(output) as scratch:
         figure.savefig(scratch, format="png")

@@ -1,6 +1,7 @@
 """Measure a model on labelled images: `evaluate(model, "photos/val")`."""
 
-from nfzoo.evaluate.accuracy import EVALUATION_FILE, Evaluation, Score, evaluate, open_labelled, score, table
+from nfzoo.evaluate.accuracy import EVALUATION_FILE, Evaluation, Score, evaluate, score, table
+from nfzoo.evaluate.labelled import open_labelled
 from nfzoo.evaluate.run import main
 
 __all__ = ["EVALUATION_FILE", "Evaluation", "Score", "evaluate", "main", "open_labelled", "score", "table"]

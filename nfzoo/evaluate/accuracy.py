@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nfzoo.config import Preprocessing
-from nfzoo.data.images import DIGITS, Digits, ImageFolder, Images
-from nfzoo.data.labels import match_classes
+from nfzoo.data.images import DIGITS, Digits
 from nfzoo.data.loader import BrokenImageError, evaluation_batches
-from nfzoo.data.source import HELD_OUT, Part, open_held_out, open_split
+from nfzoo.data.source import HELD_OUT
 from nfzoo.errors import CheckpointError, DataError
+from nfzoo.evaluate.labelled import Labelled, open_labelled
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers, processes, share_of
@@ -126,43 +126,6 @@ class _Sums:
         return Score(seen, right / seen, right5 / seen, total / seen, f1)
 
 
-class Labelled(NamedTuple):
-    """Images whose labels are indices of the model's outputs.
-
-    Attributes:
-        dataset, split: names for the result; `split` is `None` if the data have no parts.
-        matched_by: the table of names that matched the classes, see `match_classes`.
-    """
-
-    images: Images
-    dataset: str
-    split: str | None
-    matched_by: str
-
-
-def open_labelled(source: str, classes: int, labels: Sequence[str] | None, *, held_out: float = HELD_OUT) -> Labelled:
-    """Open the images of a source (see `nfzoo.data.source`) for a model with `classes` outputs named `labels`.
-
-    A source with a held-out part, such as a folder with `train/` and `val/`, gives that part. `"digits"` gives the
-    share `held_out` that training does not see. Any other source gives all images.
-
-    Raises:
-        DataError: see `open_split` and `match_classes`.
-    """
-    if source == DIGITS:
-        digits = open_split(DIGITS, validation_fraction=held_out).validation
-        part = Part(digits, DIGITS, "held out", "the digits")
-    else:
-        part = open_held_out(source)
-    names = part.images.classes
-    numbered = not isinstance(part.images, ImageFolder) and names == tuple(map(str, range(len(names))))
-    if numbered and len(names) <= classes and not {*names} & {*(labels or ())}:
-        index, matched_by = tuple(range(len(names))), "numbers"  # unnamed classes are numbers of outputs
-    else:
-        index, matched_by = match_classes(names, classes, labels, source=part.source)
-    return Labelled(part.images.relabelled(index), part.dataset, part.split, matched_by)
-
-
 class Evaluation(NamedTuple):
     """The score of a model on a data set, ready for a model card.
 
@@ -240,7 +203,7 @@ class Evaluator:
     date: str | None
 
     @classmethod
-    def open(
+    def prepare(
         cls,
         model: NFNet,
         data: str,
@@ -369,7 +332,7 @@ def evaluate(
         CheckpointError: if the outputs are not finite.
         ConfigError: for a device that is not available.
     """
-    return Evaluator.open(
+    return Evaluator.prepare(
         model,
         data,
         name=name,

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from pathlib import Path
 
-from nfzoo.evaluate.accuracy import evaluate, table
+from nfzoo.checkpoint.lock import locked
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_description
+from nfzoo.errors import ConfigError, DataError
+from nfzoo.evaluate.accuracy import Evaluator, table
+from nfzoo.evaluate.report import PAGE_FILE, Measured, check_folder, measure, write_report
 from nfzoo.runtime import program
-from nfzoo.runtime.device import processes
+from nfzoo.runtime.output import escaped
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = program.Parser(
         prog="nfzoo evaluate",
-        description="Top-1 and top-5 accuracy of a model on a folder of images.\n\n"
+        description="Top-1 and top-5 accuracy of a model on a folder of images, and with --report all that can be\n"
+        "measured of its predictions.\n\n"
         "examples:\n"
         "  nfzoo evaluate nfnet-f0 --data imagenet/val --json evaluation.json\n"
+        "  nfzoo evaluate runs/pets --data pets/val --report pets-report\n"
         "  accelerate launch -m nfzoo.evaluate runs/pets --data pets/val",
     )
     add = parser.add_argument
@@ -36,6 +43,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=program.nonnegative_int, metavar="N", help=workers)
     add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     add("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
+    add(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write a report there: report.html, which opens without a network, report.json, confusion_matrix.csv and "
+        "pictures; needs matplotlib",
+    )
+    add(
+        "--save-temperature",
+        type=Path,
+        metavar="DIR",
+        help="fit a temperature to these images, and save the model with it: `nfzoo predict` and `bulk` then divide "
+        "the logits by it; DIR is new, or MODEL's folder",
+    )
     add("--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them")
     program.add_source_options(parser)
     add("--date", type=_date, metavar="YYYY-MM-DD", help="the day to note in the result (default: none)")
@@ -59,8 +80,12 @@ def _main(options: argparse.Namespace) -> None:
 
     if options.json not in (None, "-"):
         program.check_writable(Path(options.json))
+    if options.report is not None:
+        check_folder(options.report, options.data)
+    if options.save_temperature is not None:
+        _check_model_folder(options.save_temperature, options.model)
     model = from_pretrained(options.model, **program.source_options(options))
-    evaluation = evaluate(
+    evaluator = Evaluator.prepare(
         model,
         options.data,
         name=model.name or Path(options.model).resolve().name,
@@ -71,5 +96,42 @@ def _main(options: argparse.Namespace) -> None:
         skip_broken=options.skip_broken,
         date=options.date,
     )
-    if processes(cpu=options.device == "cpu").is_main_process:
-        program.write_result(options.json, evaluation.to_dict(), table(evaluation))
+    found: Measured | None = None
+    if options.report is None and options.save_temperature is None:
+        evaluation = evaluator.evaluation()
+    else:
+        evaluation, outputs = evaluator.outputs()
+        if not evaluator.state.is_main_process:
+            return
+        found = measure(outputs, model.temperature)
+        if options.report is not None:
+            write_report(options.report, evaluator, evaluation, outputs, found, data=options.data)
+    if not evaluator.state.is_main_process:
+        return
+    program.write_result(options.json, evaluation.to_dict(), table(evaluation))
+    notes = sys.stderr if options.json == "-" else sys.stdout
+    if options.report is not None:
+        print(f"wrote {escaped(str(options.report / PAGE_FILE))}", file=notes)
+    if options.save_temperature is not None and found is not None:
+        if found.temperature is None:
+            raise DataError(
+                "no temperature fits these images, so none is saved: all predictions are right, or they are no better "
+                "than chance; give more images"
+            )
+        model.temperature = found.temperature
+        with locked(options.save_temperature):
+            model.save_pretrained(options.save_temperature)
+        print(f"wrote {escaped(str(options.save_temperature))}, with temperature {model.temperature:.4f}", file=notes)
+
+
+def _check_model_folder(folder: Path, source: str) -> None:
+    """Raise a `ConfigError` unless a folder is new, is empty, or holds the model of `source` as nfzoo saves it."""
+    program.check_writable(folder, folder=True)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    own = Path(source).is_dir() and Path(source).resolve() == folder.resolve()
+    if not own:
+        raise ConfigError(f"{str(folder)!r} is not empty, nor {source!r} itself; give a new folder")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ConfigError(f"{source!r} has its weights in shards; give a new folder for the model with its temperature")
+    read_description(folder / CONFIG_FILE)

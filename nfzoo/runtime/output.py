@@ -103,3 +103,15 @@ def escape_log() -> None:
 def _escape_record(record: logging.LogRecord) -> bool:
     record.msg, record.args = escaped(without_credentials(record.getMessage())), ()
     return True
+
+
+def csv_cell(text: str) -> str:
+    """Return a text as it may stand in a cell of a CSV file: escaped, and no formula of a spreadsheet.
+
+    A `'` precedes what such a program would compute.
+
+    >>> print(csv_cell("=1+1"), csv_cell("cat"))
+    '=1+1 cat
+    """
+    text = escaped(text)
+    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@") else text

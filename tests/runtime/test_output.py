@@ -18,7 +18,7 @@ from tqdm import tqdm
 import nfzoo
 from nfzoo.cli.main import COMMANDS, main
 from nfzoo.data.images import DIGITS
-from nfzoo.runtime.output import escape_log, escaped, guarded, json_text
+from nfzoo.runtime.output import csv_cell, escape_log, escaped, guarded, json_text
 from tests.support.loops import each
 from tests.support.pictures import write_images
 
@@ -97,6 +97,14 @@ def test_everything_that_is_printed_goes_through_the_guard(capsys: pytest.Captur
     assert " \tb\n\n" in out
     assert harmless(re.sub(r"\r(?=a\\x1b|\n|\Z| )", "", err)), ascii(err)
     assert err.count("\\x1b[2J") >= 3
+
+
+def test_no_cell_of_a_table_is_a_formula() -> None:
+    for text in ("=1+1", "+1", "-1", "@SUM(A1)", " =1", "=cmd|' /C calc'!A0"):
+        assert csv_cell(text) == f"'{text}"
+    for text in ("cat", "", " ", "a=b", "'=1"):
+        assert csv_cell(text) == text
+    assert csv_cell("\t=1\x1b") == "\\t=1\\x1b"
 
 
 def test_bars_move_as_they_do(capsys: pytest.CaptureFixture[str]) -> None:
