@@ -50,7 +50,7 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
 
 def prediction_sheet(entries: Sequence[SheetEntry], output: Path, *, title: str = "Predictions") -> None:
-    """Write a PNG of cards: each image with its name, most probable labels, and their probabilities as bars.
+    """Write a PNG of cards: each image with its name, and most probable labels, if any, with probabilities as bars.
 
     Raises:
         DataError: without entries, or if `output` is not a `.png`.
@@ -60,10 +60,11 @@ def prediction_sheet(entries: Sequence[SheetEntry], output: Path, *, title: str 
         raise DataError("a prediction sheet needs at least one image")
     check_png(output)
     shown = entries[:SHEET_LIMIT]
-    rows_of_bars = max(1, min(_ROWS, max(len(e.top) for e in shown)))
+    rows_of_bars = min(_ROWS, max(len(e.top) for e in shown))
     columns = min(len(shown), max(3, min(6, math.ceil(math.sqrt(1.6 * len(shown))))))
     card_w = _THUMB + 2 * _PAD
-    card_h = _PAD + _THUMB + 32 + _FIRST_ROW + (rows_of_bars - 1) * _ROW + _PAD - 4
+    bars = _FIRST_ROW + (rows_of_bars - 1) * _ROW + _PAD - 4 if rows_of_bars else 0
+    card_h = _PAD + _THUMB + 32 + bars
     rows = math.ceil(len(shown) / columns)
     width = columns * (card_w + _GAP) + _GAP
     height = _HEAD + rows * (card_h + _GAP)

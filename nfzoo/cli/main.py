@@ -19,6 +19,7 @@ from nfzoo.runtime.output import guarded
 COMMANDS = {
     "list": ("nfzoo.cli.list_models", "list_models", "the models of the zoo"),
     "info": ("nfzoo.cli.models", "info", "what a model costs, stage by stage"),
+    "data": ("nfzoo.cli.data", "main", "what a data set holds, and what is wrong with it"),
     "train": ("nfzoo.train", "main", "train or fine-tune a model"),
     "evaluate": ("nfzoo.evaluate", "main", "top-1 and top-5 accuracy on a folder of images"),
     "predict": ("nfzoo.cli.predict", "main", "what a model sees in a few images"),

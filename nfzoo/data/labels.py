@@ -1,4 +1,4 @@
-"""Names of classes: those of ImageNet, those that are numbers, and their matching to a model's outputs."""
+"""Classes: names of ImageNet's, those that are numbers, matching to a model's outputs, and numbers of images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+import numpy as np
+
 from nfzoo.config import MAX_SIZE
-from nfzoo.data.images import class_name
+from nfzoo.data.images import Images, class_name
 from nfzoo.errors import DataError, nearest
 
 MANY_CLASSES = 1 << 16
 """Classes that data may have whatever their number of images; a part may lack most of them."""
+
+FEW_IMAGES = 10
+"""Classes with fewer images to train on get a warning."""
+
+
+def class_counts(images: Images) -> dict[str, int]:
+    """Return the number of images of each class, in the order of the classes."""
+    counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
+    return dict(zip(images.classes, counts, strict=True))
 
 
 @functools.cache

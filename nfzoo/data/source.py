@@ -116,6 +116,18 @@ def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int 
     return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
 
 
+def open_parts(source: str) -> dict[str, Images]:
+    """Open the parts of a source by name, each with the classes that it has itself; `"all"` without parts.
+
+    Raises:
+        DataError: as `open_split`, except for parts whose classes differ.
+    """
+    parts = _parts(source)
+    if parts.held_out is None:
+        return {"all": parts.first(None)}
+    return {TRAIN_NAMES[0]: parts.first(None), parts.name or HELD_OUT_NAMES[0]: parts.held_out(None)}
+
+
 def has_held_out(source: str) -> bool:
     """Return whether the source has a held-out part of its own."""
     return _parts(source).held_out is not None

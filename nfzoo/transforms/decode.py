@@ -6,10 +6,10 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -50,6 +50,11 @@ _BACKWARDS = frozenset(_UPRIGHT[n] for n in (3, 4, 6, 7))
 
 MODES = {1: "L", 3: "RGB"}
 
+ODD = ("alpha", "CMYK", "16-bit", "animated", "EXIF-rotated")
+"""What `describe_image` says of images that are not plain 8-bit pixels in upright order."""
+
+_Result = TypeVar("_Result")
+
 # Pillow keeps a pointer to each row, so that a column of pixels takes many times the memory of its pixels.
 _LONGEST_SIDE = 1 << 20
 _BAND = 1 << 22  # pixels that are converted at a time
@@ -80,11 +85,62 @@ def open_image(
         )
     if isinstance(source, np.ndarray):
         return _convert(_from_array(source), channels)
+
+    def convert(image: Image.Image) -> Image.Image:
+        if min_side is not None and image is not source:
+            image.draft(None, (min_side, min_side))  # does nothing in formats other than JPEG
+        return _convert(image, channels)
+
+    return _with_opened(source, convert)
+
+
+class Described(NamedTuple):
+    """The size, mode and oddities of an image.
+
+    Attributes:
+        width, height: of the upright image, in pixels.
+        mode: Pillow's mode of the pixels as they are stored, such as `RGB`, `P` or `I;16`.
+        odd: those of `ODD` that it is. An animation has several frames or pages, of which the first is read.
+    """
+
+    width: int
+    height: int
+    mode: str
+    odd: tuple[str, ...]
+
+
+def describe_image(source: str | Path | BinaryIO | Image.Image) -> Described:
+    """Decode an image as `open_image` does, and return what it is instead of its pixels.
+
+    Raises:
+        DataError: as `open_image`.
+    """
+
+    def describe(image: Image.Image) -> Described:
+        mode, deep = image.mode, _is_16_bit(image)
+        width, height = _convert(image, 3).size
+        frames = False
+        with suppress(Exception):  # damage behind the first frame is not met by `open_image`
+            frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # a camera's own preview
+        holds = (image.has_transparency_data, mode == "CMYK", deep, frames, _turn(image) is not None)
+        return Described(width, height, mode, tuple(name for name, held in zip(ODD, holds, strict=True) if held))
+
+    return _with_opened(source, describe)
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Return whether an image that is not loaded yet is stored with 16 bits a channel."""
+    stored = str(getattr(image, "tile", "")) if image.format in ("PNG", "TIFF") else ""  # its raw mode, such as RGB;16B
+    return image.mode.startswith("I") or ";16" in stored
+
+
+def _with_opened(source: str | Path | BinaryIO | Image.Image, use: Callable[[Image.Image], _Result]) -> _Result:
+    """Call `use` with an opened image whose size is checked; raise each of its errors as a `DataError`."""
     name = _name(source)
     try:
         with _silent():
             if isinstance(source, Image.Image):
-                return _convert(source, channels)
+                return use(source)
             with ExitStack() as stack:
                 is_path = isinstance(source, str | os.PathLike)
                 file = stack.enter_context(open_regular(source)) if is_path else source
@@ -92,9 +148,7 @@ def open_image(
                 if max(image.size) > _LONGEST_SIDE:
                     raise DataError(f"is too large ({image.width:,} x {image.height:,} pixels); scale it down first")
                 _check_scans(image)
-                if min_side is not None:
-                    image.draft(None, (min_side, min_side))  # does nothing in other formats
-                return _convert(image, channels)
+                return use(image)
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise DataError(f"{name} {_reason(source, error)}") from error
 

@@ -1,0 +1,72 @@
+"""`nfzoo data check`: what a data set holds, and what is wrong with it, before a network is trained on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nfzoo.check.report import PICTURES, check, write_sheets
+from nfzoo.data.images import DIGITS
+from nfzoo.errors import DataError, LostError
+from nfzoo.runtime import program
+from nfzoo.runtime.device import default_workers
+from nfzoo.runtime.output import escaped
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = program.Parser(prog="nfzoo data", description="Look at data before a network is trained on them.")
+    commands = parser.add_subparsers(dest="command", metavar="VERB", required=True)
+    sub = commands.add_parser(
+        "check",
+        help="what a data set holds, and what is wrong with it",
+        description="Read every image once. Tell layout, images of each part and class, sizes and modes, and find\n"
+        "images that cannot be read, copies within and across parts and classes (by their bytes), classes of fewer\n"
+        "than ten images, and classes that one part alone has.\n\n"
+        "Exit status: 0 if nothing was found, 1 for findings, 2 if the data cannot be read.\n\n"
+        "examples:\n"
+        "  nfzoo data check photos --sheet sheets\n"
+        "  nfzoo data check 'shards/{000..146}.tar' --json findings.json",
+    )
+    add = sub.add_argument
+    add("data", metavar="PATH", help="what --data of `nfzoo train` takes: a folder, tar or parquet files, hub:ORG/NAME")
+    add("--sheet", type=Path, metavar="DIR", help=f"write a PNG there for each class, with up to {PICTURES} images")
+    add("--json", metavar="FILE", help="write the result there as JSON too; - prints it instead")
+    add(
+        "--workers",
+        type=program.nonnegative_int,
+        metavar="N",
+        help="processes that read (default: the processors, up to 8)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command: 0 if nothing was found, 1 for findings, 2 if the data cannot be read or a result written."""
+    return program.run("nfzoo data", lambda: _check(_parser().parse_args(argv)))
+
+
+def _check(options: argparse.Namespace) -> int:
+    if options.sheet is not None:
+        program.check_writable(options.sheet, folder=True)
+    if options.json not in (None, "-"):
+        program.check_writable(Path(options.json))
+    workers = options.workers
+    if workers is None:
+        workers = 0 if options.data == DIGITS else default_workers(1)
+    try:
+        report = check(options.data, workers=workers)
+        sheets = 0 if options.sheet is None else write_sheets(report, options.sheet, workers=workers)
+        program.write_result(options.json, report.to_dict(), report.text())
+    except BrokenPipeError:
+        raise
+    except (OSError, LostError) as error:  # whose status would be that of findings
+        raise DataError(f"the check came to no end: {error}") from error
+    if options.sheet is not None:
+        stream = sys.stderr if options.json == "-" else sys.stdout
+        print(f"wrote {sheets:,} sheets to {escaped(str(options.sheet))}", file=stream)
+    return 1 if report.findings() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
