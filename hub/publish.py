@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple, TypedDict, Unpack
 
 import yaml
@@ -90,7 +90,7 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
 
 
 def _public_run(path: Path) -> bytes:
-    """Return a run's options without its output folder, and data and model without their folders: all are private."""
+    """Return a run's options without its output folder, and other paths without their folders: all are private."""
     try:
         run = strict_yaml.load(read_text(path, strict_yaml.MOST_TEXT))
     except (OSError, ValueError) as error:
@@ -99,8 +99,10 @@ def _public_run(path: Path) -> bytes:
         raise CheckpointError(f"{path} must hold the options of a run")
     for key in ("output", "augmented_sheet"):
         run.pop(key, None)
-    for key, public in (("model", public_model), ("data", public_data)):
-        if key in run:
+    named = {"model": public_model, "data": public_data}
+    named |= dict.fromkeys(("labels", "validation_labels", "class_names"), lambda path: PurePath(path).name)
+    for key, public in named.items():
+        if run.get(key) is not None:
             run[key] = public(str(run[key]))
     return yaml.safe_dump(run, sort_keys=False).encode()
 

@@ -1,15 +1,19 @@
-"""Open files that may come from strangers: regular ones alone, and JSON and other text of a sensible size."""
+"""Open files that may come from strangers: regular ones alone, JSON and other text of a sensible size, and CSV."""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from typing import Any
 
 MOST_TEXT = 32 << 20  # bytes; a configuration with names for a million classes takes 20 MB
+
+_LONGEST_LINE = 1 << 20  # bytes of a first line that tell what separates its cells
 
 
 class UnreadableFileError(OSError):
@@ -79,3 +83,32 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"it has {key[:200]!r} twice")
         fields[key] = value
     return fields
+
+
+def csv_rows(file: BufferedReader, *, tabs: bool = False) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Return the cells of a CSV file's first line, and an iterator over the other lines with their numbers.
+
+    Cells are separated by what the first line has most often of commas, semicolons and tabs. Empty lines are left out.
+
+    Args:
+        tabs: whether tabs separate the cells, whatever the first line has.
+
+    Raises:
+        csv.Error: now or later, for lines of another number of cells than the first, and for quotes that do not fit.
+        ValueError: for what is not UTF-8.
+    """
+    first = file.readline(_LONGEST_LINE).decode("utf-8", "replace")
+    file.seek(0)
+    lines = codecs.iterdecode(file, "utf-8-sig")
+    reader = csv.reader(lines, delimiter="\t" if tabs else max(",;\t", key=first.count), strict=True)
+    header = next(reader, [])
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        for cells in reader:
+            if not any(cells):
+                continue
+            if len(cells) != len(header):
+                raise csv.Error(f"line {reader.line_num} has {len(cells)} cells, and the first has {len(header)}")
+            yield reader.line_num, cells
+
+    return header, rows()

@@ -16,6 +16,7 @@ import numpy as np
 from nfzoo.analysis.sheets import SheetEntry, prediction_sheet
 from nfzoo.check.scan import Facts, pictures, scan
 from nfzoo.data.images import ImageFolder, Images
+from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.labels import FEW_IMAGES, class_counts
 from nfzoo.data.source import open_parts
 from nfzoo.data.tar_shards import TarShards
@@ -170,18 +171,19 @@ class Report:
         return "\n".join(map(escaped, lines))
 
 
-def check(source: str, *, workers: int = 0) -> Report:
+def check(source: str, *, workers: int = 0, labels: LabelFiles | None = None) -> Report:
     """Read all images of a source, and return what they are and what is wrong with them.
 
     Args:
         source: see `nfzoo.data.source.open_split`.
         workers: processes that read.
+        labels: the files that say what the images of a folder are.
 
     Raises:
         DataError: for data that cannot be opened; an image that cannot be read is a finding.
     """
     with _log_kept() as warnings:
-        parts = open_parts(source)
+        parts = open_parts(source, labels=labels)
     counts = {part: class_counts(images) for part, images in parts.items()}
     return Report(source, scan(parts, workers=workers), warnings, counts)
 
@@ -253,8 +255,8 @@ def _log_kept() -> Iterator[list[str]]:
 
 def _layout(images: Images, parts: Sequence[str]) -> str:
     kind = "a table of images"
-    if isinstance(images, ImageFolder):
-        kind = "a folder of images for each class"
+    if isinstance(images, ImageFolder):  # whose root is that of the paths in a table
+        kind = "a folder of images for each class" if images.root == Path() else "a folder of images, and their labels"
     elif isinstance(images, TarShards):
         kind = "tar files"
     in_parts = f", in the parts {' and '.join(parts)}"

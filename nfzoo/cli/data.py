@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nfzoo.check.report import PICTURES, check, write_sheets
 from nfzoo.data.images import DIGITS
+from nfzoo.data.label_files import label_files
 from nfzoo.errors import DataError, LostError
 from nfzoo.runtime import program
 from nfzoo.runtime.device import default_workers
@@ -30,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = sub.add_argument
     add("data", metavar="PATH", help="what --data of `nfzoo train` takes: a folder, tar or parquet files, hub:ORG/NAME")
+    program.add_label_options(sub)
     add("--sheet", type=Path, metavar="DIR", help=f"write a PNG there for each class, with up to {PICTURES} images")
     add("--json", metavar="FILE", help="write the result there as JSON too; - prints it instead")
     add(
@@ -55,7 +57,7 @@ def _check(options: argparse.Namespace) -> int:
     if workers is None:
         workers = 0 if options.data == DIGITS else default_workers(1)
     try:
-        report = check(options.data, workers=workers)
+        report = check(options.data, workers=workers, labels=label_files(options.labels, options.class_names))
         sheets = 0 if options.sheet is None else write_sheets(report, options.sheet, workers=workers)
         program.write_result(options.json, report.to_dict(), report.text())
     except BrokenPipeError:

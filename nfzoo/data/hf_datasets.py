@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
+
+_ROWS, _MOST_BYTES = 256, 16 << 20  # of a table of paths and labels that are read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,6 +242,50 @@ def _check_rows(path: Path) -> None:
         rows, size = ParquetFile(file).metadata.num_rows, os.fstat(file.fileno()).st_size
     if rows > size:
         raise ValueError(f"{path.name} states {rows:,} rows in {size:,} bytes")
+
+
+def parquet_rows(path: Path, file: BinaryIO) -> tuple[list[str], Iterator[tuple[int, list[Any]]]]:
+    """Return the names of the columns of a parquet file, and an iterator over its rows with their numbers from 1 on.
+
+    Columns other than of text, whole numbers and truth values have `None` in each row.
+
+    Raises:
+        DataError: if `pyarrow` is not installed.
+        ValueError: now or later, for a damaged file, and for cells that are too long for paths and labels.
+    """
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise DataError(f"{str(path)!r} is read by the `data` extra: pip install 'nfzoo[data]'") from error
+    try:
+        _check_rows(path)
+        table = ParquetFile(file)
+        schema = table.schema_arrow
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+    def rows() -> Iterator[tuple[int, list[Any]]]:
+        number = 0
+        try:
+            for batch in table.iter_batches(_ROWS, columns=[field.name for field in schema if _is_plain(field.type)]):
+                if batch.nbytes > _MOST_BYTES:
+                    raise ValueError(f"{_ROWS} rows take {batch.nbytes:,} bytes, too many for paths and labels")
+                columns = dict(zip(batch.schema.names, (column.to_pylist() for column in batch.columns), strict=True))
+                for i in range(batch.num_rows):
+                    number += 1
+                    yield number, [columns[name][i] if name in columns else None for name in schema.names]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+    return list(schema.names), rows()
+
+
+def _is_plain(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(test(kind) for test in (types.is_string, types.is_large_string, types.is_integer, types.is_boolean))
 
 
 @functools.lru_cache(maxsize=4)  # each opening asks the Hub

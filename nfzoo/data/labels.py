@@ -13,6 +13,7 @@ import numpy as np
 from nfzoo.config import MAX_SIZE
 from nfzoo.data.images import Images, class_name
 from nfzoo.errors import DataError, nearest
+from nfzoo.files import read_text
 
 MANY_CLASSES = 1 << 16
 """Classes that data may have whatever their number of images; a part may lack most of them."""
@@ -121,3 +122,25 @@ def numbered_classes(highest: int, images: int, where: str) -> tuple[str, ...]:
     if highest >= most:
         raise DataError(f"{where} has label {highest:,}; {images:,} images have at most {most:,} classes, from 0 on")
     return tuple(map(str, range(highest + 1)))
+
+
+def read_class_names(path: str) -> tuple[str, ...]:
+    """Return the names of classes in a text file, one in each line; lines at the end may be empty.
+
+    Raises:
+        DataError: for a file that cannot be read, and for a name that is empty or there twice.
+    """
+    try:
+        lines = read_text(path).removeprefix("\ufeff").rstrip().splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"the class names {path!r} cannot be read: {error}") from error
+    names = [class_name(line.strip()) for line in lines]
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise DataError(f"line {number} of the class names {path!r} is empty; each line names a class")
+        if first.setdefault(name, number) != number:
+            raise DataError(f"the class names {path!r} have {name!r} in lines {first[name]} and {number}")
+    if not names:
+        raise DataError(f"the class names {path!r} are empty; each line names a class")
+    return tuple(names)

@@ -43,15 +43,15 @@ _CONVERT = "which is not read; write tar or parquet files"
 _FOREIGN = {
     r".*\.(zip|7z|rar|tar\.gz|tgz|tar\.bz2|tar\.xz)": "is an archive that is not read; unpack it",
     r".*\.(tar|parquet)": "is read if you give the folder that holds it",
-    r"metadata\.(csv|jsonl)": "holds labels, which are not read; write the data set as parquet, by `load_dataset` and "
+    r".*\.(csv|tsv)": "may hold labels: give it as --labels",
+    r"metadata\.jsonl": "holds labels, which are not read; write the data set as parquet, by `load_dataset` and "
     "`to_parquet` of Hugging Face's datasets",
     r".*\.arrow": "is a data set that `save_to_disk` wrote, which is not read; write it with `to_parquet`",
     r".*\.tfrecords?(-.*)?": f"is a TFRecord file, {_CONVERT}",
     r"(data|lock)\.mdb|.*\.lmdb": f"is an LMDB database, {_CONVERT}",
     r".*\.(h5|hdf5|npz|npy|mat|rec|beton)": f"is a file of arrays or records, {_CONVERT}",
     r".*-ubyte(\.gz)?|data_batch_\d.*|.*\.(pkl|pickle|pt|pth)": f"is a file of arrays, {_CONVERT}",
-    r".*\.(csv|tsv|jsonl?|xml)": "may hold labels, which are not read; put the images of each class into a folder of "
-    "its own",
+    r".*\.(jsonl?|xml)": "may hold labels, which are not read; put the images of each class into a folder of its own",
 }
 
 
@@ -184,9 +184,13 @@ def _words(name: str) -> set[str]:
 def check_more_than_one(folder: Path, names: Sequence[str]) -> None:
     """Raise a `DataError` for a folder of a single class, which a classifier cannot learn."""
     if len(names) == 1:
+        tables = (
+            [name for name in files_in(folder) if name.lower().endswith((".csv", ".tsv"))] if folder.is_dir() else []
+        )
+        table = f"; if {tables[0]!r} holds the labels, give it as --labels" if tables else ""
         raise DataError(
             f"{str(folder)!r} has one class alone, {names[0]!r}, and a classifier needs two; "
-            f"{_remedy(folder / names[0])}"
+            f"{_remedy(folder / names[0])}{table}"
         )
 
 

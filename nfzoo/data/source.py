@@ -3,7 +3,7 @@
 A source is one of
 
 - `"digits"`: the embedded handwritten digits;
-- a folder with a subfolder of images per class;
+- a folder with a subfolder of images per class, or with a table of labels: see `label_files`;
 - a folder of tar files, or their names with `*` and `{000..146}`: see `TarShards`;
 - a folder of parquet files, or their names;
 - `hub:ORG/NAME` or `hub:ORG/NAME:CONFIG`: a data set of the Hugging Face Hub.
@@ -24,7 +24,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
-from urllib.parse import parse_qsl
 
 import numpy as np
 
@@ -37,8 +36,10 @@ from nfzoo.data.images import (
     expand,
     files_below,
     is_pattern,
+    logger,
     warn_of_unread,
 )
+from nfzoo.data.label_files import LabelFiles, has_split, open_label_files, split_query
 from nfzoo.data.layouts import (
     HELD_OUT_NAMES,
     TRAIN_NAMES,
@@ -94,12 +95,17 @@ class _Source(NamedTuple):
     name: str | None = None  # of the held-out part
 
 
-def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int = 0) -> Split:
+def open_split(
+    source: str, *, validation_fraction: float = HELD_OUT, seed: int = 0, labels: LabelFiles | None = None
+) -> Split:
     """Open a source as training and held-out images.
 
     Some sources are split already: a folder with `train/` and `val/` (or `validation/`, `test/`), tar or parquet files
     with such names, and a data set of the Hub with such parts. Of any other source, `validation_fraction` of each class
     is held out; the same `seed` holds out the same images.
+
+    Args:
+        labels: the files that say what the images of a folder are; by default their folders say it.
 
     Raises:
         DataError: if the data are missing or unreadable (see `ImageFolder.scan`, `TarShards.index`,
@@ -107,39 +113,48 @@ def open_split(source: str, *, validation_fraction: float = HELD_OUT, seed: int 
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction must be between 0 and 1, not {validation_fraction!r}")
-    parts = _parts(source)
+    parts = _parts(source, labels)
     images = parts.first(None)
     if parts.held_out is not None:
         return Split(images, parts.held_out(images.classes))
-    check_more_than_one(Path(source), images.classes)
+    if labels is None:
+        check_more_than_one(Path(source), images.classes)
     held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
     return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
 
 
-def open_parts(source: str) -> dict[str, Images]:
+def open_parts(source: str, *, labels: LabelFiles | None = None) -> dict[str, Images]:
     """Open the parts of a source by name, each with the classes that it has itself; `"all"` without parts.
+
+    A warning counts the images of a folder that its `labels` do not name.
 
     Raises:
         DataError: as `open_split`, except for parts whose classes differ.
     """
-    parts = _parts(source)
-    if parts.held_out is None:
-        return {"all": parts.first(None)}
-    return {TRAIN_NAMES[0]: parts.first(None), parts.name or HELD_OUT_NAMES[0]: parts.held_out(None)}
+    parts = _parts(source, labels)
+    opened = {"all" if parts.held_out is None else TRAIN_NAMES[0]: parts.first(None)}
+    if parts.held_out is not None:
+        opened[parts.name or HELD_OUT_NAMES[0]] = parts.held_out(None)
+    if labels is not None:
+        named = {images.name(i) for images in opened.values() for i in range(len(images))}
+        others = [name for name in files_below(Path(source), tuple(IMAGE_SUFFIXES)) if name not in named]
+        if others:
+            logger.warning("images without a label are left out: %d in %s, such as %s", len(others), source, others[0])
+    return opened
 
 
-def has_held_out(source: str) -> bool:
+def has_held_out(source: str, *, labels: LabelFiles | None = None) -> bool:
     """Return whether the source has a held-out part of its own."""
-    return _parts(source).held_out is not None
+    return _parts(source).held_out is not None if labels is None else has_split(labels)
 
 
-def open_held_out(source: str) -> Part:
+def open_held_out(source: str, *, labels: LabelFiles | None = None) -> Part:
     """Open the held-out part of a source, or all of its images if it has none.
 
     Raises:
         DataError: as `open_split`.
     """
-    parts = _parts(source)
+    parts = _parts(source, labels)
     images = (parts.held_out or parts.first)(None)
     folder = Path(source)
     if not folder.is_dir():
@@ -228,7 +243,10 @@ def fingerprint(images: Images) -> str:
 # -- the parts of a source
 
 
-def _parts(source: str) -> _Source:
+def _parts(source: str, labels: LabelFiles | None = None) -> _Source:
+    if labels is not None:
+        first, held_out, name = open_label_files(source, labels)
+        return _Source(lambda _: first, None if held_out is None else lambda _: held_out, name)
     if source == DIGITS:
         return _Source(lambda _: Digits.embedded())
     if source.startswith(HUB):
@@ -369,14 +387,7 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
 
 def split_options(source: str) -> tuple[str, dict[str, str]]:
     """Split a source into name and options `?image=…&label=…`; a `?` of a file pattern stays in the name."""
-    path, mark, query = source.rpartition("?")
-    if not mark or not re.fullmatch(r"\w+=[^&=]*(&\w+=[^&=]*)*", query):
-        return source, {}
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    _check_options(options, _OPTIONS, source)
-    if not all(options.values()):
-        raise DataError(f"{source!r} has an option without a value; write ?NAME=VALUE")
-    return path, options
+    return split_query(source, _OPTIONS)
 
 
 def _check_options(options: dict[str, str], known: tuple[str, ...], source: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nfzoo.config import Preprocessing
 from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.loader import BrokenImageError, evaluation_batches
 from nfzoo.data.source import HELD_OUT
 from nfzoo.errors import CheckpointError, DataError
@@ -215,6 +216,7 @@ class Evaluator:
         device: torch.device | str | None = None,
         skip_broken: bool = False,
         date: str | None = None,
+        labels: LabelFiles | None = None,
     ) -> Self:
         """Open the images and move the model to its device: see `evaluate`, which has the same arguments."""
         model.config.check_classifier()
@@ -222,7 +224,8 @@ class Evaluator:
         target = share_of(state, device)
         trained = model.provenance or {}
         held_out = trained.get("validation_fraction") if trained.get("data") == Path(data).name else None
-        labelled = open_labelled(data, model.config.num_classes, model.labels, held_out=held_out or HELD_OUT)
+        classes, names = model.config.num_classes, model.labels
+        labelled = open_labelled(data, classes, names, held_out=held_out or HELD_OUT, files=labels)
         if held_out and data != DIGITS and labelled.split is None and state.is_main_process:
             logger.warning("%s was trained on most of these images: this is no held-out accuracy", name or model.name)
         if workers is None:
@@ -315,6 +318,7 @@ def evaluate(
     device: torch.device | str | None = None,
     skip_broken: bool = False,
     date: str | None = None,
+    labels: LabelFiles | None = None,
 ) -> Evaluation:
     """Score a model on labelled images. Several processes (of Accelerate) share the images and return one result.
 
@@ -326,6 +330,7 @@ def evaluate(
         workers: loader processes per process; by default as many as there are processors, up to 8.
         device: device to which the model is moved; by default an accelerator if there is one.
         skip_broken: leave out unreadable images and log their names, instead of stopping.
+        labels: tables of the labels, see `open_labelled`.
 
     Raises:
         DataError: for data that are unreadable or do not fit the model.
@@ -342,6 +347,7 @@ def evaluate(
         device=device,
         skip_broken=skip_broken,
         date=date,
+        labels=labels,
     ).evaluation()
 
 

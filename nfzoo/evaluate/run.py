@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_description
+from nfzoo.data.label_files import label_files
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.evaluate.accuracy import Evaluator, table
 from nfzoo.evaluate.report import PAGE_FILE, Measured, check_folder, measure, write_report
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "such folders in train/ and val/, of which val/ is taken; or tar shards, parquet files, hub:ORG/NAME; or "
         "'digits', those that training holds out",
     )
+    program.add_label_options(parser)
     add("--size", type=program.positive_int, metavar="N", help="side of the input in pixels (default: the model's)")
     images = "images at a time per process (default: 32)"
     add("--batch-size", type=program.positive_int, default=32, metavar="N", help=images)
@@ -95,6 +97,7 @@ def _main(options: argparse.Namespace) -> None:
         device=options.device,
         skip_broken=options.skip_broken,
         date=options.date,
+        labels=label_files(options.labels, options.class_names),
     )
     found: Measured | None = None
     if options.report is None and options.save_temperature is None:

@@ -75,6 +75,17 @@ def source_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"require_hash": options.require_hash, "allow_pickle": options.allow_pickle}
 
 
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--labels` and `--class-names`, options of commands that take the labels of images from a table."""
+    text = (
+        "CSV, TSV or parquet file with the columns path (from the folder of the data on), label, and split if it has "
+    )
+    text += "parts; others by name: labels.csv?path=file&label=breed (default: a folder is a class)"
+    parser.add_argument("--labels", metavar="FILE", help=text)
+    text = "text file with the name of a class in each line (default: the labels, sorted)"
+    parser.add_argument("--class-names", metavar="FILE", help=text)
+
+
 def is_first_process() -> bool:
     """Return true in the first of the launched processes, which reports for all."""
     return os.environ.get("RANK", "0") == "0"

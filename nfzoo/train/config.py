@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.source import HELD_OUT
 from nfzoo.data.workers import PATIENCE
 from nfzoo.errors import ConfigError
@@ -115,6 +116,11 @@ class TrainConfig:
         model: a zoo name, a Hub repository, a checkpoint folder or a weight file.
         data: "digits", the embedded handwritten digits; a folder with one subfolder of images per class, or of tar
             shards, or of parquet files, or with such folders in train/ and val/; or hub:ORG/NAME, a Hub data set.
+        labels: a CSV, TSV or parquet file with the columns path, from the folder of the data on, and label, and with a
+            column split if it has parts; others by name, as in labels.csv?path=file&label=breed. By default the folders
+            of the data are the classes.
+        validation_labels: another such file, of the images that are held out.
+        class_names: a text file with the name of a class in each line; by default the labels, sorted.
         output: the folder to write: the model, metrics.jsonl, curves.png, train.yaml, and checkpoints/ to resume from.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
@@ -161,6 +167,9 @@ class TrainConfig:
     model: str
     data: str
     output: str
+    labels: str | None = None
+    validation_labels: str | None = None
+    class_names: str | None = None
     epochs: int = 15
     batch_size: int = 32
     accumulation: int = 1
@@ -217,6 +226,9 @@ class TrainConfig:
                 raise ConfigError(f"{name} must not be empty")
         if TUNE.fullmatch(self.tune) is None:
             raise ConfigError(f"tune must be all, head or stages:N, such as stages:1, not {self.tune!r}")
+        for name in ("validation_labels", "class_names"):
+            if self.labels is None and getattr(self, name) is not None:
+                raise ConfigError(f"{name} {getattr(self, name)!r} goes with a file of labels; give that as labels")
         if not 0 <= self.seed < MAX_SEED:
             raise ConfigError(f"seed must not be negative, and below 2**63; is {self.seed!r}")
         if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:
@@ -231,6 +243,11 @@ class TrainConfig:
             raise ConfigError("SAM does not go with mixed_precision 'fp16'; take 'bf16'")
         if self.sharding != "none" and self.mixed_precision == "fp16":
             raise ConfigError(f"sharding {self.sharding!r} does not go with mixed_precision 'fp16'; take 'bf16'")
+
+    @property
+    def label_files(self) -> LabelFiles | None:
+        """The files of labels; `None` where the data tell the classes themselves."""
+        return None if self.labels is None else LabelFiles(self.labels, self.validation_labels, self.class_names)
 
     def to_yaml(self) -> str:
         """Return the run as a recipe that `parse` reads, without what concerns one start alone."""

@@ -45,7 +45,10 @@ __all__ = ["Result", "TrainConfig", "TrainingError", "main", "train"]
 CHANGEABLE = frozenset(
     [
         "output",
-        "data",  # compared by content
+        "data",  # compared by content, as labels and names of classes are
+        "labels",
+        "validation_labels",
+        "class_names",
         "epochs",  # at least those begun
         "require_hash",
         "allow_pickle",
@@ -98,7 +101,7 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         _check_writable(output, config.data)
         torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
         # Whatever the seed of the run, the same images are held out: runs compare, and `evaluate` finds them again.
-        split = open_split(config.data, validation_fraction=config.validation_fraction)
+        split = open_split(config.data, validation_fraction=config.validation_fraction, labels=config.label_files)
         if len(split.train.classes) < 2:
             raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)

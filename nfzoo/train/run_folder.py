@@ -202,7 +202,7 @@ def _provenance(config: TrainConfig, row: Mapping[str, Any], *, pretrained: bool
     if best is not None:
         value = best.value(row)
         provenance |= {"best_by": best.metric, best.metric: value if value == value else None, "step": row["step"]}
-    if not has_held_out(config.data):
+    if not has_held_out(config.data, labels=config.label_files):
         provenance["validation_fraction"] = config.validation_fraction
     return provenance
 

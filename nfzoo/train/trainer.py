@@ -31,7 +31,7 @@ from nfzoo.checkpoint.run_state import Saved, rng_state, set_rng_state
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
-from nfzoo.evaluate import scores
+from nfzoo.evaluate.accuracy import scores
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.optim.sgd import warmup_cosine
@@ -409,7 +409,13 @@ class Trainer:
 
     def _start_tracker(self) -> Tracker:
         flat = {k: v for k, v in self.config.to_dict().items() if isinstance(v, bool | int | float | str)}
-        for name in ("output", "augmented_sheet"):  # a tracker may be on the other side of the world
+        for name in (
+            "output",
+            "augmented_sheet",
+            "labels",
+            "validation_labels",
+            "class_names",
+        ):  # a tracker may be on the other side of the world
             flat.pop(name, None)
         flat |= {"model": public_model(self.config.model), "data": public_data(self.config.data)}
         flat |= {

@@ -130,3 +130,14 @@ def test_classes_of_numbers_that_a_part_lacks(tmp_path: Path) -> None:
     assert report.in_one_part == {"train": ["1"]}
     assert report.layout == "tar files, in the parts train and val"
     assert report.findings() == ["1 class in train alone: '1'"]
+
+
+def test_labels_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_images(tmp_path / "photos", {"a": 12, "b": 12})
+    text = "".join(f"{d}/{i}.png,{'cat' if i % 2 else 'dog'}\n" for d in "ab" for i in range(12) if (d, i) != ("b", 3))
+    (tmp_path / "l.csv").write_text(f"path,label\n{text}")
+    assert main(["check", str(folder), "--labels", f"{tmp_path}/l.csv", "--json", "-"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["classes"] == {"all": {"cat": 11, "dog": 12}}
+    assert found["findings"] == [f"images without a label are left out: 1 in {folder}, such as b/3.png"]
+    assert found["layout"] == "a folder of images, and their labels, of which training holds out a share"

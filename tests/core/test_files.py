@@ -19,9 +19,11 @@ from nfzoo.checkpoint.part_files import Parts, start
 from nfzoo.checkpoint.weight_files import open_weights, read_index
 from nfzoo.conversion.convert import convert
 from nfzoo.data.hf_datasets import open_parquet
+from nfzoo.data.label_files import LabelFiles, open_label_files
+from nfzoo.data.labels import read_class_names
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.errors import CheckpointError, NfzooError
-from nfzoo.files import UnreadableFileError, open_regular, parse_json, read_json, read_text
+from nfzoo.files import UnreadableFileError, csv_rows, open_regular, parse_json, read_json, read_text
 from nfzoo.train import recipes
 from nfzoo.transforms.decode import open_image
 from tests.support.loops import each
@@ -40,6 +42,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "0.tar": lambda path: TarShards.index([path]),
     "classes.txt": lambda path: TarShards.index([path.with_name("none.tar")]),
     "0.parquet": lambda path: open_parquet([path], str(path)),
+    "labels.csv": lambda path: open_label_files(str(path.parent), LabelFiles(str(path))),
+    "labels.parquet": lambda path: open_label_files(str(path.parent), LabelFiles(str(path))),
+    "names.txt": lambda path: read_class_names(str(path)),
     "metrics.jsonl": lambda path: training_curves(path.parent, path.with_name("x.png")),
     "manifest.json": lambda path: start(Parts(path.parent, 1, 1, "npz"), {}, {}, {}),
     "step_00000001/state.json": lambda path: run_state._read(path.parent),
@@ -146,3 +151,27 @@ def test_files_are_opened_in_one_place() -> None:
             if OPENING.search(path.read_text(encoding="utf-8")) and path.parent.name != "drill":
                 found.add(path.relative_to(ROOT).as_posix())
     assert found == {"nfzoo/files.py", *OWN}
+
+
+@each(
+    ("content", "header", "rows"),
+    [
+        (b"a,b\n1,2\n\n3,4", ["a", "b"], [(2, ["1", "2"]), (4, ["3", "4"])]),
+        (b"\xef\xbb\xbfa;b,c\n", ["a;b", "c"], []),  # as many of each: the comma
+        (b"a;b\r\n'1';2\r\n", ["a", "b"], [(2, ["'1'", "2"])]),
+        (b'a\tb\n"1\n2"\t3\n', ["a", "b"], [(3, ["1\n2", "3"])]),
+        ("é\n€\n".encode(), ["é"], [(2, ["€"])]),
+        (b"", [], []),
+    ],
+)
+def test_csv(tmp_path: Path, content: bytes, header: list[str], rows: list[tuple[int, list[str]]]) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with open_regular(tmp_path / "file") as file:
+        found, cells = csv_rows(file)
+        assert (found, list(cells)) == (header, rows)
+
+
+def test_csv_that_tabs_separate(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"a,b\n")
+    with open_regular(tmp_path / "file") as file:
+        assert csv_rows(file, tabs=True)[0] == ["a,b"]

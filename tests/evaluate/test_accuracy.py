@@ -246,6 +246,35 @@ def test_the_held_out_part_is_taken(tmp_path: Path, given: str, dataset: str, sp
     assert set(opened.images.labels) == {2}
 
 
+def test_labels_of_a_table(checkpoint: Path, model: NFNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_images(tmp_path / "animals", {"bee": 4, "cat": 3})
+    for named in (False, True):  # labels that are names, and numbers of the lines of a file of names
+        rows = [
+            f"{p.parent.name}/{p.name},{LABELS.index(p.parent.name) if named else p.parent.name}"
+            for p in sorted(folder.rglob("*.png"))
+        ]
+        parts = ["train", "val", "val", "test", "val", "val", "train"]
+        text = "".join(f"{row},{part}\n" for row, part in zip(rows, parts, strict=True))
+        (tmp_path / "l.csv").write_text(f"path,label,split\n{text}")
+        (tmp_path / "names.txt").write_text("\n".join(LABELS))
+        options = [str(checkpoint), "--data", str(folder), "--workers", "0", "--labels", f"{tmp_path}/l.csv"]
+        options += ["--class-names", f"{tmp_path}/names.txt"] if named else []
+        assert main([*options, "--json", "-"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for path in ("bee/0.png", "bee/3.png", "cat/2.png"):
+            (folder / path).rename(tmp_path / "aside.png")
+            (tmp_path / "aside.png").rename(folder / (path + ".not"))
+        images, right, _ = plain_loop(model, folder, LABELS.index)
+        assert (found["images"], found["split"], found["top1"]) == (images, "val", right / images)
+        for path in folder.rglob("*.not"):
+            path.rename(path.with_suffix(""))
+    assert main([*options[:5], "--class-names", f"{tmp_path}/names.txt"]) == 2
+    assert "goes with a file of labels" in capsys.readouterr().err
+    (tmp_path / "l.csv").write_text("path,label\nbee/0.png,wasp\n")
+    assert main(options[:7]) == 2
+    assert "are no classes of the model: 'wasp'" in capsys.readouterr().err
+
+
 # -- the command
 
 

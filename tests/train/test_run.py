@@ -5,8 +5,9 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -25,6 +26,7 @@ from nfzoo.train import batches as inputs
 from nfzoo.train import config as recipe
 from nfzoo.train import recipes, run_folder, trainer
 from nfzoo.train import run as train
+from nfzoo.train.metrics import Tracker
 from tests.support.loops import each
 from tests.support.pictures import few_digits, write_images, write_shard
 
@@ -507,6 +509,58 @@ def test_no_path_of_the_data_leaves_the_checkpoints_and_the_recipe(tmp_path: Pat
         assert isinstance(published, bytes)
         assert b"private-place" not in published
         assert yaml.safe_load(published)["data"] == data
+
+
+def test_a_table_of_labels_trains_what_folders_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And goes on from its checkpoint, with the table elsewhere; no path of it leaves the recipe."""
+    place = tmp_path / "private-place"
+    place.mkdir()
+    paths = sorted(path.relative_to(few_digits()).as_posix() for path in Path(few_digits()).rglob("*.png"))
+    text = "".join(f"{path},{path.split('/')[0]}\n" for path in paths[::-1])
+    (place / "labels.csv").write_text(f"file,digit\n{text}")
+    (place / "names.txt").write_text("\n".join("0123456789"))
+    labels = ["--labels", f"{place}/labels.csv?label=digit", "--class-names", str(place / "names.txt")]
+    quick = ["--save-steps", "4", "--optim.lr", "0.4"]
+    assert run(tmp_path / "folders", *quick) == 0
+    take_step, told = trainer.Trainer.train_step, []
+
+    def dying(self: trainer.Trainer, parts: list) -> None:
+        if self.step == 6:
+            raise KeyboardInterrupt
+        take_step(self, parts)
+
+    class Silent(Tracker):
+        def __init__(self, accelerator: Any, name: str | None, options: Mapping[str, Any]) -> None:
+            told.append(str(options))
+            super().__init__(accelerator, name, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", dying)
+        patch.setattr(trainer, "Tracker", Silent)
+        assert run(tmp_path / "table", *quick, *labels) == 130
+    assert "'epochs': 1" in told[0]
+    assert "private-place" not in told[0]
+    (place / "labels.csv").rename(place / "moved.csv")
+    assert run(tmp_path / "table", *quick, *labels, "--resume", "true") == 2
+    assert "labels.csv' do not exist" in capsys.readouterr().err
+    labels[1] = f"{place}/moved.csv?label=digit"
+    assert run(tmp_path / "table", *quick, *labels, "--resume", "true") == 0
+    one, two = weights(tmp_path / "folders"), weights(tmp_path / "table")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    model = nfzoo.from_pretrained(tmp_path / "table")
+    assert model.labels == tuple("0123456789")
+    assert model.provenance is not None
+    assert model.provenance["validation_fraction"] == 0.2
+    for file in (tmp_path / "table").rglob("*"):
+        if file.is_file() and "checkpoints" not in file.parts and file.name != "train.yaml":
+            assert b"private-place" not in file.read_bytes(), file
+    published = bundle(tmp_path / "table", "someone/digits").files["train.yaml"]
+    assert isinstance(published, bytes)
+    assert b"private-place" not in published
+    assert yaml.safe_load(published)["labels"] == "moved.csv?label=digit"
+    assert yaml.safe_load(published)["class_names"] == "names.txt"
 
 
 @each(
