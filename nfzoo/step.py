@@ -81,11 +81,23 @@ def init_state(params: Params, config: StepConfig | None = None) -> TrainState:
     return TrainState(params, sgd_init(params), average, torch.zeros((), dtype=torch.int64, device=device))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean softmax cross-entropy, in float32 at least, of logits `(N, classes)`; labels may be soft."""
-    return F.cross_entropy(
-        logits.float() if logits.dtype != torch.float64 else logits, labels, label_smoothing=label_smoothing
-    )
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weight: Tensor | None = None) -> Tensor:
+    """Return the mean softmax cross-entropy, in float32 at least, of logits `(N, classes)`; labels may be soft.
+
+        -1 / N  sum_i sum_c  weight_c q_ic log p_ic
+
+    Here q are the labels, one-hot or soft, after smoothing. The sum is divided by N and not by a sum of weights, so the
+    mean over the shares of a batch is that of the batch.
+
+    Args:
+        weight: of each class, `(classes,)`; 1 by default.
+    """
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    if weight is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    weight = weight.to(logits.dtype)
+    total = F.cross_entropy(logits, labels, weight=weight, label_smoothing=label_smoothing, reduction="sum")
+    return total / len(logits)
 
 
 def train_step(

@@ -17,7 +17,7 @@ from nfzoo.analysis.sheets import SheetEntry, prediction_sheet
 from nfzoo.check.scan import Facts, pictures, scan
 from nfzoo.data.images import ImageFolder, Images
 from nfzoo.data.label_files import LabelFiles
-from nfzoo.data.labels import FEW_IMAGES, class_counts
+from nfzoo.data.labels import FEW_IMAGES, class_counts, few_images, listed_counts
 from nfzoo.data.source import open_parts
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.errors import ConfigError
@@ -98,15 +98,16 @@ class Report:
         if contradicting := int(self.contradicting.sum()):
             found.append(f"more than one class has copies of the same image, in {_number(contradicting, 'group')}")
         if self.few:
-            found.append(f"{_classes(len(self.few))} fewer than ten images to train on: {_with_counts(self.few)}")
+            found.append(few_images(self.few))
         for part, names in self.in_one_part.items():
             found.append(f"{_number(len(names), 'class', 'classes')} in {part} alone: {_some(names)}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready fields. Lists of names have at most `MOST_LISTED` entries; numbers count all."""
+        """Return JSON-ready fields. They name at most `MOST_LISTED` images of each finding; numbers count all."""
         facts = self.facts
-        groups = facts.copies[:MOST_LISTED]
+        ends = np.cumsum([len(group) for group in facts.copies])
+        groups = [facts.copies[k] for k in np.flatnonzero(ends <= MOST_LISTED)] or facts.copies[:1]
         return {
             "source": self.source,
             "layout": self.layout,
@@ -152,8 +153,8 @@ class Report:
             ]
         for name, (low, middle, high) in _sides(facts).items():
             lines.append(f"{name + ':':<9} {low:,} to {high:,} pixels, median {middle:,g}")
-        lines.append(f"modes:    {_with_counts(facts.modes) or 'none'}")
-        lines.append(f"odd:      {_with_counts(facts.odd) or 'none'}")
+        lines.append(f"modes:    {listed_counts(facts.modes) or 'none'}")
+        lines.append(f"odd:      {listed_counts(facts.odd) or 'none'}")
         problems = list(facts.problems.values())
         lines += [f"unreadable: {text}" for text in problems[:_SHOWN]]
         if self.unreadable > _SHOWN:
@@ -279,15 +280,6 @@ def _balance(counts: Mapping[str, int]) -> str:
 
 def _number(count: int, word: str, plural: str | None = None) -> str:
     return f"{count:,} {word if count == 1 else plural or word + 's'}"
-
-
-def _classes(count: int) -> str:
-    return f"{count:,} {'class has' if count == 1 else 'classes have'}"
-
-
-def _with_counts(counts: Mapping[str, int]) -> str:
-    more = f" and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
-    return ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:_SHOWN]) + more
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Classes: names of ImageNet's, those that are numbers, matching to a model's outputs, and numbers of images."""
+"""Classes: names of ImageNet's, names that are numbers, a model's outputs for them; numbers of images, and weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from nfzoo.files import read_text
 MANY_CLASSES = 1 << 16
 """Classes that data may have whatever their number of images; a part may lack most of them."""
 
+_LISTED = 20  # classes whose numbers of images are told one by one
+
 FEW_IMAGES = 10
 """Classes with fewer images to train on get a warning."""
 
@@ -26,6 +28,60 @@ def class_counts(images: Images) -> dict[str, int]:
     """Return the number of images of each class, in the order of the classes."""
     counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
     return dict(zip(images.classes, counts, strict=True))
+
+
+def few_images(counts: Mapping[str, int]) -> str:
+    """Return a sentence about classes with fewer than `FEW_IMAGES` images to train on; "" if there are none."""
+    few = {name: count for name, count in counts.items() if count < FEW_IMAGES}
+    have = f"{len(few):,} {'class has' if len(few) == 1 else 'classes have'}"
+    return f"{have} fewer than ten images to train on: {listed_counts(few)}" if few else ""
+
+
+def histogram(counts: Mapping[str, int]) -> str:
+    """Return the number of images of each class in one line; of many classes the least, the median and the greatest."""
+    if len(counts) <= _LISTED:
+        return listed_counts(counts, _LISTED)
+    low, high = (least_or_most(counts, key=lambda name: counts[name]) for least_or_most in (min, max))
+    middle = float(np.median(list(counts.values())))
+    return f"{len(counts):,} classes from {low} {counts[low]:,} to {high} {counts[high]:,}, median {middle:,g}"
+
+
+def listed_counts(counts: Mapping[str, int], most: int = 10) -> str:
+    """Return `cat 12, dog 3 and 5 more`."""
+    more = f" and {len(counts) - most:,} more" if len(counts) > most else ""
+    return ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:most]) + more
+
+
+def class_weights(given: Mapping[str, float] | str, counts: Mapping[str, int]) -> tuple[float, ...] | None:
+    """Return the weight of each class in the loss; `None` for `"none"`.
+
+    `"balanced"` is `n / (k count)` for n images of k classes, whose mean over the images is 1. Classes that a mapping
+    does not name have weight 1.
+
+    Args:
+        counts: the number of images to train on, of each class.
+
+    Raises:
+        DataError: for a mapping with a name that is no class or no weight above 0, and for a balance with a class that
+            has no images.
+
+    Source: scikit-learn's `compute_class_weight`.
+    """
+    if given == "none":
+        return None
+    if isinstance(given, str):
+        empty = next((name for name, count in counts.items() if not count), None)
+        if empty is not None:
+            raise DataError(f"class {empty!r} has no image to train on, so that balanced class weights do not exist")
+        total = sum(counts.values())
+        return tuple(total / (len(counts) * count) for count in counts.values())
+    strange = next((name for name in given if name not in counts), None)
+    if strange is not None:
+        raise DataError(f"class_weights name {strange!r}, which is no class of the data{nearest(strange, counts)}")
+    weights = tuple(given.get(name, 1.0) for name in counts)
+    if not any(weights):
+        raise DataError("all class_weights are 0, so that there is nothing to learn")
+    return weights
 
 
 @functools.cache

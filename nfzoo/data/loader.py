@@ -42,7 +42,7 @@ class TrainingBatch(NamedTuple):
     Attributes:
         pixels: grey levels 0..255 `(n, C, S, S)`, not normalised: see `preprocess.training_crop`.
         labels: `(n,)` int64.
-        indices: indices of the images in the data set, `(n,)` int64.
+        indices: samples, int64 `(n,)`: the numbers of the images in the data set, or see `balanced_order`.
         offset: row of the first image in the global batch.
         broken: messages about unreadable images, which other images replace.
     """
@@ -57,6 +57,29 @@ class TrainingBatch(NamedTuple):
 def epoch_order(length: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return the order of one epoch's samples, `(length,)`."""
     return np.random.default_rng([seed, epoch, 0x0DE2, 1]).permutation(length)  # keys of crops have three words
+
+
+def balanced_order(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """Return the samples of one epoch that has equally many of each class, `(len(labels),)`.
+
+    Of a class with more images than its share, the epoch has some, chosen at random. Of one with fewer, all images come
+    again and again, and none once more before all others have. Where the samples do not divide among the classes, some
+    have one more, chosen at random. A sample is the number of the image, plus `len(labels)` for each time that it came
+    before in this epoch. A sample therefore has random numbers of its own.
+    """
+    rng = np.random.default_rng([seed, epoch, 0x0DE2, 2])
+    length = len(labels)
+    by_class = np.argsort(labels, kind="stable")
+    members = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
+    shares = np.full(len(members), length // len(members))
+    shares[rng.permutation(len(members))[: length % len(members)]] += 1
+    samples = [
+        np.concatenate([rng.permutation(images) + length * k for k in range(-(-share // len(images)))] or [images])[
+            :share
+        ]
+        for images, share in zip(members, shares.tolist(), strict=True)
+    ]
+    return rng.permutation(np.concatenate(samples))
 
 
 def share_of_batch(batch_size: int, *, world: int, accumulation: int) -> int:
@@ -87,6 +110,7 @@ def training_batches(
     start: int = 0,
     size: int | None = None,
     augment: Augment | None = None,
+    balanced: bool = False,
     workers: int = 0,
     patience: float = PATIENCE,
 ) -> Iterator[TrainingBatch]:
@@ -101,6 +125,7 @@ def training_batches(
     Args:
         batch_size: images of a global batch, over all processes and accumulated steps.
         start: samples of this epoch that all processes together have processed before.
+        balanced: whether the epoch has the order of `balanced_order`, not of `epoch_order`.
         workers: loader processes, see `workers.load`.
         patience: seconds that one of them may take for a batch.
 
@@ -114,7 +139,10 @@ def training_batches(
         raise DataError(f"{len(images)} training images do not fill a batch of {batch_size}; pass a smaller one")
     if not 0 <= start <= len(images):
         raise ConfigError(f"a start at sample {start} lies outside of an epoch of {len(images)}; resume with its data")
-    order = epoch_order(len(images), seed=seed, epoch=epoch)[start:]
+    if balanced:
+        order = balanced_order(images.labels, seed=seed, epoch=epoch)[start:]
+    else:
+        order = epoch_order(len(images), seed=seed, epoch=epoch)[start:]
     offsets = [(rank * accumulation + step) * share for step in range(accumulation)]
     firsts = range(0, len(order) - batch_size + 1, batch_size)
     samples = _TrainingSamples(
@@ -135,7 +163,7 @@ def _training_batches(batches: Iterator, offsets: Sequence[int]) -> Iterator[Tra
 class _TrainingSample(NamedTuple):
     pixels: Tensor | None
     label: int
-    used: int  # index of the image
+    used: int  # the sample, of the image that was read
     broken: str | None
 
 
@@ -150,6 +178,7 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
     def __getitem__(self, index: int) -> _TrainingSample:  # type: ignore[override]
         broken: str | None = None
         tries = min(_MAX_UNREADABLE, len(self.images))
+        before = index - index % len(self.images)  # for an image that came before, see `balanced_order`
         for candidate in (np.arange(index, index + tries) % len(self.images)).tolist():
             try:
                 source, label = self.images[candidate]
@@ -169,7 +198,7 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
                 flip=self.augment.flip,
                 size=self.size,
             )
-            return _TrainingSample(pixels, label, candidate, broken)
+            return _TrainingSample(pixels, label, before + candidate, broken)
         row = "none of the images can be read" if tries < _MAX_UNREADABLE else f"{tries} images in a row cannot be read"
         return _TrainingSample(None, 0, index, f"{row}, such as: {broken}")
 

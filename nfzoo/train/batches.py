@@ -66,6 +66,7 @@ class InputPipeline:
             accumulation=self.config.accumulation,
             start=start,
             augment=self.augment,
+            balanced=self.config.sampler == "balanced",
             workers=self.workers,
             patience=self.config.worker_timeout,
         )

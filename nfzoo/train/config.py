@@ -14,8 +14,10 @@ from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.source import HELD_OUT
 from nfzoo.data.workers import PATIENCE
 from nfzoo.errors import ConfigError
+from nfzoo.files import read_text
 from nfzoo.optim.fine_tuning import TUNE
 from nfzoo.step import StepConfig
+from nfzoo.train import strict_yaml
 from nfzoo.transforms.mixing import Augment
 
 MAX_SEED = 1 << 63
@@ -136,6 +138,11 @@ class TrainConfig:
         drop_rate: dropout rate; by default the model's.
         stochastic_depth: stochastic depth rate; by default the model's.
         validation_fraction: part of each class that is held out where the data have no such part.
+        class_weights: "none"; "balanced", images / (classes x images of the class), by which each class's term of the
+            loss is multiplied; a mapping of classes to weights such as {cat: 2.5}, or a YAML or JSON file of one, where
+            the others have weight 1.
+        sampler: "shuffle" takes each image once an epoch; "balanced" takes as many images from each class, in an epoch
+            as long, so that images of rare classes come again, with other crops.
         augment: random crops and flips, RandAugment, MixUp and CutMix; by default gentle crops for the digits, and
             the papers' crops and flips for others. Naming any of its options starts from the papers' crops and flips.
         augmented_sheet: a PNG file to draw the first augmented batch into.
@@ -183,6 +190,8 @@ class TrainConfig:
     drop_rate: float | None = None
     stochastic_depth: float | None = None
     validation_fraction: float = HELD_OUT
+    class_weights: dict[str, float] | str = "none"
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
     augment: Augment | None = None
     augmented_sheet: str | None = None
     max_broken: int = 0
@@ -229,6 +238,10 @@ class TrainConfig:
         for name in ("validation_labels", "class_names"):
             if self.labels is None and getattr(self, name) is not None:
                 raise ConfigError(f"{name} {getattr(self, name)!r} goes with a file of labels; give that as labels")
+        if self.class_weights == self.sampler == "balanced":
+            raise ConfigError(
+                "class_weights 'balanced' and sampler 'balanced' make up for the same twice; leave one of them out"
+            )
         if not 0 <= self.seed < MAX_SEED:
             raise ConfigError(f"seed must not be negative, and below 2**63; is {self.seed!r}")
         if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:
@@ -248,6 +261,31 @@ class TrainConfig:
     def label_files(self) -> LabelFiles | None:
         """The files of labels; `None` where the data tell the classes themselves."""
         return None if self.labels is None else LabelFiles(self.labels, self.validation_labels, self.class_names)
+
+    def with_class_weights(self) -> TrainConfig:
+        """Return the run with class weights that do not depend on a file.
+
+        Raises:
+            ConfigError: for a file that cannot be read or holds no mapping of classes to numbers.
+        """
+        content: Any = self.class_weights
+        if content in ("none", "balanced"):
+            return self
+        where = "class_weights"
+        if isinstance(content, str):
+            where = f"the class weights {content!r}"
+            try:
+                content = strict_yaml.load(read_text(content, strict_yaml.MOST_TEXT))
+            except FileNotFoundError as error:
+                raise ConfigError(f"{where} do not exist; give a file, none, balanced, or a mapping") from error
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{where} cannot be read: {error}") from error
+        if not isinstance(content, dict) or not content:
+            raise ConfigError(f"{where} must be a mapping of classes to weights such as {{cat: 2.5}}, not {content!r}")
+        for name, value in content.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{where} must be numbers from 0 on; that of {name!r} is {value!r}")
+        return dataclasses.replace(self, class_weights={str(k): float(v) for k, v in content.items()})
 
     def to_yaml(self) -> str:
         """Return the run as a recipe that `parse` reads, without what concerns one start alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -153,8 +153,17 @@ class Learner:
         optimizer: the recipe's own; `updater` is what a step asks of it.
     """
 
-    def __init__(self, config: TrainConfig, model: NFNet, accelerator: Accelerator, *, peak_lr: float) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: NFNet,
+        accelerator: Accelerator,
+        *,
+        peak_lr: float,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
         self.optim, self.accelerator = config.optim, accelerator
+        self._weights = None if class_weights is None else torch.tensor(class_weights).to(accelerator.device)
         self.backend = backend(accelerator.device)
         self.dtype = AUTOCAST[precision(config.mixed_precision)]
         self.sharded = config.sharding == "fsdp2"
@@ -216,6 +225,10 @@ class Learner:
         if before is not None:
             restore_(self.trainable, before)
 
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits `(n, classes)`: the cross-entropy with the recipe's smoothing and class weights."""
+        return cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss to the parameters' gradients, scaled under fp16."""
         self.accelerator.backward(loss)
@@ -242,7 +255,7 @@ class Learner:
         masks = {name: mask[:rows] for name, mask in noise.items()}
         with self.autocast():
             logits = self.bare(images[:rows], masks)
-        loss = cross_entropy(logits, targets[:rows], self.optim.label_smoothing)
+        loss = self.loss(logits, targets[:rows])
         grads = torch.autograd.grad(loss, self.trainable)
         assert self.optim.sam_rho is not None
         return sam_ascent_(self.trainable, grads, rho=self.optim.sam_rho)

@@ -197,6 +197,8 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         return float(value)
     if type(value) is origin and origin is not tuple:
         return value
+    if origin is dict and optional and isinstance(value, str):  # `dict | str`
+        return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     words[tuple] = f"a list of {len(get_args(kind))} numbers"
     words[Literal] = f"one of {', '.join(map(str, get_args(kind)))}"

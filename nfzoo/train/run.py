@@ -21,6 +21,7 @@ from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
+from nfzoo.data.labels import class_counts, class_weights
 from nfzoo.data.loader import share_of_batch
 from nfzoo.data.source import Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError
@@ -95,6 +96,7 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
     Raises:
         LostError: if an error in the block was caused by another process that ended.
     """
+    config = config.with_class_weights()
     output = Path(config.output)
     with locked(output) if program.is_first_process() else contextlib.nullcontext():
         saved = _open_saved(config)
@@ -104,6 +106,7 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         split = open_split(config.data, validation_fraction=config.validation_fraction, labels=config.label_files)
         if len(split.train.classes) < 2:
             raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
+        class_weights(config.class_weights, class_counts(split.train))  # raises for those that do not fit
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
         device.check_processes(accelerator.num_processes)
         _check_shares(config, split, accelerator)
@@ -264,7 +267,7 @@ def _resumed(config: TrainConfig, data: dict[str, Any], saved: Saved) -> Initial
     """Return the model of a checkpoint, if it is one of this very run."""
     # Options newer than the checkpoint have their defaults.
     defaults = TrainConfig(model=config.model, data=config.data, output=config.output).to_dict()
-    then, now = {**_flat(defaults), **_flat(saved.facts["config"])}, _flat(config.to_dict())
+    then, now = _innermost({**_flat(defaults), **_flat(saved.facts["config"])}), _flat(config.to_dict())
     changed = sorted(k for k in then.keys() | now.keys() if k not in CHANGEABLE and then.get(k) != now.get(k))
     begun = saved.facts["epoch"] + 1
     if config.epochs < begun:
@@ -300,6 +303,11 @@ def _resumed(config: TrainConfig, data: dict[str, Any], saved: Saved) -> Initial
         )
     description = describe(saved.facts["description"], saved.folder)
     return InitialState(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], data, saved)
+
+
+def _innermost(flat: dict[str, Any]) -> dict[str, Any]:
+    """Leave out options that stand for a mapping whose own options are there too, such as a default that is empty."""
+    return {key: value for key, value in flat.items() if not any(other.startswith(f"{key}.") for other in flat)}
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ The module is long because the loop, its figures, its checkpoints and its messag
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import signal
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
 from nfzoo.analysis.sheets import augmentation_sheet
 from nfzoo.checkpoint.run_state import Saved, rng_state, set_rng_state
+from nfzoo.data.labels import class_counts, class_weights, few_images, histogram
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
@@ -39,7 +41,6 @@ from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
 from nfzoo.runtime.output import escaped
-from nfzoo.step import cross_entropy
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.best import rule
 from nfzoo.train.config import TrainConfig, default_lr
@@ -49,6 +50,8 @@ from nfzoo.train.run_folder import Saver, public_data, public_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
+
+logger = logging.getLogger("nfzoo")
 
 LOG_STEPS = 10
 CHECKED = 1000  # held-out images, up to which all are read before training
@@ -118,7 +121,9 @@ class Trainer:
         self.steps_per_epoch = len(split.train) // config.batch_size
         self.peak_lr = config.optim.lr or default_lr(config.batch_size, start.pretrained, config.optim.name)
         self.pipeline = InputPipeline(config, split, model, accelerator)
-        self.learner = Learner(config, model, accelerator, peak_lr=self.peak_lr)
+        counts = class_counts(split.train)
+        weights = class_weights(config.class_weights, counts)
+        self.learner = Learner(config, model, accelerator, peak_lr=self.peak_lr, class_weights=weights)
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
@@ -149,6 +154,9 @@ class Trainer:
             f"{len(split.train.classes)} classes; {accelerator.num_processes} process(es) on "
             f"{accelerator.device.type}, peak learning rate {self.peak_lr:g}"
         )
+        self._say(f"images to train on: {histogram(counts)}")
+        if (few := few_images(counts)) and accelerator.is_main_process:
+            logger.warning("%s", few)
 
     # ------------------------------------------------------------ the run
 
@@ -273,7 +281,7 @@ class Trainer:
                 # Forward, and backward: gradients add up over the parts.
                 with learner.autocast():
                     logits = learner.model(part.images, part.noise)
-                loss = cross_entropy(logits, part.targets, self.config.optim.label_smoothing)
+                loss = learner.loss(logits, part.targets)
                 learner.backward(loss / len(inputs))
             self.metrics.add(loss, logits, part.targets)
         # Clip by the norm of the whole gradient, where the recipe asks for that.

@@ -136,3 +136,25 @@ def test_training_learns():
         state, metrics = train_step(cfg, state, (x, torch.tensor([0, 1])), None, 0.1, config=config)
         losses.append(metrics.loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_class_weights_are_torchs_for_soft_labels_whatever_the_share_of_the_batch():
+    """Torch divides the sum over soft labels by the number of images, and that over hard ones by their weights."""
+    logits = torch.randn(12, 5, generator=generator(), dtype=torch.float64)
+    labels = torch.arange(12) % 5
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.0, 3.5])
+    soft = torch.rand(12, 5, generator=generator(1), dtype=torch.float64)
+    soft = soft / soft.sum(1, keepdim=True)
+    for targets, smoothing in ((labels, 0.0), (labels, 0.1), (soft, 0.0), (soft, 0.1)):
+        found = cross_entropy(logits, targets, smoothing, weight)
+        hot = targets if targets.ndim == 2 else F.one_hot(labels, 5).double()
+        golden = F.cross_entropy(logits, hot, weight=weight.double(), label_smoothing=smoothing)
+        torch.testing.assert_close(found, golden, rtol=FLOAT64, atol=FLOAT64)
+        q = (1 - smoothing) * hot + smoothing / 5
+        by_hand = -(weight * q * logits.log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(found, by_hand, rtol=FLOAT64, atol=FLOAT64)
+        shares = [cross_entropy(logits[i : i + 4], targets[i : i + 4], smoothing, weight) for i in (0, 4, 8)]
+        torch.testing.assert_close(found, torch.stack(shares).mean(), rtol=FLOAT64, atol=FLOAT64)
+        ones = cross_entropy(logits, targets, smoothing, torch.ones(5))
+        torch.testing.assert_close(ones, cross_entropy(logits, targets, smoothing), rtol=FLOAT64, atol=FLOAT64)
+    assert cross_entropy(logits.float(), labels, 0.1, weight).dtype == torch.float32

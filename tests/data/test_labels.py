@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from nfzoo.data.labels import imagenet, imagenet_wnids, match_classes
+from nfzoo.data.labels import class_weights, few_images, histogram, imagenet, imagenet_wnids, match_classes
 from nfzoo.errors import DataError
 
 
@@ -93,3 +94,42 @@ def test_folders_that_are_no_classes_are_named(
 ) -> None:
     with pytest.raises(DataError, match=message):
         match_classes(names, classes, labels, source="x")
+
+
+# -- numbers of images, and weights
+
+
+def test_balanced_weights_are_scikit_learns() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.random.default_rng(0).choice(5, 300, p=[0.6, 0.2, 0.1, 0.07, 0.03])
+    counts = dict(zip("abcde", np.bincount(labels).tolist(), strict=True))
+    found = class_weights("balanced", counts)
+    assert found is not None
+    golden = compute_class_weight("balanced", classes=np.arange(5), y=labels)
+    assert found == pytest.approx(golden.tolist(), rel=1e-12)
+    assert sum(w * n for w, n in zip(found, counts.values(), strict=True)) / 300 == pytest.approx(1)
+
+
+def test_weights_by_name() -> None:
+    counts = {"cat": 3, "dog": 0, "eel": 5}
+    assert class_weights("none", counts) is None
+    assert class_weights({"eel": 2.5, "dog": 0.0}, counts) == (1.0, 0.0, 2.5)
+    for given, message in (
+        ("balanced", "class 'dog' has no image"),
+        ({"dig": 1.0}, "name 'dig', which is no class of the data; did you mean 'dog'"),
+        (dict.fromkeys(counts, 0.0), "all class_weights are 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            class_weights(given, counts)
+
+
+def test_numbers_of_images_in_words() -> None:
+    counts = {f"c{i:02}": 5 + i for i in range(25)}
+    few = dict(list(counts.items())[:3])
+    assert histogram(few) == "c00 5, c01 6, c02 7"
+    assert histogram(counts) == "25 classes from c00 5 to c24 29, median 17"
+    assert few_images(few) == "3 classes have fewer than ten images to train on: c00 5, c01 6, c02 7"
+    assert few_images({"a": 10, "b": 9}) == "1 class has fewer than ten images to train on: b 9"
+    assert few_images({"a": 10}) == ""
+    assert few_images(dict.fromkeys(map(str, range(12)), 0)).endswith("9 0 and 2 more")

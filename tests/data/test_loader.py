@@ -14,6 +14,7 @@ from nfzoo.data.images import UNLABELLED, ImageFolder, Images
 from nfzoo.data.loader import (
     BrokenImageError,
     TrainingBatch,
+    balanced_order,
     epoch_order,
     evaluation_batches,
     load_batches,
@@ -72,6 +73,53 @@ def test_epochs_and_seeds_differ(folder: Path) -> None:
 
 def test_order_is_a_permutation() -> None:
     assert sorted(epoch_order(100, seed=0, epoch=0)) == list(range(100))
+
+
+def test_a_balanced_epoch_has_equally_many_of_each_class() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 2, 5], [60, 7, 36]))  # two classes have no images
+    length = len(labels)
+    for epoch in range(3):
+        samples = balanced_order(labels, seed=1, epoch=epoch)
+        assert len(samples) == length
+        assert len(set(samples.tolist())) == length
+        assert sorted(np.bincount(labels[samples % length])[[0, 2, 5]].tolist()) == [34, 34, 35]
+        # An image comes again once all others of its class have come as often.
+        repeats = np.bincount(samples % length, minlength=length)
+        for label in (0, 2, 5):
+            assert np.ptp(repeats[labels == label]) <= 1
+        again = samples[samples >= length]
+        assert set(labels[again % length]) == {2}
+        assert {s - length for s in again.tolist()} <= set(samples.tolist())
+    assert np.array_equal(samples, balanced_order(labels, seed=1, epoch=2))
+    assert not np.array_equal(samples, balanced_order(labels, seed=2, epoch=2))
+    seen = set[int]().union(*(balanced_order(labels, seed=1, epoch=e).tolist() for e in range(20)))
+    assert set(range(length)) <= seen
+    # With equally many images of each class, no image comes twice.
+    assert sorted(balanced_order(np.arange(12) % 3, seed=0, epoch=0).tolist()) == list(range(12))
+
+
+def test_images_that_come_again_are_cropped_anew(tmp_path: Path) -> None:
+    data = ImageFolder.scan(write_images(tmp_path / "pets", {"cat": 14, "dog": 2}))
+    options: dict[str, Any] = {"balanced": True, "epoch": 2, "seed": 3}
+    found = together(epoch_of(data, **options))
+    assert found.labels.bincount().tolist() == [8, 8]
+    assert found.labels.tolist() == data.labels[found.indices.numpy() % 16].tolist()
+    for row, sample in enumerate(found.indices.tolist()):
+        image = open_image(data[sample % 16][0])
+        crop = training_crop(image, PREPROCESSING, np.random.default_rng([3, 2, sample]))
+        assert torch.equal(found.pixels[row], crop)
+    dogs = {pixels.numpy().tobytes() for pixels, label in zip(found.pixels, found.labels, strict=True) if label}
+    assert len(dogs) == 8
+    # Neither processes and accumulation nor an interruption change what comes, nor do images that cannot be read.
+    halves = [epoch_of(data, **options, rank=rank, world=2, accumulation=2) for rank in (0, 1)]
+    parts = [part for step in range(4) for half in halves for part in half[2 * step : 2 * step + 2]]
+    assert_same(found, together(parts))
+    rest = together(epoch_of(data, **options, start=8, workers=2))
+    assert torch.equal(rest.pixels, found.pixels[8:])
+    damage(tmp_path / "pets", "dog/1.png")
+    stand_in = together(epoch_of(ImageFolder.scan(tmp_path / "pets"), **options))
+    expected = [s - 15 if s % 16 == 15 else s for s in found.indices.tolist()]
+    assert stand_in.indices.tolist() == expected
 
 
 @pytest.mark.parametrize(("resize", "dtype"), [("deepmind", torch.float32), ("shortest-edge", torch.uint8)])

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import nfzoo
@@ -90,6 +91,66 @@ def test_dead_in_an_epoch_and_between_two(tmp_path: Path, whole: Path, monkeypat
     assert run(tmp_path / "run", "--resume", "true") == 0  # there is nothing left to do
     assert same(tmp_path / "run", whole)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == figures
+
+
+RARE = ["--data", "{data}", "--batch_size", "16", "--sampler", "balanced", "--class-weights", "{weights}"]
+
+
+def rare(folder: Path) -> list[str]:
+    """Return options of a run with few images of some classes, and with weights of others."""
+    data, weights = folder / "data", folder / "weights.yaml"
+    if not data.exists():
+        shutil.copytree(few_digits(), data)
+        for label in (3, 7):
+            for path in sorted((data / str(label)).iterdir())[6:]:
+                path.unlink()
+        weights.write_text("1: 2.5\n7: 0.5\n")
+    return [option.format(data=data, weights=weights) for option in RARE]
+
+
+def test_dead_in_a_run_of_rare_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = rare(tmp_path)
+    assert run(tmp_path / "whole", *options) == 0
+    for step in (3, 13):
+        with monkeypatch.context() as patch:
+            die_before_step(step, patch)
+            with pytest.raises(Died):
+                run(tmp_path / "run", *options, "--resume", "true")
+    (tmp_path / "weights.yaml").write_text("1: 2.5\n7: 0.25\n")
+    assert run(tmp_path / "run", *options, "--resume", "true") == 2
+    assert "is of a run with class_weights.7 0.5, not 0.25" in capsys.readouterr().err
+    (tmp_path / "weights.yaml").write_text('{"7": 0.5, "1": 2.5}')
+    assert run(tmp_path / "run", *options, "--resume", "true") == 0
+    assert same(tmp_path / "run", tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    # The recipe of a run needs no file of weights.
+    assert yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())["class_weights"] == {"1": 2.5, "7": 0.5}
+    assert run(tmp_path / "other", *options[:-1], "none") == 0
+    assert not same(tmp_path / "other", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_rare_classes_in_two_processes(tmp_path: Path) -> None:
+    options = rare(tmp_path)
+    assert run(tmp_path / "one", *options) == 0
+    together(tmp_path, [[*OPTIONS, *options, "--output", str(tmp_path / "two"), "--accumulation", "2"]])
+    found, wanted = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert max(float((found[k] - wanted[k]).abs().max()) for k in wanted) < PROCESSES_TOLERANCE
+    for mine, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_options_of_an_optimizer_do_not_keep_a_run_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--optim.name", "adamw", "--optim.lr", "0.001", "--optim.options.betas", "[0.8, 0.9]"]
+    with monkeypatch.context() as patch:
+        die_before_step(3, patch)
+        with pytest.raises(Died):
+            run(tmp_path / "run", *options, "--epochs", "1")
+    assert run(tmp_path / "run", *options, "--epochs", "1", "--resume", "true") == 0
 
 
 def test_dead_before_the_first_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

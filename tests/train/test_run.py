@@ -121,6 +121,7 @@ def test_fine_tunes_a_checkpoint_for_other_classes(
         options = ["--model", str(tmp_path / "source"), "--batch_size", "8", "--optim.lr", "1e-6", "--workers", "1"]
         assert run(tmp_path / "tuned", *options, "--optim.ema_decay", "null", data=str(folder)) == 0
     assert "10 classes" in caplog.text
+    assert "3 classes have fewer than ten images to train on: cat 8, dog 8, fish 8" in caplog.text
     tuned = nfzoo.from_pretrained(tmp_path / "tuned")
     assert tuned.labels == ("cat", "dog", "fish")
     key = "stages.0.0.conv1.weight"
@@ -193,13 +194,23 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
         (["--max_broken", "-1"], "max_broken must not be negative"),
         (["--keep_checkpoints", "0"], "keep_checkpoints must be at least 1"),
         (["--tracker", "no_such_tracker"], "there is no tracker 'no_such_tracker'"),
+        (["--labels", "/no/such/labels.csv"], "is none; give the folder"),
+        (["--labels", "/no/such.csv", "--data", "{data}"], "the labels '/no/such.csv' do not exist"),
+        (["--class-names", "names.txt"], "class_names 'names.txt' goes with a file of labels"),
+        (["--class-weights", "{10: 2}"], "class_weights name '10', which is no class of the data"),
+        (["--class-weights", "{1: -2}"], "class_weights must be numbers from 0 on; that of 1 is -2"),
+        (["--class-weights", "[1, 2]"], "class_weights must be a mapping, not [1, 2]"),
+        (["--class-weights", "balance"], "the class weights 'balance' do not exist; give a file, none, balanced"),
+        (["--class-weights", "/dev/null"], "the class weights '/dev/null' cannot be read"),
+        (["--class-weights", "balanced", "--sampler", "balanced"], "make up for the same twice"),
+        (["--sampler", "even"], "sampler must be one of shuffle, balanced"),
         (["--recipe", "nfnet-f1-finetun"], "there is no recipe 'nfnet-f1-finetun'"),
     ],
 )
 def test_bad_options_end_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert run(tmp_path / "out", *options) == 2
+    assert run(tmp_path / "out", *(option.replace("{data}", few_digits()) for option in options), data="digits") == 2
     error = capsys.readouterr().err
     assert error.startswith("nfzoo train: error: ")
     assert error.count("\n") == 1
