@@ -67,8 +67,10 @@ def open_image(
 ) -> Image.Image:
     """Return an upright 8-bit image, fully loaded, of mode `RGB` (three channels) or `L` (one).
 
-    Transparent pixels are composed over white, 16-bit values are scaled by 255 / 65535, the EXIF orientation is
-    applied, and an animation gives its first frame. The result carries no metadata.
+    This is the one rule for images in training, evaluation and prediction. Transparent pixels are composed over white,
+    16-bit values are scaled by 255 / 65535 (those of colours are cut to their upper 8 bits, by Pillow), the EXIF
+    orientation is applied, and an animation gives its first frame. A file that is cut off is refused, whatever of it
+    could be read. The result carries no metadata.
 
     Args:
         source: a path, a binary file, a Pillow image, or a `uint8` array of `(H, W)` or `(H, W, 1 | 3 | 4)`.
