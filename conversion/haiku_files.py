@@ -33,7 +33,7 @@ from nfzoo.conversion.arrays import (
 from nfzoo.conversion.haiku import canonical
 from nfzoo.conversion.pickle_reader import read_pickle
 from nfzoo.errors import ConversionError
-from nfzoo.files import open_regular
+from nfzoo.files import nearest_path, open_regular
 
 _KEYSTR = re.compile(r"\['([^']*)'\]\['([^']*)'\]")  # jax.tree_util.keystr of a path
 MOST_RATIO = 20  # unpacked bytes to one of the archive; trained weights hardly pack at all, 2.3 if they were bfloat16
@@ -168,7 +168,9 @@ def open_source(path: str | Path) -> Iterator[Source]:
     path = Path(path)
     if not path.is_file():
         what = "is a folder without a model" if path.is_dir() else "is no file" if path.exists() else "does not exist"
-        raise ConversionError(f"{path} {what}; give DeepMind's file, or a folder of nfzoo's or timm's")
+        near = "" if path.exists() else nearest_path(path)
+        remedy = near or "; give DeepMind's file, or a folder of nfzoo's or timm's"
+        raise ConversionError(f"{path} {what}{remedy}")
     size = path.stat().st_size
     with open_regular(path) as file:
         try:

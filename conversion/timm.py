@@ -27,7 +27,7 @@ from nfzoo.conversion.timm_config import (
 )
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError, nearest
-from nfzoo.files import open_regular
+from nfzoo.files import nearest_path, open_regular
 from nfzoo.model import specs
 from nfzoo.runtime.output import json_text
 from nfzoo.types import Params
@@ -277,7 +277,7 @@ def _weight_file(path: Path) -> Path:
                 return path / name
         raise ConversionError(f"there is no {WEIGHTS_FILE} or {PICKLED_FILE} in {path}")
     if not path.is_file():
-        raise ConversionError(f"there is no file or folder {path}")
+        raise ConversionError(f"there is no file or folder {path}{nearest_path(path)}")
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and not is_torch_file(path):
         raise ConversionError(f"{path} is no folder, no .safetensors file and no file of torch's")
     return path

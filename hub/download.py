@@ -39,6 +39,7 @@ from nfzoo.checkpoint.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from nfzoo.checkpoint.weight_files import read_index
 from nfzoo.conversion.timm import PICKLED_FILE
 from nfzoo.conversion.timm_config import is_timm
+from nfzoo.data.hf_datasets import is_unreachable
 from nfzoo.errors import CheckpointError
 from nfzoo.files import open_regular, read_json
 from nfzoo.hub.registry import Repository
@@ -65,6 +66,7 @@ class Source:
         force_download: bool = False,
         require_hash: bool = False,
         allow_pickle: bool = False,
+        instead: str = "",
     ) -> None:
         self.repository = repository
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
@@ -73,6 +75,8 @@ class Source:
         self.force = force_download
         self.require_hash = require_hash
         self.allow_pickle = allow_pickle
+        self._instead = instead  # what else was meant, perhaps, where there is no such repository
+        self._reached = False  # whether the Hub has answered
         self._unchecked: list[str] = []  # names of files that no hash is known of
 
     def __str__(self) -> str:
@@ -96,13 +100,14 @@ class Source:
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise CheckpointError(
                 f"{self} does not exist, or is private: check its name, or log in with `hf auth login` (there is also "
-                "no such folder here)"
+                f"no such folder here{self._instead})"
             ) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            why = "the Hub cannot be reached: check the connection, then call again"
+            reason = f" ({error.__cause__})" if str(error.__cause__ or "") else ""
+            why = f"the Hub cannot be reached{reason}: check the connection, then call again"
             if self.local:
                 why = "offline mode or local_files_only keeps it from being fetched"
-            raise CheckpointError(f"{self} is not whole in the cache, and {why}") from error
+            raise CheckpointError(f"{self} is not whole in the cache, and {why}{self._instead}") from error
         except EntryNotFoundError as error:
             raise CheckpointError(
                 f"{self} lacks {CONFIG_FILE} or {WEIGHTS_FILE}: it holds no nfzoo model (if it was mended since, "
@@ -188,7 +193,7 @@ class Source:
             try:
                 path, stated = self._download(name, revision)
             except (HTTP_ERROR, OSError) as error:
-                if last or not _may_pass(error):
+                if last or not _may_pass(error) or isinstance(error, LocalEntryNotFoundError):
                     raise
                 logger.warning("%s; trying again", " ".join(str(error).split()) or type(error).__name__)
                 time.sleep(RETRY_SECONDS)
@@ -234,9 +239,17 @@ class Source:
     def _download(self, name: str, revision: str) -> tuple[Path, str | None]:
         """Return a file after asking the Hub for it, and the hash that the Hub states."""
         repo = self.repository.repo_id
-        if self.force:
-            # Where the Hub does not answer, its client falls back to the cache without a word.
-            get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=self.token)
+        if self.force or not self._reached:
+            # Where the Hub does not answer, its client falls back to the cache without a word, or tries for half a
+            # minute.
+            try:
+                get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=self.token)
+            except (HTTP_ERROR, OSError) as error:
+                if is_unreachable(error):
+                    raise LocalEntryNotFoundError("the Hub cannot be reached") from error
+                if self.force:
+                    raise
+            self._reached = True
         path = Path(hf_hub_download(repo, name, revision=revision, cache_dir=self.cache_dir, token=self.token))
         stated = _stated_hash(path)
         if stated is None:  # a cache without links, as on Windows: only the Hub knows

@@ -13,7 +13,7 @@ from nfzoo.conversion.timm import read_timm
 from nfzoo.conversion.timm_config import is_timm
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError, UnknownModelError, nearest
-from nfzoo.files import read_json
+from nfzoo.files import nearest_path, read_json
 from nfzoo.hub.download import Source
 from nfzoo.hub.registry import PUBLIC, Repository
 from nfzoo.nn import NFNet, assemble, check_changes, load
@@ -76,7 +76,7 @@ def from_pretrained(
     if os.path.exists(name):  # unlike Path.exists, False for a name too long for the disk
         path, sha256, origin = Path(name), None, {}
     else:
-        repository = _repository(name)
+        repository = repository_of(name)
         if revision is not None and revision != repository.revision:
             repository = repository._replace(revision=revision, sha256=None)
         hub = Source(
@@ -87,6 +87,7 @@ def from_pretrained(
             force_download=force_download,
             require_hash=require_hash,
             allow_pickle=allow_pickle,
+            instead=nearest_path(name),
         )
         path, sha256 = hub.fetch()
         origin = {"repository": repository.repo_id, "revision": path.name}
@@ -112,8 +113,13 @@ def _in_timms_layout(path: Path) -> bool:
         return False  # `load` says what is wrong
 
 
-def _repository(name: str) -> Repository:
-    """Return the repository of a zoo name or a repository id; what looks like a path is a path that does not exist."""
+def repository_of(name: str) -> Repository:
+    """Return the repository of a zoo name or a repository id, for a name that does not exist on disk.
+
+    Raises:
+        UnknownModelError: for what is neither.
+        CheckpointError: for what looks like a path, and for a zoo name without public weights.
+    """
     if name.startswith(HUB):
         name = name.removeprefix(HUB)
         if not _REPOSITORY.fullmatch(name):
@@ -129,14 +135,17 @@ def _repository(name: str) -> Repository:
         )
     path = Path(name)
     in_a_folder = "/" in name and os.path.isdir(path.parts[0])
-    if in_a_folder or path.suffix in _SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        parent = path.parent
-        beside = [str(parent / entry) for entry in os.listdir(parent)] if os.path.isdir(parent) else []
+    if in_a_folder or is_file_name(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         hub = f" ({HUB}{name} would be a repository of the Hub)" if _REPOSITORY.fullmatch(name) else ""
-        raise CheckpointError(f"there is no file or folder {name!r}{hub}{nearest(name, beside)}")
+        raise CheckpointError(f"there is no file or folder {name!r}{hub}{nearest_path(name)}")
     if not _REPOSITORY.fullmatch(name):
         raise UnknownModelError(
-            f"{name!r} is no folder, no file, no Hub repository (org/name) and no zoo model{nearest(name, VARIANTS)}; "
-            "`nfzoo list` shows the zoo"
+            f"{name!r} is no folder, no file, no Hub repository (org/name) and no zoo model"
+            f"{nearest(name, VARIANTS) or nearest_path(name)}; `nfzoo list` shows the zoo"
         )
     return Repository(name)
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name ends as those of weight files do."""
+    return Path(name).suffix in _SUFFIXES

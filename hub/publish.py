@@ -15,9 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, weight_files
 from nfzoo.checkpoint.state_dicts import check_values
-from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError, nearest
+from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError
 from nfzoo.evaluate import EVALUATION_FILE
-from nfzoo.files import read_json, read_text
+from nfzoo.files import nearest_path, read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
 from nfzoo.train import strict_yaml
@@ -59,8 +59,7 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     if not organised:
         raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
     if not folder.is_dir():
-        beside = map(str, folder.parent.iterdir()) if folder.parent.is_dir() else ()
-        raise CheckpointError(f"there is no folder {str(folder)!r}{nearest(str(folder), beside)}")
+        raise CheckpointError(f"there is no folder {str(folder)!r}{nearest_path(folder)}")
     description, params = load_checkpoint(folder)
     try:
         check_values(params)

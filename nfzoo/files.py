@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
+import itertools
 import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from io import BufferedReader
+from pathlib import Path
 from typing import Any
 
 MOST_TEXT = 32 << 20  # bytes; a configuration with names for a million classes takes 20 MB
+_MOST_NAMES = 10_000  # of a folder, that a misspelt name is compared with, which takes 0.1 s
 
 _LONGEST_LINE = 1 << 20  # bytes of a first line that tell what separates its cells
 
@@ -112,3 +116,23 @@ def csv_rows(file: BufferedReader, *, tabs: bool = False) -> tuple[list[str], It
             yield reader.line_num, cells
 
     return header, rows()
+
+
+def nearest_path(name: str | os.PathLike[str]) -> str:
+    """Return `; did you mean 'runs/digits'?` for a path that does not exist, or "" if there is none of like parts."""
+    found = [Path()]
+    for part in Path(os.path.expanduser(name)).parts:
+        found = [path for folder in found for path in _like(folder, part)][:3]
+    return f"; did you mean {' or '.join(repr(str(path)) for path in found)}?" if found and found != [Path()] else ""
+
+
+def _like(folder: Path, part: str) -> list[Path]:
+    """List what is in a folder under a name, or else under names that are similar."""
+    if os.path.lexists(folder / part):
+        return [folder / part]
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in itertools.islice(entries, _MOST_NAMES) if e.name[0] != "." or part[0] == "."]
+    except (OSError, ValueError):
+        return []
+    return [folder / near for near in difflib.get_close_matches(part, sorted(names), n=3)]

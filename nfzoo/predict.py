@@ -17,6 +17,7 @@ from nfzoo.analysis.sheets import SHEET_LIMIT, SheetEntry, prediction_sheet, thu
 from nfzoo.analysis.style import check_png
 from nfzoo.config import is_int
 from nfzoo.errors import CheckpointError, ConfigError, DataError
+from nfzoo.files import nearest_path
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import AUTOCAST, backend, usable_device
 from nfzoo.transforms.decode import IMAGE_SUFFIXES, open_image
@@ -129,7 +130,8 @@ def image_files(sources: Sequence[str | Path], *, without: str | Path | None = N
     for source in map(Path, sources):
         if not source.is_dir():
             if not source.exists():
-                raise DataError(f"{source} does not exist; give an image or a folder of images")
+                near = nearest_path(source) or "; give an image or a folder of images"
+                raise DataError(f"{source} does not exist{near}")
             files.append(source)
             continue
         inside = sorted(

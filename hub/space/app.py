@@ -17,7 +17,8 @@ from typing import Any
 
 from nfzoo import from_pretrained
 from nfzoo.checkpoint.model_folder import CONFIG_FILE
-from nfzoo.errors import ConfigError, DataError, NfzooError, UnknownModelError, nearest
+from nfzoo.errors import ConfigError, DataError, NfzooError
+from nfzoo.hub.pretrained import repository_of
 from nfzoo.hub.registry import PUBLIC
 from nfzoo.nn import NFNet
 from nfzoo.predict import classify
@@ -109,13 +110,10 @@ def named(sources: Sequence[str]) -> dict[str, str]:
             if not inside:
                 raise ConfigError(f"{source!r} holds no model: neither {CONFIG_FILE} nor folders with one")
             expanded += map(str, inside)
-        elif folder.exists() or source in PUBLIC or source.count("/") == 1:
-            expanded.append(source)
         else:
-            raise UnknownModelError(
-                f"{source!r} is no folder, no file, no Hub repository (org/name) and no zoo model with public weights"
-                f"{nearest(source, PUBLIC)}"
-            )
+            if not folder.exists():
+                repository_of(source)
+            expanded.append(source)
     expanded = list(dict.fromkeys(expanded))
     short = {source: _last_part(source) for source in expanded}
     count = Counter(short.values())

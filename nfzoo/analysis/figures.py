@@ -11,7 +11,7 @@ from nfzoo.analysis.signal_propagation import SignalMetrics
 from nfzoo.analysis.style import BLUE, INK, ORANGE, PAPER, QUIET, RULE, check_png
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import DataError, NfzooError
-from nfzoo.files import parse_json, read_text
+from nfzoo.files import nearest_path, parse_json, read_text
 from nfzoo.runtime.output import escaped
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         text = read_text(path)
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}; nfzoo train writes it after the first epoch") from error
+        near = nearest_path(path) or "; nfzoo train writes it after the first epoch"
+        raise DataError(f"there is no file {path}{near}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.splitlines(), start=1):

@@ -15,6 +15,7 @@ from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.conversion import convert as conversion
 from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.files import read_json
+from nfzoo.hub.pretrained import is_file_name
 from nfzoo.model import BlockCost, costs, parameter_count
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
@@ -83,7 +84,7 @@ def _info(options: argparse.Namespace) -> None:
 def _lookup(source: str, **options: Any) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
     """Return configuration, preprocessing and facts of a zoo name or a checkpoint. A file comes before a name."""
     path = Path(source)
-    if not path.exists() and "/" not in source:
+    if not path.exists() and "/" not in source and not is_file_name(source):
         row = variant(source)
         top1 = None if row.top1 is None else f"{row.top1:.1f} % on ImageNet, as the source reports"
         return row.config, row.preprocessing, {"name": row.name, "source": row.source, "top-1": top1}

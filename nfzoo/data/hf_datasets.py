@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -295,11 +296,55 @@ def open_hub(repository: str, config: str | None, revision: str | None, source: 
     Raises:
         DataError: if the data set does not exist or is not accessible, or if `datasets` is not installed.
     """
-    return _load(
-        lambda load: load(repository, config, revision=revision),
-        source,
-        "check its name and configuration; log in with `hf auth login` if it asks for consent",
-    )
+
+    def opened(load: Callable[..., Any]) -> Any:
+        reason = _unreachable(repository)
+        if reason is None:
+            return load(repository, config, revision=revision)
+        try:  # the library would try for half a minute before it looks into its cache
+            with _offline():
+                return load(repository, config, revision=revision)
+        except Exception as error:
+            raise DataError(
+                f"{source} is not whole in the cache, and the Hub cannot be reached ({reason}): check the connection"
+            ) from error
+
+    remedy = "check its name and configuration; log in with `hf auth login` if it asks for consent"
+    return _load(opened, source, remedy)
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Return whether an error of the Hub's client says that no server has answered, so that a second try is in vain."""
+    return type(error).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+
+
+def _unreachable(repository: str) -> str | None:
+    """Ask the Hub for a data set once; return the reason where no server answers."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, "README.md", repo_type="dataset"))
+    except Exception as error:
+        return str(error) if is_unreachable(error) else None  # `datasets` says what else is wrong
+    return None
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    import datasets.config
+    from huggingface_hub import constants
+
+    settings: tuple[Any, ...] = (datasets.config, constants)
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    for module in settings:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _load(call: Callable[[Callable[..., Any]], Any], source: str, remedy: str) -> Any:
@@ -309,6 +354,8 @@ def _load(call: Callable[[Callable[..., Any]], Any], source: str, remedy: str) -
         raise DataError(f"{source} is read by the `data` extra: pip install 'nfzoo[data]'") from error
     try:
         return call(datasets.load_dataset)
+    except DataError:
+        raise
     except Exception as error:  # of many libraries: datasets, the Hub's client, its transport, pyarrow
         causes = [error]
         while causes[-1].__cause__ is not None:

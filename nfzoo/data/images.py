@@ -20,6 +20,7 @@ from PIL import Image
 
 from nfzoo.data.layouts import check_classes_of, files_in, foreign_format, is_visible, subfolders
 from nfzoo.errors import DataError
+from nfzoo.files import nearest_path
 from nfzoo.transforms.decode import HEIF_REMEDY, HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 logger = logging.getLogger("nfzoo")
@@ -171,7 +172,10 @@ class ImageFolder(Images[Path]):
         folder = Path(folder)
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
-            raise DataError(f"the data folder {str(folder)!r} {problem}; give one with a subfolder of images per class")
+            near = nearest_path(folder) if not folder.exists() else ""
+            raise DataError(
+                f"the data folder {str(folder)!r} {problem}{near or '; give one with a subfolder of images per class'}"
+            )
         folders: dict[str, str] = {}  # class -> folder
         for entry in subfolders(folder):
             if any("\ud800" <= c <= "\udfff" for c in entry):  # not UTF-8, so that config.json cannot hold it

@@ -49,6 +49,7 @@ from nfzoo.data.layouts import (
 )
 from nfzoo.data.tar_shards import COMPRESSED, TarShards
 from nfzoo.errors import ConfigError, DataError
+from nfzoo.files import nearest_path
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -217,7 +218,8 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         archives = [file.absolute() for file in expand(path, _ARCHIVES)]
         base = Path(os.path.commonpath([file.parent for file in archives]))
     elif not root.is_file():
-        raise DataError(f"the data {source!r} do not exist; give a folder, a tar or parquet file, or {HUB}ORG/NAME")
+        near = nearest_path(root) or f"; give a folder, a tar or parquet file, or {HUB}ORG/NAME"
+        raise DataError(f"the data {source!r} do not exist{near}")
     elif not root.name.lower().endswith(_ARCHIVES):
         raise DataError(f"{source!r} is no folder, tar file or parquet file; give single images without --data")
     else:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from nfzoo.errors import ConfigError, nearest
-from nfzoo.files import read_text
+from nfzoo.files import nearest_path, read_text
 from nfzoo.runtime import program
 from nfzoo.train import strict_yaml
 from nfzoo.train.config import STARTING, OptimConfig, TrainConfig
@@ -225,7 +225,7 @@ def _find(name: str) -> Path:
         return known[name]
     if "/" in name or name.endswith((".yaml", ".yml")):
         inside = path / RUN_FILE
-        hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""
+        hint = f"; did you mean {str(inside)!r}?" if inside.is_file() else nearest_path(path)
         raise ConfigError(f"{name!r} {'is a folder, no recipe file' if path.is_dir() else 'is no recipe file'}{hint}")
     near = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
     raise ConfigError(f"there is no recipe {name!r}, neither a file nor one of nfzoo's{near}")

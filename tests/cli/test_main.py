@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -293,3 +294,39 @@ def test_a_terminal_that_knows_ascii_alone(checkpoint: Path) -> None:
     done = run("info", str(checkpoint), env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert r"\x1b[31mfish" in done.stdout
+
+
+def test_every_command_tells_a_misspelt_path(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "pets").symlink_to(checkpoint)
+    (tmp_path / "runs" / "pets.yaml").touch()
+    runs = "runs/pts"
+    commands = {
+        f"info {runs}": "runs/pets",
+        f"predict {runs} photos": "runs/pets",
+        "predict runs/pets photos/aa.png": "photos/a.png",
+        f"evaluate {runs} --data digits": "runs/pets",
+        "evaluate runs/pets --data potos": "photos",
+        f"bulk {runs} --data photos --output out": "runs/pets",
+        "bulk runs/pets --data potos --output out": "photos",
+        f"plot signal {runs}": "runs/pets",
+        f"plot curves {runs}": "runs/pets",
+        f"convert {runs} out": "runs/pets",
+        f"convert {runs}/model.safetensors out": "runs/pets/model.safetensors",
+        f"export {runs} --format torch --output out": "runs/pets",
+        f"push {runs} me/pets --dry-run": "runs/pets",
+        f"space --model {runs}": "runs/pets",
+        f"train --model {runs} --data digits --output out": "runs/pets",
+        "train --model nfnet-test --data potos --output out": "photos",
+        "train --recipe runs/pts.yaml": "runs/pets.yaml",
+    }
+    for command, near in commands.items():
+        assert main(shlex.split(command)) == 2, command
+        error = error_line(capsys)
+        assert f"did you mean {near!r}" in error, command
+    assert not (tmp_path / "out").exists()
+    for command in ("info x.safetensors", "info x/y/z", "info ./x", "predict x.pt photos"):
+        assert main(command.split()) == 2
+        assert "there is no file or folder" in error_line(capsys), command

@@ -23,7 +23,7 @@ from nfzoo.data.label_files import LabelFiles, open_label_files
 from nfzoo.data.labels import read_class_names
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.errors import CheckpointError, NfzooError
-from nfzoo.files import UnreadableFileError, csv_rows, open_regular, parse_json, read_json, read_text
+from nfzoo.files import UnreadableFileError, csv_rows, nearest_path, open_regular, parse_json, read_json, read_text
 from nfzoo.train import recipes
 from nfzoo.transforms.decode import open_image
 from tests.support.loops import each
@@ -175,3 +175,23 @@ def test_csv_that_tabs_separate(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"a,b\n")
     with open_regular(tmp_path / "file") as file:
         assert csv_rows(file, tabs=True)[0] == ["a,b"]
+
+
+def test_a_misspelt_path_has_its_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("runs/digits", "runs/pets", "home/photos", "runs/.hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs" / "pets" / "train.yaml").touch()
+    for name, near in {
+        "runs/dgits": "runs/digits",
+        "run/dgits/": "runs/digits",
+        "./runs/pets/trian.yaml": "runs/pets/train.yaml",
+        "~/photos": str(tmp_path / "home" / "photos"),
+        "runs/hidden": None,
+        "runs/digits/train.yaml": None,
+        "runs/pets/train.yaml/x": None,
+        "elsewhere/digits": None,
+        "": None,
+    }.items():
+        assert nearest_path(name) == (f"; did you mean {near!r}?" if near else ""), name

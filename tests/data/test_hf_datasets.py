@@ -318,6 +318,18 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     assert len(lines) == 3 + len(bad)
     for line, message in zip(lines[3:], bad.values(), strict=True):
         assert message in line
+    # The server is gone: one try, and then what the cache holds.
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", OPENED, "hub:org/other"],
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Retrying" not in done.stderr
+    assert done.stdout.splitlines()[:3] == lines[:3]
+    assert "'hub:org/other' is not whole in the cache, and the Hub cannot be reached (" in done.stdout.splitlines()[3]
 
 
 FILES_OF_THE_HUB = """

@@ -379,17 +379,28 @@ def test_an_overloaded_hub(method, hub, files, model):
     assert_same(nfzoo.from_pretrained(REPO).state_dict(), model.state_dict())
 
 
-def test_no_hub_at_all(hub, files, monkeypatch):
+def test_no_hub_at_all(hub, files, tmp_path, monkeypatch):
+    """One try, without the client's pauses; a folder of a similar name is named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "orgs" / "small").mkdir(parents=True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("there was a second try"))
     hub.add(REPO, files)
     hub.server.shutdown()
     hub.server.server_close()
-    with pytest.raises(CheckpointError, match="not whole in the cache, and the Hub cannot be reached"):
-        nfzoo.from_pretrained(REPO)
+    several: list[dict[str, Any]] = [{}, {"force_download": True}]
+    for options in several:
+        with pytest.raises(CheckpointError, match="not whole in the cache, and the Hub cannot be reached") as caught:
+            nfzoo.from_pretrained(REPO, **options)
+        assert "refused" in str(caught.value)
+        assert str(caught.value).endswith("; did you mean 'orgs/small'?")
 
 
-def test_refusals(hub, files):
+def test_refusals(hub, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "orgs" / "none").mkdir(parents=True)
     hub.add(REPO, files)
-    with pytest.raises(CheckpointError, match="'org/none' does not exist, or is private"):
+    near = r"there is also no such folder here; did you mean 'orgs/none'\?"
+    with pytest.raises(CheckpointError, match=f"'org/none' does not exist, or is private.*{near}"):
         nfzoo.from_pretrained("org/none")
     hub.gated.add(REPO)
     with pytest.raises(CheckpointError, match="accept its terms"):

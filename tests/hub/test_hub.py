@@ -132,6 +132,7 @@ FAILURES = {
 @pytest.mark.parametrize("case", FAILURES)
 def test_the_hubs_errors_become_ours(case, monkeypatch):
     error, match = FAILURES[case]
+    monkeypatch.setattr(download, "get_hf_file_metadata", Mock())  # which asks whether the Hub is there
     monkeypatch.setattr(download, "hf_hub_download", Mock(side_effect=error))
     with pytest.raises(CheckpointError, match=match) as caught:
         nfzoo.from_pretrained("org/name", revision="v1")

@@ -115,8 +115,8 @@ def test_what_is_offered() -> None:
     ("source", "message"),
     [
         ("nfnet-f00", "did you mean 'nfnet-f0'"),
-        ("nf-resnet-50", "no zoo model with public weights"),
-        ("/no/such/folder", "'/no/such/folder' is no folder"),
+        ("nf-resnet-50", "no weights are published"),
+        ("/no/such/folder", "there is no file or folder '/no/such/folder'"),
         ("{empty}", "holds no model"),
     ],
 )
