@@ -16,7 +16,6 @@ from typing import Any
 
 MOST_TEXT = 32 << 20  # bytes; a configuration with names for a million classes takes 20 MB
 _MOST_NAMES = 10_000  # of a folder, that a misspelt name is compared with, which takes 0.1 s
-
 _LONGEST_LINE = 1 << 20  # bytes of a first line that tell what separates its cells
 
 

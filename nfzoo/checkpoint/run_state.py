@@ -161,6 +161,18 @@ def latest_state(root: str | Path) -> Saved | None:
     return None
 
 
+def newest_options(root: str | Path) -> dict[str, Any] | None:
+    """Return the options of the run that the newest readable `state.json` notes, without a look at the other files."""
+    for _, folder in _folders(Path(root)):
+        try:
+            options = read_json(folder / STATE_FILE)["config"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        if isinstance(options, dict):
+            return options
+    return None
+
+
 def open_state(folder: str | Path) -> Saved:
     """Return the checkpoint in a folder; raise `CheckpointError` if it is incomplete or damaged."""
     folder = Path(folder)

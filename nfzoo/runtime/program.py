@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import os
 import re
@@ -36,8 +37,32 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], self._option_string_actions)}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._near(unknown[0].partition('=')[0])}")
         return options
+
+    def _near(self, word: str) -> str:
+        """Return options like an unknown one: those of groups that end so, such as `--optim.lr`, before all others."""
+        if not word.startswith("-"):
+            return ""
+        known = [name for parser in (self, *self._inner()) for name in parser._option_string_actions]
+        inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]
+        if inner:
+            return f"; did you mean {' or '.join(map(repr, inner))}?"
+        bare = {name.lstrip("-"): name for name in known if name.startswith("--")}
+        near = difflib.get_close_matches(word.lstrip("-").lower(), bare, n=3)
+        return f"; did you mean {' or '.join(repr(bare[name]) for name in near)}?" if near else ""
+
+    def _inner(self) -> list[argparse.ArgumentParser]:
+        """Return the parsers of subcommands, such as those of `nfzoo plot`."""
+        actions = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for action in actions for parser in action.choices.values()]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = nearest(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"there is no {value!r} but {', '.join(map(str, action.choices))}{near}"
+            )
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)

@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from nfzoo.checkpoint.run_state import newest_options
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.files import nearest_path, read_text
 from nfzoo.runtime import program
 from nfzoo.train import strict_yaml
 from nfzoo.train.config import STARTING, OptimConfig, TrainConfig
-from nfzoo.train.run_folder import RUN_FILE
+from nfzoo.train.run_folder import RUN_FILE, STATES
 from nfzoo.transforms.mixing import Augment
 
 Fields = dict[str, Any]  # arguments of `TrainConfig`; those of its groups are dictionaries of their own
@@ -37,6 +38,8 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser(arguments).parse_args(arguments, argparse.Namespace(fields={}, recipes=[]))
     fields: Fields = options.fields
+    if fields.get("resume") and "output" in fields and not {"model", "data"} <= fields.keys():
+        fields = _of_the_run(fields)
     missing = [name for name in _REQUIRED if name not in fields]
     try:
         if options.print_config:
@@ -73,6 +76,32 @@ def _train_config(fields: Fields, allow_import: bool) -> TrainConfig:
             "torch.optim.Adam; to import it, pass --allow-import, which is no part of a recipe"
         )
     return config
+
+
+def _of_the_run(fields: Fields) -> Fields:
+    """Return the options of the run in the output folder, with those that are given in the place of its own.
+
+    Raises:
+        ConfigError: if there is no run.
+    """
+    output = Path(fields["output"])
+    content = newest_options(output / STATES)  # of before the first epoch's end, too
+    if content is not None:
+        own = {name: value for name, value in content.items() if name not in (*STARTING, "output")}
+        try:
+            own = _converted(TrainConfig, own)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the run in {str(output)!r} has options that this nfzoo does not take: {error}"
+            ) from error
+    elif (output / RUN_FILE).is_file():
+        own = _read(output / RUN_FILE)
+    else:
+        missing = " and ".join(f"--{name}" for name in ("model", "data") if name not in fields)
+        near = "" if output.exists() else nearest_path(output)
+        raise ConfigError(f"{str(output)!r} holds no run to go on with{near}; a new one needs {missing} as well")
+    _update(own, fields)
+    return own
 
 
 # ---------------------------------------------------------------- options

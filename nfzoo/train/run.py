@@ -31,7 +31,7 @@ from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.recipes import parse
-from nfzoo.train.run_folder import LOGS, STATES, best_state, clear
+from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
 from nfzoo.variants import VARIANTS
 
@@ -167,7 +167,8 @@ def _open_saved(config: TrainConfig) -> Saved | None:
             )
         if any((output / STATES).glob("step_*")):  # one that cannot be read here may be another nfzoo's
             raise ConfigError(
-                f"{config.output!r} holds an unfinished run; pass --resume true to go on, or --overwrite true"
+                f"{config.output!r} holds an unfinished run; to go on with it: {resume_command(config)}; to replace "
+                "it, pass --overwrite true"
             )
     return None
 

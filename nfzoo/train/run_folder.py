@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
@@ -154,7 +156,19 @@ class Saver:
         folder = next((folder for folder in reversed(self._folders) if folder.exists()), None)
         if folder is None:
             return "nothing was saved"
-        return f"{folder} holds the last checkpoint; to go on from it, pass --resume true"
+        return f"{folder} holds the last checkpoint; to go on from it: {resume_command(self.config)}"
+
+
+def resume_command(config: TrainConfig) -> str:
+    """Return the command that goes on with a run; for options of a launcher, which nobody notes, it has an ellipsis."""
+    launched = [
+        ("accelerate launch … -m nfzoo.train", "ACCELERATE_MIXED_PRECISION"),
+        ("torchrun … -m nfzoo.train", "TORCHELASTIC_RUN_ID"),
+        ("… -m nfzoo.train", "RANK"),
+    ]
+    program = next((words for words, variable in launched if variable in os.environ), "nfzoo train")
+    foreign = " --allow-import" if config.optim.is_foreign else ""
+    return f"{program} --output {shlex.quote(config.output)} --resume true{foreign}"
 
 
 def write_run(

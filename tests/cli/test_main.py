@@ -328,5 +328,5 @@ def test_every_command_tells_a_misspelt_path(
         assert f"did you mean {near!r}" in error, command
     assert not (tmp_path / "out").exists()
     for command in ("info x.safetensors", "info x/y/z", "info ./x", "predict x.pt photos"):
-        assert main(command.split()) == 2
+        assert main(shlex.split(command)) == 2
         assert "there is no file or folder" in error_line(capsys), command

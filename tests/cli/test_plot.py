@@ -171,7 +171,7 @@ def test_signal_draws_and_writes_numbers(tmp_path: Path, capsys: pytest.CaptureF
         (["signal", "nfnet-test", "--images", "/nowhere/at/all"], "does not exist"),
         (["signal", "nfnet-test", "--device", "gpu9"], "gpu9"),
         (["curves", "/nowhere/at/all"], "there is no file"),
-        (["portrait"], "invalid choice"),
+        (["signla", "x"], "there is no 'signla' but signal, curves; did you mean 'signal'?"),
         ([], "required"),
     ],
 )

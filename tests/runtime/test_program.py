@@ -105,3 +105,26 @@ def test_a_result_is_printed_or_written(tmp_path: Path, capsys):
     command.write_result(str(target), {"a": "é"}, "text")
     assert capsys.readouterr().out == f"text\nwrote {target}\n"
     assert json.loads(target.read_text("utf-8")) == {"a": "é"}
+
+
+def test_a_misspelt_option_has_its_nearest():
+    parser = command.Parser(prog="prog")
+    for option in ("--optim.lr", "--optim.min-lr", "--topk", "--batch-size", "--data"):
+        parser.add_argument(option)
+    outer = command.Parser(prog="prog")
+    inner = outer.add_subparsers().add_parser("picture")
+    inner.add_argument("--output", choices=("png", "jpg"))
+    for words, near in (
+        ("--lr 0.1", "'--optim.lr'"),  # and not --help, which has as many letters in common
+        ("--min_lr=3", "'--optim.min-lr'"),
+        ("--top", "'--topk'"),
+        ("--batchsize", "'--batch-size'"),
+        ("picture --outptu x", "'--output'"),
+        ("pictrue", "'picture'"),
+        ("picture --output pgn", "'png' or 'jpg'"),
+        ("--xyzzy", None),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            (outer if words.startswith("pic") else parser).parse_args(words.split())
+        told = str(caught.value).partition("; did you mean ")[2]
+        assert told == (f"{near}?" if near else ""), words

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,9 @@ import nfzoo
 from nfzoo.checkpoint import run_state
 from nfzoo.cli.main import main as nfzoo_command
 from nfzoo.data.loader import epoch_order
+from nfzoo.train import recipes, run_folder, trainer
 from nfzoo.train import run as train
-from nfzoo.train import run_folder, trainer
+from nfzoo.train.config import OptimConfig
 from tests.support.pictures import few_digits, write_images
 from tests.support.processes import ROOT, free_ports, together
 
@@ -296,6 +298,60 @@ def test_a_run_goes_on_as_itself_alone(
         assert said in capsys.readouterr().err
     assert run(tmp_path / "run", "--overwrite", "true", "--seed", "1", "--epochs", "1", "--save_steps", "9") == 0
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000005"]
+
+
+def test_the_folder_alone_says_how_to_go_on(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first epoch has ended, when there is no train.yaml, from the folder's newest checkpoint."""
+    output = tmp_path / "a run"
+
+    def stop(self: trainer.Trainer, parts: object, keep=trainer.Trainer.train_step) -> None:
+        keep(self, parts)  # type: ignore[arg-type]
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", stop)
+        for variable in ("RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+            patch.delenv(variable, raising=False)
+        assert run(output) == 143
+        error = capsys.readouterr().err
+    command = re.search(r"to go on from it: nfzoo (train .*)\n", error)
+    assert command is not None, error
+    assert not (output / "train.yaml").exists()
+    arguments = shlex.split(command[1])
+    assert arguments == ["train", "--output", str(output), "--resume", "true"]
+    for more, said in ((["--optim.lr", "0.3"], "optim.lr 0.4, not 0.3"), (["--model", "nfnet-f0"], "model")):
+        assert nfzoo_command([*arguments, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert nfzoo_command(arguments) == 0
+    assert same(output, whole)
+    assert rows(output) == rows(whole)
+    shutil.rmtree(output / "checkpoints")  # train.yaml knows as well
+    assert recipes.parse(arguments[1:]).optim.lr == 0.4
+    (tmp_path / "other").mkdir()
+    for name, said in (("other", "holds no run to go on with; a new"), ("a rum", "did you mean")):
+        assert nfzoo_command(["train", "--output", str(tmp_path / name), "--resume", "true"]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert "--model and --data as well" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a run", "other"]
+
+
+def test_a_launchers_options_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = train.TrainConfig(model="m", data="d", output="runs/x", optim=OptimConfig(name="my.Optimizer"))
+    for variable in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, start in (
+        ("", "nfzoo train"),
+        ("RANK", "… -m nfzoo.train"),
+        ("TORCHELASTIC_RUN_ID", "torchrun … -m nfzoo.train"),
+        ("ACCELERATE_MIXED_PRECISION", "accelerate launch … -m nfzoo.train"),
+    ):
+        if variable:
+            monkeypatch.setenv(variable, "x")
+        assert run_folder.resume_command(config) == f"{start} --output runs/x --resume true --allow-import"
 
 
 def test_other_data_are_noticed(

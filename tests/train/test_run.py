@@ -319,7 +319,7 @@ def test_a_corrupt_image_met_after_training_costs_no_epoch(
     assert run(tmp_path / "out", *options, data=str(data)) == 2
     error = capsys.readouterr().err
     assert "--max-broken" in error
-    assert "step_00000002 holds the last checkpoint; to go on from it, pass --resume true" in error
+    assert "step_00000002 holds the last checkpoint; to go on from it: nfzoo train --output " in error
     assert run(tmp_path / "out", *options, "--resume", "true", "--max-broken", "1", data=str(data)) == 0
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert row["broken"] == 1  # in the row of the very epoch
