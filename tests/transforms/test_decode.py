@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def odd_and_plain(odd: Path, plain: Path) -> None:
     grey = rng.integers(0, 256, (40, 56), np.uint8)
     opaque = rng.integers(0, 2, (40, 56), np.uint8)
 
-    def write(name: str, image: Image.Image, expected: Image.Image, **options: object) -> None:
+    def write(name: str, image: Image.Image, expected: Image.Image, **options: Any) -> None:
         image.save(odd / "a" / name, **options)
         expected.convert("RGB").save(plain / "a" / f"{Path(name).stem}.png")
 
