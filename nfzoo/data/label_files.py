@@ -52,12 +52,17 @@ class LabelFiles(NamedTuple):
     class_names: str | None = None
 
 
-def label_files(labels: str | None, class_names: str | None) -> LabelFiles | None:
-    """Return the files that `--labels` and `--class-names` name; `None` without both."""
+def label_files(labels: str | None, validation: str | None, class_names: str | None) -> LabelFiles | None:
+    """Return the files that options name; `None` where there are none.
+
+    Raises:
+        ConfigError: for one of the others without `labels`.
+    """
     if labels is not None:
-        return LabelFiles(labels, None, class_names)
-    if class_names is not None:
-        raise ConfigError(f"--class-names {class_names!r} goes with a file of labels; give that as --labels")
+        return LabelFiles(labels, validation, class_names)
+    for name, value in {"validation_labels": validation, "class_names": class_names}.items():
+        if value is not None:
+            raise ConfigError(f"{name} {value!r} goes with a file of labels; give that as labels")
     return None
 
 

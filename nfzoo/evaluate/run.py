@@ -97,7 +97,7 @@ def _main(options: argparse.Namespace) -> None:
         device=options.device,
         skip_broken=options.skip_broken,
         date=options.date,
-        labels=label_files(options.labels, options.class_names),
+        labels=label_files(options.labels, None, options.class_names),
     )
     found: Measured | None = None
     if options.report is None and options.save_temperature is None:

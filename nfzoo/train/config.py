@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from nfzoo.data.label_files import LabelFiles
+from nfzoo.data.label_files import LabelFiles, label_files
 from nfzoo.data.source import HELD_OUT
 from nfzoo.data.workers import PATIENCE
 from nfzoo.errors import ConfigError
@@ -235,9 +235,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must not be empty")
         if TUNE.fullmatch(self.tune) is None:
             raise ConfigError(f"tune must be all, head or stages:N, such as stages:1, not {self.tune!r}")
-        for name in ("validation_labels", "class_names"):
-            if self.labels is None and getattr(self, name) is not None:
-                raise ConfigError(f"{name} {getattr(self, name)!r} goes with a file of labels; give that as labels")
+        label_files(self.labels, self.validation_labels, self.class_names)  # raises for one without the first
         if self.class_weights == self.sampler == "balanced":
             raise ConfigError(
                 "class_weights 'balanced' and sampler 'balanced' make up for the same twice; leave one of them out"
@@ -260,7 +258,7 @@ class TrainConfig:
     @property
     def label_files(self) -> LabelFiles | None:
         """The files of labels; `None` where the data tell the classes themselves."""
-        return None if self.labels is None else LabelFiles(self.labels, self.validation_labels, self.class_names)
+        return label_files(self.labels, self.validation_labels, self.class_names)
 
     def with_class_weights(self) -> TrainConfig:
         """Return the run with class weights that do not depend on a file.

@@ -141,3 +141,13 @@ def test_labels_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert found["classes"] == {"all": {"cat": 11, "dog": 12}}
     assert found["findings"] == [f"images without a label are left out: 1 in {folder}, such as b/3.png"]
     assert found["layout"] == "a folder of images, and their labels, of which training holds out a share"
+    # The same picture in both tables, under two names.
+    shutil.copy(folder / "a" / "0.png", folder / "b" / "again.png")
+    (tmp_path / "v.csv").write_text("path,label\nb/again.png,dog\nb/3.png,cat\n")
+    words = ["check", str(folder), "--labels", f"{tmp_path}/l.csv", "--validation-labels", f"{tmp_path}/v.csv"]
+    assert main([*words, "--json", "-"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["classes"] == {"train": {"cat": 11, "dog": 12}, "validation": {"cat": 1, "dog": 1}}
+    assert found["copies"]["across_parts"] == 1
+    assert main(["check", str(folder), "--class-names", "x"]) == 2
+    assert "goes with a file of labels" in capsys.readouterr().err

@@ -135,8 +135,11 @@ def test_names_of_classes(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match="has the label '2', which is none of the 2 classes"):
         open_label_files(str(folder), LabelFiles(numbers, None, str(names)))
     with pytest.raises(ConfigError, match="goes with a file of labels"):
-        label_files(None, str(names))
-    assert label_files(None, None) is None
+        label_files(None, None, str(names))
+    with pytest.raises(ConfigError, match="goes with a file of labels"):
+        label_files(None, "v.csv", None)
+    assert label_files(None, None, None) is None
+    assert label_files("l.csv", "v.csv", None) == LabelFiles("l.csv", "v.csv")
 
 
 def test_rows_that_repeat_count_once(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import nfzoo
 from nfzoo.cli.main import main as cli
+from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.labels import imagenet, imagenet_wnids
 from nfzoo.data.source import open_split
 from nfzoo.evaluate import Evaluation, evaluate, main, open_labelled, score, table
@@ -196,6 +197,19 @@ def test_processes_that_would_each_do_all_the_work_are_refused(checkpoint: Path,
     assert (first[0], second[0]) == (2, 2)
     assert first[2].count("nfzoo evaluate: error: 2 processes were launched and do not find each other") == 1
     assert (first[1], *second[1:]) == ("", "", "")
+
+
+@pytest.mark.slow
+def test_processes_share_the_images_of_a_table(checkpoint: Path, model: NFNet, folder: Path, tmp_path: Path) -> None:
+    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in sorted(folder.rglob("*.png"))[::2]]
+    (tmp_path / "l.csv").write_text("path,label\n" + "\n".join(rows))
+    options = ["--data", str(folder), "--labels", f"{tmp_path}/l.csv", "--workers", "0", "--json", "-"]
+    first, second = run_in_group(main, [str(checkpoint), *options], tmp_path)
+    assert (first[0], second[0], second[1]) == (0, 0, ""), first[2] + second[2]
+    found = json.loads(first[1])
+    one = evaluate(model, str(folder), labels=LabelFiles(f"{tmp_path}/l.csv"), workers=0)
+    assert found["images"] == one.images == len(rows)
+    assert (found["top1"], found["top5"]) == (one.top1, one.top5)
 
 
 @pytest.mark.slow

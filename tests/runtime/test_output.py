@@ -215,6 +215,7 @@ def test_names_of_files_and_labels_in_every_command(
     data = write_images(tmp_path / text, {text: 6, "dog": 6})
     (data / "dog" / f"{EVIL}.png").write_bytes(b"no image")
     (data / "dog" / f"{EVIL}.psd").write_bytes(b"")
+    Path(f"{text}.csv").write_text(f'path,label\ndog/0.png,"{text}"\ndog/1.png,dog\n')
     model = nfzoo.create("nfnet-test", labels=["dog", EVIL]).save_pretrained(f"{text}-model")
     json_of_predict = ["predict", str(model), str(data / text), "--json"]
     for arguments, status in (
@@ -228,6 +229,8 @@ def test_names_of_files_and_labels_in_every_command(
         (["bulk", str(model), "--data", str(data), "--output", f"{text}-out", "--skip-broken", "--workers", "0"], 0),
         (["train", "--model", str(model), "--data", str(data), "--output", "o", "--recipe", text], 2),
         (["train", "--model", str(model), "--data", str(data), "--output", "o", *TRAINING], 0),
+        (["data", "check", str(data), "--workers", "0"], 1),
+        (["data", "check", str(data), "--workers", "0", "--labels", f"{text}.csv"], 1),
         (["push", str(model), "org/name", "--dry-run"], 0),
         (["space", "--model", text], 2),
         ([text], 2),
