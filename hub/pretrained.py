@@ -12,7 +12,7 @@ from nfzoo.checkpoint.model_folder import CONFIG_FILE
 from nfzoo.conversion.timm import read_timm
 from nfzoo.conversion.timm_config import is_timm
 from nfzoo.data.labels import imagenet
-from nfzoo.errors import CheckpointError, ConversionError, UnknownModelError, nearest
+from nfzoo.errors import CheckpointError, ConversionError, UnknownModelError, nearest, shown
 from nfzoo.files import nearest_path, read_json
 from nfzoo.hub.download import Source
 from nfzoo.hub.registry import PUBLIC, Repository
@@ -72,7 +72,13 @@ def from_pretrained(
     check_changes(num_classes, in_channels)
     if local_files_only and force_download:
         raise CheckpointError("local_files_only and force_download contradict each other; choose one")
-    name = os.fspath(source)
+    try:
+        name = os.fspath(source)
+    except TypeError as error:
+        raise UnknownModelError(
+            f"weights are loaded from a name, a folder or a file, not from {shown(source)}; nfzoo.create makes a model "
+            "with random weights, of a configuration too"
+        ) from error
     if os.path.exists(name):  # unlike Path.exists, False for a name too long for the disk
         path, sha256, origin = Path(name), None, {}
     else:

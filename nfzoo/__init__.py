@@ -32,13 +32,13 @@ from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
     from nfzoo.hub.pretrained import from_pretrained
-    from nfzoo.nn import NFNet, create
+    from nfzoo.nn import NFNet, create, register_activation
     from nfzoo.optim.agc_sgd import AGCSGD, param_groups
     from nfzoo.optim.clipping import agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
 
 # What imports torch or the Hub's client is imported on its first use: `nfzoo list` needs neither.
 _LAZY = {
-    **dict.fromkeys(["NFNet", "create"], "nfzoo.nn"),
+    **dict.fromkeys(["NFNet", "create", "register_activation"], "nfzoo.nn"),
     **dict.fromkeys(["AGCSGD", "param_groups"], "nfzoo.optim.agc_sgd"),
     **dict.fromkeys(["agc", "agc_", "clip_grad_agc_", "unitwise_norm", "with_agc"], "nfzoo.optim.clipping"),
     "from_pretrained": "nfzoo.hub.pretrained",
@@ -74,6 +74,7 @@ __all__ = [
     "from_pretrained",
     "list_models",
     "param_groups",
+    "register_activation",
     "unitwise_norm",
     "variant",
     "with_agc",

@@ -18,6 +18,9 @@ Attention = Literal["none", "se", "eca"]
 RulesName = Literal["deepmind", "timm"]
 Resize = Literal["deepmind", "shortest-edge"]
 
+ACTIVATIONS: list[str] = list(get_args(Activation))
+"""Names of activations; `nfzoo.register_activation` adds to them."""
+
 T = TypeVar("T")
 
 # Far above any network. Without limits a damaged configuration would give endless plans and overflowing numbers.
@@ -104,7 +107,7 @@ class ModelConfig:
     Attributes:
         depths: number of blocks of each of the four stages.
         widths: output channels of each stage (NF-RegNet: before its width factor).
-        activation: one of `Activation`.
+        activation: one of `ACTIVATIONS`.
         rules: a key of `RULES`.
         num_classes: outputs of the classifier; 0 leaves it out, and the network's output is the pooled features.
         in_channels: channels of the input image.
@@ -136,7 +139,12 @@ class ModelConfig:
         if sum(self.depths) > MAX_BLOCKS:
             raise ConfigError(f"depths must be at most {MAX_BLOCKS} blocks together, not {list(self.depths)}")
         _integers(self, "widths", 4, MAX_SIZE)
-        _one_of("activation", self.activation, get_args(Activation))
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation {self.activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}"
+                f"{nearest(str(self.activation), ACTIVATIONS)}; another of your own is made known by "
+                "nfzoo.register_activation, before a model is made or loaded"
+            )
         _one_of("rules", self.rules, RULES)
         for name, least in (("num_classes", 0), ("in_channels", 1)):
             value = getattr(self, name)

@@ -77,6 +77,12 @@ class Stopped(NfzooError):
         self.exit_status = 128 + number
 
 
+def shown(value: object) -> str:
+    """Return a value as a message shows it: plain ones whole, and of others, such as a model, the class."""
+    plain = value is None or isinstance(value, str | int | float | list | tuple | dict)
+    return repr(value)[:200] if plain else f"an object of the class {type(value).__name__}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'a' or 'b'?`, or "" if no known name is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)

@@ -280,6 +280,16 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
 
 
+def is_untrained(cfg: ModelConfig, params: Mapping[str, Tensor]) -> bool:
+    """Return whether gains, biases and skip gains are all as `init` makes them, which any step of training changes."""
+    if cfg.folded:
+        return False
+    fixed = {
+        f"{b.name}.{k}": s for b in plan(cfg) for k, s in b.specs.items() if s.kind in ("gain", "bias", "skip_gain")
+    }
+    return all(torch.equal(params[key].detach().float().cpu(), s.init(s.shape)) for key, s in fixed.items())
+
+
 def check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:
     """Raise a `ConfigError` unless the parameters are those of the configuration."""
     found = mismatch({key: shape for key, (shape, _) in specs(cfg).items()}, params)

@@ -21,8 +21,9 @@ from torch import Tensor, fx, nn
 from nfzoo import model as functional_model
 from nfzoo.checkpoint.model_folder import LABEL_KEYS, Description, load_checkpoint, save_checkpoint
 from nfzoo.config import ModelConfig, Preprocessing, is_int
-from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.errors import CheckpointError, ConfigError, shown
 from nfzoo.model import fold
+from nfzoo.models.functional import register_activation as register_activation
 from nfzoo.models.modules import module_tree, tree_keys
 from nfzoo.models.onednn import PackedBlock
 from nfzoo.runtime.block_module import (
@@ -41,7 +42,7 @@ from nfzoo.runtime.timm_interface import TimmInterface, check_global_pool, take_
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.preprocess import evaluation_transform
 from nfzoo.types import Noise, Params
-from nfzoo.variants import VARIANTS, variant
+from nfzoo.variants import VARIANTS, Variant, variant
 
 if TYPE_CHECKING:
     from nfzoo.hub.publish import PushOptions
@@ -87,6 +88,10 @@ class NFNet(TimmInterface):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise ConfigError(
+                f"a model is built from a configuration, not from {shown(config)}: nfzoo.create takes a name as well"
+            )
         if labels is not None and len(labels) != config.num_classes:
             raise ConfigError(f"{len(labels)} labels for {config.num_classes} classes")
         self.config = config
@@ -474,28 +479,37 @@ def _foreign(module: nn.Module, is_head: bool, x: Tensor, keep: Tensor | None = 
 
 
 def create(
-    name: str,
+    model: str | ModelConfig | Variant,
     *,
+    preprocessing: Preprocessing | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     labels: Sequence[str] | None = None,
     **changes: Any,
 ) -> NFNet:
-    """Create a zoo model with random weights: `create("nfnet-f0", num_classes=10)`.
+    """Create a model with random weights: `create("nfnet-f0", num_classes=10)`.
 
     Args:
-        name: a name of `nfzoo.list_models()`.
-        changes: configuration fields to change, such as `num_classes`, `in_channels`, `output_stride`, `drop_rate`.
+        model: a name of `nfzoo.list_models()`, its row of the table (`nfzoo.variant`), or a configuration.
+        preprocessing: the transform from image to input, with the sizes in pixels; by default that of the name, and of
+            a configuration one for 224 pixels.
+        changes: configuration fields to change, such as `num_classes`, `in_channels`, `depths`, `widths`,
+            `activation`, `drop_rate`.
 
     Raises:
         UnknownModelError: for an unknown name; the message has the nearest ones.
+        ConfigError: for what no network can be built from.
     """
-    row = variant(name)
-    config = row.config.replace(**changes) if changes else row.config
+    if isinstance(model, ModelConfig):
+        name, config = None, model
+    else:
+        row = model if isinstance(model, Variant) else variant(model)
+        name, config = row.name, row.config
+        preprocessing = preprocessing or row.preprocessing.for_channels(changes.get("in_channels", config.in_channels))
+    config = config.replace(**changes) if changes else config
     if labels is not None and "num_classes" not in changes:
         config = config.replace(num_classes=len(labels))
-    preprocessing = row.preprocessing.for_channels(config.in_channels)
     return NFNet(
         config, preprocessing=preprocessing, labels=labels, name=name, generator=generator, device=device, dtype=dtype
     )

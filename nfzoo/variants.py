@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nfzoo.config import ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, Preprocessing
-from nfzoo.errors import UnknownModelError, nearest
+from nfzoo.errors import UnknownModelError, nearest, shown
 
 PAPER_1 = "arXiv 2101.08692"
 PAPER_2 = "arXiv 2102.06171"
@@ -171,6 +171,10 @@ def variant(name: str) -> Variant:
     Raises:
         UnknownModelError: for an unknown name; the message has the nearest ones.
     """
+    if not isinstance(name, str):
+        raise UnknownModelError(
+            f"a model is a name such as 'nfnet-f0' or a configuration such as nfzoo.NFNetConfig(), not {shown(name)}"
+        )
     if name not in VARIANTS:
         raise UnknownModelError(f"no model is called {name!r}{nearest(name, VARIANTS)}; `nfzoo list` shows all")
     return VARIANTS[name]

@@ -48,7 +48,7 @@ from nfzoo.data.layouts import (
     is_visible,
 )
 from nfzoo.data.tar_shards import COMPRESSED, TarShards
-from nfzoo.errors import ConfigError, DataError
+from nfzoo.errors import ConfigError, DataError, shown
 from nfzoo.files import nearest_path
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
 
@@ -155,6 +155,7 @@ def open_held_out(source: str, *, labels: LabelFiles | None = None) -> Part:
     Raises:
         DataError: as `open_split`.
     """
+    source = source_text(source)
     parts = _parts(source, labels)
     images = (parts.held_out or parts.first)(None)
     folder = Path(source)
@@ -188,6 +189,7 @@ def open_all(source: str, *, part: str | None = None) -> Images:
     Raises:
         DataError: if the data are missing, hold no images, or cannot be opened.
     """
+    source = source_text(source)
     if part is not None and not source.startswith(HUB):
         raise DataError(f"{source!r} has no parts to choose from, as {HUB}ORG/NAME has; leave the part {part!r} out")
     if source == DIGITS:
@@ -246,6 +248,7 @@ def fingerprint(images: Images) -> str:
 
 
 def _parts(source: str, labels: LabelFiles | None = None) -> _Source:
+    source = source_text(source)
     if labels is not None:
         first, held_out, name = open_label_files(source, labels)
         return _Source(lambda _: first, None if held_out is None else lambda _: held_out, name)
@@ -385,6 +388,16 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
 
 
 # -- the names of sources
+
+
+def source_text(source: str | os.PathLike[str]) -> str:
+    """Return the name of a source as text; raise a `DataError` for data in memory."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    raise DataError(
+        f"data are a folder, tar or parquet files, {HUB}ORG/NAME or {DIGITS!r}, by name, not {shown(source)}; write "
+        "images of a data set in memory into one folder per class"
+    )
 
 
 def split_options(source: str) -> tuple[str, dict[str, str]]:

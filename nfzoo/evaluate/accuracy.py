@@ -22,7 +22,7 @@ from nfzoo.config import Preprocessing
 from nfzoo.data.images import DIGITS, Digits
 from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.loader import BrokenImageError, evaluation_batches
-from nfzoo.data.source import HELD_OUT
+from nfzoo.data.source import HELD_OUT, source_text
 from nfzoo.errors import CheckpointError, DataError
 from nfzoo.evaluate.labelled import Labelled, open_labelled
 from nfzoo.model import apply
@@ -220,6 +220,7 @@ class Evaluator:
     ) -> Self:
         """Open the images and move the model to its device: see `evaluate`, which has the same arguments."""
         model.config.check_classifier()
+        data = source_text(data)
         state = processes(cpu=str(device) == "cpu")
         target = share_of(state, device)
         trained = model.provenance or {}

@@ -10,12 +10,15 @@ decides when it runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from nfzoo.config import ACTIVATIONS
+from nfzoo.errors import ConfigError
 from nfzoo.models.weight_standardization import standardize_weight as standardize_weight
 
 fx.wrap("standardize_weight")
@@ -34,6 +37,48 @@ _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+def register_activation(name: str, function: Callable[[Tensor], Tensor], *, gamma: float | None = None) -> float:
+    """Make an activation known to configurations under a name, and return its gamma.
+
+    Every process that makes or loads a model with it has to call this before. A saved model names its activation only.
+
+    Args:
+        name: a word that no activation has, such as `"mish"`.
+        function: elementwise, of a tensor of any shape and dtype. It must be the same function whenever a model is
+            loaded.
+        gamma: factor that gives the activation unit variance; by default `1 / std(function(z))`, `z ~ N(0, 1)`, by
+            quadrature.
+
+    Raises:
+        ConfigError: for a name that is taken or no word, and a function that is not elementwise or has no variance.
+
+    Source: arXiv 2101.08692, section 4.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f"the name of an activation must be a word such as 'mish', not {name!r}")
+    if name in _ACTIVATION and _ACTIVATION[name] is not function:
+        raise ConfigError(f"there is an activation {name!r} already; choose another name")
+    z = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
+    try:
+        y = function(z.clone())
+        sound = isinstance(y, Tensor) and y.shape == z.shape and bool(y.isfinite().all())
+    except Exception as error:  # of somebody else's function
+        raise ConfigError(f"the activation {name!r} does not take a float64 tensor: {error}") from error
+    if not sound:
+        raise ConfigError(f"the activation {name!r} must return one finite number for each of its input")
+    density = torch.exp(-0.5 * z**2)
+    density /= density.sum()
+    variance = float((density * y**2).sum() - (density * y).sum() ** 2)
+    if gamma is None and not variance > 1e-12:
+        raise ConfigError(f"the activation {name!r} has no variance, so there is no gamma")
+    if gamma is not None and not (isinstance(gamma, int | float) and 0 < gamma < math.inf):
+        raise ConfigError(f"gamma must be a positive number, not {gamma!r}")
+    GAMMA[name], _ACTIVATION[name] = gamma or variance**-0.5, function
+    if name not in ACTIVATIONS:
+        ACTIVATIONS.append(name)
+    return GAMMA[name]
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -122,4 +122,6 @@ def conv2d(
     if isinstance(weight, PackedWeight):
         weight = weight.packed(x.shape, padding, stride, dilation, groups)
     geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}
-    return torch_internals.onednn_convolution(x, weight, bias, **geometry, activation=_NAMES[activation])
+    fused = activation if activation in _NAMES else None
+    x = torch_internals.onednn_convolution(x, weight, bias, **geometry, activation=_NAMES[fused])
+    return x if activation == fused else nf.activate(x, activation)

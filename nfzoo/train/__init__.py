@@ -1,6 +1,20 @@
-"""Train and fine-tune: `train(TrainConfig(model="nfnet-f0", data="photos", output="runs/photos"))`."""
+"""Train and fine-tune: `train(TrainConfig(model="nfnet-f0", data="photos", output="runs/photos"))`.
+
+The package can be called as its function can: `nfzoo.train(config)`.
+"""
+
+import sys
+from types import ModuleType
 
 from nfzoo.train.config import TrainConfig
-from nfzoo.train.run import main, train
+from nfzoo.train.run import Result, main, train
 
 __all__ = ["TrainConfig", "main", "train"]
+
+
+class _Package(ModuleType):
+    def __call__(self, config: TrainConfig) -> Result:
+        return train(config)
+
+
+sys.modules[__name__].__class__ = _Package

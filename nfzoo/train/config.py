@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from nfzoo.data.label_files import LabelFiles, label_files
 from nfzoo.data.source import HELD_OUT
 from nfzoo.data.workers import PATIENCE
-from nfzoo.errors import ConfigError
+from nfzoo.errors import ConfigError, shown
 from nfzoo.files import read_text
 from nfzoo.optim.fine_tuning import TUNE
 from nfzoo.step import StepConfig
@@ -99,11 +101,60 @@ class OptimConfig(StepConfig):
             raise ConfigError(f"optim.options must be a mapping without lr and weight_decay, not {self.options!r}")
 
 
+_HINTS = {
+    "data": "; name a folder with one subfolder per class, or tar or parquet files; for a data set in memory, write a "
+    "loop with nfzoo.step or nfzoo.AGCSGD",
+    "model": "; save a model with save_pretrained(FOLDER), and give the folder",
+}
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value has the type of a field; whole numbers are numbers, and true is none."""
+    kind_of = get_origin(kind) or kind
+    if kind_of is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind_of is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind_of is int and isinstance(value, bool):
+        return False
+    return isinstance(value, kind_of)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    kind = get_origin(kind) or kind
+    return "null" if kind is type(None) else _WORDS.get(kind, f"an {kind.__name__}")
+
+
+def _group(kind: Any, options: dict[str, Any], name: str) -> Any:
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"{name} {options!r}: {str(error).rpartition('() ')[2]}") from error
+
+
 def _check_fields(config: Any, prefix: str) -> None:
     """Raise a `ConfigError` for a null where a value has to be, and for a number that is not finite."""
     hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(config, f.name, value := os.fspath(value))
+        kinds = get_args(hints[f.name]) if get_origin(hints[f.name]) in (UnionType, Union) else (hints[f.name],)
+        groups = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if groups and isinstance(value, dict):
+            object.__setattr__(config, f.name, value := _group(groups[0], value, f.name))
+        if value is not None and not any(_fits(value, kind) for kind in kinds):
+            words = " or ".join(map(_in_words, kinds))
+            raise ConfigError(f"{prefix}{f.name} must be {words}, not {shown(value)}{_HINTS.get(f.name, '')}")
         if value is None and type(None) not in get_args(hints[f.name]):
             raise ConfigError(f"{prefix}{f.name} must have a value, not null; leave it out for the default")
         if isinstance(value, float) and not math.isfinite(value):

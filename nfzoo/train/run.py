@@ -24,7 +24,8 @@ from nfzoo.config import Preprocessing
 from nfzoo.data.labels import class_counts, class_weights
 from nfzoo.data.loader import share_of_batch
 from nfzoo.data.source import Split, open_split
-from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError
+from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError, shown
+from nfzoo.model import is_untrained
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
 from nfzoo.runtime.distributed import elastic_launcher
@@ -85,6 +86,8 @@ def train(config: TrainConfig) -> Result:
         TrainingError: if a gradient stops being finite, the disk fills up, or another process is lost.
         Stopped: after SIGTERM or Ctrl-C; the run has saved where it was.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"train takes a TrainConfig(model=…, data=…, output=…), not {shown(config)}")
     with prepared(config) as trainer:
         return trainer.fit()
 
@@ -251,7 +254,9 @@ def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
         except CheckpointError as error:
             hint = "; to start from random weights, pass --pretrained false" if in_zoo else ""
             raise CheckpointError(f"{error}{hint}") from error
-        pretrained = True
+        # A model of one's own that was saved as it was drawn is trained from random weights like any other.
+        untrained = is_untrained(model.config, dict(model.named_parameters()))
+        pretrained = config.pretrained is True or not untrained
     else:
         generator = torch.Generator().manual_seed(config.seed)
         model = create(config.model, num_classes=len(classes), generator=generator)

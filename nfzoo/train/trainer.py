@@ -151,8 +151,8 @@ class Trainer:
         self._say(
             f"{config.model}: {parameters}, {origin} weights; "
             f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
-            f"{len(split.train.classes)} classes; {accelerator.num_processes} process(es) on "
-            f"{accelerator.device.type}, peak learning rate {self.peak_lr:g}"
+            f"{len(split.train.classes)} classes, {self.preprocessing.train_size} pixels; "
+            f"{accelerator.num_processes} process(es) on {accelerator.device.type}, peak learning rate {self.peak_lr:g}"
         )
         self._say(f"images to train on: {histogram(counts)}")
         if (few := few_images(counts)) and accelerator.is_main_process:

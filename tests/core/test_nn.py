@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import pytest
 import torch
 
 import nfzoo
-from nfzoo import CheckpointError, ConfigError, NFNet, Preprocessing, model, param_groups
+from nfzoo import CheckpointError, ConfigError, NFNet, NfzooError, Preprocessing, create, model, param_groups
+from nfzoo.bulk import predict_all
 from nfzoo.checkpoint.model_folder import Description
+from nfzoo.evaluate import evaluate
+from nfzoo.model import is_untrained
 from nfzoo.predict import classify
+from nfzoo.train.config import TrainConfig
 from tests.support.helpers import FAMILIES, SMALL, assert_same, generator, images, random_params, relative
 
 FLOAT32 = 1e-5  # a few dozen layers in float32, in another order
@@ -338,3 +343,62 @@ def test_hooks_that_a_new_model_lacks_are_told(caplog):
         caplog.clear()
         use()
         assert "has no hooks, as this one has on 'stages.1.0'" in caplog.text
+
+
+def test_what_no_model_is_made_of_is_one_clear_error() -> None:
+    class Images:
+        pass
+
+    def run(**changes: Any) -> TrainConfig:
+        return TrainConfig(**{"model": "nfnet-test", "data": "digits", "output": "runs/x", **changes})
+
+    cases: dict[str, tuple[Callable[[], object], str]] = {
+        "number": (lambda: nfzoo.create(3), "not 3"),  # type: ignore[arg-type]
+        "nothing": (lambda: nfzoo.create(None), "not None"),  # type: ignore[arg-type]
+        "name of a class": (lambda: NFNet("nfnet-f0"), "nfzoo.create takes a name"),  # type: ignore[arg-type]
+        "weights": (lambda: nfzoo.from_pretrained(SMALL["nfnet"]), "nfzoo.create makes"),  # type: ignore[arg-type]
+        "data": (
+            lambda: run(data=Images()),
+            "data must be text, not an object of the class Images",
+        ),
+        "model": (lambda: run(model=create("nfnet-test")), "save_pretrained"),
+        "epochs": (lambda: run(epochs="3"), "epochs must be a whole number, not '3'"),
+        "tune": (lambda: run(tune="heads"), "one of all, head"),
+        "lr": (lambda: run(optim={"lr": "0.1"}), "optim.lr must be a number or null"),
+        "group": (lambda: run(optim={"rate": 1}), "rate"),
+        "train": (lambda: nfzoo.train("nfnet-test"), "train takes a TrainConfig"),  # type: ignore[operator]
+        "evaluate": (lambda: evaluate(create("nfnet-test"), Images()), "by name, not an object"),  # type: ignore[arg-type]
+        "bulk": (lambda: predict_all(create("nfnet-test"), Images(), "x"), "by name, not an object"),  # type: ignore[arg-type]
+    }
+    for name, (call, said) in cases.items():
+        with pytest.raises(NfzooError) as caught:
+            call()
+        assert said in str(caught.value), name
+        assert len(str(caught.value)) < 300
+    config = run(data=Path("photos"), optim={"lr": 1}, augment={"mixup": 0.2})
+    assert (config.data, config.optim.lr, config.augment and config.augment.mixup) == ("photos", 1, 0.2)
+
+
+def test_a_configuration_of_ones_own() -> None:
+    config = nfzoo.NFNetConfig(depths=(1, 1, 2, 1), widths=(16, 32, 48, 48), group_width=8, stem_width=16)
+    model = nfzoo.create(config, num_classes=3, preprocessing=nfzoo.Preprocessing(train_size=32, test_size=48))
+    assert (model.config, model.name) == (config.replace(num_classes=3), None)
+    assert (model.preprocessing.train_size, model.preprocessing.test_size) == (32, 48)
+    assert model(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+    row = nfzoo.variant("nfnet-test")
+    assert nfzoo.create(row).description == nfzoo.create("nfnet-test").description
+    assert nfzoo.create(row, labels=("a", "b")).config.num_classes == 2
+
+
+def test_untrained_is_told_from_the_parameters_that_start_constant() -> None:
+    for name in ("nfnet-test", "timm-nf-regnet-b0", "nf-resnet-50"):
+        changes: dict[str, Any] = {} if name == "nfnet-test" else {"depths": (1, 1, 1, 1), "widths": (32, 48, 64, 64)}
+        model = nfzoo.create(name, **changes)
+        assert is_untrained(model.config, dict(model.named_parameters()))
+        for kind in ("gain", "bias"):
+            params = {key: value.detach().clone() for key, value in model.named_parameters()}
+            key = next(key for key, found in model.parameter_kinds().items() if found == kind)
+            params[key][0] += 1e-3
+            assert not is_untrained(model.config, params), key
+    folded = nfzoo.create("nfnet-test").for_inference()
+    assert not is_untrained(folded.config, dict(folded.named_parameters()))

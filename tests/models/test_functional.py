@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+import nfzoo
+from nfzoo import CheckpointError, ConfigError, NFNet, config
 from nfzoo.models import functional as nf
 from nfzoo.models.nf_resnet import MaxPool
-from tests.support.helpers import generator, relative
+from tests.support.helpers import generator, random_params, relative
 from tests.support.loops import each
 
 FLOAT64 = 1e-12  # rounding of a few hundred float64 operations
@@ -431,3 +435,46 @@ def test_global_mean_accumulates_in_float32():
     x[..., :32, :] = 3  # a bfloat16 accumulator would stall long before 4096 summands
     assert nf.global_mean(x).item() == 2
     assert nf.global_mean(x).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf, "GAMMA", dict(nf.GAMMA))
+    monkeypatch.setattr(nf, "_ACTIVATION", dict(nf._ACTIVATION))
+    monkeypatch.setattr(nf, "ACTIVATIONS", names := list(config.ACTIVATIONS))
+    monkeypatch.setattr(config, "ACTIVATIONS", names)
+
+
+def test_an_activation_of_ones_own(registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gamma is 1 / std, and all forms of a model compute the same with it."""
+    with pytest.raises(ConfigError, match=r"nfzoo\.register_activation"):
+        nfzoo.create("nfnet-test", activation="mish")
+    # Var relu(z) = 1/2 - 1/(2 pi)
+    assert nfzoo.register_activation("half", torch.relu) == pytest.approx((0.5 - 0.5 / math.pi) ** -0.5, rel=1e-4)
+    assert nfzoo.register_activation("same", lambda x: 3 * x + 1) == pytest.approx(1 / 3, rel=1e-6)
+    assert nfzoo.register_activation("chosen", torch.tanh, gamma=1.5) == 1.5
+    nfzoo.register_activation("mish", torch.nn.functional.mish)
+    drawn = nfzoo.create("nfnet-test", activation="mish", num_classes=3)
+    model = NFNet.from_params(drawn.description, random_params(drawn.config)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    lean = model.for_inference()
+    with torch.inference_mode():
+        logits = model(x)
+        for other in (lean, lean.prepack(), lean.as_modules(), model.as_modules()):
+            torch.testing.assert_close(other(x), logits, rtol=1e-4, atol=1e-4)
+    folder = model.save_pretrained(tmp_path / "m")
+    assert torch.equal(nfzoo.from_pretrained(folder)(x), model(x))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(config, "ACTIVATIONS", ["relu"])
+        with pytest.raises(CheckpointError, match=r"'mish' is not known.*nfzoo\.register_activation"):
+            nfzoo.from_pretrained(folder)
+    refused: dict[str, tuple[str, Any]] = {
+        "there is an activation": ("gelu", torch.tanh),
+        "must be a word": ("a b", torch.tanh),
+        "has no variance": ("flat", torch.ones_like),
+        "does not take": ("three", 3),
+        "one finite number": ("log", torch.log),
+    }
+    for said, (name, function) in refused.items():
+        with pytest.raises(ConfigError, match=said):
+            nfzoo.register_activation(name, function)

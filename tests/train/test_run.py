@@ -624,3 +624,16 @@ def test_demo_reads_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name in ("predictions.png", "curves.png", "metrics.jsonl"):
         assert str(tmp_path / "demo" / name) in printed
         assert (tmp_path / "demo" / name).stat().st_size > 0
+
+
+def test_a_saved_model_of_random_weights_is_not_pretrained(tmp_path: Path) -> None:
+    """It is trained at the full rate, in its own size; one of which any parameter has moved is fine-tuned."""
+    config = nfzoo.NFNetConfig(depths=(1, 1, 1, 1), widths=(16, 32, 48, 48), group_width=8, stem_width=16)
+    model = nfzoo.create(config, preprocessing=nfzoo.Preprocessing(train_size=32, test_size=48))
+    for bias, pretrained in ((0.0, False), (0.1, True)):
+        model.get_parameter("final_conv.bias").data.fill_(bias)
+        folder = model.save_pretrained(tmp_path / f"m{bias}")
+        run = recipe.TrainConfig(model=str(folder), data="digits", output=str(tmp_path / "out"))
+        start = train._fresh(run, {"classes": ["a", "b"]})
+        assert start.pretrained == pretrained
+        assert (start.model.preprocessing.train_size, start.model.preprocessing.test_size) == (32, 48)
