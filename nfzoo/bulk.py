@@ -25,7 +25,7 @@ from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.part_files import Parts
 from nfzoo.data.images import DIGITS
 from nfzoo.data.loader import BrokenImageError, load_batches
-from nfzoo.data.source import fingerprint, open_all
+from nfzoo.data.source import fingerprint, open_all, source_text
 from nfzoo.errors import ConfigError, DataError, NfzooError
 from nfzoo.nn import NFNet
 from nfzoo.predict import check_finite, compute, embedding_columns, label_columns, weights_hash
@@ -34,12 +34,12 @@ from nfzoo.runtime.device import default_workers, precision, processes, share_of
 from nfzoo.runtime.output import escaped
 
 DTYPES = ("float32", "float16")
-SHARD_SIZE = 4096
 
 if TYPE_CHECKING:
     from accelerate import PartialState  # at run time, only after `choose_xla`
 
 _Result = TypeVar("_Result")
+_BROKEN_REMEDY = "mend or remove it, and run the same command to go on, or leave such images out with --skip-broken"
 _PATIENCE = datetime.timedelta(days=7)  # the first process that finishes waits for the last
 
 
@@ -69,7 +69,7 @@ def predict_all(
     topk: int = 5,
     dtype: str = "float32",
     format: str | None = None,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     size: int | None = None,
     batch_size: int = 32,
     workers: int | None = None,
@@ -90,7 +90,8 @@ def predict_all(
         embeddings: write the pooled features `(N, F)` instead of the `topk` most probable labels.
         dtype: dtype of the embeddings, `float32` or `float16`.
         format: `jsonl` (default) or `parquet` for labels, `npz` (default) or `parquet` for embeddings.
-        shard_size: number of images in a file.
+        shard_size: number of images in a file; by default that of the run to resume, or else so many that each process
+            has four files to write, but at most 4096.
         size: side of the input in pixels; by default the model's test size.
         batch_size: batch size of each process.
         workers: loader processes per process; by default as many as there are processors, up to 8.
@@ -108,7 +109,7 @@ def predict_all(
     """
     # Options.
     for name, value in {"topk": topk, "shard_size": shard_size, "batch_size": batch_size}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
     if dtype not in DTYPES:
         raise ConfigError(f"embeddings have the dtype {' or '.join(DTYPES)}, not {dtype!r}")
@@ -120,7 +121,7 @@ def predict_all(
     format = format or part_files.FORMATS[kind][0]
     part_files.check_format(kind, format)
     autocast = precision(mixed_precision)
-    folder = Path(output)
+    folder, data = Path(output), source_text(data)
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ConfigError(f"the results would lie in {str(folder)!r}, among the data; give a folder elsewhere")
 
@@ -128,30 +129,33 @@ def predict_all(
     state = processes(cpu=str(device) == "cpu", patience=_PATIENCE)
     target = share_of(state, device)
     images = open_all(data, part=part)
-    parts = Parts(folder, len(images), shard_size, format)
     topk = min(topk, model.config.num_classes)
     size = size or model.preprocessing.test_size
     seen = fingerprint(images)
 
-    def begin() -> tuple[str, list[int]]:
+    def begin() -> tuple[str, Parts, list[int]]:
+        lock.enter_context(locked(folder))
+        chosen = shard_size or (None if overwrite else part_files.earlier_size(folder))
+        chosen = chosen or part_files.share_size(len(images), state.num_processes, batch_size)
         identity = {
             "weights": weights_hash(model),
             "data": seen,
             "images": len(images),
             "results": f"embeddings, {dtype}" if embeddings else f"top-{topk}",
-            "shard_size": shard_size,
+            "shard_size": chosen,
             "format": format,
             "size": size,
             "mixed_precision": autocast,
         }
-        lock.enter_context(locked(folder))
         facts = {"model": model.name, "source": data, **({"part_of_source": part} if part else {})}
-        return seen, part_files.start(
-            parts, identity, facts, _run(state, target, batch_size, compile), overwrite=overwrite
-        )
+        run = _run(state, target, batch_size, compile)
+        removed = () if overwrite else part_files.removed_since(folder, len(images), seen)
+        parts = Parts(folder, len(images) + len(removed), chosen, format, removed)
+        identity["images"] = parts.images
+        return seen, parts, part_files.start(parts, identity, facts, run, overwrite=overwrite)
 
     with contextlib.ExitStack() as lock:
-        first, missing = _agreed(state, begin)
+        first, parts, missing = _agreed(state, begin)
         on_start()
         if first != seen:
             raise DataError(f"{data!r} holds other images for process {state.process_index} than for the first")
@@ -182,9 +186,9 @@ def predict_all(
                 for rows in batches[k]:
                     pixels, _, problems = next(loaded)
                     if problems and not skip_broken:
-                        raise BrokenImageError(
-                            f"{next(iter(problems.values()))}; leave such images out with --skip-broken"
-                        )
+                        row, problem = next(iter(problems.items()))
+                        part_files.stop(parts, k, rows[row], lambda kept: fingerprint(images.subset(kept)))
+                        raise BrokenImageError(f"{problem}; {_BROKEN_REMEDY}")
                     broken |= {images.name(rows[i]): problem for i, problem in problems.items()}
                     fill = batch_size - len(pixels) if compile else 0
                     if fill:  # one shape needs one graph
@@ -292,7 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: float32)")
     add("--topk", type=count, default=5, metavar="K", help="labels for each image (default: 5)")
     add("--format", choices=("jsonl", "npz", "parquet"), help="default: jsonl for labels, npz for embeddings")
-    add("--shard-size", type=count, default=SHARD_SIZE, metavar="N", help=f"images a file (default: {SHARD_SIZE})")
+    add(
+        "--shard-size", type=count, metavar="N", help="images a file (default: a quarter of a process's share, to 4096)"
+    )
     add("--size", type=count, metavar="N", help="side of the input in pixels (default: the model's)")
     add("--batch-size", type=count, default=32, metavar="N", help="images at a time per process (default: 32)")
     add(

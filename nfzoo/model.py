@@ -287,7 +287,10 @@ def is_untrained(cfg: ModelConfig, params: Mapping[str, Tensor]) -> bool:
     fixed = {
         f"{b.name}.{k}": s for b in plan(cfg) for k, s in b.specs.items() if s.kind in ("gain", "bias", "skip_gain")
     }
-    return all(torch.equal(params[key].detach().float().cpu(), s.init(s.shape)) for key, s in fixed.items())
+    return all(
+        torch.equal(params[key].detach().float().cpu(), s.init(s.shape, generator=None, device=None, dtype=None))
+        for key, s in fixed.items()
+    )
 
 
 def check_params(cfg: ModelConfig, params: Mapping[str, Tensor]) -> None:

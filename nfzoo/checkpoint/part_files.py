@@ -6,10 +6,11 @@ data and the runs.
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from nfzoo.checkpoint.atomic import replaced
+from nfzoo.config import is_int
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.files import read_json
 
 MANIFEST = "manifest.json"
 FORMATS = {"top-k": ("jsonl", "parquet"), "embeddings": ("npz", "parquet")}
 """Kind of results -> its formats, the default first."""
+MOST_IMAGES = 4096  # of a part, where no other number is given
 
 _VERSION = 1
 _OURS = re.compile(r"\.?part-\d{5,}-of-\d{5,}\..*|\.manifest\..*\.json")  # also hidden files that a killed run left
@@ -36,19 +39,24 @@ class Parts:
         images: number of all images.
         size: number of images in a part; the last part may have fewer.
         format: suffix of the files, one of `FORMATS`.
+        removed: images that were there when the run began, and that the user has removed since as they were broken;
+            rising. They count among `images`, so that other parts keep theirs.
     """
 
     folder: Path
     images: int
     size: int
     format: str
+    removed: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return -(-self.images // self.size)
 
     def rows(self, k: int) -> range:
-        """Return the indices of the images in part k."""
-        return range(k * self.size, min((k + 1) * self.size, self.images))
+        """Return the indices of the images in part k, among those that are there now."""
+        ends = (k * self.size, min((k + 1) * self.size, self.images))
+        first, end = (row - bisect.bisect_left(self.removed, row) for row in ends)
+        return range(first, end)
 
     def path(self, k: int) -> Path:
         """Return the file of part k."""
@@ -94,6 +102,9 @@ def start(
         if manifest is None and any(not path.name.startswith(".") for path in existing):
             raise ConfigError(f"{str(folder)!r} holds parts without a {MANIFEST}; {remedy}")
         if manifest is not None:
+            if list(parts.removed) != manifest.get("removed", []):
+                manifest |= {"removed": list(parts.removed)}
+                manifest["identity"] = {**manifest["identity"], "data": identity.get("data")}
             different = _differences(manifest["identity"], identity)
             if different:
                 raise ConfigError(f"{str(folder)!r} holds the results of another run: {different}; {remedy}")
@@ -112,6 +123,56 @@ def start(
         }
         _write(folder / MANIFEST, manifest)
     return todo
+
+
+def stop(parts: Parts, k: int, row: int, fingerprint: Callable[[list[int]], str]) -> None:
+    """Note that part k cannot be written because of the image `row`, so that a run goes on when the user removes it.
+
+    Args:
+        fingerprint: identifies the images of some indices.
+    """
+    present = parts.images - len(parts.removed)
+    index = row
+    for gone in parts.removed:
+        index += gone <= index
+    kept = fingerprint([i for i in range(present) if i != row])
+    _write(_stopped_path(parts.path(k)), {"image": index, "data": kept})
+
+
+def removed_since(folder: Path, images: int, data: str) -> tuple[int, ...]:
+    """Return the images that a run in the folder had and that are not there any more: see `Parts.removed`.
+
+    Args:
+        images: number of images that are there.
+        data: their fingerprint, which tells that no other is missing than the one that stopped the run.
+    """
+    manifest = _read(folder / MANIFEST) or {}
+    identity, removed = manifest.get("identity"), manifest.get("removed", [])
+    if not isinstance(identity, dict) or not isinstance(removed, list) or not all(is_int(i, 0) for i in removed):
+        return ()
+    if identity.get("images") == images + len(removed) + 1:
+        for path in folder.glob(".part-*.stopped.json"):
+            note = _read(path) or {}
+            if note.get("data") == data and is_int(note.get("image"), 0):
+                return tuple(sorted({*removed, note["image"]}))
+    return tuple(removed)
+
+
+def _stopped_path(part: Path) -> Path:
+    return part.with_name(f".{part.name}.stopped.json")  # hidden, so that the next start removes it
+
+
+def earlier_size(folder: Path) -> int | None:
+    """Return the number of images in a part of the run whose results are in the folder, if there is one."""
+    identity = (_read(folder / MANIFEST) or {}).get("identity")
+    size = identity.get("shard_size") if isinstance(identity, dict) else None
+    return size if is_int(size, 1) else None
+
+
+def share_size(images: int, processes: int, batch_size: int) -> int:
+    """Return the number of images in a file, in whole batches: four files for each process, of at most 4096 images."""
+    share = -(-images // (4 * processes))
+    return min(MOST_IMAGES, -(-share // batch_size) * batch_size)
 
 
 def finish(parts: Parts) -> list[dict[str, Any]]:

@@ -124,4 +124,4 @@ def conv2d(
     geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}
     fused = activation if activation in _NAMES else None
     x = torch_internals.onednn_convolution(x, weight, bias, **geometry, activation=_NAMES[fused])
-    return x if activation == fused else nf.activate(x, activation)
+    return x if activation is None or activation == fused else nf.activate(x, activation)

@@ -20,8 +20,9 @@ import torch
 import nfzoo
 from nfzoo import bulk
 from nfzoo.bulk import main, predict_all
+from nfzoo.checkpoint import part_files
 from nfzoo.checkpoint.lock import locked
-from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet
 from nfzoo.predict import image_files, predict
 from tests.evaluate.test_accuracy import make_model
@@ -74,8 +75,9 @@ def manifest(output: Path) -> dict[str, Any]:
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """The parts, and whatever else lies there but the manifest."""
-    return {path.name: path.read_bytes() for path in output.iterdir() if path.name != "manifest.json"}
+    """The parts, and whatever else lies there but the manifest and the notes on the files that stopped a run."""
+    others = [path for path in output.iterdir() if path.name != "manifest.json"]
+    return {path.name: path.read_bytes() for path in others if not path.name.endswith(".stopped.json")}
 
 
 # -- what is written
@@ -345,7 +347,7 @@ def test_broken_images_are_named_and_fatal_unless_asked(
         (data / name).write_bytes(picture(3)[:200])
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"nfzoo bulk: error: [^\n]+; leave such images out with --skip-broken\n", err)
+    assert re.fullmatch(r"nfzoo bulk: error: [^\n]+, or leave such images out with --skip-broken\n", err)
     assert str(data / broken[0]) in err
     assert sorted(contents(output)) == [f"{PARTS[0]}.jsonl"]
 
@@ -521,3 +523,59 @@ def test_tar_files_keep_their_names(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert main([str(checkpoint), "--data", f"{tmp_path}/tars/{{000..001}}.tar", "--output", str(output)]) == 0
     assert [row["image"] for row in rows(output)] == [f"{k:03}.tar/x/{i}.png" for k in range(2) for i in range(3)]
+
+
+def test_parts_follow_images_and_processes(model: NFNet, folder: Path, tmp_path: Path) -> None:
+    """Each process has something to do, and a rerun keeps the parts of the run before."""
+    for images, processes, batch_size, size in (
+        (2000, 2, 32, 256),
+        (2000, 1, 32, 512),
+        (23, 1, 4, 8),
+        (3, 8, 32, 32),
+        (10_000_000, 8, 32, 4096),
+        (1, 1, 1, 1),
+    ):
+        assert part_files.share_size(images, processes, batch_size) == size
+        files = -(-images // size)
+        assert files >= min(4 * processes, images / batch_size) * 0.7
+    options: dict[str, Any] = {"workers": 0, "size": 16}
+    done = predict_all(model, str(folder), tmp_path / "out", batch_size=4, **options)
+    assert done.parts == 3
+    (tmp_path / "out" / "part-00001-of-00003.jsonl").unlink()
+    again = predict_all(model, str(folder), tmp_path / "out", batch_size=2, **options)
+    assert (again.written, again.parts) == (1, 3)
+    anew = predict_all(model, str(folder), tmp_path / "out", batch_size=2, overwrite=True, **options)
+    assert (anew.written, anew.parts) == (4, 4)
+    with pytest.raises(ConfigError, match="shard_size 6 and not 5"):
+        predict_all(model, str(folder), tmp_path / "out", shard_size=5, **options)
+
+
+def test_a_run_goes_on_without_the_file_that_stopped_it(model: NFNet, folder: Path, tmp_path: Path) -> None:
+    """Removed or mended: finished parts stay, and each image that is there has its row, once."""
+    data = shutil.copytree(folder, tmp_path / "photos")
+    names = [row["image"] for row in predicted(model, data, tmp_path / "whole")]
+    for index, mend in ((9, False), (15, True), (0, False)):  # in the second, third and first part of eight images
+        path = data / names[index]
+        content = path.read_bytes()
+        path.write_bytes(b"\x89PNG\r\n\x1a\n")
+        if index == 0:
+            (tmp_path / "out" / "part-00000-of-00003.jsonl").unlink()
+        for _ in range(2):
+            with pytest.raises(DataError, match="mend or remove it, and run the same command to go on"):
+                predicted(model, data, tmp_path / "out")
+        if mend:
+            path.write_bytes(content)
+        else:
+            path.unlink()
+    found = predicted(model, data, tmp_path / "out")
+    assert [row["image"] for row in found] == [name for i, name in enumerate(names) if i not in (0, 9)]
+    assert manifest(tmp_path / "out")["removed"] == [0, 9]
+    (data / names[3]).unlink()  # no file that stopped the run
+    with pytest.raises(ConfigError, match="results of another run"):
+        predicted(model, data, tmp_path / "out")
+
+
+def predicted(model: NFNet, data: Path, output: Path) -> list[dict[str, Any]]:
+    predict_all(model, str(data), output, shard_size=8, batch_size=4, workers=0, size=16)
+    text = "".join(path.read_text() for path in sorted(output.glob("part-*.jsonl")))
+    return [json.loads(line) for line in text.splitlines()]
