@@ -1,16 +1,18 @@
-"""Pictures of a classifier's confusion matrix and calibration, by matplotlib."""
+"""Pictures of a classifier's confusion matrix, calibration and robustness, by matplotlib."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nfzoo.analysis.classification import Calibration
 from nfzoo.analysis.figures import dress, new_figure, save
-from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, ORANGE, PAPER, QUIET, RULE
+from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, ORANGE, PAPER, QUIET, RULE, check_png
 from nfzoo.runtime.output import escaped
 
 _NUMBERED, _NAMED = 25, 60  # classes up to which cells have numbers, and axes have names
@@ -108,6 +110,35 @@ def reliability_figure(panels: Sequence[tuple[str, Calibration]], output: Path) 
         for axes in (upper, lower):
             axes.set_xticks(np.linspace(0, 1, 6))
     _save(figure, output)
+
+
+def corruption_figure(found: Mapping[str, Any], output: Path) -> None:
+    """Draw top-1 accuracy over the severity of corruptions, to a PNG.
+
+    Args:
+        found: the fields that `nfzoo.evaluate.robustness` returns.
+        output: the file.
+
+    Raises:
+        DataError: if `output` is not a `.png`.
+        MissingPlotsError: without matplotlib.
+    """
+    check_png(output)
+    figure = new_figure(8.4, 4.4)
+    axes = figure.subplots()
+    styles = itertools.product(("-", "--"), (BLUE, ORANGE, QUIET, LIGHT_BLUE, INK))
+    for (name, mean), (line, colour) in zip(found["means"].items(), styles, strict=False):
+        values = [found["clean"]["top1"], *(row["top1"] for row in found["rows"] if row["corruption"] == name)]
+        label = f"{name.replace('_', ' ')}: {mean:.1%}"
+        accuracies = [100 * value for value in values]
+        axes.plot(
+            range(len(values)), accuracies, line, color=colour, marker="o", markersize=4, linewidth=1.8, label=label
+        )
+    dress(axes, "Top-1 accuracy under corruptions (%)", "severity; 0 is clean")
+    axes.set_ylim(0, 102)
+    legend = {"title": "mean over severities", "title_fontsize": 9, "alignment": "left", "loc": "upper left"}
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, bbox_to_anchor=(1, 1), **legend)
+    save(figure, output)
 
 
 def _short(text: str) -> str:

@@ -20,9 +20,10 @@ from nfzoo.config import Preprocessing
 from nfzoo.data.images import UNLABELLED, Images
 from nfzoo.data.workers import PATIENCE, load
 from nfzoo.errors import ConfigError, DataError
+from nfzoo.transforms.corruptions import Corruption, corrupt
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.mixing import Augment
-from nfzoo.transforms.preprocess import evaluation_transform, training_crop
+from nfzoo.transforms.preprocess import evaluation_pixels, evaluation_transform, normalize, training_crop
 
 _MAX_UNREADABLE = 100  # consecutive unreadable images after which the data set counts as broken
 
@@ -241,10 +242,11 @@ def load_batches(
     batches: Sequence[Sequence[int]],
     workers: int,
     *,
+    corruption: Corruption | None = None,
     patience: float = PATIENCE,
 ) -> Iterator[EvaluationBatch]:
-    """Load batches of the given indices as model inputs with sides of `size` pixels."""
-    samples = _EvaluationSamples(images, preprocessing, size)
+    """Load batches of the given indices as model inputs with sides of `size` pixels, corrupted if asked."""
+    samples = _EvaluationSamples(images, preprocessing, size, corruption)
     return load(samples, batches, samples.collate, workers if batches else 0, patience=patience)
 
 
@@ -259,6 +261,7 @@ def evaluation_batches(
     workers: int = 0,
     broken: list[str] | None = None,
     indices: list[int] | None = None,
+    corruption: Corruption | None = None,
     patience: float = PATIENCE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load one process's share of all images. Processes share no image; the last batch may be smaller.
@@ -266,13 +269,15 @@ def evaluation_batches(
     Args:
         broken: list to which a message about each unreadable image is appended; the image is left out.
         indices: list to which the index of each image is appended, in the order of the batches' rows.
+        corruption: of the inputs, after they are resized and cropped.
 
     Raises:
         BrokenImageError: for an unreadable image, if `broken` is `None`.
     """
     share = range(rank, len(images), world)
     batches = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
-    loaded = load_batches(images, preprocessing, size or preprocessing.test_size, batches, workers, patience=patience)
+    side = size or preprocessing.test_size
+    loaded = load_batches(images, preprocessing, side, batches, workers, corruption=corruption, patience=patience)
     for rows, (pixels, labels, problems) in zip(batches, loaded, strict=True):
         if problems:
             if broken is None:
@@ -293,12 +298,17 @@ class _EvaluationSamples(TorchDataset["tuple[Tensor, int] | str"]):
     images: Images
     preprocessing: Preprocessing
     size: int
+    corruption: Corruption | None = None
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:  # type: ignore[override]
         try:
             source, label = self.images[index]
             image = open_image(source, channels=len(self.preprocessing.mean))
-            return evaluation_transform(image, self.preprocessing, size=self.size), label
+            if self.corruption is None:
+                return evaluation_transform(image, self.preprocessing, size=self.size), label
+            pixels = evaluation_pixels(image, self.preprocessing, size=self.size)
+            levels = np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+            return normalize(corrupt(levels, self.corruption, index), self.preprocessing), label
         except DataError as error:
             return str(error)
 

@@ -30,6 +30,7 @@ from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers, processes, share_of
 from nfzoo.runtime.distributed import gather
 from nfzoo.runtime.output import escaped
+from nfzoo.transforms.corruptions import Corruption
 
 if TYPE_CHECKING:
     from accelerate import PartialState  # at run time, only after `choose_xla`
@@ -234,9 +235,9 @@ class Evaluator:
         shown, side = name or model.name or "model", size or model.preprocessing.test_size
         return cls(model.to(target), shown, labelled, state, target, side, batch_size, workers, skip_broken, date)
 
-    def evaluation(self) -> Evaluation:
-        """Score the model; all processes return the same."""
-        return self._run()
+    def evaluation(self, corruption: Corruption | None = None) -> Evaluation:
+        """Score the model, with inputs that are corrupted if asked; all processes return the same."""
+        return self._run(corruption=corruption)
 
     def outputs(self) -> tuple[Evaluation, Outputs]:
         """Score the model, and return the logits of all processes as well, which each of them holds in memory."""
@@ -252,7 +253,13 @@ class Evaluator:
             rows, self.labelled.images.labels[rows], np.concatenate([part[1] for part in parts])[order]
         )
 
-    def _run(self, *, kept: list[Tensor] | None = None, indices: list[int] | None = None) -> Evaluation:
+    def _run(
+        self,
+        *,
+        kept: list[Tensor] | None = None,
+        indices: list[int] | None = None,
+        corruption: Corruption | None = None,
+    ) -> Evaluation:
         from nfzoo import __version__
 
         images, model = self.labelled.images, self.model
@@ -268,6 +275,7 @@ class Evaluator:
             workers=self.workers,
             broken=broken if self.skip_broken else None,
             indices=indices,
+            corruption=corruption,
         )
 
         def logits(x: Tensor) -> Tensor:
@@ -282,7 +290,7 @@ class Evaluator:
         except BrokenImageError as error:
             raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
         problems = sorted(gather(broken))
-        if self.state.is_main_process:
+        if self.state.is_main_process and corruption is None:
             for problem in problems:
                 logger.warning("left out: %s", problem)
         if not result.images:

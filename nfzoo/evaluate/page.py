@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, PAGE, PAPER, QUIET, RULE
+from nfzoo.evaluate.robustness import robustness_rows
 from nfzoo.runtime.output import escaped
 
 _ALL, _LOWEST = 30, 20  # classes up to which all are shown at once, and of more, those that are
@@ -24,7 +25,9 @@ section {{ padding: 1.1rem 1.3rem; margin-top: 1rem; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th {{ font-weight: 500; text-align: left; }}
-th, td {{ padding: .22rem 1.3rem .22rem 0; border-bottom: 1px solid {RULE}; overflow-wrap: anywhere; }}
+th, td {{ padding: .22rem 1.3rem .22rem 0; border-bottom: 1px solid {RULE}; }}
+th, td {{ max-width: 24rem; overflow-wrap: break-word; }}
+th:first-child, td:first-child {{ min-width: 6rem; }}
 tr:last-child td {{ border-bottom: 0; }}
 td.n, th.n {{ text-align: right; white-space: nowrap; }}
 img {{ display: block; max-width: 100%; max-height: 40rem; width: auto; height: auto; margin: .6rem 0; }}
@@ -32,6 +35,7 @@ img.sheet {{ max-height: none; }}
 .figures {{ display: flex; flex-wrap: wrap; gap: .4rem 2.6rem; margin: .2rem 0 .8rem; }}
 .figures b {{ display: block; font-size: 1.7rem; line-height: 1.2; color: {BLUE}; font-weight: 600; }}
 .bar {{ display: inline-block; width: 8rem; height: .55rem; border-radius: .3rem; background: {PAGE}; }}
+@media (max-width: 40rem) {{ th, td {{ padding-right: .7rem; }} .bar {{ width: 3rem; }} }}
 .bar i {{ display: block; height: 100%; border-radius: .3rem; background: {LIGHT_BLUE}; }}
 """
 
@@ -65,6 +69,7 @@ def page(fields: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         _section("Classes", _classes(fields["classes"])),
         _section("Confusion matrix", _confusions(fields["confusions"], pictures)),
         _section("Calibration", _calibration(fields["calibration"], pictures)),
+        *([_section("Corruptions", _robustness(fields["corruptions"], pictures))] if "corruptions" in fields else []),
         _section("The worst mistakes", mistakes),
         _section("How it was measured", _facts(about)),
     ]
@@ -202,6 +207,21 @@ def _calibration(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
 
 def _calibration_row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     return (_text(name), f"{found['ece']:.2%}", f"{found['mce']:.2%}", f"{found['nll']:.4f}", f"{found['brier']:.4f}")
+
+
+def _robustness(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    head, *rows = robustness_rows(found)
+    cells = [tuple(map(_text, row)) for row in rows]
+    meanings = []
+    for name, meaning in found["meaning"].items():
+        strengths = (f"{row['strength']:g}" for row in found["rows"] if row["corruption"] == name)
+        meanings.append(f"{name.replace('_', ' ')}: {', '.join(strengths)} ({meaning})")
+    note = (
+        "Inputs are corrupted at severities 1 to 5, with the constants of ImageNet-C but for rotation. "
+        f"{'; '.join(meanings)}."
+    )
+    picture = _picture(pictures, "corruptions.png", "Accuracy by severity of corruptions")
+    return f'{picture}\n{_table(head, cells, 1)}\n<p class="quiet">{_text(note)}</p>'
 
 
 def _mistakes(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from nfzoo.analysis import classification as measures
 from nfzoo.analysis.classification import Calibration, ImageScores
-from nfzoo.analysis.classification_figures import confusion_figure, reliability_figure
+from nfzoo.analysis.classification_figures import confusion_figure, corruption_figure, reliability_figure
 from nfzoo.analysis.figures import new_figure
 from nfzoo.analysis.sheets import SheetEntry, prediction_sheet, thumbnail
 from nfzoo.checkpoint.atomic import replaced_folder
@@ -30,8 +30,8 @@ from nfzoo.transforms.decode import open_image
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 TABLE_FILE, MATRIX_FILE = "confusion_matrix.csv", "confusion_matrix.png"
-RELIABILITY_FILE, MISTAKES_FILE = "reliability.png", "mistakes.png"
-FILES = (PAGE_FILE, REPORT_FILE, TABLE_FILE, MATRIX_FILE, RELIABILITY_FILE, MISTAKES_FILE)
+RELIABILITY_FILE, MISTAKES_FILE, CORRUPTIONS_FILE = "reliability.png", "mistakes.png", "corruptions.png"
+FILES = (PAGE_FILE, REPORT_FILE, TABLE_FILE, MATRIX_FILE, RELIABILITY_FILE, MISTAKES_FILE, CORRUPTIONS_FILE)
 
 _KIND = "nfzoo evaluation report"
 _SEED = 0  # of the bootstrap and of the halves
@@ -115,8 +115,7 @@ def write_report(
     found: Measured,
     *,
     data: str,
-    more: Mapping[str, Any] | None = None,
-    pictures: Mapping[str, bytes] | None = None,
+    corruptions: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report into a folder that `check_folder` accepts; one process does this.
 
@@ -126,8 +125,7 @@ def write_report(
         folder: where to write.
         evaluator, evaluation, outputs, found: the evaluation and what was measured.
         data: the source of the images, which their names in the report leave out.
-        more: further fields of the report.
-        pictures: further pictures, by the names of their files.
+        corruptions: what `nfzoo.evaluate.robustness` returns, if it was measured.
 
     Raises:
         DataError: if an image cannot be read any more.
@@ -137,7 +135,7 @@ def write_report(
     shown = np.flatnonzero(found.confusion.sum(0) + found.confusion.sum(1))
     confusion, names = found.confusion[np.ix_(shown, shown)], [labels[i] for i in shown.tolist()]
     worst = _worst(evaluator, outputs, found, labels, data)
-    fields = {**_fields(evaluator, evaluation, outputs, found, labels, worst), **(more or {})}
+    fields = _fields(evaluator, evaluation, outputs, found, labels, worst)
     with replaced_folder(folder) as scratch:
         with (scratch / TABLE_FILE).open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -152,8 +150,9 @@ def write_report(
         reliability_figure(panels, scratch / RELIABILITY_FILE)
         if worst:
             _sheet(evaluator, worst, scratch / MISTAKES_FILE)
-        for name, content in (pictures or {}).items():
-            (scratch / name).write_bytes(content)
+        if corruptions is not None:
+            fields["corruptions"] = corruptions
+            corruption_figure(corruptions, scratch / CORRUPTIONS_FILE)
         (scratch / REPORT_FILE).write_text(json_text(fields), encoding="utf-8")
         drawn = {path.name: path.read_bytes() for path in sorted(scratch.glob("*.png"))}
         (scratch / PAGE_FILE).write_text(page(fields, drawn), encoding="utf-8")

@@ -7,14 +7,19 @@ import datetime
 import sys
 from pathlib import Path
 
+from nfzoo.analysis.classification_figures import corruption_figure
+from nfzoo.analysis.figures import new_figure
+from nfzoo.analysis.style import check_png
 from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_description
 from nfzoo.data.label_files import label_files
 from nfzoo.errors import ConfigError, DataError
-from nfzoo.evaluate.accuracy import Evaluator, table
-from nfzoo.evaluate.report import PAGE_FILE, Measured, check_folder, measure, write_report
+from nfzoo.evaluate.accuracy import Evaluator, Outputs, table
+from nfzoo.evaluate.report import PAGE_FILE, check_folder, measure, write_report
+from nfzoo.evaluate.robustness import robustness, robustness_table
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
+from nfzoo.transforms.corruptions import KINDS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +58,22 @@ def _parser() -> argparse.ArgumentParser:
         "pictures; needs matplotlib",
     )
     add(
+        "--corruptions",
+        nargs="*",
+        choices=KINDS,
+        metavar="NAME",
+        help="also measure accuracy under corruptions of the images, at five severities each, which takes five times "
+        f"as long for each: {', '.join(KINDS)} (default: all); with --report, it is part of the report",
+    )
+    add(
+        "--corruption-seed",
+        type=program.nonnegative_int,
+        default=0,
+        metavar="N",
+        help="of what corruptions draw at random (default: 0)",
+    )
+    add("--curves", type=Path, metavar="PNG", help="draw accuracy over the severity of the corruptions")
+    add(
         "--save-temperature",
         type=Path,
         metavar="DIR",
@@ -84,6 +105,12 @@ def _main(options: argparse.Namespace) -> None:
         program.check_writable(Path(options.json))
     if options.report is not None:
         check_folder(options.report, options.data)
+    if options.curves is not None:
+        if options.corruptions is None:
+            raise ConfigError("--curves draws accuracy under corruptions; add --corruptions")
+        check_png(options.curves)
+        program.check_writable(options.curves)
+        new_figure(1, 1)
     if options.save_temperature is not None:
         _check_model_folder(options.save_temperature, options.model)
     model = from_pretrained(options.model, **program.source_options(options))
@@ -99,20 +126,30 @@ def _main(options: argparse.Namespace) -> None:
         date=options.date,
         labels=label_files(options.labels, None, options.class_names),
     )
-    found: Measured | None = None
+    outputs: Outputs | None = None
     if options.report is None and options.save_temperature is None:
         evaluation = evaluator.evaluation()
     else:
         evaluation, outputs = evaluator.outputs()
-        if not evaluator.state.is_main_process:
-            return
-        found = measure(outputs, model.temperature)
-        if options.report is not None:
-            write_report(options.report, evaluator, evaluation, outputs, found, data=options.data)
+    corruptions = None
+    if options.corruptions is not None:
+        names = options.corruptions or list(KINDS)
+        corruptions = robustness(evaluator, evaluation, names, seed=options.corruption_seed)
     if not evaluator.state.is_main_process:
         return
-    program.write_result(options.json, evaluation.to_dict(), table(evaluation))
+    found = None if outputs is None else measure(outputs, model.temperature)
+    if options.report is not None and outputs is not None and found is not None:
+        write_report(options.report, evaluator, evaluation, outputs, found, data=options.data, corruptions=corruptions)
+    fields, text = evaluation.to_dict(), table(evaluation)
+    if corruptions is not None:
+        fields["corruptions"] = corruptions
+        text += f"\n\n{robustness_table(corruptions)}"
+        if options.curves is not None:
+            corruption_figure(corruptions, options.curves)
+    program.write_result(options.json, fields, text)
     notes = sys.stderr if options.json == "-" else sys.stdout
+    if options.curves is not None:
+        print(f"wrote {escaped(str(options.curves))}", file=notes)
     if options.report is not None:
         print(f"wrote {escaped(str(options.report / PAGE_FILE))}", file=notes)
     if options.save_temperature is not None and found is not None:

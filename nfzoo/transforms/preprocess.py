@@ -34,14 +34,19 @@ def evaluation_transform(image: Image.Image, preprocessing: Preprocessing, *, si
 
     Source: the code released with arXiv 2102.06171; timm 1.0 with torchvision's roundings.
     """
+    return normalize(evaluation_pixels(image, preprocessing, size=size), preprocessing)
+
+
+def evaluation_pixels(image: Image.Image, preprocessing: Preprocessing, *, size: int | None = None) -> np.ndarray:
+    """Return the grey levels `(size, size, C)` that `evaluation_transform` normalises, uint8 or float32."""
     size = check_size(preprocessing.test_size if size is None else size)
     _check_mode(image, preprocessing)
     if preprocessing.resize == "deepmind":
         side = size + preprocessing.margin
-        return normalize(tf_bicubic(image, side, side, centre=size), preprocessing)
+        return tf_bicubic(image, side, side, centre=size)
     resized = _shorter_edge(image, math.floor(size / preprocessing.crop))
     left, top = (round((n - size) / 2) for n in resized.size)
-    return normalize(_array(resized.crop((left, top, left + size, top + size))), preprocessing)
+    return _array(resized.crop((left, top, left + size, top + size)))
 
 
 def training_crop(
