@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nfzoo.analysis import explanations
+from nfzoo.analysis.explanations import METHODS
 from nfzoo.analysis.sheets import SHEET_LIMIT, SheetEntry, prediction_sheet, thumbnail
 from nfzoo.analysis.style import check_png
 from nfzoo.config import is_int
@@ -71,6 +73,7 @@ def predict(
     *,
     topk: int = 5,
     sheet: str | Path | None = None,
+    explain: str | None = None,
     batch_size: int = 32,
     device: torch.device | str | None = None,
 ) -> list[Prediction]:
@@ -78,13 +81,17 @@ def predict(
 
     Args:
         sheet: a PNG file to write, with the images (at most `SHEET_LIMIT`) and their labels.
+        explain: show in the sheet where the model finds the most probable label, by `gradcam` or `occlusion`: see
+            `nfzoo.analysis.explanations`. The images are then drawn as the model gets them.
         device: device to which the model is moved; by default it stays where it is.
 
     Raises:
         DataError: for an unreadable image; nothing is written then.
-        ConfigError: for a device that is not available.
+        ConfigError: for a device that is not available, and for explanations without a sheet or of another kind.
     """
     _check_counts(batch_size=batch_size, topk=topk)
+    if explain is not None and (sheet is None or explain not in METHODS):
+        raise ConfigError(f"{explain!r} is to be {' or '.join(METHODS)}, and drawn into a sheet: give one, too")
     files = [Path(path) for path in paths]
     if not files:
         raise DataError("there are no images to classify; give at least one")
@@ -105,6 +112,9 @@ def predict(
             image = open_image(path, channels=model.config.in_channels)
             inputs.append(evaluation_transform(image, model.preprocessing))
             thumbs.append(thumbnail(image) if sheet is not None and start + len(thumbs) < SHEET_LIMIT else _BLANK)
+        if explain is not None and start < SHEET_LIMIT:
+            shown = inputs[: SHEET_LIMIT - start]
+            thumbs = [*_explained(model, shown, explain, batch_size), *thumbs[len(shown) :]]
         for path, thumb, top in zip(
             batch, thumbs, classify(model, inputs, batch_size=batch_size, topk=topk), strict=True
         ):
@@ -112,8 +122,20 @@ def predict(
             entries.append(SheetEntry(thumb, path.name, top))
     if sheet is not None:
         count = f"{len(files)} image{'s' if len(files) > 1 else ''}"
-        prediction_sheet(entries, sheet, title=f"{model.name or 'model'}: {count}")
+        kind = "" if explain is None else f", {explain} of the first label"
+        prediction_sheet(entries, sheet, title=f"{model.name or 'model'}: {count}{kind}")
     return predictions
+
+
+def _explained(model: NFNet, inputs: Sequence[Tensor], method: str, batch_size: int) -> list[Image.Image]:
+    """Return pictures of where the model finds the most probable label of each image."""
+    p = next(model.parameters())
+    x = backend(p.device).images(torch.stack(list(inputs)), p.dtype)
+    heat = explanations.explain(model.config, dict(model.named_parameters()), x, method, batch_size=batch_size)
+    return [
+        thumbnail(explanations.overlay(image, map_, model.preprocessing))
+        for image, map_ in zip(inputs, heat, strict=True)
+    ]
 
 
 def image_files(sources: Sequence[str | Path], *, without: str | Path | None = None) -> list[Path]:

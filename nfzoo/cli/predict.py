@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nfzoo import from_pretrained
+from nfzoo.analysis.explanations import METHODS
 from nfzoo.cli.tables import print_json
 from nfzoo.errors import ConfigError
 from nfzoo.predict import Prediction, image_files, predict
@@ -34,6 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="PNG",
         help="draw the images with their labels; replaces what is there",
     )
+    parser.add_argument(
+        "--explain",
+        choices=METHODS,
+        help="show in the sheet, in orange, where the model finds the first label: gradcam by gradients at the last "
+        "feature map, occlusion by 225 more predictions of each image, with a part of it covered",
+    )
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument(
         "--batch-size", type=program.positive_int, default=32, metavar="N", help="images at a time (default: 32)"
@@ -50,6 +57,8 @@ class _UseBulk(argparse.Action):
 
 
 def _predict(options: argparse.Namespace) -> None:
+    if options.explain is not None and options.sheet is None:
+        raise ConfigError("--explain draws into the sheet; add --sheet PNG")
     if options.sheet is not None:
         program.check_writable(options.sheet)
     files = image_files(options.images, without=options.sheet)
@@ -59,6 +68,7 @@ def _predict(options: argparse.Namespace) -> None:
         files,
         topk=options.topk,
         sheet=options.sheet,
+        explain=options.explain,
         batch_size=options.batch_size,
         device=options.device,
     )
