@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nfzoo.analysis.signal_propagation import SignalMetrics
-from nfzoo.analysis.style import BLUE, INK, ORANGE, PAPER, QUIET, RULE, check_png
+from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, ORANGE, PAPER, QUIET, RULE, check_png
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import DataError, NfzooError
 from nfzoo.files import nearest_path, parse_json, read_text
@@ -37,7 +37,7 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
         MissingPlotsError: without matplotlib.
     """
     check_png(output)
-    rows = _read_metrics(metrics_jsonl)
+    rows = read_metrics(metrics_jsonl)
     figure = new_figure(10.5, 4.4)
     loss, accuracy = figure.subplots(1, 2)
     lines = (("train_", "training, as optimised", QUIET, ":"), ("", "held out, live weights", ORANGE, "-"))
@@ -60,7 +60,8 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
     save(figure, output)
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the figures of each epoch; raise a `DataError` for a file that is missing, empty or damaged."""
     rows = []
     try:
         text = read_text(path)
@@ -85,6 +86,37 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{path} holds no epochs yet")
     return rows
+
+
+def compared_curves(runs: Sequence[tuple[str, Sequence[tuple[int, float, float | None]]]], output: Path) -> None:
+    """Plot loss and accuracy on held-out images by epoch, of several runs over each other, to a PNG.
+
+    Args:
+        runs: name, and (epoch, accuracy, loss) for each epoch; a loss that is `None` is not drawn.
+        output: the file.
+
+    Raises:
+        MissingPlotsError: without matplotlib.
+    """
+    check_png(output)
+    figure = new_figure(11.5, 4.4)
+    loss, accuracy = figure.subplots(1, 2)
+    styles = itertools.cycle(itertools.product(("-", "--", ":"), (BLUE, ORANGE, INK, LIGHT_BLUE, QUIET)))
+    for (name, points), (line, colour) in zip(runs, styles, strict=False):
+        marker = "o" if len(points) <= 40 else ""
+        for axes, curve in (
+            (loss, [(epoch, value) for epoch, _, value in points if value is not None]),
+            (accuracy, [(epoch, 100 * value) for epoch, value, _ in points]),
+        ):
+            x, y = zip(*curve, strict=True) if curve else ((), ())
+            axes.plot(x, y, line, color=colour, label=escaped(name), marker=marker, markersize=3.5, linewidth=1.8)
+    dress(loss, "Loss on held-out images", "epoch")
+    dress(accuracy, "Accuracy on held-out images (%)", "epoch")
+    loss.set_ylim(bottom=0)
+    accuracy.set_ylim(top=min(accuracy.get_ylim()[1], 101))
+    for text in accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right").get_texts():
+        text.set_parse_math(False)
+    save(figure, output)
 
 
 def signal_propagation(metrics: Sequence[SignalMetrics], output: Path, *, title: str = "") -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": ("nfzoo.cli.predict", "main", "what a model sees in a few images"),
     "bulk": ("nfzoo.bulk", "main", "labels or embeddings of very many images, as files"),
     "plot": ("nfzoo.cli.plot", "main", "the signal-propagation plot of a model, the curves of a run"),
+    "compare": ("nfzoo.cli.compare", "main", "training runs side by side: options, curves, results"),
     "convert": ("nfzoo.cli.models", "convert", "weights of other frameworks to nfzoo's, and back"),
     "drill": ("nfzoo.drill.run", "main", "whether a run survives kills, full disks and power cuts, on this machine"),
     "push": ("nfzoo.cli.publish", "push", "a trained model onto the Hugging Face Hub"),

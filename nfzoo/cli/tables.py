@@ -12,12 +12,17 @@ def print_json(value: object) -> None:
     print(json_text(value), end="")
 
 
-def print_table(rows: Sequence[Sequence[str]], alignment: str) -> None:
-    """Print rows of cells, with one of `<` and `>` for each column."""
+def table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Return rows of cells as lines of text, with one of `<` and `>` for each column."""
     rows = [[escaped(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
-    for row in rows:
-        print("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)).rstrip())
+    lines = ("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def print_table(rows: Sequence[Sequence[str]], alignment: str) -> None:
+    """Print rows of cells as `table` does."""
+    print(table(rows, alignment))
 
 
 def millions(count: int) -> str:

@@ -235,6 +235,7 @@ def test_names_of_files_and_labels_in_every_command(
         (["space", "--model", text], 2),
         ([text], 2),
         (["plot", "curves", text], 2),
+        (["compare", text, "o"], 2),
         (["export", str(model), "--format", "onnx", "--output", str(model / "config.json")], 2),
         (["convert", str(data / "dog" / f"{EVIL}.png"), text], 2),
         (["evaluate", str(model), "--data", DIGITS, "--json", text], 2),

@@ -1,0 +1,155 @@
+"""Training runs side by side: `nfzoo compare RUN RUN …`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nfzoo.analysis.figures import compared_curves, new_figure, read_metrics
+from nfzoo.analysis.style import check_png
+from nfzoo.cli.tables import table
+from nfzoo.errors import ConfigError, DataError
+from nfzoo.files import read_text
+from nfzoo.runtime import program
+from nfzoo.runtime.output import escaped
+from nfzoo.train import strict_yaml
+from nfzoo.train.run_folder import METRICS_FILE, RUN_FILE
+
+_OWN = ("output",)  # options that differ between any two runs
+
+
+class Run(NamedTuple):
+    """A training run: its name, its options under dotted names, and the figures of its epochs."""
+
+    name: str
+    options: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def held_out(self) -> list[tuple[int, float, float | None]]:
+        """Epoch, accuracy and loss on held-out images, of the averaged weights where the run has them."""
+        found = []
+        for row in self.rows:
+            prefix = "" if row.get("ema_accuracy") is None else "ema_"
+            if row.get(f"{prefix}accuracy") is not None:
+                found.append((row["epoch"], row[f"{prefix}accuracy"], row.get(f"{prefix}loss")))
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """Return the best and the last figures, JSON-ready, with `None` for what was not measured."""
+        last, held_out = self.rows[-1], self.held_out
+        best = max(held_out, key=lambda point: point[1], default=None)  # the first of equal ones
+        return {
+            "epochs": last["epoch"],
+            "best_accuracy": best and best[1],
+            "best_epoch": best and best[0],
+            "accuracy": held_out[-1][1] if held_out else None,
+            "loss": held_out[-1][2] if held_out else None,
+            "train_loss": last.get("train_loss"),
+        }
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a run's folder. A folder of figures alone, without `train.yaml`, has no options.
+
+    Raises:
+        DataError: for files that are missing or damaged.
+    """
+    rows = read_metrics(folder / METRICS_FILE)
+    path = folder / RUN_FILE
+    try:
+        options = strict_yaml.load(read_text(path, strict_yaml.MOST_TEXT))
+    except FileNotFoundError:
+        options = {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise DataError(f"{path} must hold options such as `model: nfnet-f0`, not {options!r}")
+    return Run(name, _flat(options), rows)
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Return the values of each option in which runs differ, `None` where a run lacks it."""
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    values = {name: [run.options.get(name) for run in runs] for name in names if name not in _OWN}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print how training runs differ in options and results: `nfzoo compare`."""
+    parser = program.Parser(
+        prog="nfzoo compare",
+        description="Show in which options training runs differ, and what came of it: the best and the last accuracy\n"
+        "on held-out images, of the averaged weights where a run has them.\n\n"
+        "example: nfzoo compare runs/a runs/b runs/c --output compared.png",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a training run; at least two")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw loss and accuracy of the runs over each other")
+    parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
+    return program.run(parser.prog, lambda: _compare(parser.parse_args(argv)))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    folders = [path.parent if path.name == METRICS_FILE else path for path in options.runs]
+    if len({folder.resolve() for folder in folders}) < 2:
+        raise ConfigError("a comparison needs at least two different runs; give their folders")
+    if options.output is not None:
+        check_png(options.output)
+        program.check_writable(options.output)
+        new_figure(1, 1)
+    if options.json not in (None, "-"):
+        program.check_writable(Path(options.json))
+    last = [folder.resolve().name for folder in folders]
+    counts = Counter(last)
+    runs = [
+        read_run(folder, name if counts[name] == 1 else str(folder)) for folder, name in zip(folders, last, strict=True)
+    ]
+    different, figures = differences(runs), [run.figures() for run in runs]
+    if options.output is not None:
+        compared_curves([(run.name, run.held_out) for run in runs], options.output)
+    fields = {
+        "runs": [
+            {"name": run.name, "options": {name: row[i] for name, row in different.items()}, **figures[i]}
+            for i, run in enumerate(runs)
+        ]
+    }
+    program.write_result(options.json, fields, _text(runs, different, figures))
+    if options.output is not None:
+        print(f"wrote {escaped(str(options.output))}", file=sys.stderr if options.json == "-" else sys.stdout)
+
+
+def _text(runs: Sequence[Run], different: Mapping[str, Sequence[Any]], figures: Sequence[Mapping[str, Any]]) -> str:
+    rows = [("", *(run.name for run in runs))]
+    rows += [(name, *map(_value, values)) for name, values in different.items()]
+    for key, words, form in (
+        ("epochs", "epochs done", "{:,}"),
+        ("best_accuracy", "best accuracy", "{:.2%}"),
+        ("best_epoch", "in epoch", "{:,}"),
+        ("accuracy", "last accuracy", "{:.2%}"),
+        ("loss", "last loss", "{:.4f}"),
+        ("train_loss", "last training loss", "{:.4f}"),
+    ):
+        rows.append((words, *("-" if row[key] is None else form.format(row[key]) for row in figures)))
+    if not different:
+        rows.insert(1, ("no option differs", *("" for _ in runs)))
+    return table(rows, "<" + ">" * len(runs))
+
+
+def _value(value: Any) -> str:
+    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
