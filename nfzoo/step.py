@@ -18,6 +18,7 @@ from nfzoo.optim.sgd import (
     CLIPPED,
     DECAYED,
     EMA_DECAY,
+    HEAD_BIAS,
     MOMENTUM,
     WEIGHT_DECAY,
     SGDState,
@@ -38,6 +39,8 @@ class StepConfig:
     Attributes:
         clip: AGC threshold; `None` trains without AGC.
         agc_eps: floor of the parameter norm in AGC.
+        clip_head_bias: whether AGC clips the classifier's bias too, as in DeepMind's code. The norm of its gradient is
+            then at most `clip * agc_eps` as long as its own norm is below `agc_eps`, as at the beginning.
         momentum, nesterov: of SGD.
         weight_decay: coefficient of the weights that are added to the gradients of kernels and linears.
         label_smoothing: of the cross-entropy.
@@ -48,6 +51,7 @@ class StepConfig:
 
     clip: float | None = CLIP
     agc_eps: float = EPS
+    clip_head_bias: bool = True
     momentum: float = MOMENTUM
     nesterov: bool = True
     weight_decay: float = WEIGHT_DECAY
@@ -138,9 +142,11 @@ def train_step(
         at = sam_ascent(state.params, ascent, rho=config.sam_rho)
     grads, (loss, logits) = torch.func.grad_and_value(loss_fn, has_aux=True)(at, len(images))
     if config.clip is not None:
-        grads = agc(
-            grads, state.params, clip=config.clip, eps=config.agc_eps, where=lambda name: kinds[name] in CLIPPED
-        )
+
+        def where(name: str) -> bool:
+            return kinds[name] in CLIPPED and (config.clip_head_bias or name != HEAD_BIAS)
+
+        grads = agc(grads, state.params, clip=config.clip, eps=config.agc_eps, where=where)
     params, momentum = sgd(
         state.params,
         grads,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensor, count_clipped, unit_shape
+from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensor, mask_owners, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
+from nfzoo.optim.counting import KindCounter, Tally, tally_masks, total
 from nfzoo.optim.options import OPTIONS, check_options, check_state
 from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
@@ -40,6 +41,9 @@ class AGCSGD(torch.optim.Optimizer):
     Attributes:
         clipped_fraction: fraction of the units that the last step clipped, a tensor; `None` before the first, and
             after a step on a CPU that the gate shut out.
+        count_kinds: a counter of kinds of parameters, or `None`. Set it to have `clipped_kinds` counted.
+        clipped_kinds: fraction of the units of each kind that the last step clipped, `(kinds,)`; `None` where
+            `clipped_fraction` is, and without a counter.
         gate: a 0-dimensional boolean tensor on the parameters' device, or `None`. Set it before `step`. Where it is
             false nothing changes, and the host does not wait. `norm.isfinite()` of the gradients' norm skips broken
             steps.
@@ -51,6 +55,8 @@ class AGCSGD(torch.optim.Optimizer):
 
     gate: Tensor | None = None
     clipped_fraction: Tensor | None = None
+    count_kinds: KindCounter | None = None
+    clipped_kinds: Tensor | None = None
 
     def __init__(
         self,
@@ -80,7 +86,12 @@ class AGCSGD(torch.optim.Optimizer):
         self._fused: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "gate": self.gate, "clipped_fraction": self.clipped_fraction}
+        return {
+            **super().__getstate__(),
+            "gate": self.gate,
+            "clipped_fraction": self.clipped_fraction,
+            "clipped_kinds": self.clipped_kinds,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -130,19 +141,15 @@ class AGCSGD(torch.optim.Optimizer):
         if gate is not None and gate.device.type == "cpu" and not torch.compiler.is_compiling():
             # The host reads it at no cost, and saves two passes over parameters and momenta.
             if not gate:
-                self.clipped_fraction = None
+                self.clipped_fraction = self.clipped_kinds = None
                 return loss
             gate = None
-        counts: list[Tensor] = []
-        units = 0
+        tallies: list[Tally] = []
         for group in self.param_groups:
             for bundle in self._bundles(group):
-                for count, of in self._update(group, bundle, gate):
-                    if count is not None:
-                        counts.append(count)
-                        units += of
-        here = [count.to(counts[0].device) for count in counts]
-        self.clipped_fraction = torch.stack(here).sum() / units if here else None
+                tallies += [tally for tally in self._update(group, bundle, gate) if tally is not None]
+        self.clipped_fraction = total(tallies) / sum(tally.units for tally in tallies) if tallies else None
+        self.clipped_kinds = self.count_kinds(tallies) if tallies and self.count_kinds is not None else None
         return loss
 
     def averages(self, named: Mapping[str, Tensor]) -> Params:
@@ -183,10 +190,8 @@ class AGCSGD(torch.optim.Optimizer):
                 self._init(group, p)
         return bundles.values()
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
-    ) -> list[tuple[Tensor | None, int]]:
-        """Update one bundle in parts. Return how many units of each part were clipped, and of how many."""
+    def _update(self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None) -> list[Tally | None]:
+        """Update one bundle in parts. Return the units of each part that were clipped; `None` without clipping."""
         eager = functools.partial(self._update_eager, gate=gate)
         if not group["compiled"] or is_dtensor(params[0]):
             return [eager(group, params)]
@@ -201,20 +206,17 @@ class AGCSGD(torch.optim.Optimizer):
         rest = [p for p in params if p not in kept]
         return [run(group, some) for run, some in ((update, chosen), (eager, rest)) if some]
 
-    def _update_eager(
-        self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
-    ) -> tuple[Tensor | None, int]:
+    def _update_eager(self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None) -> Tally | None:
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        count, units = None, 0
+        tally = None
         if group["clip"] is not None:
             limits = {"clip": group["clip"], "eps": group["eps"]}
             if is_dtensor(params[0]):
                 pairs = [clip_dtensor(g, p, **limits) for g, p in zip(grads, params, strict=True)]
-                grads, masks = [grad for grad, _ in pairs], [mask for _, mask in pairs]
+                grads, tally = [grad for grad, _ in pairs], tally_masks([mask for _, mask in pairs], params)
             else:
                 grads, mask = clip_all(grads, params, **limits)
-                masks = [mask]
-            count, units = count_clipped(masks)
+                tally = Tally(mask, mask_owners(params), len(mask))
         sgd_(
             params,
             grads,
@@ -230,11 +232,9 @@ class AGCSGD(torch.optim.Optimizer):
             average = {str(i): self.state[p]["ema"] for i, p in enumerate(params)}
             live = {str(i): p for i, p in enumerate(params)}
             ema_(average, live, group["steps"] - 1, decay=group["ema_decay"], gate=gate)
-        return count, units
+        return tally
 
-    def _update_fused(
-        self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None
-    ) -> tuple[Tensor | None, int]:
+    def _update_fused(self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None) -> Tally | None:
         """Update one bundle in a few Triton kernels."""
         from nfzoo.optim.triton_update import FusedUpdate
 
@@ -245,7 +245,7 @@ class AGCSGD(torch.optim.Optimizer):
             self._fused[key] = FusedUpdate(params)
         fused = self._fused[key]
         lr, weight = self._numbers(group, params[0].device)
-        count = fused(
+        counts = fused(
             params,
             [p.grad for p in params],
             [self.state[p]["momentum_buffer"] for p in params],
@@ -255,9 +255,11 @@ class AGCSGD(torch.optim.Optimizer):
             gate=gate,
             **{name: group[name] for name in ("clip", "eps", "momentum", "nesterov", "weight_decay")},
         )
-        return count, 0 if count is None else fused.units
+        if counts is None:
+            return None
+        return Tally(counts, [(params[i], tiles) for i, tiles in fused.owners], fused.units)
 
-    def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Tensor | None, int]:
+    def _update_compiled(self, group: dict[str, Any], params: list[Tensor]) -> Tally | None:
         """Update kernels and linears by one graph for all shapes: see `compile_of_any_shape`."""
         constants = (group["clip"], group["eps"], group["momentum"], group["nesterov"], group["weight_decay"])
         update = compiled_update(*constants)
@@ -269,9 +271,7 @@ class AGCSGD(torch.optim.Optimizer):
             masks.append(update(*rows, lr, weight))
             # The compiled function writes without autograd's knowledge.
             torch.autograd.graph.increment_version([t for t in (p, m, average) if t is not None])
-        if group["clip"] is None:
-            return None, 0
-        return torch.cat([mask.flatten() for mask in masks]).sum(), sum(unit_shape(p.shape)[0] for p in params)
+        return None if group["clip"] is None else tally_masks(masks, params)
 
     def _numbers(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return the learning rate, and the share of the new parameters in the moving average, on the device."""

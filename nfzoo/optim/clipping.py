@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfzoo.optim.counting import Tally, tally_masks, total
 from nfzoo.optim.parameters import Excluded, Names, Parameters, find_excluded, select
-from nfzoo.runtime.distributed import full_tensor, is_dtensor
+from nfzoo.runtime.distributed import is_dtensor
 from nfzoo.torch_internals import foreach as many
 from nfzoo.types import Params
 
@@ -129,30 +130,10 @@ def clip_all(
     return list(grads) if in_place else out, clipped
 
 
-def count_clipped(masks: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """Return how many units the masks of clipped units mark (0-dimensional), and how many units there are.
-
-    Masks may be on several devices, of which the first one gets the count, and `DTensor`s, which are counted over all
-    processes at once: all processes have to call this.
-    """
-    counts: dict[Any, list[Tensor]] = {}
-    for mask in masks:
-        count = mask.sum()
-        key = (count.device_mesh, count.placements) if is_dtensor(count) else count.device  # type: ignore[attr-defined]
-        counts.setdefault(key, []).append(count)
-    totals = [_sum(some) for some in counts.values()]
-    return torch.stack([total.to(totals[0].device) for total in totals]).sum(), sum(mask.numel() for mask in masks)
-
-
-def _sum(counts: Sequence[Tensor]) -> Tensor:
-    """Add up numbers of one device, or `DTensor`s of one placement, with one reduction over the processes."""
-    first: Any = counts[0]
-    if not is_dtensor(first):
-        return torch.stack(list(counts)).sum()
-    from torch.distributed.tensor import DTensor
-
-    local = torch.stack([count.to_local() for count in counts]).sum()  # type: ignore[attr-defined]
-    return full_tensor(DTensor.from_local(local, first.device_mesh, first.placements))
+def mask_owners(params: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Return the parameters in the order in which the mask of `clip_all` has their units, each with their number."""
+    owners = [(p, unit_shape(p.shape)[0]) for p in params]
+    return [*(owner for owner in owners if owner[1] != 1), *(owner for owner in owners if owner[1] == 1)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -254,11 +235,10 @@ def clip_grad_agc_(
     Source: arXiv 2102.06171, equation 3.
     """
     check_clip(clip, eps)
-    masks = _clip_grads_(select(parameters, exclude), clip=clip, eps=eps, foreach=foreach)
-    if not masks:
+    tallies = clip_grads_(select(parameters, exclude), clip=clip, eps=eps, foreach=foreach)
+    if not tallies:
         return torch.zeros((), dtype=torch.float32)
-    count, units = count_clipped(masks)
-    return count.to(torch.float32) / max(units, 1)
+    return total(tallies).to(torch.float32) / max(sum(tally.units for tally in tallies), 1)
 
 
 @torch.no_grad()
@@ -278,12 +258,12 @@ def agc_(
         ConfigError, TypeError, ValueError: see `clip_grad_agc_`.
     """
     check_clip(clip, eps)
-    _clip_grads_(select(parameters, exclude), clip=clip, eps=eps)
+    clip_grads_(select(parameters, exclude), clip=clip, eps=eps)
 
 
-def _clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: bool | None = None) -> list[Tensor]:
-    """Clip gradients in place where there are any; return masks of the units that were clipped."""
-    masks = []
+def clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: bool | None = None) -> list[Tally]:
+    """Clip gradients in place where there are any; return tallies of the units that were clipped."""
+    masks: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # by device, as those of one tally are joined
     lists: dict[tuple[torch.device, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     pairs = [(p, p.grad) for p in params if p.grad is not None]
     for p, grad in pairs:
@@ -299,11 +279,13 @@ def _clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: 
             clip_one = clip_dtensor if is_dtensor(p) else clip_unitwise
             clipped, mask = clip_one(grad, p, clip=clip, eps=eps)
             grad.copy_(clipped)
-            masks.append(mask)
+            masks.setdefault((p.device, is_dtensor(p)), []).append((mask, p))
+    tallies = [tally_masks(*map(list, zip(*some, strict=True))) for some in masks.values()]
     for some in lists.values():
         of, grads = zip(*some, strict=True)
-        masks.append(clip_all(grads, of, clip=clip, eps=eps, in_place=True)[1])
-    return masks
+        mask = clip_all(grads, of, clip=clip, eps=eps, in_place=True)[1]
+        tallies.append(Tally(mask, mask_owners(of), len(mask)))
+    return tallies
 
 
 def with_agc(
@@ -348,7 +330,7 @@ def with_agc(
             limit = group.get("clip", clip)
             if limit is not None:
                 check_clip(limit, eps)
-                _clip_grads_([p for p in group["params"] if p not in excluded], clip=limit, eps=eps)
+                clip_grads_([p for p in group["params"] if p not in excluded], clip=limit, eps=eps)
         if scale is not None:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
 

@@ -30,6 +30,9 @@ DECAYED: frozenset[Kind] = frozenset({"weight", "head"})
 CLIPPED: frozenset[Kind] = frozenset({"weight", "gain", "bias", "skip_gain"})
 """Kinds of parameters that AGC applies to: all but the classifier's weight. Source: arXiv 2102.06171, section 4.1."""
 
+HEAD_BIAS = "head.bias"
+"""Name of the classifier's bias, which `clip_head_bias=False` spares."""
+
 
 class SGDState(NamedTuple):
     """Momentum buffers under the keys of the parameters."""

@@ -152,6 +152,7 @@ class FusedUpdate:
         self._kept: tuple[list[tuple[int, ...]], Tensor] | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
         self._launches: list[Launch] = []
+        self.owners: list[tuple[int, int]] = []
         buckets: dict[tuple[int, bool, bool], list[int]] = {}
         for i, (_, length) in enumerate(self.shapes):
             aligned = length % VECTOR == 0
@@ -162,6 +163,7 @@ class FusedUpdate:
             rows = max(1, TILE // block)
             tiles = [(i, row) for i in members for row in range(0, self.shapes[i][0], rows)]
             on_device = torch.tensor(tiles, dtype=torch.int32).to(self.device)
+            self.owners += [(i, -(-self.shapes[i][0] // rows)) for i in members]
             self._launches.append(Launch(tuple(members), block, rows, long, aligned, on_device))
 
     def __call__(
@@ -180,7 +182,9 @@ class FusedUpdate:
         weight_decay: float,
         gate: Tensor | None = None,
     ) -> Tensor | None:
-        """Take one step; return the number of clipped units, 0-dimensional, or `None` without clipping.
+        """Take one step; return the number of clipped units of each tile, `(tiles,)`, or `None` without clipping.
+
+        Tiles are in the order of `owners`: the place of a parameter in the list, and the number of its tiles.
 
         Args:
             averages, weight: moving averages, and the share of the new parameters in them.
@@ -218,7 +222,7 @@ class FusedUpdate:
                 clipped.append(counts)
         # Autograd does not see writes through addresses.
         torch.autograd.graph.increment_version([*params, *momenta, *(averages or ())])
-        return None if clip is None else torch.cat(clipped).sum()
+        return None if clip is None else torch.cat(clipped)
 
     def _addressed(self, *lists: Sequence[Tensor] | None) -> tuple[list[tuple[int, ...]], Tensor]:
         """Return the addresses, and their table on the device, which is copied there only if an address changed."""

@@ -48,6 +48,7 @@ class OptimConfig(StepConfig):
         weight_decay: of kernels and linears; SGD adds it to their gradients.
         clip: AGC threshold; null trains without. The papers' 0.01 is for batches of 1024 and more.
         agc_eps: floor of the norm of a unit's weights in AGC.
+        clip_head_bias: whether AGC clips the classifier's bias too, as in DeepMind's code; its weight is never clipped.
         clip_norm: largest norm of the whole gradient, the classic alternative to AGC; null clips none.
         sam_rho: radius of sharpness-aware minimisation; null trains without. The papers' F6 has 0.05.
         sam_fraction: part of each process's batch that finds SAM's ascent.

@@ -1,10 +1,11 @@
-"""Add up what an epoch reports (loss, right answers, clipped units, images that cannot be read), and send it on."""
+"""Add up what an epoch reports (loss, answers, clipped units, unreadable images), compare epochs, and send it on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from nfzoo.data.loader import BrokenImageError
 from nfzoo.errors import DataError
 from nfzoo.runtime.distributed import gather
+from nfzoo.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
@@ -23,10 +25,14 @@ class Metrics:
     """Sum over an epoch's steps, on the device, so that the host waits only where it reads the sums.
 
     The tensors stay the same, and are written in place, as a CUDA graph needs it.
+
+    Args:
+        kinds: names of the kinds of parameters whose clipped units are counted.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, kinds: Sequence[str] = ()) -> None:
+        self.device, self.kinds = device, tuple(kinds)
+        self.clipped_kinds = torch.zeros(len(self.kinds), device=device)
         self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm = (self._scalar() for _ in range(6))
 
     def _scalar(self, value: float = 0.0) -> Tensor:
@@ -37,8 +43,12 @@ class Metrics:
     def clear(self) -> None:
         for total in (self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm):
             total.copy_(self._scalar())
+        self.clipped_kinds.zero_()
 
-    def restore(self, sums: list[float], clipped: float) -> None:
+    def restore(self, sums: list[float], clipped: float, kinds: list[float]) -> None:
+        """Go on from saved sums. A checkpoint that has none of the `kinds` makes them NaN for the rest of its epoch."""
+        saved = kinds if len(kinds) == len(self.kinds) else [math.nan] * len(self.kinds)
+        self.clipped_kinds.copy_(torch.tensor(saved))
         for total, value in zip((self.loss_sum, self.correct, self.seen, self.clipped), (*sums, clipped), strict=True):
             total.copy_(self._scalar(value))
 
@@ -50,15 +60,68 @@ class Metrics:
         self.correct.add_(usable * (logits.detach().argmax(1) == labels).sum())
         self.seen.add_(usable, alpha=len(labels))
 
-    def add_update(self, norm: Tensor, clipped: Tensor | None) -> None:
-        """Take the gradient's norm, and add the fraction of units that AGC clipped; `None` where it is not counted."""
+    def add_update(self, norm: Tensor, clipped: Tensor | None, kinds: Tensor | None) -> None:
+        """Take the gradient's norm, and add the fractions of units that AGC clipped, of all and of each kind.
+
+        They are `None` where they are not counted.
+        """
         self.norm.copy_(norm)
         if clipped is not None:
             self.clipped.add_(clipped)
+        if kinds is not None:
+            self.clipped_kinds.add_(kinds)
+
+    def clipped_by_kind(self, steps: int) -> dict[str, float]:
+        """Return the mean fraction of the units of each kind that `steps` steps clipped, without those not known."""
+        means = (self.clipped_kinds / steps).tolist()
+        return {f"clipped_{kind}": mean for kind, mean in zip(self.kinds, means, strict=True) if mean == mean}
 
     def sums(self) -> Tensor:
         """Return loss times images, right answers, and images, of this process."""
         return torch.stack([self.loss_sum, self.correct, self.seen])
+
+
+class Best(NamedTuple):
+    """The rule by which a run keeps its best epoch.
+
+    The weights that are judged are those that a run saves: their moving average where the recipe keeps one, else the
+    live ones.
+
+    Attributes:
+        metric: "accuracy" and "f1" are to be high, "loss" low.
+        averaged: whether the moving average is judged.
+    """
+
+    metric: str
+    averaged: bool
+
+    def value(self, row: Mapping[str, Any]) -> float:
+        """Return the metric in the figures of an epoch; NaN where it is missing or no number."""
+        value = row.get(f"ema_{self.metric}" if self.averaged else self.metric)
+        return math.nan if value is None else float(value)
+
+    def row(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """Return the figures of the best epoch, of equal ones the first; `None` if there is no epoch.
+
+        What is no number is worse than any number.
+        """
+        sign = -1.0 if self.metric == "loss" else 1.0
+
+        def rank(row: Mapping[str, Any]) -> float:
+            value = self.value(row)
+            return -math.inf if math.isnan(value) else sign * value
+
+        return max(rows, key=rank, default=None)
+
+    def waited(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Return how many epochs have passed since the best one."""
+        best = self.row(rows)
+        return 0 if best is None else rows[-1]["epoch"] - best["epoch"]
+
+
+def best_rule(config: TrainConfig) -> Best | None:
+    """Return the rule of a run; `None` if it keeps its last epoch."""
+    return None if config.keep_best is None else Best(config.keep_best, config.optim.ema_decay is not None)
 
 
 class UnreadableImages:

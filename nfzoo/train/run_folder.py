@@ -25,8 +25,8 @@ from nfzoo.data.source import HUB, has_held_out, split_options
 from nfzoo.errors import CheckpointError, TrainingError
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather, local_tensor, with_local
-from nfzoo.train.best import rule
 from nfzoo.train.config import TrainConfig
+from nfzoo.train.metrics import best_rule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
@@ -62,7 +62,7 @@ class Saver:
         self._copies: dict[str, dict[str, Tensor]] = {}  # in the CPU's memory, which the next checkpoint uses again
         self._last: dict[str, dict[str, Tensor]] = {}  # tensors of the last checkpoint
         self._folders = [] if resumed is None else [resumed]  # the last may be still to come
-        self._best = rule(config)
+        self._best = best_rule(config)
         self._kept: int | None = None  # the epoch whose model the folder holds, if this process wrote it
 
     def save_state(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
@@ -205,7 +205,7 @@ def write_run(
 
 def _provenance(config: TrainConfig, row: Mapping[str, Any], *, pretrained: bool) -> dict[str, Any]:
     """Return the origin of the weights of an epoch: its number, its accuracy, and by which metric it was chosen."""
-    averaged, best = config.optim.ema_decay is not None, rule(config)
+    averaged, best = config.optim.ema_decay is not None, best_rule(config)
     provenance = {
         "trained_from": public_model(config.model) if pretrained else "random weights",
         "data": public_data(config.data),

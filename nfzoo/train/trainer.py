@@ -42,10 +42,9 @@ from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
 from nfzoo.runtime.output import escaped
 from nfzoo.train.batches import InputPipeline, Inputs
-from nfzoo.train.best import rule
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
-from nfzoo.train.metrics import Metrics, Tracker, UnreadableImages
+from nfzoo.train.metrics import Metrics, Tracker, UnreadableImages, best_rule
 from nfzoo.train.run_folder import Saver, public_data, public_model
 
 if TYPE_CHECKING:
@@ -127,8 +126,8 @@ class Trainer:
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
-        self.best = rule(config)
-        self.metrics = Metrics(accelerator.device)
+        self.best = best_rule(config)
+        self.metrics = Metrics(accelerator.device, self.learner.updater.kinds)
         self._compute: Callable[[Sequence[Inputs]], Tensor | None] = self._update
         if uses_cuda_graph(config, accelerator):
             self._compute = CudaGraph(self._update)
@@ -288,7 +287,7 @@ class Trainer:
         norm, finite = learner.clip()
         # Clip each unit by AGC, update, average: in one pass. If the gradient is not finite, nothing changes.
         learner.updater.step(self._gate(finite))
-        self.metrics.add_update(norm, learner.updater.clipped)
+        self.metrics.add_update(norm, learner.updater.clipped, learner.updater.clipped_kinds)
         return finite
 
     def _gate(self, finite: Tensor | None) -> Tensor | None:
@@ -357,6 +356,7 @@ class Trainer:
             "train_loss": loss / seen,
             "train_accuracy": correct / seen,
             "clipped": float(self.metrics.clipped) / self.steps_per_epoch,
+            **self.metrics.clipped_by_kind(self.steps_per_epoch),
         }
         if self.skipped:
             row["skipped"] = self.skipped
@@ -401,11 +401,16 @@ class Trainer:
             values["train/gradient_norm"] = float(self.metrics.norm)
             if (clipped := self.learner.updater.clipped) is not None:
                 values["train/clipped"] = float(clipped)
+            if (kinds := self.learner.updater.clipped_kinds) is not None:
+                names = (f"train/clipped_{kind}" for kind in self.learner.updater.kinds)
+                values |= zip(names, kinds.tolist(), strict=True)
             self.tracker.log(values, self.step)
 
     def _report(self, row: Mapping[str, Any]) -> None:
         ema = "" if self.learner.averages is None else f", {row['ema_accuracy']:.2%} averaged"
         clipped = f"  clipped {row['clipped']:.1%}" if self.learner.updater.clipped is not None else ""
+        if clipped and self.config.tune == "head":
+            clipped += " of the bias"
         skipped = f"  skipped {self.skipped}" if self.skipped else ""
         best = "" if self.best is None or self.best.row(self.rows) is not row else "  best so far"
         broken = f"  broken images {len(self.unreadable.known)}" if self.unreadable.known else ""
@@ -465,7 +470,7 @@ class Trainer:
             "consumed": self.consumed,
             "skipped": self.skipped,
             "seconds": self.seconds,
-            "meters": [*sums, float(self.metrics.clipped)],
+            "meters": [*sums, float(self.metrics.clipped), *self.metrics.clipped_kinds.tolist()],
             "rows": list(self.rows),
             "broken": self.unreadable.gathered(),
             "rng": gather([rng_state()]),
@@ -483,8 +488,8 @@ class Trainer:
         self.epoch, self.consumed, self.step = facts["epoch"], facts["consumed"], saved.step
         self.skipped, self.rows, self.unreadable.known = facts["skipped"], facts["rows"], set(facts["broken"])
         self.seconds = facts["seconds"]
-        *sums, clipped = facts["meters"]
-        self.metrics.restore(sums if self.rank == 0 else [0.0] * len(sums), clipped)
+        loss, correct, seen, clipped, *kinds = facts["meters"]
+        self.metrics.restore([loss, correct, seen] if self.rank == 0 else [0.0] * 3, clipped, kinds)
         if self.rank < len(facts["rng"]):
             set_rng_state(facts["rng"][self.rank])
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from nfzoo import AGCSGD, NFNet, param_groups
 from nfzoo.model import specs
 from nfzoo.optim import agc_sgd as adapter
+from nfzoo.optim.clipping import unit_shape
+from nfzoo.optim.counting import KindCounter
 from nfzoo.optim.triton_update import LONGEST, FusedUpdate
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import SMALL, random_params
@@ -92,6 +94,9 @@ def count_fused(monkeypatch) -> list[int]:
 def test_it_is_the_eager_update(monkeypatch, options):
     seen = count_fused(monkeypatch)
     (plain, eager), (model, fused) = pair(**options)
+    for network, optimizer in ((plain, eager), (model, fused)):
+        kinds = {p: i % 3 for i, p in enumerate(network.parameters())}
+        optimizer.count_kinds = KindCounter(kinds, {p: unit_shape(p.shape)[0] for p in kinds})
     for step in range(3):
         give_gradients([plain, model], step)
         before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -99,6 +104,9 @@ def test_it_is_the_eager_update(monkeypatch, options):
         fused.step()
         assert fused.clipped_fraction == eager.clipped_fraction
         assert 0 < float(eager.clipped_fraction if eager.clipped_fraction is not None else 0) < 1
+        assert eager.clipped_kinds is not None
+        assert fused.clipped_kinds is not None
+        assert fused.clipped_kinds.tolist() == eager.clipped_kinds.tolist()
         assert all(
             p.grad is not None and torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True)
         )

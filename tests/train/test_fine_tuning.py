@@ -84,6 +84,36 @@ def test_more_stages_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "run").exists()
 
 
+# ---------------------------------------------------------------- what is clipped
+
+
+@each("name", ["sgd", "adamw"])
+def test_the_figures_name_what_is_clipped(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A threshold that clips every gradient but those that are zero, and one that clips none."""
+    options = ["--optim.name", name, "--tune", "head", "--optim.lr", "0.01"]
+    for clip, fraction in (("1e-7", 1.0), ("1e9", 0.0)):
+        output = tmp_path / f"{name}-{clip}"
+        assert run(output, *options, "--optim.clip", clip) == 0
+        (row,) = rows(output)
+        assert {key: row[key] for key in row if key.startswith("clipped")} == dict.fromkeys(
+            ("clipped", "clipped_head_bias"), fraction
+        )
+        assert f"clipped {fraction:.1%} of the bias" in capsys.readouterr().out
+    assert run(tmp_path / f"{name}-spared", *options, "--optim.clip", "1e-7", "--optim.clip-head-bias", "false") == 0
+    (spared,) = rows(tmp_path / f"{name}-spared")
+    assert {key for key in spared if key.startswith("clipped")} == {"clipped"}  # there is nothing left to clip
+    bias = {
+        f: load_file(tmp_path / f"{name}-{f}" / "model.safetensors")["head.bias"].norm() for f in ("1e-7", "spared")
+    }
+    assert bias["spared"] > 1.5 * bias["1e-7"] > 0
+    assert run(tmp_path / f"{name}-all", "--optim.name", name, "--optim.lr", "0.01") == 0
+    (row,) = rows(tmp_path / f"{name}-all")
+    kinds = {f"clipped_{kind}" for kind in ("weight", "gain", "bias", "skip_gain", "head_bias")}
+    assert {key for key in row if key.startswith("clipped_")} == kinds
+    assert row["clipped_head_bias"] == 1.0
+    assert min(row[key] for key in kinds) < row["clipped"] < max(row[key] for key in kinds)
+
+
 # ---------------------------------------------------------------- rates by depth
 
 # One step of SGD without momentum, decay and clipping moves each weight by its rate times the same gradient.

@@ -10,8 +10,8 @@ import torch
 from nfzoo.errors import ConfigError
 from nfzoo.optim.agc_sgd import AGCSGD
 from nfzoo.train.config import OptimConfig, TrainConfig
-from nfzoo.train.learner import PapersUpdater, TorchUpdater, Updater
 from nfzoo.train.run import prepared
+from nfzoo.train.updaters import PapersUpdater, TorchUpdater, Updater
 
 LR = 0.1
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nfzoo.train.best import Best, rule
 from nfzoo.train.config import OptimConfig, TrainConfig
+from nfzoo.train.metrics import Best, best_rule
 from tests.support.loops import each
 
 
@@ -41,7 +41,7 @@ def test_before_the_first_epoch_there_is_none() -> None:
 
 def test_the_saved_weights_are_judged() -> None:
     run = {"model": "nfnet-test", "data": "digits", "output": "x"}
-    assert rule(TrainConfig(**run)) is None  # type: ignore[arg-type]
-    assert rule(TrainConfig(**run, keep_best="f1")) == Best("f1", averaged=True)  # type: ignore[arg-type]
+    assert best_rule(TrainConfig(**run)) is None  # type: ignore[arg-type]
+    assert best_rule(TrainConfig(**run, keep_best="f1")) == Best("f1", averaged=True)  # type: ignore[arg-type]
     live = OptimConfig(ema_decay=None)
-    assert rule(TrainConfig(**run, keep_best="loss", optim=live)) == Best("loss", averaged=False)  # type: ignore[arg-type]
+    assert best_rule(TrainConfig(**run, keep_best="loss", optim=live)) == Best("loss", averaged=False)  # type: ignore[arg-type]
