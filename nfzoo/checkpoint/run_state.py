@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import remove_folder, replaced_folder, sweep
-from nfzoo.checkpoint.shards import is_sharded, load_full, save_shards
+from nfzoo.checkpoint.shards import load_full, save_shards, shard_names
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.errors import CheckpointError
 from nfzoo.files import check_regular, open_regular, read_json
@@ -72,8 +72,8 @@ class Saved(NamedTuple):
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read the full tensors of one kind, such as `"model"`; raise `CheckpointError` if a file is damaged."""
-        if is_sharded(self.folder):
-            return load_full(self.folder, f"{name}/")
+        if shards := shard_names(self.facts["files"]):  # and no others, which may be another run's
+            return load_full([self.folder / shard for shard in shards], f"{name}/")
         path = self.folder / f"{name}.safetensors"
         try:
             check_regular(path)

@@ -20,9 +20,10 @@ from nfzoo.analysis.figures import training_curves
 from nfzoo.checkpoint.atomic import replaced_folder, sweep
 from nfzoo.checkpoint.background import BackgroundWriter
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, read_description, save_checkpoint
-from nfzoo.checkpoint.run_state import STEP_FOLDER, Saved, open_state, remove_later, save_state, step_folder
+from nfzoo.checkpoint.run_state import STATE_FILE, STEP_FOLDER, Saved, open_state, remove_later, save_state, step_folder
 from nfzoo.data.source import HUB, has_held_out, split_options
 from nfzoo.errors import CheckpointError, TrainingError
+from nfzoo.files import read_json
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather, local_tensor, with_local
 from nfzoo.train.config import TrainConfig
@@ -109,7 +110,9 @@ class Saver:
             def write() -> None:
                 full: Mapping[str, Tensor] | None
                 if best is last:
-                    full = params if self._group is None else Saved(folder, {}).tensors(kind)
+                    full = (
+                        params if self._group is None else Saved(folder, read_json(folder / STATE_FILE)).tensors(kind)
+                    )
                 else:
                     full = None if self._kept == best["epoch"] else self._of_best(step_folder(best["step"]), kind)
                 write_run(self.config, description, full, rows, of=best, pretrained=pretrained)
@@ -153,7 +156,7 @@ class Saver:
     def last_checkpoint(self) -> str:
         """Return a sentence that names the last checkpoint, once all that is being written has been."""
         self.writer.join()
-        folder = next((folder for folder in reversed(self._folders) if folder.exists()), None)
+        folder = next((folder for folder in reversed(self._folders) if folder.is_dir()), None)
         if folder is None:
             return "nothing was saved"
         return f"{folder} holds the last checkpoint; to go on from it: {resume_command(self.config)}"

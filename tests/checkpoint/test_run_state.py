@@ -95,7 +95,7 @@ def test_a_damaged_one_is_named(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 1, tensors(1), {})
     weights = folder / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
-    saved = Saved(folder, {"step": 1})
+    saved = Saved(folder, {"step": 1, "files": {"model.safetensors": 0}})
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         saved.tensors("model")
 

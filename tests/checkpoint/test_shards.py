@@ -1,6 +1,7 @@
 """Checkpoints that several processes write together: whole, absent, or of the processes that are there to read them."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -96,7 +99,7 @@ def test_three_processes_write_and_a_step_that_is_there_stays(tmp_path: Path) ->
 def test_one_process_that_cannot_write_is_an_error_of_all_and_leaves_nothing(tmp_path: Path) -> None:
     def fail(folder: Path, rank: int, group: Any) -> None:
         if rank == 1:
-            torch.distributed.checkpoint.filesystem.FileSystemWriter._write_data = _full  # type: ignore[attr-defined]
+            FileSystemWriter._write_data = _full  # type: ignore[method-assign]
         with pytest.raises(OSError, match=r"process 1 could not write its part: .*No space left"):
             save_state(folder, 4, content(group), {}, group=group)
 
@@ -157,4 +160,36 @@ def test_a_damaged_or_missing_part_is_passed_over(tmp_path: Path, caplog: pytest
     assert f"{part.name} is damaged" in caplog.text
     part.write_bytes(whole[:50])
     with pytest.raises(CheckpointError, match="is damaged"):
-        run_state.Saved(part.parent, {}).tensors("model")
+        run_state.Saved(part.parent, {"files": {part.name: 50}}).tensors("model")
+
+
+def test_files_that_the_checkpoint_does_not_list_are_not_read(tmp_path: Path) -> None:
+    def others(folder: Path, rank: int, group: Any) -> None:
+        save_state(folder / "other", 3, content(group, factor=2.0), {}, group=group)
+
+    in_group(tmp_path, save)
+    in_group(tmp_path, others)
+    folder, name = tmp_path / "step_00000003", "shard-0000{}-model-00001-of-00001.safetensors"
+    alone = save_state(tmp_path / "alone", 3, {"model": {"even": FULL["even"]}}, {})
+    for number, of in ((3, 1), (4, 2)):  # as a run of more processes leaves them, copied over
+        for place in (folder, alone):
+            shutil.copy(tmp_path / "other" / "step_00000003" / name.format(of), place / name.format(number))
+    found = run_state.open_state(folder).tensors("model")
+    assert {key: torch.equal(tensor, FULL[key]) for key, tensor in found.items()} == dict.fromkeys(FULL, True)
+    assert torch.equal(run_state.open_state(alone).tensors("model")["even"], FULL["even"])
+
+
+def test_parts_that_do_not_make_a_whole(tmp_path: Path) -> None:
+    in_group(tmp_path, save)
+    first, second = sorted((tmp_path / "step_00000003").glob("shard-*"))
+    with pytest.raises(CheckpointError, match=r"is damaged \(its files hold 12 of 24 numbers of model/even\)"):
+        shards.load_full([second], "model/")
+    with pytest.raises(CheckpointError, match=r"is damaged \(its files hold 24 of 12 numbers of model/even\)"):
+        shards.load_full([first, first], "model/")
+    endless = {"DCP_SHARDING_INFO": '{"model/a": {"saved_offsets": [1000000000000]}}'}
+    save_file({"model/a": torch.ones(1)}, tmp_path / "endless", endless)
+    plain = tmp_path / "plain"
+    save_file({"model/a": torch.ones(1)}, plain)
+    for path, reason in ((tmp_path / "endless", "1 of 1000000000001 numbers"), (plain, "DCP_SHARDING_INFO")):
+        with pytest.raises(CheckpointError, match=reason):
+            shards.load_full([path], "model/")
