@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import nfzoo
 from nfzoo.cli import demo
@@ -500,6 +502,24 @@ def test_a_tracker_that_fails_costs_one_warning(
     lines = [record.message for record in caplog.records if "tracker" in record.message]
     said = "the tracker 'tensorboard' failed (no route to host); training goes on, and metrics.jsonl has its figures"
     assert lines == [said]
+
+
+def test_a_thread_of_a_tracker_that_fails_costs_one_warning(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", full)  # which is called by a thread
+    assert run(tmp_path / "run", "--tracker", "tensorboard", "--epochs", "2", "--batch-size", "80") == 0
+    (line,) = [record.message for record in caplog.records if "tracker" in record.message]
+    assert line.startswith("the tracker 'tensorboard' failed ([Errno 28] No space left on device); training goes on")
+    assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook == before
 
 
 def test_no_path_of_the_data_leaves_the_checkpoints_and_the_recipe(tmp_path: Path) -> None:
