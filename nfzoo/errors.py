@@ -70,10 +70,11 @@ class LostError(TrainingError):
 
 
 class Stopped(NfzooError):
-    """A signal stopped the run after it saved a checkpoint."""
+    """A signal stopped a command, which left nothing half done; a training has saved a checkpoint."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
+        self.number = number
         self.exit_status = 128 + number
 
 

@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _signal(options: argparse.Namespace) -> None:
     check_png(options.output)
+    if options.json not in (None, "-"):
+        program.check_writable(Path(options.json))
     signal = measure(
         options.model,
         trained=options.trained,

@@ -1,4 +1,4 @@
-"""Run trainings in forked processes: `python -m nfzoo.drill.lane`, which reads jobs from standard input.
+"""Run trainings in forked processes: `python -m nfzoo.drill.lane PARENT`, which reads jobs from standard input.
 
 Forking spares each run the imports: what one run has imported, this process imports before it forks the next. It must
 start no thread, as threads do not survive a fork.
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from nfzoo.drill.shim import Fault, arm
+from nfzoo.drill.shim import Fault, arm, preloaded
 
 CRASHED = 70
 """Exit status of a run that ended in an error which it does not know."""
@@ -84,21 +84,33 @@ class Lane:
     def __init__(self, library: Path | None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         if library is not None:
-            environment["LD_PRELOAD"] = str(library)
+            environment |= preloaded(library)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "nfzoo.drill.lane"],
+            [sys.executable, "-m", "nfzoo.drill.lane", str(os.getpid())],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # so that Ctrl-C ends the drill, which ends this process and its runs
         )
 
     def run(self, job: Job) -> Ended:
-        """Run a job to its end."""
+        """Run a job to its end.
+
+        Raises:
+            ChildProcessError: if this process ends before, as one may that the system kills to free memory.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps(asdict(job)), file=self._process.stdin, flush=True)
-        answer = json.loads(self._process.stdout.readline())
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(asdict(job)), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise ChildProcessError(f"the process that starts the trainings {how}; try fewer --workers")
+        answer = json.loads(line)
         errors = [_printed(job, rank, ".err").read_text(errors="replace") for rank in range(job.processes)]
         return Ended(
             answer["status"],
@@ -107,10 +119,19 @@ class Lane:
             "".join(reversed(errors)),
         )
 
+    def end(self) -> None:
+        """End the process and its runs; a `run` of another thread then raises an error."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
+        """End the process, and close what leads to it."""
+        self.end()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # a job that it did not read
+                pipe.close()
 
 
 def _printed(job: Job, rank: int, suffix: str) -> Path:
@@ -119,17 +140,18 @@ def _printed(job: Job, rank: int, suffix: str) -> Path:
 
 def main() -> None:
     """Run the jobs of standard input, one in each line; answer each with a line."""
+    drill = int(sys.argv[1])
     for line in sys.stdin:
         job = json.loads(line)
         job["fault"] = Fault(*job["fault"])
-        print(json.dumps(_run(Job(**job))), flush=True)
+        print(json.dumps(_run(Job(**job), drill)), flush=True)
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: Job, drill: int) -> dict[str, Any]:
     if job.log is not None:
         Path(job.log).write_bytes(b"")
     with tempfile.TemporaryFile("w+") as imported:
-        ended = _watch(job, imported)
+        ended = _watch(job, imported, drill)
         imported.seek(0)
         for name in imported.read().splitlines():
             with contextlib.suppress(Exception):
@@ -137,7 +159,7 @@ def _run(job: Job) -> dict[str, Any]:
     return ended
 
 
-def _watch(job: Job, imported: IO[str]) -> dict[str, Any]:
+def _watch(job: Job, imported: IO[str], drill: int) -> dict[str, Any]:
     start, port = time.monotonic(), _free_port()
     children = [_fork(job, rank, port, imported) for rank in range(job.processes)]
     running, status, paused = set(children), None, False
@@ -151,6 +173,8 @@ def _watch(job: Job, imported: IO[str]) -> dict[str, Any]:
             if code == -signal.SIGKILL:  # as a machine that is lost takes all its processes with it
                 _send(running, signal.SIGKILL)
             continue
+        if os.getppid() != drill:  # which was killed, and waits for no answer
+            os.killpg(0, signal.SIGKILL)
         elapsed = time.monotonic() - start
         if elapsed > job.timeout or (job.kill_after is not None and elapsed > job.kill_after):
             _send(running, signal.SIGKILL)

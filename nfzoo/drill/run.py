@@ -9,13 +9,17 @@ with the same bits, else 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import queue
 import random
 import shutil
+import signal
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,10 +30,12 @@ from tqdm import tqdm
 from nfzoo.data.images import DIGITS
 from nfzoo.data.source import open_all
 from nfzoo.drill.lane import Lane
-from nfzoo.drill.shim import build
-from nfzoo.drill.trials import Drill, Trial, Verdict
-from nfzoo.errors import ConfigError, TrainingError
+from nfzoo.drill.shim import NoLibraryError, build
+from nfzoo.drill.trials import PROCESSES, Drill, Trial, Verdict
+from nfzoo.errors import ConfigError, Stopped, TrainingError
 from nfzoo.runtime import program
+
+logger = logging.getLogger("nfzoo")
 
 TRIALS = 200
 _IMAGES_OF_EACH_CLASS = 8
@@ -43,6 +49,7 @@ def drill(
     sharding: str | None = None,
     seed: int = 0,
     workers: int | None = None,
+    report: Callable[[Verdict], object] = lambda verdict: None,
 ) -> list[Verdict]:
     """Try faults on runs in `folder`, and return what became of each.
 
@@ -53,6 +60,7 @@ def drill(
         sharding: as of `nfzoo train`.
         seed: of the choice of faults.
         workers: runs at a time; by default the number of processors divided by `processes`.
+        report: is called with each verdict at once, by several threads.
 
     Raises:
         TrainingError: if training fails without a fault.
@@ -61,12 +69,13 @@ def drill(
     with ExitStack() as stack:
         tools = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nfzoo-drill-")))
         _write_digits(tools / "digits")
-        library = build(tools)
+        library = _library(tools)
         kind = Drill(folder, tools / "digits", processes=processes, sharding=sharding)
         count = workers or max(1, (os.cpu_count() or 1) // processes)
         lanes: queue.Queue[Lane] = queue.Queue()
+        started = []
         for _ in range(min(count, trials)):
-            lane = Lane(library)
+            started.append(lane := Lane(library))
             stack.callback(lane.close)
             lanes.put(lane)
         first = lanes.get()
@@ -84,12 +93,28 @@ def drill(
             def run(job: tuple[int, Trial]) -> Verdict:
                 lane = lanes.get()
                 try:
-                    return kind.run(lane, job[1], f"trial-{job[0]:03}", reference)
+                    verdict = kind.run(lane, job[1], f"trial-{job[0]:03}", reference)
+                    report(verdict)
+                    return verdict
                 finally:
                     lanes.put(lane)
                     bar.update()
 
-            return list(pool.map(run, enumerate(plan)))
+            try:
+                return list(pool.map(run, enumerate(plan)))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for lane in started:  # for whose runs the pool would wait
+                    lane.end()
+                raise
+
+
+def _library(folder: Path) -> Path | None:
+    try:
+        return build(folder)
+    except NoLibraryError as error:
+        logger.warning("no faults in system calls are tried, and no losses of power: %s", error)
+        return None
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
@@ -132,7 +157,7 @@ def _parser() -> program.Parser:
         "--trials", type=program.positive_int, default=TRIALS, help="number of faults (default: %(default)s)"
     )
     parser.add_argument(
-        "--processes", type=program.positive_int, default=1, help="how many train together (default: 1)"
+        "--processes", type=int, choices=PROCESSES, default=1, help="how many train together (default: 1)"
     )
     parser.add_argument("--sharding", choices=["fsdp2"], help="how they share the parameters; needs --processes")
     parser.add_argument("--folder", default=".", help="where to train, on the disk to be tried (default: here)")
@@ -147,21 +172,58 @@ def _main(options: argparse.Namespace) -> int:
         raise ConfigError("--sharding fsdp2 needs several processes: pass --processes 2")
     parent = Path(options.folder)
     program.check_writable(parent, folder=True)
+    if options.json not in (None, "-"):
+        program.check_writable(Path(options.json))
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="nfzoo-drill-", dir=parent))
-    verdicts = drill(
-        folder,
-        trials=options.trials,
-        processes=options.processes,
-        sharding=options.sharding,
-        seed=options.seed,
-        workers=options.workers,
-    )
-    good = all(verdict.identical and not verdict.problem for verdict in verdicts)
+    so_far: list[Verdict] = []
+    try:
+        with _ended_by_signals():
+            verdicts = drill(
+                folder,
+                trials=options.trials,
+                processes=options.processes,
+                sharding=options.sharding,
+                seed=options.seed,
+                workers=options.workers,
+                report=so_far.append,
+            )
+    except Stopped as error:
+        raise Stopped(f"{error} after {len(so_far)} faults{_kept(folder, so_far)}", error.number) from None
+    except OSError:
+        _kept(folder, so_far)
+        raise
     text = table(verdicts)
-    if good:
-        shutil.rmtree(folder)
-    else:
-        text += f"\n{folder} holds the runs that did not survive"
+    kept = _kept(folder, verdicts).removeprefix("; ")
+    if kept:
+        text += f"\n{kept}"
     program.write_result(options.json, {"verdicts": [verdict._asdict() for verdict in verdicts]}, text)
-    return 0 if good else 1
+    return 1 if kept else 0
+
+
+def _kept(folder: Path, verdicts: Sequence[Verdict]) -> str:
+    """Remove the folder if all runs survived, or else return the end of a sentence that names it."""
+    if any(verdict.problem or not verdict.identical for verdict in verdicts):
+        return f"; {folder} holds the runs that did not survive"
+    while folder.exists():  # the last of the runs may be still about to end
+        shutil.rmtree(folder, ignore_errors=True)
+    return ""
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Raise `Stopped` in the block at SIGTERM, SIGHUP or Ctrl-C, so that its processes and folders are removed."""
+
+    def stop(number: int, _frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(f"stopped by {signal.Signals(number).name}", number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if main_thread else ()
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

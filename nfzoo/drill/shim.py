@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import shutil
 import struct
 import subprocess
@@ -71,16 +72,41 @@ _RECORD = struct.Struct("=iiqqiiq")
 _COMPILERS = ("cc", "gcc", "clang")
 
 
-def build(folder: Path) -> Path | None:
-    """Compile the library into `folder`; return `None` where that is impossible: no Linux, no C compiler."""
+class NoLibraryError(Exception):
+    """Why the library cannot be made here."""
+
+
+def build(folder: Path) -> Path:
+    """Compile the library into `folder`, and return its path; raise `NoLibraryError` where that is impossible."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if not sys.platform.startswith("linux") or compiler is None:
-        return None
-    library = folder / "shim.so"
+    if not sys.platform.startswith("linux"):
+        raise NoLibraryError("they need Linux")
+    if compiler is None:
+        raise NoLibraryError(f"they need a C compiler, and there is none of {', '.join(_COMPILERS)} on the PATH")
+    if {":", ";"} & set(str(folder)):
+        raise NoLibraryError(
+            f"the loader finds no library in {str(folder)!r}; set TMPDIR to a folder without ':' and ';'"
+        )
+    library = folder / "nfzoo_drill_shim.so"
     with resources.as_file(resources.files("nfzoo.drill") / "shim.c") as source:
         command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl", "-lpthread"]
         done = subprocess.run(command, capture_output=True)
-    return library if done.returncode == 0 else None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise NoLibraryError(f"{compiler} fails: {said[-1] if said else f'exit status {done.returncode}'}")
+    return library
+
+
+def preloaded(library: Path) -> dict[str, str]:
+    """Return the environment variables with which a program loads the library.
+
+    They name it and its folder apart, as `LD_PRELOAD` is divided at spaces. What they named before stays.
+    """
+    before, folders = os.environ.get("LD_PRELOAD"), os.environ.get("LD_LIBRARY_PATH")
+    return {
+        "LD_PRELOAD": library.name + (f":{before}" if before else ""),
+        "LD_LIBRARY_PATH": str(library.parent) + (f":{folders}" if folders else ""),
+    }
 
 
 def arm(folder: Path, fault: Fault, log: int = -1, process: int = 0) -> None:

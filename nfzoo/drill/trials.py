@@ -22,6 +22,9 @@ from nfzoo.drill.power_cut import SHARES, Journal
 from nfzoo.drill.shim import Action, Call, Fault, Operation, read_log
 from nfzoo.train.run_folder import METRICS_FILE, STATES
 
+PROCESSES = (1, 2, 4, 8)
+"""Numbers of processes among which the batch divides."""
+
 _STEP = re.compile(r"step_(\d+)")
 _DAY = 86400
 

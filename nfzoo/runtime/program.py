@@ -76,7 +76,7 @@ def _with_dashes(word: str) -> str:
 def nonnegative_int(text: str) -> int:
     """Read a non-negative integer, as the `type` of an option."""
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 999999999")
     return int(text)
 
 

@@ -160,6 +160,10 @@ def test_signal_draws_and_writes_numbers(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(captured.out) == found
     assert str(out) in captured.err
     assert np.array_equal(pixels(out), first)
+    out.unlink()
+    assert main([*arguments, "--json", str(tmp_path)]) == 2  # before the model is measured
+    assert "is a folder; give a file in it" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

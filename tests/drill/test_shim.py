@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nfzoo.drill.shim import Action, Fault, Operation, build, read_log
+from nfzoo.drill.shim import Action, Fault, NoLibraryError, Operation, build, preloaded, read_log
 
 PROGRAM = """
 import os, sys
@@ -34,16 +34,14 @@ CALLS = [Operation.MKDIR, Operation.OPEN, Operation.TRUNCATE, Operation.WRITE, O
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = build(tmp_path_factory.mktemp("library"))
-    assert found is not None, "the tests need Linux and a C compiler"
-    return found
+    return build(tmp_path_factory.mktemp("a library"))  # with a space, at which LD_PRELOAD is divided
 
 
 def run(library: Path, tmp_path: Path, fault: Fault) -> tuple[int, str, str]:
     (tmp_path / "watched").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "watched"), *map(str, map(int, fault)), str(tmp_path / "log")],
-        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, **preloaded(library), "PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -107,4 +105,22 @@ def test_the_clock(library: Path, tmp_path: Path) -> None:
 
 def test_without_a_compiler_there_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert build(tmp_path) is None
+    with pytest.raises(NoLibraryError, match="a C compiler, and there is none of cc, gcc, clang"):
+        build(tmp_path)
+    (tmp_path / "cc").write_text("#!/bin/sh\necho no header >&2; exit 1\n")
+    (tmp_path / "cc").chmod(0o700)
+    with pytest.raises(NoLibraryError, match="cc fails: no header"):
+        build(tmp_path)
+
+
+def test_a_folder_that_the_loader_does_not_find(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(NoLibraryError, match="set TMPDIR"):
+        build(tmp_path / "a:b")
+
+
+def test_what_is_preloaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "other.so")
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    found = preloaded(Path("/a b/shim.so"))
+    assert found == {"LD_PRELOAD": "shim.so:other.so", "LD_LIBRARY_PATH": "/a b"}
