@@ -22,7 +22,7 @@ from nfzoo.checkpoint.background import BackgroundWriter
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, read_description, save_checkpoint
 from nfzoo.checkpoint.run_state import STATE_FILE, STEP_FOLDER, Saved, open_state, remove_later, save_state, step_folder
 from nfzoo.data.source import HUB, has_held_out, split_options
-from nfzoo.errors import CheckpointError, TrainingError
+from nfzoo.errors import CheckpointError, NfzooError, TrainingError
 from nfzoo.files import read_json
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather, local_tensor, with_local
@@ -147,7 +147,7 @@ class Saver:
         failure: list[str] = []
         try:
             self.writer.result()
-        except OSError as error:
+        except (OSError, NfzooError) as error:  # the second of a checkpoint that is read to make the model
             failure = [str(error)]
         failure = gather(failure)
         if failure:

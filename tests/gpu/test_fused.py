@@ -95,7 +95,7 @@ def test_it_is_the_eager_update(monkeypatch, options):
     seen = count_fused(monkeypatch)
     (plain, eager), (model, fused) = pair(**options)
     for network, optimizer in ((plain, eager), (model, fused)):
-        kinds = {p: i % 3 for i, p in enumerate(network.parameters())}
+        kinds: dict[torch.Tensor, int] = {p: i % 3 for i, p in enumerate(network.parameters())}
         optimizer.count_kinds = KindCounter(kinds, {p: unit_shape(p.shape)[0] for p in kinds})
     for step in range(3):
         give_gradients([plain, model], step)
