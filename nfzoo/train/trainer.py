@@ -33,7 +33,7 @@ from nfzoo.data.labels import class_counts, class_weights, few_images, histogram
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
-from nfzoo.evaluate.accuracy import scores
+from nfzoo.evaluate.scores import scores
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.optim.sgd import warmup_cosine
