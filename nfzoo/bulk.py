@@ -34,7 +34,6 @@ from nfzoo.runtime.device import default_workers, precision, processes, share_of
 from nfzoo.runtime.output import escaped
 
 DTYPES = ("float32", "float16")
-
 if TYPE_CHECKING:
     from accelerate import PartialState  # at run time, only after `choose_xla`
 
@@ -135,12 +134,14 @@ def predict_all(
 
     def begin() -> tuple[str, Parts, list[int]]:
         lock.enter_context(locked(folder))
-        chosen = shard_size or (None if overwrite else part_files.earlier_size(folder))
-        chosen = chosen or part_files.share_size(len(images), state.num_processes, batch_size)
+        earlier = None if overwrite else part_files.earlier_size(folder)
+        chosen = shard_size or earlier or part_files.share_size(len(images), state.num_processes, batch_size)
+        removed = () if overwrite else part_files.removed_since(folder, len(images), seen)
+        parts = Parts(folder, len(images) + len(removed), chosen, format, removed)
         identity = {
             "weights": weights_hash(model),
             "data": seen,
-            "images": len(images),
+            "images": parts.images,
             "results": f"embeddings, {dtype}" if embeddings else f"top-{topk}",
             "shard_size": chosen,
             "format": format,
@@ -149,9 +150,6 @@ def predict_all(
         }
         facts = {"model": model.name, "source": data, **({"part_of_source": part} if part else {})}
         run = _run(state, target, batch_size, compile)
-        removed = () if overwrite else part_files.removed_since(folder, len(images), seen)
-        parts = Parts(folder, len(images) + len(removed), chosen, format, removed)
-        identity["images"] = parts.images
         return seen, parts, part_files.start(parts, identity, facts, run, overwrite=overwrite)
 
     with contextlib.ExitStack() as lock:

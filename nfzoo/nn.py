@@ -386,6 +386,32 @@ class NFNet(TimmInterface):
         opened = open_image(image, channels=self.config.in_channels)
         return evaluation_transform(opened, self.preprocessing, size=size)
 
+    def predict(
+        self,
+        images: str | Path | Image.Image | np.ndarray | Sequence[str | Path | Image.Image | np.ndarray],
+        *,
+        topk: int = 5,
+        batch_size: int = 32,
+    ) -> Any:
+        """Return the most probable labels of images, with probabilities, after the model's own preprocessing.
+
+        Args:
+            images: a file, a Pillow image or an array `(H, W, C)`; a folder of images; or a list of any of these.
+            topk: number of labels.
+            batch_size: images at a time.
+
+        Returns:
+            Of one image its `(label, probability)` pairs, the most probable first. Of a folder or a list such a list
+            for each image, in a dictionary under the paths of a folder.
+
+        Raises:
+            DataError: for an image that cannot be read, and a folder without images.
+            ConfigError: for a model without classifier.
+        """
+        from nfzoo.predict import predict_images
+
+        return predict_images(self, images, topk=topk, batch_size=batch_size)
+
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None, *, labels: Sequence[str] | None = None
     ) -> None:

@@ -138,8 +138,24 @@ def _explained(model: NFNet, inputs: Sequence[Tensor], method: str, batch_size: 
     ]
 
 
+def predict_images(model: NFNet, images: Any, *, topk: int = 5, batch_size: int = 32) -> Any:
+    """Return the labels of one image, of a folder or of a list: see `NFNet.predict`."""
+    _check_counts(batch_size=batch_size, topk=topk)
+    model.config.check_classifier()
+    if isinstance(images, str | Path) and Path(images).is_dir():
+        files = image_files([images])
+        return dict(zip(files, predict_images(model, files, topk=topk, batch_size=batch_size), strict=True))
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        return predict_images(model, [images], topk=topk, batch_size=batch_size)[0]
+    results: list[list[tuple[str, float]]] = []
+    for start in range(0, len(images), batch_size):  # so that no more images than these are decoded at once
+        inputs = [model.preprocess(image) for image in images[start : start + batch_size]]
+        results += classify(model, inputs, batch_size=batch_size, topk=topk)
+    return results
+
+
 def image_files(sources: Sequence[str | Path], *, without: str | Path | None = None) -> list[Path]:
-    """List image files; a folder gives the images directly in it, sorted.
+    """List image files; a folder gives the images directly in it, sorted, or else those in its folders, as of classes.
 
     Args:
         without: a file to skip in folders, such as the sheet of an earlier run.
@@ -156,18 +172,25 @@ def image_files(sources: Sequence[str | Path], *, without: str | Path | None = N
                 raise DataError(f"{source} does not exist{near}")
             files.append(source)
             continue
-        inside = sorted(
-            path
-            for path in source.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not path.name.startswith(".")
-            and path.is_file()
-            and path.resolve() != skipped
-        )
+        inside = _images_in(source, skipped)
         if not inside:
-            raise DataError(f"the folder {source} holds no images (folders inside it are not searched)")
+            classes = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+            inside = [path for folder in classes for path in _images_in(folder, skipped)]
+        if not inside:
+            raise DataError(f"the folder {source} holds no images, nor do the folders in it; name one that does")
         files += inside
     return files
+
+
+def _images_in(folder: Path, skipped: Path | None) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+        and path.resolve() != skipped
+    )
 
 
 def _label(model: NFNet, index: int) -> str:

@@ -161,8 +161,9 @@ def build(gallery: Gallery) -> Any:
                 choice = gr.Dropdown(gallery.choices, value=gallery.choices[0], label="Model")
             with gr.Column():
                 answer = gr.Label(label="Most probable labels", num_top_classes=TOP)
-        for event in (picture.change, choice.change):
-            event(look, [picture, choice], answer, show_progress="minimal", api_visibility="private")
+        # A client calls this one by its name: `Client(URL).predict(handle_file(PATH), MODEL, api_name="/predict")`.
+        picture.change(look, [picture, choice], answer, show_progress="minimal", api_name="predict")
+        choice.change(look, [picture, choice], answer, show_progress="minimal", api_visibility="private")
     return page
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +88,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def held_out_curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float | None]]:
+    """Return epoch, accuracy and loss on held-out images, of the averaged weights where a run has them."""
+    found = []
+    for row in rows:
+        prefix = "" if row.get("ema_accuracy") is None else "ema_"
+        if row.get(f"{prefix}accuracy") is not None:
+            found.append((row["epoch"], row[f"{prefix}accuracy"], row.get(f"{prefix}loss")))
+    return found
+
+
 def compared_curves(runs: Sequence[tuple[str, Sequence[tuple[int, float, float | None]]]], output: Path) -> None:
     """Plot loss and accuracy on held-out images by epoch, of several runs over each other, to a PNG.
 
     Args:
-        runs: name, and (epoch, accuracy, loss) for each epoch; a loss that is `None` is not drawn.
+        runs: name and `held_out_curve`; a loss that is `None` is not drawn.
         output: the file.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nfzoo.analysis.figures import compared_curves, new_figure, read_metrics
+from nfzoo.analysis.figures import compared_curves, held_out_curve, new_figure, read_metrics
 from nfzoo.analysis.style import check_png
 from nfzoo.cli.tables import table
 from nfzoo.errors import ConfigError, DataError
@@ -32,12 +32,7 @@ class Run(NamedTuple):
     @property
     def held_out(self) -> list[tuple[int, float, float | None]]:
         """Epoch, accuracy and loss on held-out images, of the averaged weights where the run has them."""
-        found = []
-        for row in self.rows:
-            prefix = "" if row.get("ema_accuracy") is None else "ema_"
-            if row.get(f"{prefix}accuracy") is not None:
-                found.append((row["epoch"], row[f"{prefix}accuracy"], row.get(f"{prefix}loss")))
-        return found
+        return held_out_curve(self.rows)
 
     def figures(self) -> dict[str, Any]:
         """Return the best and the last figures, JSON-ready, with `None` for what was not measured."""

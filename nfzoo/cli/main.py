@@ -7,7 +7,6 @@ Ctrl-C; 141 when the reader of the output went away.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 
 from nfzoo import __version__
@@ -58,11 +57,6 @@ def main(argv: list[str] | None = None) -> int:
             status = getattr(importlib.import_module(module), function)(arguments[1:])
         else:
             status = program.run("nfzoo", lambda: _help(arguments))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more when it exits; that must not fail as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except KeyboardInterrupt:
         return 130
     return status

@@ -60,6 +60,8 @@ def _info(options: argparse.Namespace) -> None:
             }
         )
         return
+    path = Path(options.model)
+    unread = " (weights not read)" if path.exists() and not _is_foreign(path) else ""
     for key, value in facts.items():
         if value is not None:
             print(f"{key + ':':<22}{escaped(_in_words(value))}")
@@ -68,7 +70,7 @@ def _info(options: argparse.Namespace) -> None:
         resize = f"{preprocessing.resize}, crop {preprocessing.crop:g}"
     print(f"{'family:':<22}{config.family}, {config.activation}, {config.rules} rules")
     print(f"{'classes:':<22}{config.num_classes}")
-    print(f"{'parameters:':<22}{parameters:,}")
+    print(f"{'parameters:':<22}{parameters:,}{unread}")
     for use, side, count in (
         ("train", preprocessing.train_size, train_macs),
         ("test", size, macs),

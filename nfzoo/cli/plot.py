@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nfzoo.analysis.figures import signal_propagation, training_curves
+from nfzoo.analysis.figures import compared_curves, held_out_curve, read_metrics, signal_propagation, training_curves
 from nfzoo.analysis.signal_propagation import SignalMetrics, open_branches, signal_metrics
 from nfzoo.analysis.style import check_png
 from nfzoo.checkpoint.atomic import replaced
@@ -160,11 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "curves",
         help="loss and accuracy over the epochs of a training run",
-        description="Draw loss and accuracy over the epochs that a training run has done so far.\n\n"
-        "example: nfzoo plot curves runs/pets",
+        description="Draw loss and accuracy over the epochs that a training run has done so far;\n"
+        "of several runs, those of the held-out images, in one picture.\n\n"
+        "examples:\n"
+        "  nfzoo plot curves runs/pets\n"
+        "  nfzoo plot curves runs/a runs/b --output both.png",
     )
-    sub.add_argument("run", type=Path, metavar="RUN", help=f"the folder of a run, or its {METRICS_FILE}")
-    sub.add_argument("--output", type=Path, metavar="PNG", help=f"the picture (default: {CURVES_FILE} in the folder)")
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"the folder of a run, or its {METRICS_FILE}")
+    text = f"the picture (default: {CURVES_FILE} in the folder of the run, of several here)"
+    sub.add_argument("--output", type=Path, metavar="PNG", help=text)
     return parser
 
 
@@ -205,9 +209,13 @@ def _signal(options: argparse.Namespace) -> None:
 
 
 def _curves(options: argparse.Namespace) -> None:
-    metrics = options.run / METRICS_FILE if options.run.is_dir() else options.run
-    output = options.output or metrics.parent / CURVES_FILE
-    training_curves(metrics, output)
+    files = {str(run): run / METRICS_FILE if run.is_dir() else run for run in options.runs}
+    metrics = next(iter(files.values()))
+    output = options.output or (metrics.parent / CURVES_FILE if len(files) == 1 else Path(CURVES_FILE))
+    if len(files) == 1:
+        training_curves(metrics, output)
+    else:
+        compared_curves([(name, held_out_curve(read_metrics(path))) for name, path in files.items()], output)
     print(f"wrote {escaped(str(output))}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,26 @@ def _predict(options: argparse.Namespace) -> None:
             for label, probability in prediction.top:
                 bar = "#" * round(30 * probability)
                 print(f"  {100 * probability:5.1f} %  {escaped(label):<{min(width, 40)}}  {bar}".rstrip())
+    for line in _of_classes(options, predictions, model.labels or ()):
+        print(line, file=sys.stderr if options.json else sys.stdout)
     if options.sheet is not None:
         print(f"wrote {escaped(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)
+
+
+def _of_classes(options: argparse.Namespace, predictions: list[Prediction], labels: Sequence[str]) -> Iterator[str]:
+    """Say for each folder of classes how many of its images have the label that their folder names."""
+    for folder in map(Path, options.images):
+        inside = [p for p in predictions if folder.is_dir() and p.path.parent.parent == folder]
+        if not inside:
+            continue
+        remedy = f"`nfzoo evaluate {options.model} --data {folder}` measures the accuracy"
+        known = [p for p in inside if p.path.parent.name in labels]
+        right = sum(p.top[0][0] == p.path.parent.name for p in known)
+        told = f"no folder of {folder} is called as a label of the model"
+        if known:
+            share = f"{right} of {len(known)} images of {folder}"
+            told = f"{share} have their folder's name as label ({right / len(known):.1%})"
+        yield escaped(f"{told}; {remedy}")
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from nfzoo.config import MAX_SIZE
-from nfzoo.errors import ConfigError
+from nfzoo.data.loader import evaluation_batches
+from nfzoo.errors import ConfigError, DataError
+from nfzoo.evaluate import open_labelled
 from nfzoo.nn import NFNet
 
 
@@ -65,6 +67,37 @@ def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tens
         )
     finally:
         logging.root.setLevel(level)
+
+
+def accuracies(model: NFNet, program: Path, images: Tensor, labels: Tensor, *, batch: int = 32) -> tuple[float, float]:
+    """Return the top-1 accuracies of a folded model and of an ONNX program on prepared images `(N, C, H, W)`."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(str(program), providers=["CPUExecutionProvider"])
+    right = [0, 0]
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.inference_mode():
+            outputs = (model(x).argmax(1), torch.from_numpy(np.asarray(logits)).argmax(1))
+        right = [count + int((found == y).sum()) for count, found in zip(right, outputs, strict=True)]
+    return right[0] / len(labels), right[1] / len(labels)
+
+
+def accuracy_of_int8(model: NFNet, path: Path, source: str, size: int | None, batch: int | None) -> str:
+    """Return how many held-out images the model and its quantised program read, of a thousand at most."""
+    try:
+        images = open_labelled(source, model.config.num_classes, model.labels).images
+    except DataError as error:
+        return f"the accuracy was not measured: {error}"
+    count = min(len(images), 1000) // (batch or 1) * (batch or 1)
+    if not count:
+        return f"the accuracy was not measured: {len(images)} held-out images are no batch of {batch}"
+    some = images.subset(np.linspace(0, len(images) - 1, count).astype(np.int64))
+    batches = evaluation_batches(some, model.preprocessing, batch_size=32, rank=0, world=1, size=size, workers=0)
+    x, labels = map(torch.cat, zip(*batches, strict=True))
+    lean = model if model.config.folded else model.for_inference()
+    before, after = accuracies(lean.float(), path, x, labels, batch=batch or 32)
+    return f"accuracy on {count:,} held-out images: {before:.2%} before, {after:.2%} in int8"
 
 
 def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from nfzoo.config import MAX_SIZE, is_int
 from nfzoo.data.loader import evaluation_batches
 from nfzoo.data.source import open_split
 from nfzoo.errors import CheckpointError, ConfigError
-from nfzoo.export.quantize import quantize_onnx
+from nfzoo.export.quantize import accuracy_of_int8, quantize_onnx
 from nfzoo.nn import NFNet
 from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
@@ -109,6 +110,21 @@ def write_onnx(model: NFNet, images: Tensor, batch: int | None, path: Path) -> N
     onnx_program = torch.onnx.export(graph, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
     assert onnx_program is not None
     onnx_program.save(path)
+    if batch is None:
+        _name_batch(path)
+
+
+def _name_batch(path: Path) -> None:
+    """Call the first axis of images and logits `batch`, whatever symbol torch.export has for it."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    symbol = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                dimension.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dimension.dim_param)
+    onnx.save(model, path)
 
 
 @contextlib.contextmanager
@@ -309,6 +325,8 @@ def _main(options: argparse.Namespace) -> None:
         written = [path, path.with_name(SHEET)]
     for path in written:
         print(f"wrote {escaped(str(path))}")
+    if options.int8 is not None:
+        print(escaped(accuracy_of_int8(model, written[0], options.int8, options.size, options.batch)))
 
 
 def _calibration(model: NFNet, source: str, size: int | None, batch: int | None) -> list[Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from nfzoo.config import ACTIVATIONS
 from nfzoo.errors import ConfigError
@@ -84,6 +84,20 @@ def register_activation(name: str, function: Callable[[Tensor], Tensor], *, gamm
 def activate(x: Tensor, name: str) -> Tensor:
     """Return `act(x)`, without gamma; `name` is a key of `GAMMA`."""
     return _ACTIVATION[name](x)
+
+
+class RegisteredActivation(nn.Module):
+    """An activation of `nfzoo.register_activation`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(x, self.name)
+
+    def extra_repr(self) -> str:
+        return self.name
 
 
 def scaled_activation(x: Tensor, name: str) -> Tensor:

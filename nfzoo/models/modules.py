@@ -28,20 +28,6 @@ ACTIVATIONS = {
 }
 
 
-class Registered(nn.Module):
-    """An activation of `nfzoo.register_activation`."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nf.activate(x, self.name)
-
-    def extra_repr(self) -> str:
-        return self.name
-
-
 # torch.fx records these functions as nodes, as they depend on the image's size.
 
 
@@ -249,7 +235,7 @@ class Residual(nn.Module):
 def activation(layers: Layers, *, scaled: bool, beta: float = 1.0) -> nn.Module:
     """Return the activation, times beta and, if it is to be scaled, times gamma unless the weights have it."""
     factor = beta * (gamma(layers) if scaled else 1.0)
-    act = ACTIVATIONS.get(layers.activation, functools.partial(Registered, layers.activation))()
+    act = ACTIVATIONS.get(layers.activation, functools.partial(nf.RegisteredActivation, layers.activation))()
     return act if factor == 1.0 else nn.Sequential(act, Scale(factor))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import gc
 import os
@@ -137,8 +138,11 @@ def run(
         reports: returns true if this process has to print the error, in one line on standard error.
     """
     try:
-        return work() or 0
-    except (NfzooError, KeyboardInterrupt, *failures) as error:
+        try:
+            return work() or 0
+        finally:
+            sys.stdout.flush()  # a reader that is gone is known here at the latest, and not when Python exits
+    except (NfzooError, KeyboardInterrupt, BrokenPipeError, *failures) as error:
         return report(program, error, reports=reports)
     finally:
         leave_processes()
@@ -149,7 +153,10 @@ def report(program: str, error: BaseException, *, reports: Callable[[BaseExcepti
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, BrokenPipeError):
-        raise error  # the reader of the output is gone; the `nfzoo` command handles it
+        # The reader of the output, such as `head`, has what it wants. Python flushes once more when it exits.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     status = error.exit_status if isinstance(error, NfzooError) else 1
     if reports(error):
         text = escaped(" ".join(str(error).split())) or type(error).__name__

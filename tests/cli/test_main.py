@@ -330,3 +330,39 @@ def test_every_command_tells_a_misspelt_path(
     for command in ("info x.safetensors", "info x/y/z", "info ./x", "predict x.pt photos"):
         assert main(shlex.split(command)) == 2
         assert "there is no file or folder" in error_line(capsys), command
+
+
+def test_predict_counts_what_folders_of_classes_say(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for image in images.iterdir():
+            (tmp_path / "pets" / name / image.name).write_bytes(image.read_bytes())
+    assert main(["predict", str(checkpoint), "pets", "--topk", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    right = sum(row["predictions"][0]["label"] == Path(row["path"]).parent.name for row in rows)
+    assert [row["path"] for row in rows] == [f"pets/{c}/{i}.png" for c in ("cat", "dog") for i in "ab"]
+    share = f"{right} of 4 images of pets have their folder's name as label ({right / 4:.1%}); "
+    assert f"{share}`nfzoo evaluate {checkpoint} --data pets` measures the accuracy\n" in err
+    (tmp_path / "pets").rename(tmp_path / "x")
+    for name in ("cat", "dog"):
+        (tmp_path / "x" / name).rename(tmp_path / "x" / f"a {name}")
+    assert main(["predict", str(checkpoint), "x"]) == 0
+    assert "no folder of x is called as a label of the model; `nfzoo evaluate" in capsys.readouterr().out
+    assert main(["predict", str(checkpoint), "photos"]) == 0
+    assert "evaluate" not in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_error(checkpoint: Path, tmp_path: Path) -> None:
+    """Of the `nfzoo` command and of a module that is run by itself; nothing is said, not even when Python exits."""
+    for module, argument in (("nfzoo", "list"), ("nfzoo.bulk", "--help")):
+        code = f"import runpy, sys; sys.argv = ['x', '{argument}']; runpy.run_module('{module}', run_name='__main__')"
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+        os.close(writer)
+        assert (done.returncode in (0, 141), done.stderr) == (True, ""), module

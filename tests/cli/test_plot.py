@@ -207,6 +207,32 @@ def test_curves_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert np.array_equal(pixels(tmp_path / "b.png"), first)
 
 
+def test_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each run in each panel, of the averaged weights where there are any, with its name and end."""
+    monkeypatch.chdir(tmp_path)
+    drawn: list[dict[str, list[float]]] = []
+    monkeypatch.setattr(
+        "nfzoo.analysis.figures._save",
+        lambda figure, output: drawn.extend(
+            {str(line.get_label()): [float(y) for y in line.get_ydata()] for line in axes.get_lines()}
+            for axes in figure.axes
+        ),
+    )
+    runs: dict[str, dict[str, float]] = {"a": {}, "b": {"ema_loss": 0.25, "ema_accuracy": 0.75}}
+    for name, extra in runs.items():
+        (tmp_path / name).mkdir()
+        rows = [{"epoch": e, "loss": 1 / e, "accuracy": 0.5, **extra} for e in (1, 2)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["curves", "a", "b/metrics.jsonl"]) == 0
+    assert capsys.readouterr().out == "wrote curves.png\n"
+    assert drawn == [
+        {"a: 0.500": [1, 0.5], "b/metrics.jsonl: 0.250": [0.25, 0.25]},
+        {"a: 50.0 %": [50, 50], "b/metrics.jsonl: 75.0 %": [75, 75]},
+    ]
+    assert main(["curves", "a", "c"]) == 2
+    assert "there is no file c" in capsys.readouterr().err
+
+
 def test_the_disk_gives_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

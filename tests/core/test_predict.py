@@ -1,6 +1,7 @@
 """Classification of tensors and of files."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_devices_that_are_not_there(model: NFNet, folder: Path, device: str) -> 
         predict(model, [folder / "b.png"], device=device)
 
 
-def test_image_files(folder: Path) -> None:
+def test_image_files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     (folder / "notes.txt").touch()
     (folder / ".hidden.png").touch()
     (folder / "deeper.png").mkdir()
@@ -152,8 +153,40 @@ def test_image_files(folder: Path) -> None:
     assert [p.name for p in image_files([folder], without=folder / "deeper.png" / ".." / "b.png")] == ["a.jpg", "c.PNG"]
     with pytest.raises(DataError, match="absent does not exist"):
         image_files([folder, folder / "absent"])
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="holds no images, nor do the folders in it"):
         image_files([folder / "deeper.png"])
+    classes = tmp_path_factory.mktemp("classes")
+    for name in ("dog", "cat"):
+        shutil.copytree(folder, classes / name)
+    (classes / "deep" / "er").mkdir(parents=True)
+    assert [str(p.relative_to(classes)) for p in image_files([classes])] == [
+        f"{name}/{file}" for name in ("cat", "dog") for file in ("a.jpg", "b.png", "c.PNG")
+    ]
+
+
+def test_a_model_predicts_files_folders_lists_and_images(model: NFNet, folder: Path) -> None:
+    """All the same as `nfzoo.predict.predict` of the files, one after the other."""
+    files = image_files([folder])
+    expected = [p.top for p in predict(model, files, topk=2, batch_size=2)]
+    assert list(model.predict(folder, topk=2, batch_size=2)) == files
+    with Image.open(files[0]) as image:
+        results = {
+            "folder": list(model.predict(str(folder), topk=2, batch_size=2).values()),
+            "files": model.predict(files, topk=2, batch_size=2),
+            "tuple": [*model.predict((files[0], str(files[1])), topk=2, batch_size=2), expected[2]],
+            "one by one": [model.predict(file, topk=2) for file in files],
+            "images": [model.predict(image, topk=2), *expected[1:]],
+            "array": [model.predict(np.asarray(image.convert("RGB")), topk=2), *expected[1:]],
+        }
+    for name, found in results.items():
+        for top, wanted in zip(found, expected, strict=True):
+            assert [label for label, _ in top] == [label for label, _ in wanted], name
+            assert [p for _, p in top] == pytest.approx([p for _, p in wanted], abs=1e-5), name
+    assert model.predict([]) == []
+    with pytest.raises(DataError, match="does not exist"):
+        model.predict(folder / "absent.png")
+    with pytest.raises(ConfigError, match="topk"):
+        model.predict(folder, topk=0)
 
 
 # -- for very many images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,7 +228,7 @@ def reader(tmp_path_factory) -> Path:
 
 
 @pytest.mark.long
-def test_int8_reads_as_many_digits(reader, tmp_path):
+def test_int8_reads_as_many_digits(reader, tmp_path, capsys):
     """Through onnxruntime and through torchao, calibrated on images of the training part."""
     model = from_pretrained(reader).for_inference()
     digits = open_split("digits")
@@ -241,6 +242,11 @@ def test_int8_reads_as_many_digits(reader, tmp_path):
     before = accuracy(model)
     assert before > 0.95
     assert main([str(reader), "--format", "onnx", "--output", str(tmp_path), "--int8", "digits"]) == 0
+    told = re.search(r"accuracy on 359 held-out images: ([\d.]+)% before, ([\d.]+)% in int8", capsys.readouterr().out)
+    assert told is not None
+    assert float(told[1]) / 100 == pytest.approx(before, abs=1e-4)
+    quantised = accuracy(lambda x: torch.from_numpy(run_onnx(tmp_path / "model.onnx", x)))
+    assert float(told[2]) / 100 == pytest.approx(quantised, abs=1e-4)
     assert json.loads((tmp_path / SHEET).read_text())["arithmetic"] == "int8"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", SHEET]
     assert accuracy(lambda x: torch.from_numpy(run_onnx(tmp_path / "model.onnx", x))) > before - INT8
@@ -264,6 +270,12 @@ def test_int8_onnx_has_eight_bit_weights(tmp_path):
         quantize_onnx(path, tmp_path / "none.onnx", [])
     import onnx
 
+    for file in (path, tmp_path / "int8.onnx"):
+        graph = onnx.load(str(file)).graph
+        for value in (graph.input[0], graph.output[0]):
+            assert value.type.tensor_type.shape.dim[0].dim_param == "batch", file
+        names = {d.dim_param for value in graph.value_info for d in value.type.tensor_type.shape.dim}
+        assert not [name for name in names if re.search(r"\bs\d+", name)], names
     types = {t.data_type for t in onnx.load(str(tmp_path / "int8.onnx")).graph.initializer}
     assert onnx.TensorProto.INT8 in types
 

@@ -177,6 +177,7 @@ class Recorder:
         self.made: dict[str, SimpleNamespace] = {}
         self.events: list[tuple[Any, ...]] = []
         self.launched: list[dict[str, Any]] = []
+        self.options: list[dict[str, Any]] = []  # of the events
 
     class Error(Exception):
         def __init__(self, message: str, **_: object) -> None:
@@ -194,7 +195,7 @@ class Recorder:
 class Component(SimpleNamespace):
     def __init__(self, recorder: Recorder, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         super().__init__(arguments=arguments, options=options, preprocess=None)
-        self.change = lambda *event, **_: recorder.events.append(event)
+        self.change = lambda *event, **named: (recorder.events.append(event), recorder.options.append(named))
         self.launch = lambda **options: recorder.launched.append(options)
 
     def __enter__(self) -> "Component":
@@ -218,6 +219,10 @@ def test_page(models: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert image.preprocess(SimpleNamespace(path="p")) == "p"
     (look, inputs, output), again = gradio.events
     assert again[0] is look
+    assert [options.get("api_name") or options["api_visibility"] for options in gradio.options] == [
+        "predict",
+        "private",
+    ]
     assert (inputs, output) == ([image, dropdown], gradio.made["Label"])
     assert set(look(str(picture), "pets")) == {"cat", "dog"}
     with pytest.raises(Recorder.Error, match="There is no model 'cows' here"):
