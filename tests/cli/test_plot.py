@@ -208,11 +208,11 @@ def test_curves_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line for each run in each panel, of the averaged weights where there are any, with its name and end."""
+    """One line for each run in each panel, of the averaged weights where there are any, with its name."""
     monkeypatch.chdir(tmp_path)
     drawn: list[dict[str, list[float]]] = []
     monkeypatch.setattr(
-        "nfzoo.analysis.figures._save",
+        "nfzoo.analysis.figures.save",
         lambda figure, output: drawn.extend(
             {str(line.get_label()): [float(y) for y in line.get_ydata()] for line in axes.get_lines()}
             for axes in figure.axes
@@ -226,8 +226,8 @@ def test_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture, m
     assert main(["curves", "a", "b/metrics.jsonl"]) == 0
     assert capsys.readouterr().out == "wrote curves.png\n"
     assert drawn == [
-        {"a: 0.500": [1, 0.5], "b/metrics.jsonl: 0.250": [0.25, 0.25]},
-        {"a: 50.0 %": [50, 50], "b/metrics.jsonl: 75.0 %": [75, 75]},
+        {"a": [1, 0.5], "b/metrics.jsonl": [0.25, 0.25]},
+        {"a": [50, 50], "b/metrics.jsonl": [75, 75]},
     ]
     assert main(["curves", "a", "c"]) == 2
     assert "there is no file c" in capsys.readouterr().err
