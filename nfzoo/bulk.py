@@ -3,6 +3,8 @@
 Results are written in parts of consecutive images. Processes share the missing parts, so a run can be killed at any
 moment and resumed by any number of processes. Batches do not cross parts, so the content of a part does not depend on
 the number of processes or loader workers.
+
+The module is long because the options of a run, its parts and what ends a process belong together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Images in parquet files and in data sets of the Hugging Face Hub, through the `datasets` library (extra `data`)."""
+"""Images in parquet files and in data sets of the Hugging Face Hub, through the `datasets` library (extra `data`).
+
+The module is long because a table can be wrong in many ways, each of which has its message.
+"""
 
 from __future__ import annotations
 

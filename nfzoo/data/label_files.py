@@ -5,6 +5,8 @@ Columns are found by their names, or named by options behind a `?`, as in `label
 - `path`: the image, relative to the folder of the data;
 - `label`: its class;
 - `split`: its part, if the table tells; `train` and `validation` are the values that stand for the parts.
+
+The module is long because a table can be wrong in many ways, each of which has its message.
 """
 
 from __future__ import annotations

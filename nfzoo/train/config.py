@@ -1,4 +1,7 @@
-"""Describe a training run as data: its options, from the command line and from YAML recipes."""
+"""Describe a training run as data: its options, from the command line and from YAML recipes.
+
+The module is long because each option is documented and checked where it is declared.
+"""
 
 from __future__ import annotations
 
