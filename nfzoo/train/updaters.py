@@ -218,8 +218,12 @@ def torch_optimizer(optim: OptimConfig, model: NFNet, lr: float) -> torch.optim.
         cls = getattr(importlib.import_module(package), name)
         if not issubclass(cls, torch.optim.Optimizer):
             raise TypeError("it is no torch.optim.Optimizer")
-        return cls(split_by_scale(groups, scales(optim, model), lr), **{**optim.options, "lr": lr})
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        options = {**optim.options, "lr": lr}
+        probe = torch.nn.Parameter(torch.zeros(1, 1))
+        probe.grad = torch.zeros_like(probe)
+        cls([{"params": [probe]}], **options).step()  # which some refuse for other gradients than theirs
+        return cls(split_by_scale(groups, scales(optim, model), lr), **options)
+    except (ImportError, AttributeError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f'the optimizer {optim.name!r} with options {optim.options!r} cannot be made: {error}; name "sgd", '
             '"adamw", an optimizer such as "torch.optim.NAdam", or the import path of another'

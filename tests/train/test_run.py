@@ -187,6 +187,8 @@ def test_saved_run_file_is_a_recipe(tmp_path: Path) -> None:
         (["--sharding", "fsdp2"], "needs processes to shard over"),
         (["--sharding", "fsdp2", "--optim.sam_rho", "0.05"], "SAM ascends in each process"),
         (["--optim.name", "torch.optim.Sgd"], "the optimizer 'torch.optim.Sgd'"),
+        (["--optim.name", "torch.optim.SparseAdam"], "does not support dense gradients"),
+        (["--optim.name", "torch.optim.LBFGS"], "'torch.optim.LBFGS'"),
         (["--optim.name", "adamw", "--optim.options", "{beta: 1}"], "unexpected keyword argument 'beta'"),
         (["--optim.options", "{betas: [0.9, 0.99]}"], "are for other optimizers"),
         (["--optim.sam_fraction", "0"], "sam_fraction must be in (0, 1]"),
