@@ -233,6 +233,8 @@ def _check_target(target: Path, to: Form, overwrite: bool) -> None:
     else:
         if target.exists() and not target.is_dir():
             raise ConversionError(f"{target} is a file; --to {to} writes a folder")
+        if (target / STATE_FILE).exists():
+            raise ConversionError(f"{target} is a checkpoint of a run; give another folder for the model")
         existing = next((target / n for n in (*_WEIGHT_FILES, CONFIG_FILE) if (target / n).exists()), None)
     if existing is not None and not overwrite:
         raise ConversionError(f"{existing} is there already; --overwrite replaces it")

@@ -179,6 +179,9 @@ def test_a_checkpoint_becomes_a_model(tmp_path: Path, whole: Path, capsys: pytes
     assert nfzoo_command(["convert", str(renamed), str(tmp_path / "other")]) == 2
     assert f"so its folder must be {newest.name}" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    for target in (newest, renamed):  # --overwrite would replace the run's own files
+        assert nfzoo_command(["convert", str(newest), str(target), "--overwrite"]) == 2
+        assert "give another folder for the model" in capsys.readouterr().err
     assert nfzoo_command(["info", str(newest)]) == 2
     assert "a checkpoint of a run, of which `nfzoo convert` makes a model" in capsys.readouterr().err
 
