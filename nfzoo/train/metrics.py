@@ -34,12 +34,15 @@ class Metrics:
     def __init__(self, device: torch.device, kinds: Sequence[str] = ()) -> None:
         self.device, self.kinds = device, tuple(kinds)
         self.clipped_kinds = torch.zeros(len(self.kinds), device=device)
-        self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm = (self._scalar() for _ in range(6))
+        # In float32 a sum of more than 2**24 images would no longer grow. Apple's GPUs lack float64, TPUs emulate it.
+        wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+        self.loss_sum, self.correct, self.seen = (self._scalar(dtype=wide) for _ in range(3))
+        self.clipped, self.loss, self.norm = (self._scalar() for _ in range(3))
 
-    def _scalar(self, value: float = 0.0) -> Tensor:
+    def _scalar(self, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
         # A lazy device writes a 0-dimensional tensor from the host into its program as a constant, and compiles anew
         # for each value. So each is moved with a dimension, and is a tensor of its own.
-        return torch.tensor([value]).to(self.device).reshape(())
+        return torch.tensor([value], dtype=dtype).to(self.device).reshape(())
 
     def clear(self) -> None:
         for total in (self.loss_sum, self.correct, self.seen, self.clipped, self.loss, self.norm):
@@ -51,7 +54,7 @@ class Metrics:
         saved = kinds if len(kinds) == len(self.kinds) else [math.nan] * len(self.kinds)
         self.clipped_kinds.copy_(torch.tensor(saved))
         for total, value in zip((self.loss_sum, self.correct, self.seen, self.clipped), (*sums, clipped), strict=True):
-            total.copy_(self._scalar(value))
+            total.copy_(self._scalar(value, total.dtype))
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         labels = targets if targets.ndim == 1 else targets.argmax(1)

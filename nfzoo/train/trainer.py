@@ -464,13 +464,18 @@ class Trainer:
         """Save a checkpoint to resume from; all processes call this together."""
         self.check_steps()
         tensors = self.learner.tensors()
-        sums = self._sum(self.metrics.sums())
+        shares = gather([self.metrics.sums().tolist()])
         facts = {
             "epoch": self.epoch,
             "consumed": self.consumed,
             "skipped": self.skipped,
             "seconds": self.seconds,
-            "meters": [*sums, float(self.metrics.clipped), *self.metrics.clipped_kinds.tolist()],
+            "meters": [
+                *map(sum, zip(*shares, strict=True)),
+                float(self.metrics.clipped),
+                *self.metrics.clipped_kinds.tolist(),
+            ],
+            "shares": shares,  # of `meters`, for each process: an epoch's sums are added as without an interruption
             "rows": list(self.rows),
             "broken": self.unreadable.gathered(),
             "rng": gather([rng_state()]),
@@ -489,7 +494,10 @@ class Trainer:
         self.skipped, self.rows, self.unreadable.known = facts["skipped"], facts["rows"], set(facts["broken"])
         self.seconds = facts["seconds"]
         loss, correct, seen, clipped, *kinds = facts["meters"]
-        self.metrics.restore([loss, correct, seen] if self.rank == 0 else [0.0] * 3, clipped, kinds)
+        shares = facts.get("shares", [])  # which older checkpoints do not have
+        if len(shares) != self.accelerator.num_processes:
+            shares = [[loss, correct, seen]]
+        self.metrics.restore(shares[self.rank] if self.rank < len(shares) else [0.0] * 3, clipped, kinds)
         if self.rank < len(facts["rng"]):
             set_rng_state(facts["rng"][self.rank])
 

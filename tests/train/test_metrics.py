@@ -1,12 +1,14 @@
-"""The best epoch of a run by its figures."""
+"""The sums of an epoch, and the best epoch of a run by its figures."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
+
 from nfzoo.train.config import OptimConfig, TrainConfig
-from nfzoo.train.metrics import Best, best_rule
+from nfzoo.train.metrics import Best, Metrics, best_rule
 from tests.support.loops import each
 
 
@@ -45,3 +47,10 @@ def test_the_saved_weights_are_judged() -> None:
     assert best_rule(TrainConfig(**run, keep_best="f1")) == Best("f1", averaged=True)  # type: ignore[arg-type]
     live = OptimConfig(ema_decay=None)
     assert best_rule(TrainConfig(**run, keep_best="loss", optim=live)) == Best("loss", averaged=False)  # type: ignore[arg-type]
+
+
+def test_sums_of_many_images_go_on_growing() -> None:
+    metrics, logits = Metrics(torch.device("cpu")), torch.eye(3)
+    metrics.restore([0.125 * 2**30, 2.0**30, 2.0**30], 0.0, [])  # in float32 the next image would be lost
+    metrics.add(torch.tensor(0.125), logits, torch.tensor([0, 1, 0]))
+    assert metrics.sums().tolist() == [0.125 * (2**30 + 3), 2**30 + 2, 2**30 + 3]

@@ -238,9 +238,9 @@ def test_torchrun_restarts_a_killed_process(tmp_path: Path, capfd: pytest.Captur
     ) as launcher:
         assert launcher.stdout is not None
         try:
-            assert "random weights" in launcher.stdout.readline()
+            assert next(line for line in launcher.stdout if "random weights" in line)
             psutil.Process(launcher.pid).children()[1].kill()
-            assert "weights" in launcher.stdout.readline()
+            assert next(line for line in launcher.stdout if "weights" in line)
             while not list(output.glob("checkpoints/step_*")):
                 time.sleep(0.01)
             psutil.Process(launcher.pid).children()[0].kill()
@@ -250,8 +250,7 @@ def test_torchrun_restarts_a_killed_process(tmp_path: Path, capfd: pytest.Captur
     assert launcher.returncode == 0, capfd.readouterr().err
     assert re.search(r"step \d+'s weights", printed)
     assert same(output, tmp_path / "whole")
-    for found, wanted in zip(rows(output), rows(tmp_path / "whole"), strict=True):
-        assert found == pytest.approx(wanted, rel=1e-5)  # an epoch's sums, which two processes share, are added anew
+    assert rows(output) == rows(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -403,7 +402,7 @@ def test_other_pixels_under_the_same_names(
         patch.setattr(train.program, "is_first_process", lambda *_: False)
         assert train.main([*options, "--output", str(tmp_path / "other"), "--resume", "true"]) == 0
     assert train.main([*options, "--resume", "true"]) == 0
-    assert [r.message for r in caplog.records] == [
+    assert [r.message for r in caplog.records if "fewer than ten" not in r.message] == [
         f"the files of {data} were written anew since the run began, with the same names and sizes"
     ]
     # Runs of before knew neither sizes nor times.
