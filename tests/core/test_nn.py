@@ -363,7 +363,7 @@ def test_what_no_model_is_made_of_is_one_clear_error() -> None:
         ),
         "model": (lambda: run(model=create("nfnet-test")), "save_pretrained"),
         "epochs": (lambda: run(epochs="3"), "epochs must be a whole number, not '3'"),
-        "tune": (lambda: run(tune="heads"), "one of all, head"),
+        "tune": (lambda: run(tune="heads"), "must be all, head or stages:N"),
         "lr": (lambda: run(optim={"lr": "0.1"}), "optim.lr must be a number or null"),
         "group": (lambda: run(optim={"rate": 1}), "rate"),
         "train": (lambda: nfzoo.train("nfnet-test"), "train takes a TrainConfig"),  # type: ignore[operator]

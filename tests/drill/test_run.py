@@ -64,7 +64,7 @@ def test_bad_options_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--sharding", "fsdp2"], "--processes 2"),
         (["--trials", "0"], "from 1 to"),
         (["--folder", str(tmp_path / "file")], "is a file"),
-        (["--processes", "3"], "choose from 1, 2, 4, 8"),
+        (["--processes", "3"], "there is no 3 but 1, 2, 4, 8"),
         (["--json", str(tmp_path / "file" / "a")], "no folder that takes files"),
     ):
         assert main(["drill", *options]) == 2
