@@ -29,6 +29,14 @@ def test_runs_survive_twenty_faults(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--sharding", "fsdp2"]], ids=["ddp", "fsdp2"])
+def test_two_processes_survive_each_fault(tmp_path: Path, options: list[str]) -> None:
+    status, verdicts = drill(tmp_path, "--trials", "11", "--workers", "1", "--processes", "2", *options)
+    assert [v for v in verdicts if v["problem"] or not v["identical"]] == []
+    assert (status, len({v["fault"] for v in verdicts})) == (0, 11)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
