@@ -16,7 +16,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ def open_label_files(folder: str, files: LabelFiles) -> LabelledParts:
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"labels are for the images of a folder, and {folder!r} is none; give the folder as --data")
-    table = _named(files.labels)
+    table = other = _named(files.labels)
     rows = _read(table, root)
     if files.validation is not None:
         if _values(rows):
@@ -123,13 +123,15 @@ def open_label_files(folder: str, files: LabelFiles) -> LabelledParts:
         twice = next(iter(rows.keys() & more.keys()), None)
         if twice is not None:
             raise DataError(f"{twice!r} is both in {table} and in {other}; an image is to train on or held out")
+        _check_there(root, rows, table)
+        _check_there(root, more, other)
         split = dict.fromkeys(rows, True) | dict.fromkeys(more, False)
         name, rows = HELD_OUT_NAMES[1], rows | more
     else:
         split = _split(table, rows)
+        _check_there(root, rows, table)
         name = None if split is None else _held_out_name(table, rows)
-    _check_there(root, rows, table)
-    labels, classes = _classes(rows, files, table)
+    labels, classes = _classes(rows, files, lambda path: table if split is None or split.get(path) else other)
     paths = sorted(rows, key=lambda path: path.split("/"))
     images = ImageFolder(
         np.arange(len(paths)), np.array([labels[path] for path in paths], np.int64), classes, root, Texts(paths)
@@ -190,6 +192,8 @@ def _opened(table: _Table) -> Iterator[tuple[list[str], Iterator[tuple[int, Sequ
         raise DataError(f"the labels {table} do not exist") from error
     except NfzooError:
         raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"the labels {table} are not in UTF-8; save them in it") from error
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"the labels {table} cannot be read: {error}") from error
 
@@ -219,6 +223,8 @@ def _read(table: _Table, root: Path) -> dict[str, _Row]:
     repeated = 0
     base = os.path.abspath(root)
     with _opened(table) as (header, cells):
+        if not header:
+            raise DataError(f"the labels {table} are empty, or their first line is; {_REMEDY}")
         numbers = {key: _column(table, header, key) for key in _USUAL}
         for key in ("path", "label"):
             if numbers[key] is None:
@@ -277,7 +283,7 @@ def _check_there(root: Path, rows: dict[str, _Row], table: _Table) -> None:
         first = missing[0]
         raise DataError(
             f"{len(missing):,} of the {len(rows):,} images that {table} names are missing in {str(root)!r}, such as "
-            f"{first!r}, number {rows[first].where}; paths start from the folder of the data"
+            f"{first!r} in {table.at(rows[first].where)}; paths start from the folder of the data"
         )
 
 
@@ -334,8 +340,10 @@ def _parts(values: Sequence[str]) -> str:
 # -- classes
 
 
-def _classes(rows: dict[str, _Row], files: LabelFiles, table: _Table) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the number of each image's class, and the names of the classes."""
+def _classes(
+    rows: dict[str, _Row], files: LabelFiles, table_of: Callable[[str], _Table]
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the number of each image's class, and the names of the classes; `table_of` is asked for a message."""
     distinct = {row.label for row in rows.values()}
     numbered = all(re.fullmatch("[0-9]{1,9}", label) for label in distinct)
     if files.class_names is None:
@@ -348,9 +356,9 @@ def _classes(rows: dict[str, _Row], files: LabelFiles, table: _Table) -> tuple[d
             known = {label: int(label) for label in distinct if int(label) < len(classes)}
     strange = distinct - known.keys()
     if strange:
-        row = next(row for row in rows.values() if row.label in strange)
+        path, row = next((path, row) for path, row in rows.items() if row.label in strange)
         raise DataError(
-            f"{table.at(row.where)} has the label {row.label!r}, which is none of the {len(classes):,} classes of "
-            f"{files.class_names!r}{nearest(row.label, classes)}"
+            f"{table_of(path).at(row.where)} has the label {row.label!r}, which is none of the {len(classes):,} classes "
+            f"of {files.class_names!r}{nearest(row.label, classes)}"
         )
     return {path: known[row.label] for path, row in rows.items()}, classes

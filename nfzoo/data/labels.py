@@ -188,6 +188,8 @@ def read_class_names(path: str) -> tuple[str, ...]:
     """
     try:
         lines = read_text(path).removeprefix("\ufeff").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the class names {path!r} are not in UTF-8; save them in it") from error
     except (OSError, ValueError) as error:
         raise DataError(f"the class names {path!r} cannot be read: {error}") from error
     names = [class_name(line.strip()) for line in lines]

@@ -95,6 +95,13 @@ def test_a_table_of_their_own_for_the_images_that_are_held_out(tmp_path: Path, f
     assert list(open_parts(str(folder), labels=files)) == ["train", "validation"]
     with pytest.raises(DataError, match=r"'a/0.png' is both in .*t.csv' and in .*w.csv'"):
         open_split(str(folder), labels=files._replace(validation=table(tmp_path / "w.csv", ROWS[:1])))
+    gone = table(tmp_path / "g.csv", [*ROWS[7:], ("b/9.png", "cat")])
+    with pytest.raises(DataError, match=r"1 of the 4 images that .*g.csv' names .* in line 5 of .*g.csv'"):
+        open_split(str(folder), labels=files._replace(validation=gone))
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    strange = table(tmp_path / "x.csv", [*ROWS[7:9], (ROWS[9][0], "cow")])
+    with pytest.raises(DataError, match=r"line 4 of .*x.csv' has the label 'cow'"):
+        open_split(str(folder), labels=files._replace(validation=strange, class_names=str(tmp_path / "names.txt")))
     split = table(tmp_path / "s.csv", [(*row, "train") for row in ROWS[:7]], ("path", "label", "split"))
     with pytest.raises(ConfigError, match=r"s.csv' has a column that splits .*v.csv' holds images out as well"):
         open_split(str(folder), labels=files._replace(labels=split))
@@ -131,6 +138,9 @@ def test_names_of_classes(tmp_path: Path, folder: Path) -> None:
         names.write_text(text)
         with pytest.raises(DataError, match=message):
             open_label_files(str(folder), LabelFiles(labels, None, str(names)))
+    names.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"names.txt' are not in UTF-8; save them in it"):
+        open_label_files(str(folder), LabelFiles(labels, None, str(names)))
     names.write_text("a\nb\n")
     with pytest.raises(DataError, match="has the label '2', which is none of the 2 classes"):
         open_label_files(str(folder), LabelFiles(numbers, None, str(names)))
@@ -157,7 +167,7 @@ def test_a_check_counts_images_that_no_row_names(
 
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "empty": ("", "no column of paths"),
+    "empty": ("", "are empty, or their first line is; its first line must name its columns"),
     "no header": (
         "a/0.png,cat\n",
         r"no column of paths with a usual name; the columns are 'a/0.png', 'cat'; .* first line",
@@ -168,7 +178,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a label is missing": ("path,label\na/0.png,cat\na/1.png,\n", r"line 3 of .* has no label; fill it in"),
     "a path is missing": ("path,label\n ,cat\n", r"line 2 of .* has no path"),
     "a part is missing": ("path,label,split\na/0.png,cat,\n", r"line 2 of .* has no split"),
-    "a file is missing": ("path,label\na/0.png,cat\nb/9.png,cat\n", r"1 of the 2 images .* missing in .*'b/9.png'"),
+    "a file is missing": (
+        "path,label\na/0.png,cat\nb/9.png,cat\n",
+        r"1 of the 2 images .* missing in .*'b/9.png' in line 3 of ",
+    ),
     "a folder": ("path,label\na,cat\n", r"1 of the 1 images .* missing"),
     "two labels": (
         "path,label\na/0.png,cat\n./a/0.png,dog\n",
@@ -213,7 +226,7 @@ def test_tables_that_are_refused(tmp_path: Path, folder: Path, name: str) -> Non
         ("{l}?train=x", r"no column that splits its images, for \?train="),
         ("{none}", r"the labels .*none.csv' do not exist"),
         ("{folder}", "cannot be read: .*Is a directory"),
-        ("{binary}", "cannot be read: .*utf-8"),
+        ("{binary}", "are not in UTF-8; save them in it"),
         ("{parquet}", "cannot be read: .*[Pp]arquet"),
         ("{floats}", r"row 1 of .* has no label"),
     ],
