@@ -156,6 +156,11 @@ class Trainer:
         self._say(f"images to train on: {histogram(counts)}")
         if (few := few_images(counts)) and accelerator.is_main_process:
             logger.warning("%s", few)
+        if config.tune != "all" and origin == "random" and accelerator.is_main_process:
+            logger.warning(
+                "tune %s leaves the other weights as they were drawn at random; name a trained model, or tune all",
+                config.tune,
+            )
 
     # ------------------------------------------------------------ the run
 
@@ -221,7 +226,8 @@ class Trainer:
             return False
         ends = gather([self.best.waited(self.rows) >= self.config.patience])[0]
         if ends:
-            self._say(f"no better {self.best.metric} for {self.best.waited(self.rows)} epochs; the run ends")
+            waited = self.best.waited(self.rows)
+            self._say(f"no better {self.best.metric} for {waited} epoch{'s' * (waited > 1)}; the run ends")
         return ends
 
     def _batches(self, epoch: int) -> Iterator[TrainingBatch]:

@@ -88,8 +88,13 @@ def test_more_stages_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @each("name", ["sgd", "adamw"])
-def test_the_figures_name_what_is_clipped(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A threshold that clips every gradient but those that are zero, and one that clips none."""
+def test_the_figures_name_what_is_clipped(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A threshold that clips every gradient but those that are zero, and one that clips none.
+
+    A warning says that what is not trained is random.
+    """
     options = ["--optim.name", name, "--tune", "head", "--optim.lr", "0.01"]
     for clip, fraction in (("1e-7", 1.0), ("1e9", 0.0)):
         output = tmp_path / f"{name}-{clip}"
@@ -98,6 +103,8 @@ def test_the_figures_name_what_is_clipped(tmp_path: Path, name: str, capsys: pyt
         assert {key: row[key] for key in row if key.startswith("clipped")} == dict.fromkeys(
             ("clipped", "clipped_head_bias"), fraction
         )
+        assert "tune head leaves the other weights as they were drawn at random" in caplog.text
+        caplog.clear()
         assert f"clipped {fraction:.1%} of the bias" in capsys.readouterr().out
     assert run(tmp_path / f"{name}-spared", *options, "--optim.clip", "1e-7", "--optim.clip-head-bias", "false") == 0
     (spared,) = rows(tmp_path / f"{name}-spared")
@@ -207,7 +214,7 @@ def test_the_best_epoch_is_kept_and_resumed(tmp_path: Path, capsys: pytest.Captu
 def test_patience_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     patient = [*LONG, "--epochs", "5", "--patience"]
     assert run(tmp_path / "run", *patient, "1") == 0
-    assert "no better loss for 1 epochs; the run ends" in capsys.readouterr().out
+    assert "no better loss for 1 epoch; the run ends" in capsys.readouterr().out
     assert losses(tmp_path / "run") == LOSSES[:3]
     assert run(tmp_path / "run", *patient, "1", "--resume", "true") == 0  # there is nothing left to do
     assert losses(tmp_path / "run") == LOSSES[:3]
