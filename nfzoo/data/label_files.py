@@ -358,7 +358,7 @@ def _classes(
     if strange:
         path, row = next((path, row) for path, row in rows.items() if row.label in strange)
         raise DataError(
-            f"{table_of(path).at(row.where)} has the label {row.label!r}, which is none of the {len(classes):,} classes "
-            f"of {files.class_names!r}{nearest(row.label, classes)}"
+            f"{table_of(path).at(row.where)} has the label {row.label!r}, which is none of the {len(classes):,} "
+            f"classes of {files.class_names!r}{nearest(row.label, classes)}"
         )
     return {path: known[row.label] for path, row in rows.items()}, classes
