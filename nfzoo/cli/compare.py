@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from nfzoo.files import read_text
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
 from nfzoo.train import strict_yaml
+from nfzoo.train.config import default_augment
 from nfzoo.train.run_folder import METRICS_FILE, RUN_FILE
 
 _OWN = ("output",)  # options that differ between any two runs
@@ -64,6 +66,8 @@ def read_run(folder: Path, name: str) -> Run:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(options, dict):
         raise DataError(f"{path} must hold options such as `model: nfnet-f0`, not {options!r}")
+    if "augment" in options and options["augment"] is None:  # as the run took it
+        options["augment"] = dataclasses.asdict(default_augment(options.get("data", "")))
     return Run(name, _flat(options), rows)
 
 
@@ -71,6 +75,7 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in options.items():
         name = f"{prefix}{key}"
+        value = list(value) if isinstance(value, tuple) else value
         flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat
 

@@ -357,8 +357,9 @@ def _classes(
     strange = distinct - known.keys()
     if strange:
         path, row = next((path, row) for path, row in rows.items() if row.label in strange)
+        where = table_of(path).at(row.where)
         raise DataError(
-            f"{table_of(path).at(row.where)} has the label {row.label!r}, which is none of the {len(classes):,} "
-            f"classes of {files.class_names!r}{nearest(row.label, classes)}"
+            f"{where} has the label {row.label!r}, which is none of the {len(classes):,} classes of "
+            f"{files.class_names!r}{nearest(row.label, classes)}"
         )
     return {path: known[row.label] for path, row in rows.items()}, classes

@@ -18,8 +18,8 @@ from nfzoo.data.source import Split
 from nfzoo.model import sample_noise
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers
-from nfzoo.train.config import TrainConfig
-from nfzoo.transforms.mixing import GENTLE, Augment, augment_batch, draw
+from nfzoo.train.config import TrainConfig, default_augment
+from nfzoo.transforms.mixing import augment_batch, draw
 from nfzoo.transforms.randaugment import send
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class InputPipeline:
         self.backend = backend(self.device)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.cfg, self.preprocessing = model.config, model.preprocessing
-        self.augment = config.augment or (GENTLE if config.data == DIGITS else Augment())
+        self.augment = config.augment or default_augment(config.data)
         self.workers = _workers(config, self.world)
 
     def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:

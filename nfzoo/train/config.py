@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from nfzoo.data.images import DIGITS
 from nfzoo.data.label_files import LabelFiles, label_files
 from nfzoo.data.source import HELD_OUT
 from nfzoo.data.workers import PATIENCE
@@ -23,7 +24,7 @@ from nfzoo.files import read_text
 from nfzoo.optim.fine_tuning import TUNE
 from nfzoo.step import StepConfig
 from nfzoo.train import strict_yaml
-from nfzoo.transforms.mixing import Augment
+from nfzoo.transforms.mixing import GENTLE, Augment
 
 MAX_SEED = 1 << 63
 MAX_WORKERS = 256
@@ -354,6 +355,11 @@ def default_lr(batch_size: int, pretrained: bool, name: str = "sgd") -> float:
     """Return the peak learning rate where none is given: see `OptimConfig`."""
     lr = max(0.1 * min(batch_size / 64, 1.0), 0.1 * batch_size / 256) if name == "sgd" else 1e-3
     return lr / 10 if pretrained else lr
+
+
+def default_augment(data: str) -> Augment:
+    """Return the augmentation where none is given: see `TrainConfig`."""
+    return GENTLE if data == DIGITS else Augment()
 
 
 def _plain(value: Any) -> Any:

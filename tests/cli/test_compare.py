@@ -9,14 +9,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from nfzoo.cli.compare import Run, differences
+from nfzoo.cli.compare import Run, differences, read_run
 from nfzoo.cli.main import main
 from nfzoo.train.config import OptimConfig, TrainConfig
+from nfzoo.transforms.mixing import Augment
 
 
 def write_run(folder: Path, accuracies: list[float | None], *, averaged: bool = False, **options: Any) -> Path:
     folder.mkdir(parents=True)
-    config = TrainConfig(model="nfnet-test", data="digits", output=str(folder), **options)
+    config = TrainConfig(**{"model": "nfnet-test", "data": "digits", "output": str(folder), **options})
     (folder / "train.yaml").write_text(config.to_yaml())
     rows = []
     for epoch, value in enumerate(accuracies, start=1):
@@ -78,6 +79,23 @@ def test_runs_that_are_equal_or_have_little(tmp_path: Path, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)["runs"]
     assert found[0]["options"]["model"] == "nfnet-test"
     assert found[1]["options"]["model"] is None
+
+
+def test_augmentation_by_default_is_compared_by_its_options(tmp_path: Path) -> None:
+    """The default of photographs is the papers' crops, from which MixUp alone differs; the digits have another."""
+    folders = {"none": None, "mixup": Augment(mixup=0.2)}
+    runs = [
+        read_run(write_run(tmp_path / name, [0.5], data="photos", augment=value), name)
+        for name, value in folders.items()
+    ]
+    assert differences(runs) == {"augment.mixup": [0.0, 0.2]}
+    runs[1] = read_run(write_run(tmp_path / "digits", [0.5]), "digits")
+    assert differences(runs) == {
+        "data": ["photos", "digits"],
+        "augment.scale": [[0.08, 1.0], [0.7, 1.0]],
+        "augment.ratio": [[3 / 4, 4 / 3], [0.85, 1.18]],
+        "augment.flip": [0.5, 0.0],
+    }
 
 
 def test_an_option_that_a_run_lacks_differs() -> None:
