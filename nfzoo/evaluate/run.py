@@ -68,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--corruption-seed",
         type=program.nonnegative_int,
-        default=0,
         metavar="N",
         help="of what corruptions draw at random (default: 0)",
     )
@@ -111,6 +110,8 @@ def _main(options: argparse.Namespace) -> None:
         check_png(options.curves)
         program.check_writable(options.curves)
         new_figure(1, 1)
+    if options.corruption_seed is not None and options.corruptions is None:
+        raise ConfigError("--corruption-seed is of what corruptions draw; add --corruptions")
     if options.save_temperature is not None:
         _check_model_folder(options.save_temperature, options.model)
     model = from_pretrained(options.model, **program.source_options(options))
@@ -134,13 +135,16 @@ def _main(options: argparse.Namespace) -> None:
     corruptions = None
     if options.corruptions is not None:
         names = options.corruptions or list(KINDS)
-        corruptions = robustness(evaluator, evaluation, names, seed=options.corruption_seed)
+        corruptions = robustness(evaluator, evaluation, names, seed=options.corruption_seed or 0)
     if not evaluator.state.is_main_process:
         return
     found = None if outputs is None else measure(outputs, model.temperature)
     if options.report is not None and outputs is not None and found is not None:
         write_report(options.report, evaluator, evaluation, outputs, found, data=options.data, corruptions=corruptions)
     fields, text = evaluation.to_dict(), table(evaluation)
+    if model.temperature is not None:
+        text += f", without the model's temperature of {model.temperature:.4f}"
+        text += "" if options.report is not None else "; with it: --report"
     if corruptions is not None:
         fields["corruptions"] = corruptions
         text += f"\n\n{robustness_table(corruptions)}"

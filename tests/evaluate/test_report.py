@@ -320,6 +320,7 @@ def test_a_temperature_is_saved_and_used(
 
     # What is given is now calibrated as well as it can be on these images.
     assert main([str(own), "--data", str(folder), "--report", str(tmp_path / "again"), *ALONE]) == 0
+    assert f", without the model's temperature of {warm.temperature:.4f}\n" in capsys.readouterr().out
     again = read(tmp_path / "again")["calibration"]
     assert again["as_given"]["temperature"] == warm.temperature
     assert again["temperature"] == pytest.approx(expected, rel=1e-3)

@@ -87,6 +87,7 @@ def test_bad_options_end_in_one_line(options: list[str], tmp_path: Path, capsys:
     for words, message in (
         (["--corruptions", "fog"], "'fog'"),
         (["--curves", str(tmp_path / "c.png")], "add --corruptions"),
+        (["--corruption-seed", "0"], "add --corruptions"),
         (["--corruptions", "--curves", str(tmp_path / "c.svg")], "must end in .png"),
         (["--corruptions", "--corruption-seed", "-1"], "not a whole number"),
     ):
