@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nfzoo.checkpoint.run_state import Saved
-from nfzoo.errors import ConfigError
+from nfzoo.data.labels import match_classes
+from nfzoo.errors import ConfigError, DataError
 from nfzoo.nn import NFNet
 from nfzoo.optim.agc_sgd import can_compile
 from nfzoo.optim.fine_tuning import freeze_
@@ -32,6 +34,8 @@ from nfzoo.types import Params
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
+
+logger = logging.getLogger(__name__)
 
 
 class Learner:
@@ -211,3 +215,26 @@ class _NoReduction:
 
     def __exit__(self, *_: object) -> None:
         self.model.set_requires_gradient_sync(True)
+
+
+def head_for(
+    classes: Sequence[str], labels: Sequence[str], params: Mapping[str, Tensor], model: str
+) -> dict[str, Tensor]:
+    """Return the classifier of a model with as many `labels` as there are classes, its outputs in the classes' order.
+
+    A warning says that they were put in order, or that the names of the classes are not the model's.
+    """
+    head = {name: params[name] for name in ("head.weight", "head.bias")}
+    try:
+        order, _ = match_classes(classes, len(classes), labels, source="the data")
+    except DataError:
+        strange = next((name for name in classes if name not in labels), classes[0])
+        logger.warning(
+            "%s has as many classes as the data, with other names (the data have %r): its classifier goes on from them",
+            *(model, strange),
+        )
+        return head
+    if order == tuple(range(len(classes))):
+        return head
+    logger.warning("%s has the classes of the data in another order: its outputs are put into that of the data", model)
+    return {name: value[list(order)] for name, value in head.items()}

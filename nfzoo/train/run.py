@@ -31,6 +31,7 @@ from nfzoo.runtime import device, program
 from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
+from nfzoo.train.learner import head_for
 from nfzoo.train.recipes import parse
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
@@ -266,6 +267,8 @@ def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
     preprocessing = Preprocessing.from_dict({**model.preprocessing.to_dict(), **sizes})
     description = Description(model.config.replace(**changes), preprocessing, model.name, classes)
     params = {n: p.detach() for n, p in model.named_parameters()}
+    if pretrained and model.labels is not None:
+        params |= head_for(classes, model.labels, params, config.model)
     return InitialState(NFNet.from_params(description, params), pretrained, data)
 
 

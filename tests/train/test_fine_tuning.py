@@ -78,6 +78,32 @@ def test_what_is_frozen_keeps_its_bits(tmp_path: Path, tune: str, name: str, tra
         assert rows(output)[0]["clipped"] == 1.0
 
 
+def test_a_classifier_takes_the_order_of_the_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model that has the same classes in another order is as good as before; one of other classes is told."""
+    model = nfzoo.create("nfnet-test", num_classes=10, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.get_parameter("head.weight"), generator=torch.Generator().manual_seed(1))
+    turned = [3, 0, 7, 1, 9, 2, 4, 8, 6, 5]
+    for name, labels, said in (
+        ("same", "0123456789", None),
+        ("turned", "3071924865", "put into that of the data"),
+        ("other", "abcdefghij", "with other names (the data have '0')"),
+    ):
+        caplog.clear()
+        folder, output = tmp_path / f"{name}-model", tmp_path / name
+        model.labels = tuple(labels)
+        model.save_pretrained(folder)
+        assert run(output, "--model", str(folder), "--pretrained", "true", "--optim.lr", "1e-20") == 0
+        before, after = load_file(folder / "model.safetensors"), load_file(output / "model.safetensors")
+        for key in ("head.weight", "head.bias"):
+            expected = before[key]
+            if name == "turned":
+                expected = torch.empty_like(expected).index_copy_(0, torch.tensor(turned), expected)
+            torch.testing.assert_close(after[key], expected)
+        told = [record.message for record in caplog.records if record.message.startswith(str(folder))]
+        assert len(told) == (said is not None)
+        assert said is None or said in told[0]
+
+
 def test_more_stages_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", "--tune", "stages:5") == 2
     assert "more than the 4 stages of the network; pass stages:4 or less" in capsys.readouterr().err
