@@ -35,7 +35,7 @@ from nfzoo.types import Params
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nfzoo")
 
 
 class Learner:
