@@ -23,7 +23,7 @@ _CELLS = 1 << 21  # of the logits that are computed with at a time, as float64 t
 
 
 class ImageScores(NamedTuple):
-    """What is measured of each image, arrays `(n,)`.
+    """Hold the measures of each image, arrays `(n,)`.
 
     Attributes:
         prediction: the most probable class, int64; the lowest index among equals.
@@ -131,7 +131,7 @@ def confusions(confusion: np.ndarray, count: int) -> list[tuple[int, int, int]]:
 
 
 class Calibration(NamedTuple):
-    """How well probabilities of the predicted class agree with the share of right predictions.
+    """Compare the probabilities of the predicted classes with the share of right predictions.
 
     Attributes:
         ece: expected calibration error, the mean over images of `|accuracy - confidence|` of their bin.

@@ -1,4 +1,4 @@
-"""Where in an image a classifier finds a class: Grad-CAM and occlusion, and their pictures."""
+"""Explain where in an image a classifier finds a class: Grad-CAM and occlusion, and their pictures."""
 
 from __future__ import annotations
 

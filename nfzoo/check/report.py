@@ -34,7 +34,7 @@ _SHOWN, _SHOWN_CLASSES = 10, 30  # in the text
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What a check found.
+    """Hold what a check of data found.
 
     Attributes:
         source: the data's name.
@@ -73,13 +73,13 @@ class Report:
 
     @cached_property
     def across(self) -> np.ndarray:
-        """Whether each group of copies lies in several parts, bool."""
+        """Return for each group of copies whether it lies in several parts, bool `(groups,)`."""
         parts = [len({self.facts.where(i)[0] for i in group.tolist()}) for group in self.facts.copies]
         return np.array(parts, int) > 1
 
     @cached_property
     def contradicting(self) -> np.ndarray:
-        """Whether each group of copies lies in several classes, bool."""
+        """Return for each group of copies whether it lies in several classes, bool `(groups,)`."""
         classes = [len({self.facts.class_of(i) for i in group.tolist()}) for group in self.facts.copies]
         return np.array(classes, int) > 1
 
