@@ -20,7 +20,7 @@ from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.files import nearest_path, read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
-from nfzoo.train import strict_yaml
+from nfzoo.train.config import strict_yaml
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, public_data, public_model
 
 CARD_FILE = "README.md"

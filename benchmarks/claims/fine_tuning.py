@@ -46,7 +46,7 @@ from nfzoo.model import init
 from nfzoo.nn import NFNet
 from nfzoo.optim.fine_tuning import freeze_
 from nfzoo.optim.sgd import sgd, sgd_init, warmup_cosine
-from nfzoo.train import recipes
+from nfzoo.train.config import recipes
 from nfzoo.train.run import train
 
 SIDE = 16  # pixels

@@ -17,8 +17,7 @@ from nfzoo.errors import ConfigError, DataError
 from nfzoo.files import read_text
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
-from nfzoo.train import strict_yaml
-from nfzoo.train.config import default_augment
+from nfzoo.train.config import default_augment, strict_yaml
 from nfzoo.train.run_folder import METRICS_FILE, RUN_FILE
 
 _OWN = ("output",)  # options that differ between any two runs

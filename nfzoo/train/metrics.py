@@ -1,12 +1,11 @@
-"""Add up what an epoch reports (loss, answers, clipped units, unreadable images), compare epochs, and send it on."""
+"""Add up what an epoch reports (loss, answers, clipped units, unreadable images), and compare epochs."""
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from nfzoo.data.loader import BrokenImageError
 from nfzoo.errors import DataError
 from nfzoo.runtime.distributed import gather
 from nfzoo.train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
 
 logger = logging.getLogger("nfzoo")
 
@@ -187,63 +183,3 @@ class UnreadableImages:
         if self.limit == 0:
             return f"{names}; --max-broken N lets training go on with up to N such images"
         return f"{count} images cannot be read, and max_broken is {self.limit}; such as: {names}"
-
-
-class Tracker:
-    """Send figures to the tracker that the accelerator was made with, if to any.
-
-    One that fails costs a warning, the first time, and never the run. That holds for the threads that it starts too.
-
-    Args:
-        accelerator: its main process sends.
-        name: the tracker's, or `None`.
-        options: what the tracker shows of the run.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, name: str | None, options: Mapping[str, bool | int | float | str]
-    ) -> None:
-        self._accelerator, self._name, self._failed = accelerator, name, False
-        self._threads: set[threading.Thread] = set()
-        self._others: set[threading.Thread] | None = None
-        self._hook_before = threading.excepthook
-        if name is not None:
-            threading.excepthook = self._ended
-        self._try(lambda: accelerator.init_trackers("nfzoo", config=dict(options)))
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._try(lambda: self._accelerator.log(dict(values), step=step))
-
-    def finish(self) -> None:
-        # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after it.
-        for tracker in self._accelerator.trackers:
-            self._try(tracker.finish)
-        if threading.excepthook == self._ended:
-            threading.excepthook = self._hook_before
-
-    def _try(self, call: Callable[[], object]) -> None:
-        if self._name is None:
-            return
-        self._others = set(threading.enumerate()) - self._threads
-        try:
-            call()
-        except Exception as error:
-            self._fail(error)
-        self._threads = set(threading.enumerate()) - self._others
-        self._others = None
-
-    def _ended(self, how: threading.ExceptHookArgs) -> None:
-        """Take the error that ended a thread."""
-        new = self._others is not None and how.thread not in self._others  # one that the present call started
-        if (new or how.thread in self._threads) and isinstance(how.exc_value, Exception):
-            self._fail(how.exc_value)
-        else:
-            self._hook_before(how)
-
-    def _fail(self, error: Exception) -> None:
-        if not self._failed:
-            self._failed = True
-            reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning(
-                "the tracker %r failed (%s); training goes on, and metrics.jsonl has its figures", self._name, reason
-            )

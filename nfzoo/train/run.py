@@ -31,8 +31,8 @@ from nfzoo.runtime import device, program
 from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
+from nfzoo.train.config.recipes import parse
 from nfzoo.train.learner import head_for
-from nfzoo.train.recipes import parse
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
 from nfzoo.variants import VARIANTS

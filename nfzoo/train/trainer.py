@@ -4,7 +4,7 @@ Every random choice depends on the seed, the epoch, the step and the image alone
 counted in samples over all processes. An interrupted run therefore resumes with the same result, on any number of
 processes.
 
-The module is long because the loop, its figures, its checkpoints and its messages share the state of the run.
+The module is long because the loop, its figures and its checkpoints share the state of the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,12 +39,12 @@ from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
-from nfzoo.runtime.output import escaped
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
-from nfzoo.train.metrics import Metrics, Tracker, UnreadableImages, best_rule
-from nfzoo.train.run_folder import Saver, public_data, public_model
+from nfzoo.train.metrics import Metrics, UnreadableImages, best_rule
+from nfzoo.train.progress import Progress
+from nfzoo.train.run_folder import Saver
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
@@ -140,23 +139,27 @@ class Trainer:
         if start.saved is not None:
             self._restore(start.saved)
         self.backend.step_mark()  # keeps the preparation out of the first step's program
-        self.tracker = self._start_tracker()
-        origin = "pretrained" if self.pretrained else "random"
-        if start.saved is not None:
-            origin = f"step {self.step}'s"
+        self.progress = Progress(config, accelerator, self.learner, steps_per_epoch=self.steps_per_epoch)
+        self._announce(counts, resumed=start.saved is not None)
+
+    def _announce(self, counts: Mapping[str, int], *, resumed: bool) -> None:
+        """Print what is trained, on what and where; warn of what rarely goes well."""
+        config, split, say = self.config, self.split, self.progress.say
+        origin = f"step {self.step}'s" if resumed else "pretrained" if self.pretrained else "random"
         parameters = f"{sum(p.numel() for p in self.learner.live.values()):,} parameters"
         if config.tune != "all":
             parameters += f" ({sum(p.numel() for p in self.learner.trainable):,} of them trained)"
-        self._say(
+        say(
             f"{config.model}: {parameters}, {origin} weights; "
             f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
             f"{len(split.train.classes)} classes, {self.preprocessing.train_size} pixels; "
-            f"{accelerator.num_processes} process(es) on {accelerator.device.type}, peak learning rate {self.peak_lr:g}"
+            f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
+            f"peak learning rate {self.peak_lr:g}"
         )
-        self._say(f"images to train on: {histogram(counts)}")
-        if (few := few_images(counts)) and accelerator.is_main_process:
+        say(f"images to train on: {histogram(counts)}")
+        if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)
-        if config.tune != "all" and origin == "random" and accelerator.is_main_process:
+        if config.tune != "all" and origin == "random" and self.accelerator.is_main_process:
             logger.warning(
                 "tune %s leaves the other weights as they were drawn at random; name a trained model, or tune all",
                 config.tune,
@@ -182,7 +185,7 @@ class Trainer:
                 self.learner.model.train()
                 parts: list[TrainingBatch] = []
                 last = time.perf_counter()
-                with self._bar(epoch) as bar:
+                with self.progress.bar(epoch, self.consumed) as bar:
                     for batch in self._batches(epoch):
                         parts.append(batch)
                         if len(parts) < config.accumulation:
@@ -205,18 +208,11 @@ class Trainer:
                 self.saver.save_model(self.description, self.rows, pretrained=self.pretrained)
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.metrics.clear()
-                self._report(row)
+                self.progress.epoch(row, best=self.best is not None and self.best.row(self.rows) is row)
             self.saver.finish()
-        if self.best is None:
-            self._say(f"saved to {config.output}")
-        else:
+        if self.best is not None:
             row = dict(self.best.row(self.rows) or {})
-            which = "averaged" if self.best.averaged else "live"
-            self._say(
-                f"saved to {config.output}: epoch {row['epoch']}, the best by {self.best.metric} "
-                f"({self.best.value(row):.4f} {which}), and the last as a checkpoint"
-            )
-        self.tracker.finish()
+        self.progress.finish(self.best, row)
         self.accelerator.wait_for_everyone()
         return Result(Path(config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
 
@@ -227,7 +223,7 @@ class Trainer:
         ends = gather([self.best.waited(self.rows) >= self.config.patience])[0]
         if ends:
             waited = self.best.waited(self.rows)
-            self._say(f"no better {self.best.metric} for {waited} epoch{'s' * (waited > 1)}; the run ends")
+            self.progress.say(f"no better {self.best.metric} for {waited} epoch{'s' * (waited > 1)}; the run ends")
         return ends
 
     def _batches(self, epoch: int) -> Iterator[TrainingBatch]:
@@ -250,7 +246,7 @@ class Trainer:
         """Report a step, and save if due. After the last step of an epoch, `fit` does this."""
         bar.update()
         if self.step % LOG_STEPS == 0:
-            self._log(bar)
+            self.progress.step(bar, self.metrics, self.step, self._learning_rate(self.step - 1))
         goes_on = self.consumed + self.config.batch_size <= len(self.split.train)
         if goes_on and self.config.save_steps is not None and self.step % self.config.save_steps == 0:
             self.save_state()
@@ -330,7 +326,7 @@ class Trainer:
         self.in_a_row += 1
         if self.config.nonfinite == "skip" and self.in_a_row < SKIPS_IN_A_ROW:
             self.skipped += 1
-            self._say(f"step {step + 1} skipped: {where} is not finite ({self.skipped} so far)")
+            self.progress.say(f"step {step + 1} skipped: {where} is not finite ({self.skipped} so far)")
             return
         row = f", the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
@@ -398,50 +394,6 @@ class Trainer:
         reduced = self.accelerator.reduce(values, reduction="sum")
         return reduced.tolist()  # type: ignore[union-attr]
 
-    def _log(self, bar: tqdm[Any]) -> None:
-        loss, correct, seen = self.metrics.sums().tolist()
-        if seen:
-            bar.set_postfix_str(f"loss {loss / seen:.3f}, accuracy {correct / seen:.1%}")
-        if self.config.tracker is not None:
-            values = {"train/loss": float(self.metrics.loss), "train/lr": self._learning_rate(self.step - 1)}
-            values["train/gradient_norm"] = float(self.metrics.norm)
-            if (clipped := self.learner.updater.clipped) is not None:
-                values["train/clipped"] = float(clipped)
-            if (kinds := self.learner.updater.clipped_kinds) is not None:
-                names = (f"train/clipped_{kind}" for kind in self.learner.updater.kinds)
-                values |= zip(names, kinds.tolist(), strict=True)
-            self.tracker.log(values, self.step)
-
-    def _report(self, row: Mapping[str, Any]) -> None:
-        ema = "" if self.learner.averages is None else f", {row['ema_accuracy']:.2%} averaged"
-        clipped = f"  clipped {row['clipped']:.1%}" if self.learner.updater.clipped is not None else ""
-        if clipped and self.config.tune == "head":
-            clipped += " of the bias"
-        skipped = f"  skipped {self.skipped}" if self.skipped else ""
-        best = "" if self.best is None or self.best.row(self.rows) is not row else "  best so far"
-        broken = f"  broken images {len(self.unreadable.known)}" if self.unreadable.known else ""
-        self._say(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
-            f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}{best}  {row['images_per_second']:.0f} images/s"
-        )
-        self.tracker.log({f"epoch/{k}": value for k, value in row.items() if isinstance(value, float)}, self.step)
-
-    def _start_tracker(self) -> Tracker:
-        flat = {k: v for k, v in self.config.to_dict().items() if isinstance(v, bool | int | float | str)}
-        for name in (
-            "output",
-            "augmented_sheet",
-            "labels",
-            "validation_labels",
-            "class_names",
-        ):  # a tracker may be on the other side of the world
-            flat.pop(name, None)
-        flat |= {"model": public_model(self.config.model), "data": public_data(self.config.data)}
-        flat |= {
-            f"optim.{k}": v for k, v in self.config.to_dict()["optim"].items() if isinstance(v, bool | int | float)
-        }
-        return Tracker(self.accelerator, self.config.tracker, flat)
-
     def _check_held_out(self) -> None:
         """Read the held-out images before training if they are few: one that is broken would end it after an epoch."""
         if self.step or len(self.split.validation) > CHECKED:
@@ -506,20 +458,3 @@ class Trainer:
         self.metrics.restore(shares[self.rank] if self.rank < len(shares) else [0.0] * 3, clipped, kinds)
         if self.rank < len(facts["rng"]):
             set_rng_state(facts["rng"][self.rank])
-
-    # ------------------------------------------------------------ the terminal
-
-    def _bar(self, epoch: int) -> tqdm[Any]:
-        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        return tqdm(
-            desc=f"epoch {epoch + 1}/{self.config.epochs}",
-            total=self.steps_per_epoch,
-            initial=self.consumed // self.config.batch_size,
-            unit="step",
-            leave=False,
-            disable=hidden,
-        )
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            print(escaped(text), flush=True)

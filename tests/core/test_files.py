@@ -24,7 +24,7 @@ from nfzoo.data.labels import read_class_names
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.errors import CheckpointError, NfzooError
 from nfzoo.files import UnreadableFileError, csv_rows, nearest_path, open_regular, parse_json, read_json, read_text
-from nfzoo.train import recipes
+from nfzoo.train.config import recipes
 from nfzoo.transforms.decode import open_image
 from tests.support.loops import each
 

@@ -39,7 +39,7 @@ from nfzoo.data.hf_datasets import HFDataset, open_parquet
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.errors import NfzooError
 from nfzoo.model import costs
-from nfzoo.train import recipes
+from nfzoo.train.config import recipes
 from nfzoo.transforms.decode import open_image
 from nfzoo.variants import VARIANTS
 

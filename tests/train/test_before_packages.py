@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import nfzoo
-from nfzoo.train import recipes
 from nfzoo.train import run as train
+from nfzoo.train.config import recipes
 
 FILES = Path(__file__).resolve().parents[1] / "reference" / "before_packages"
 

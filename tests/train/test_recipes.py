@@ -8,8 +8,8 @@ import yaml
 
 from nfzoo.errors import ConfigError
 from nfzoo.train import config as recipe
-from nfzoo.train import recipes
 from nfzoo.train import run as train
+from nfzoo.train.config import recipes
 from nfzoo.variants import VARIANTS
 
 RECIPES = recipes.shipped()

@@ -24,9 +24,9 @@ import nfzoo
 from nfzoo.checkpoint import run_state
 from nfzoo.cli.main import main as nfzoo_command
 from nfzoo.data.loader import epoch_order
-from nfzoo.train import recipes, run_folder, trainer
 from nfzoo.train import run as train
-from nfzoo.train.config import OptimConfig
+from nfzoo.train import run_folder, trainer
+from nfzoo.train.config import OptimConfig, recipes
 from tests.support.pictures import few_digits, write_images
 from tests.support.processes import ROOT, free_ports, together
 

@@ -26,9 +26,10 @@ from nfzoo.evaluate import evaluate
 from nfzoo.hub.publish import bundle
 from nfzoo.train import batches as inputs
 from nfzoo.train import config as recipe
-from nfzoo.train import recipes, run_folder, trainer
+from nfzoo.train import progress, run_folder, trainer
 from nfzoo.train import run as train
-from nfzoo.train.metrics import Tracker
+from nfzoo.train.config import recipes
+from nfzoo.train.progress import Tracker
 from tests.support.loops import each
 from tests.support.pictures import few_digits, write_images, write_shard
 
@@ -571,7 +572,7 @@ def test_a_table_of_labels_trains_what_folders_do(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "train_step", dying)
-        patch.setattr(trainer, "Tracker", Silent)
+        patch.setattr(progress, "Tracker", Silent)
         assert run(tmp_path / "table", *quick, *labels) == 130
     assert "'epochs': 1" in told[0]
     assert "private-place" not in told[0]

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from nfzoo.train import recipes
-from nfzoo.train.strict_yaml import MAX_DEPTH, MAX_DIGITS, load
+from nfzoo.train.config import recipes
+from nfzoo.train.config.strict_yaml import MAX_DEPTH, MAX_DIGITS, load
 from tests.support.loops import each
 
 

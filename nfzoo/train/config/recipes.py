@@ -16,8 +16,8 @@ from nfzoo.checkpoint.run_state import newest_options
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.files import nearest_path, read_text
 from nfzoo.runtime import program
-from nfzoo.train import strict_yaml
-from nfzoo.train.config import STARTING, OptimConfig, TrainConfig
+from nfzoo.train.config import strict_yaml
+from nfzoo.train.config.train_config import STARTING, OptimConfig, TrainConfig
 from nfzoo.train.run_folder import RUN_FILE, STATES
 from nfzoo.transforms.mixing import Augment
 

@@ -23,7 +23,7 @@ from nfzoo.errors import ConfigError, shown
 from nfzoo.files import read_text
 from nfzoo.optim.fine_tuning import TUNE
 from nfzoo.step import StepConfig
-from nfzoo.train import strict_yaml
+from nfzoo.train.config import strict_yaml
 from nfzoo.transforms.mixing import GENTLE, Augment
 
 MAX_SEED = 1 << 63
