@@ -548,6 +548,7 @@ def load(
     in_channels: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    hashed: bool = False,
 ) -> NFNet:
     """Load a checkpoint folder or weight file, in evaluation mode.
 
@@ -556,13 +557,14 @@ def load(
         num_classes: another number than the checkpoint's draws a new classifier.
         in_channels: another number than the checkpoint's adapts the first convolution: see `nfzoo.model.adapt_input`.
         device, dtype: of the parameters.
+        hashed: whether the files were compared with a hash already; otherwise a warning names those without a checksum.
 
     Raises:
         CheckpointError: see `nfzoo.checkpoint.model_folder.load_checkpoint`.
         ConfigError: if a folded model is to be changed.
     """
     check_changes(num_classes, in_channels)
-    description, params = load_checkpoint(path, device=device)
+    description, params = load_checkpoint(path, device=device, hashed=hashed)
     return assemble(description, params, num_classes=num_classes, in_channels=in_channels, dtype=dtype, source=path)
 
 
