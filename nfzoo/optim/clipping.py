@@ -292,6 +292,7 @@ def agc_(
     clip_grads_(select(parameters, exclude), clip=clip, eps=eps)
 
 
+@torch.no_grad()
 def clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: bool | None = None) -> list[Tally]:
     """Clip gradients in place where there are any; return tallies of the units that were clipped."""
     masks: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}  # as those of one tally are joined

@@ -13,7 +13,6 @@ from torch import nn
 from torch._C._distributed_c10d import FileStore
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfzoo import AGCSGD, NFNet, param_groups
@@ -21,6 +20,7 @@ from nfzoo.optim.clipping import agc
 from nfzoo.optim.sgd import ema, sgd, sgd_init
 from nfzoo.runtime.distributed import full_tensor
 from tests.support.helpers import SMALL, assert_same, generator, images, random_params, relative
+from tests.support.processes import in_processes
 
 FLOAT32 = 1e-6  # the same sums in another order
 SHAPES = [(6, 4, 3, 3), (5, 7), (8,), (1,)]
@@ -476,7 +476,7 @@ def _sharded_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_with_sharded_parameters(tmp_path):
-    spawn(_sharded_rank, (str(tmp_path),), nprocs=2)
+    in_processes(_sharded_rank, (str(tmp_path),), 2, tmp_path, 300)
     found, averages, fraction = torch.load(tmp_path / "result.pt")
     model = shell()
     optimizer = AGCSGD(param_groups(model), lr=0.1, ema_decay=0.9)

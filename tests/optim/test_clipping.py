@@ -17,14 +17,14 @@ from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.multiprocessing.spawn import spawn
 
 import nfzoo
 from nfzoo import AGCSGD, NFNet, agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
-from nfzoo.optim.clipping import GRADIENT_FLOOR, clip_all, clip_unitwise, clipped_fraction, unit_shape
+from nfzoo.optim.clipping import EPS, GRADIENT_FLOOR, clip_all, clip_grads_, clip_unitwise, clipped_fraction, unit_shape
 from nfzoo.optim.sgd import CLIPPED
 from nfzoo.runtime.distributed import full_tensor
 from tests.support.helpers import SMALL, assert_same, generator, images, random_params
+from tests.support.processes import in_processes
 
 FLOAT64 = 1e-12
 FLOAT32 = 1e-6
@@ -642,6 +642,24 @@ def clip_partial() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return results[0], results[1]
 
 
+def clip_after_backward() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of plain and of sharded parameters, clipped where autograd is on, as by `TorchUpdater`."""
+    model, twin = sharded_pair()
+    fully_shard(twin)
+    for module in (model, twin):
+        module(torch.linspace(-1, 1, 40).view(8, 5)).square().mean().backward()
+        clip_grads_(list(module.parameters()), clip=0.2, eps=EPS)
+    a, b = ([full_tensor(p.grad) for p in module.parameters() if p.grad is not None] for module in (model, twin))
+    return a, b
+
+
+def test_sharded_gradients_are_clipped_where_autograd_is_on() -> None:
+    with one_process():
+        plain, sharded = clip_after_backward()
+    for a, b in zip(plain, sharded, strict=True):
+        torch.testing.assert_close(a, b, rtol=FLOAT32, atol=1e-8)
+
+
 def _sharded_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", store=FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
@@ -653,7 +671,7 @@ def _sharded_rank(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_clip_what_one_does(tmp_path):
     """Parameters with less rows than there are processes, and units that lie across processes, are among them."""
-    spawn(_sharded_rank, (str(tmp_path),), nprocs=2)
+    in_processes(_sharded_rank, (str(tmp_path),), 2, tmp_path, 300)
     for rank in range(2):  # each has the full count
         for plain, sharded in torch.load(tmp_path / f"{rank}.pt"):
             for a, b in zip(plain, sharded, strict=True):

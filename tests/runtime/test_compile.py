@@ -17,7 +17,6 @@ from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nfzoo import AGCSGD, NFNet, model, param_groups
@@ -26,6 +25,7 @@ from nfzoo.models.weight_standardization import standardize_weight
 from nfzoo.runtime import compile as compiling
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import FAMILIES, SMALL, assert_same, generator, images, random_params, relative
+from tests.support.processes import in_processes
 
 # Dynamo looks at the gradient of each input. Torch hides the warning that this gives for an activation, but not where
 # warnings are errors.
@@ -541,7 +541,7 @@ def _ddp_rank(rank: int, folder: str, checkpointing: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_two_processes_under_ddp(tmp_path: Path, checkpointing):
-    spawn(_ddp_rank, (str(tmp_path), checkpointing), nprocs=2)
+    in_processes(_ddp_rank, (str(tmp_path), checkpointing), 2, tmp_path, 300)
     cfg = narrow("nfnet-f1")
     single = shell(cfg)
     single(images(cfg, batch=4, height=64), {}).square().mean().backward()

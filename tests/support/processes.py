@@ -1,17 +1,24 @@
-"""Runs training command lines one after the other in every process of a group: see `tests/test_parallel.py`.
+"""Run functions and training command lines in groups of processes: see `tests/runtime/test_distributed.py`.
 
-Starting a process takes seconds, so one start serves several runs. Each run has a port of its own to meet at.
+A process that is started anew imports torch for seconds. These are forked from one that has imported it, and has done
+nothing else: a process that has computed gradients cannot fork one that does.
 """
 
-import json
+from __future__ import annotations
+
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.support.training_imports"])
 
 
 def free_ports(count: int) -> list[int]:
@@ -25,44 +32,59 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def together(folder: Path, runs: Sequence[Sequence[str]], *, world: int = 2, timeout: float = 400) -> None:
-    """Run `nfzoo train` with each of these arguments in `world` processes on the CPU; all must succeed."""
-    plan = folder / "runs.json"
-    plan.write_text(json.dumps([free_ports(len(runs)), [list(run) for run in runs]]))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(world)}
+def in_processes(
+    function: Callable[..., object], arguments: Sequence[Any], world: int, folder: Path, timeout: float
+) -> None:
+    """Call `function(rank, *arguments)` in as many processes; raise an error with what they printed if one fails."""
+    files = [folder / f"printed-{rank}.txt" for rank in range(world)]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.processes", str(plan)],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        FORKSERVER.Process(target=_call, args=(function, rank, tuple(arguments), dict(os.environ), files[rank]))
         for rank in range(world)
     ]
     try:
-        printed = [process.communicate(timeout=timeout)[0] for process in started]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout)
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * world, "\n".join(printed)
+            process.join()
+    printed = "\n".join(file.read_text(errors="replace") for file in files if file.exists())
+    assert [process.exitcode for process in started] == [0] * world, printed
 
 
-def main() -> int:
+def _call(
+    function: Callable[..., object], rank: int, arguments: tuple[Any, ...], environment: Mapping[str, str], file: Path
+) -> None:
+    os.environ.clear()  # the first process has that of its start
+    os.environ.update(environment)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    try:
+        function(rank, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def together(folder: Path, runs: Sequence[Sequence[str]], *, world: int = 2, timeout: float = 400) -> None:
+    """Run `nfzoo train` with each of these arguments in `world` processes on the CPU; all must succeed."""
+    in_processes(_train, (world, free_ports(len(runs)), [list(run) for run in runs]), world, folder, timeout)
+
+
+def _train(rank: int, world: int, ports: Sequence[int], runs: Sequence[list[str]]) -> None:
     from accelerate.state import AcceleratorState
 
     from nfzoo.train import run as train
 
-    for port, argv in zip(*json.loads(Path(sys.argv[1]).read_text()), strict=True):
+    os.chdir(ROOT)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for port, argv in zip(ports, runs, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         status = train.main(argv)
-        if status:
-            return status
+        assert status == 0, status
         AcceleratorState._reset_state(reset_partial_state=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
