@@ -120,7 +120,10 @@ def open_split(
         return Split(images, parts.held_out(images.classes))
     if labels is None:
         check_more_than_one(Path(source), images.classes)
-    held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
+    if images.multi_label:
+        held_out = _stratified_sets(images.labels, validation_fraction, seed)
+    else:
+        held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
     return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
 
 
@@ -384,6 +387,28 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
             )
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held_out[rng.permutation(members)[:count]] = True
+    return held_out
+
+
+def _stratified_sets(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Select `fraction` of the images of multi-label data at random, as a bool mask `(len(labels),)`.
+
+    Images are drawn from groups by the rarest of their labels, of equally rare ones the first, and from the group of
+    those without a label. Of a group of one image none is drawn.
+    """
+    rng = np.random.default_rng([seed, 0x5EED])
+    counts = labels.sum(0)
+    rarest = np.where(labels.any(1), np.where(labels, counts, len(labels) + 1).argmin(1), -1)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for group in np.unique(rarest).tolist():
+        members = np.flatnonzero(rarest == group)
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        held_out[rng.permutation(members)[:count]] = True
+    if not held_out.any():
+        raise DataError(
+            f"{len(labels)} images are too few to hold any out by their rarest labels; add images, or name those to "
+            "hold out in a column split"
+        )
     return held_out
 
 

@@ -26,7 +26,7 @@ from nfzoo.runtime.distributed import (
     restore_optimizer,
     shard,
 )
-from nfzoo.step import cross_entropy
+from nfzoo.step import binary_cross_entropy, cross_entropy
 from nfzoo.train.batches import Inputs
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.updaters import PapersUpdater, TorchUpdater, Updater, papers_optimizer, torch_optimizer
@@ -59,6 +59,7 @@ class Learner:
         class_weights: Sequence[float] | None = None,
     ) -> None:
         self.optim, self.accelerator = config.optim, accelerator
+        self._multi_label = config.multi_label
         self._weights = None if class_weights is None else torch.tensor(class_weights).to(accelerator.device)
         self.backend = backend(accelerator.device)
         self.dtype = AUTOCAST[precision(config.mixed_precision)]
@@ -122,7 +123,12 @@ class Learner:
             restore_(self.trainable, before)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits `(n, classes)`: the cross-entropy with the recipe's smoothing and class weights."""
+        """Return the loss of logits `(n, classes)`: the cross-entropy with the recipe's smoothing and class weights.
+
+        With multi-label it is the binary cross-entropy, with weights of the positive terms.
+        """
+        if self._multi_label:
+            return binary_cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
         return cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
 
     def backward(self, loss: Tensor) -> None:
