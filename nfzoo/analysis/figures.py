@@ -27,7 +27,7 @@ _PREFIXES = ("train_", "", "ema_")
 
 
 def training_curves(metrics_jsonl: Path, output: Path) -> None:
-    """Plot loss and accuracy by epoch, of the live weights and of their moving average, to a PNG.
+    """Plot loss and first metric by epoch, of the live weights and of their moving average, to a PNG.
 
     Args:
         metrics_jsonl: one JSON object for each epoch, written by `nfzoo.train`; absent or null values are not drawn.
@@ -108,12 +108,15 @@ def held_out_curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, 
     return found
 
 
-def compared_curves(runs: Sequence[tuple[str, Sequence[tuple[int, float, float | None]]]], output: Path) -> None:
-    """Plot loss and accuracy on held-out images by epoch, of several runs over each other, to a PNG.
+def compared_curves(
+    runs: Sequence[tuple[str, Sequence[tuple[int, float, float | None]]]], output: Path, *, metric: str = "accuracy"
+) -> None:
+    """Plot loss and first metric on held-out images by epoch, of several runs over each other, to a PNG.
 
     Args:
         runs: name and `held_out_curve`; a loss that is `None` is not drawn.
         output: the file.
+        metric: its key, see `METRICS`.
 
     Raises:
         MissingPlotsError: without matplotlib.
@@ -131,7 +134,7 @@ def compared_curves(runs: Sequence[tuple[str, Sequence[tuple[int, float, float |
             x, y = zip(*curve, strict=True) if curve else ((), ())
             axes.plot(x, y, line, color=colour, label=escaped(name), marker=marker, markersize=3.5, linewidth=1.8)
     dress(loss, "Loss on held-out images", "epoch")
-    dress(accuracy, "Accuracy on held-out images (%)", "epoch")
+    dress(accuracy, f"{METRICS[metric].capitalize()} on held-out images (%)", "epoch")
     loss.set_ylim(bottom=0)
     accuracy.set_ylim(top=min(accuracy.get_ylim()[1], 101))
     for text in accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right").get_texts():

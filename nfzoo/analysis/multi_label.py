@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nfzoo.analysis.classification import LEVEL, RESAMPLES
+
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Return the probabilities of labels, float64."""
@@ -39,12 +41,10 @@ def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
 
     Source: scikit-learn's `average_precision_score`.
     """
-    order = np.argsort(-scores)
-    ordered, hits = scores[order], np.cumsum(targets[order])
-    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of the images of each score
-    right = hits[last]
-    if not len(right) or not right[-1]:
+    if not targets.any():
         return float("nan")
+    order, last = _Ranking.of(scores)
+    right = np.cumsum(targets[order])[last]
     return float((np.diff(right, prepend=0) / right[-1]) @ (right / (last + 1)))
 
 
@@ -59,6 +59,19 @@ def mean_over_known(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
+class _Ranking(NamedTuple):
+    """The images of one class from the highest score down, and the last of each group of equal scores."""
+
+    order: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> _Ranking:
+        order = np.argsort(-scores)
+        ordered = scores[order]
+        return cls(order, np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)))
+
+
 def best_threshold(probabilities: np.ndarray, targets: np.ndarray) -> float:
     """Return the threshold of one class that maximises its F1; 0.5 if no image has the label.
 
@@ -66,9 +79,8 @@ def best_threshold(probabilities: np.ndarray, targets: np.ndarray) -> float:
     """
     if not targets.any():
         return 0.5
-    order = np.argsort(-probabilities)
+    order, last = _Ranking.of(probabilities)
     ordered, hits = probabilities[order], np.cumsum(targets[order])
-    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
     f1 = 2 * hits[last] / (last + 1 + hits[-1])
     middle = (ordered[last] + np.append(ordered[last[1:]], 0.0)) / 2
     best = middle[f1 == f1.max()]
@@ -126,3 +138,65 @@ def label_scores(
     right, predicted, support = (each @ pairs.astype(np.int64) for pairs in (found & targets, found, targets))
     precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)
     return LabelScores(precision, recall, 2 * right / np.maximum(predicted + support, 1), support, predicted, right)
+
+
+# -- confidence intervals
+
+
+class SetSummary(NamedTuple):
+    """Measures of all classes together: see `average_precisions`, `LabelScores` and `image_losses`."""
+
+    map: float
+    f1: float
+    micro_f1: float
+    loss: float
+
+
+def summarize_sets(logits: np.ndarray, targets: np.ndarray, thresholds: np.ndarray) -> SetSummary:
+    """Return the measures of all classes together."""
+    by_class = label_scores(logits, targets, thresholds)
+    known = mean_over_known(average_precisions(logits, targets))
+    return SetSummary(known, by_class.macro_f1(), by_class.micro_f1(), mean_loss(image_losses(logits, targets)))
+
+
+def bootstrap_sets(
+    logits: np.ndarray,
+    targets: np.ndarray,
+    thresholds: np.ndarray,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> tuple[SetSummary, SetSummary]:
+    """Return the lower and upper ends of confidence intervals, by the percentile bootstrap over images.
+
+    See `classification.bootstrap`. A class that a resample lacks is left out of its mean average precision.
+    """
+    rng, n = np.random.default_rng(seed), len(logits)
+    counts = np.array([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
+    precisions = np.full((resamples, logits.shape[1]), np.nan)
+    for c in np.flatnonzero(targets.any(0)).tolist():
+        precisions[:, c] = _resampled_precision(logits[:, c], targets[:, c], counts)
+    found = sigmoid(logits).astype(np.float32) >= np.asarray(thresholds, np.float32)
+    right, predicted, support = (counts @ pairs.astype(np.int64) for pairs in (found & targets, found, targets))
+    both = predicted + support
+    f1 = np.where(both > 0, 2 * right / np.maximum(both, 1), np.nan)
+    columns = (
+        np.array([mean_over_known(row) for row in precisions]),
+        np.array([mean_over_known(row) for row in f1]),
+        2 * right.sum(1) / np.maximum(both.sum(1), 1),
+        counts @ image_losses(logits, targets) / n,
+    )
+    low, high = np.nanquantile(np.array(columns), [(1 - level) / 2, (1 + level) / 2], axis=1)
+    return SetSummary(*low.tolist()), SetSummary(*high.tolist())
+
+
+def _resampled_precision(scores: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the average precision of one class where images count as often as each row of `counts` says."""
+    order, last = _Ranking.of(scores)
+    values = np.empty(len(counts))
+    for k, each in enumerate(counts[:, order]):
+        seen, right = np.cumsum(each)[last], np.cumsum(each * targets[order])[last]
+        shares = np.diff(right, prepend=0) / right[-1] if right[-1] else np.full(len(right), np.nan)
+        values[k] = shares @ (right / np.maximum(seen, 1))
+    return values

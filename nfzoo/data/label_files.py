@@ -261,7 +261,7 @@ def _read(table: Table, root: Path, files: LabelFiles) -> tuple[dict[str, _Row],
                 rows[path] = old._replace(label=old.label | new.label)
                 continue
             repeated += 1
-            hint = "" if files.multi_label else f", or {ASK}"
+            hint = "" if files.multi_label else f"; {ASK}"
             same = old.label == new.label or (old.each and new.label <= old.label)
             for kind, equal, before, now in (
                 ("label", same, old.shown(), new.shown()),

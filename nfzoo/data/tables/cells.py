@@ -16,7 +16,7 @@ from nfzoo.errors import DataError
 
 SEPARATOR = "|"
 """What separates labels in a cell by default."""
-ASK = "for sets of labels pass --task multi-label"
+ASK = "sets of labels are for --task multi-label, and models trained with it"
 MOST_LABELS = 1 << 33
 """The most images times classes of multi-label data, each of which takes a byte of memory."""
 
@@ -168,7 +168,7 @@ def check_cells(table: Table, labels: Mapping[str, int], *, multi_label: bool, s
         at = table.at(labels[found])
         if multi_label:
             raise DataError(f"{at} has {found!r}, and no cell has {SEPARATOR!r}; add ?separator={sign}")
-        raise DataError(f"{at} has the label {found!r}, which are several; {ASK}, for one rename it")
+        raise DataError(f"{at} has the label {found!r}, which are several; {ASK}; if it is one, rename it")
 
 
 def indicators(sets: Sequence[frozenset[str]], known: dict[str, int], classes: int, table: Table) -> np.ndarray:

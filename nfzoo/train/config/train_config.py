@@ -215,10 +215,10 @@ class TrainConfig:
             default where one process trains with sgd, without fp16 and sharding.
         activation_checkpointing: forget each block's activations and compute them again in the backward pass.
         sharding: "none" gives every process all parameters; "fsdp2" shards them over the processes.
-        keep_best: "accuracy" (of multi-label "map", mean average precision), "loss" or "f1" (macro F1) on the held-out
-            images: the folder keeps the model of the epoch that is best by it, and its checkpoint beside the newest. The
-            weights that are judged are those that are saved: their moving average, or with optim.ema_decay null the live
-            ones. By default the last epoch is kept.
+        keep_best: "accuracy", "loss" or "f1" (macro F1) on the held-out images, with multi-label "map" (mean average
+            precision), "loss" or "f1": the folder keeps the model of the epoch that is best by it, and its checkpoint
+            beside the newest. The weights that are judged are those that are saved: their moving average, or with
+            optim.ema_decay null the live ones. By default the last epoch is kept.
         patience: epochs without a better one after which the run ends; needs keep_best. null trains all epochs.
         nonfinite: what to do when a gradient is not finite: "stop", or "skip" the step and count it.
         resume: go on from the newest checkpoint in the output folder; from the start if there is none.
