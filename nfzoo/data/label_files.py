@@ -262,7 +262,7 @@ def _read(table: Table, root: Path, files: LabelFiles) -> tuple[dict[str, _Row],
                 continue
             repeated += 1
             hint = "" if files.multi_label else f"; {ASK}"
-            same = old.label == new.label or (old.each and new.label <= old.label)
+            same = old.label == new.label or (old.each and new.each and new.label <= old.label)
             for kind, equal, before, now in (
                 ("label", same, old.shown(), new.shown()),
                 ("part", old.split == new.split, old.split, new.split),

@@ -182,7 +182,7 @@ def _check_sets(options: argparse.Namespace) -> None:
             f"--corruptions measures top-1 accuracy, which {options.model!r}, a multi-label model, has not"
         )
     if options.save_temperature is not None:
-        raise ConfigError(f"--save-temperature is of a softmax, which a multi-label model has not")
+        raise ConfigError("--save-temperature is of a softmax, which a multi-label model has not")
 
 
 def _sets(options: argparse.Namespace, evaluator: Evaluator) -> None:

@@ -79,7 +79,8 @@ class Set(NamedTuple):
             parts = [text_of(part, where, "label") for part in cell]
         else:
             text = text_of(cell, where, "label")
-            parts = [part.strip() for part in text.split(self.separator)] if text else []
+            blank = None if self.separator.isspace() else self.separator  # several blanks are one
+            parts = [part.strip() for part in text.split(blank)] if text else []
         if not all(parts):
             raise DataError(f"{where} has an empty label among {len(parts)}; remove it, or what separates it")
         labels = frozenset(map(class_name, parts))
