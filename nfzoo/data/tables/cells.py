@@ -62,7 +62,7 @@ class Cell(NamedTuple):
             raise DataError(f"{where} has a list of labels; {ASK}")
         label = text_of(row[self.number], where, "label")
         if not label:
-            raise DataError(f"{where} has no label; fill it in, or leave it out")
+            raise DataError(f"{where} has no label; fill it in, or leave it out; {ASK}")
         return self.known.setdefault(label, frozenset([class_name(label)]))
 
 
