@@ -143,7 +143,8 @@ def open_parts(source: str, *, labels: LabelFiles | None = None) -> dict[str, Im
         named = {images.name(i) for images in opened.values() for i in range(len(images))}
         others = [name for name in files_below(Path(source), tuple(IMAGE_SUFFIXES)) if name not in named]
         if others:
-            logger.warning("images without a label are left out: %d in %s, such as %s", len(others), source, others[0])
+            which = "that no row names" if labels.multi_label else "without a label"
+            logger.warning("images %s are left out: %d in %s, such as %s", which, len(others), source, others[0])
     return opened
 
 

@@ -211,12 +211,13 @@ def write_run(
 def _provenance(config: TrainConfig, row: Mapping[str, Any], *, pretrained: bool) -> dict[str, Any]:
     """Return the origin of the weights of an epoch: its number, its accuracy, and by which metric it was chosen."""
     averaged, best = config.optim.ema_decay is not None, best_rule(config)
+    value = row[f"ema_{config.metric}"] if averaged else row[config.metric]
     provenance = {
         "trained_from": public_model(config.model) if pretrained else "random weights",
         "data": public_data(config.data),
         "epochs": row["epoch"],
         "weights": "ema" if averaged else "live",
-        config.metric: row[f"ema_{config.metric}"] if averaged else row[config.metric],
+        config.metric: value if value == value else None,  # JSON has no NaN
     }
     if best is not None:
         value = best.value(row)

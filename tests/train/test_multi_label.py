@@ -81,7 +81,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_the_figures_are_scikit_learns(
     tmp_path: Path, run: Callable[..., int], labels: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path / "run") == 0
+    assert run(tmp_path / "run", "--augmented-sheet", str(tmp_path / "batch.png")) == 0
+    assert (tmp_path / "batch.png").exists()
     said = capsys.readouterr().out
     assert "held-out mAP" in said
     assert "images to train on: big 80, even 79, round 64; 32 without a label" in said
@@ -224,6 +225,20 @@ def test_balanced_weights_are_negatives_by_positives(labels: str) -> None:
     found = trainer.loss_weights(config, split, dict(zip(CLASSES, positives.tolist(), strict=True)))
     assert found is not None
     np.testing.assert_allclose(found, (len(split.train) - positives) / positives)
+
+
+def test_held_out_images_without_any_label_have_no_score(tmp_path: Path, run: Callable[..., int]) -> None:
+    table = tmp_path / "split.csv"
+    paths = [p.relative_to(few_digits()).as_posix() for p in sorted(Path(few_digits()).glob("[0-3]/*.png"))]
+    parts = [f"{path},{'big|even' if i < 40 else ''},{'train' if i < 60 else 'val'}" for i, path in enumerate(paths)]
+    table.write_text("\n".join(["path,label,split", *parts]))
+    assert run(tmp_path / "run", "--labels", str(table)) == 0
+    (row,) = rows(tmp_path / "run")
+    assert (row["map"], row["ema_map"]) == (None, None)
+    model = nfzoo.from_pretrained(tmp_path / "run")
+    assert model.provenance is not None
+    assert model.provenance["map"] is None
+    assert model.thresholds == (0.5, 0.5)
 
 
 @pytest.mark.slow
