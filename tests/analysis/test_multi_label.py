@@ -1,11 +1,15 @@
 """Measures of sets of labels: scikit-learn's numbers, also where scores are equal; thresholds; intervals."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, f1_score, log_loss, precision_recall_fscore_support
+from sklearn import metrics
 
 from nfzoo.analysis import multi_label
 from tests.support.loops import each
+
+SK: Any = metrics  # whose stubs know less than it takes
 
 EXACT = 1e-12
 
@@ -22,9 +26,9 @@ def example(n: int = 60, classes: int = 4, seed: int = 0, levels: int = 0) -> tu
 def test_average_precision_is_scikit_learns(seed: int, levels: int) -> None:
     logits, targets = example(seed=seed, levels=levels)
     found = multi_label.average_precisions(logits, targets)
-    expected = average_precision_score(targets, logits, average=None)
+    expected = SK.average_precision_score(targets, logits, average=None)
     np.testing.assert_allclose(found, expected, atol=EXACT)
-    assert multi_label.mean_over_known(found) == pytest.approx(average_precision_score(targets, logits), abs=EXACT)
+    assert multi_label.mean_over_known(found) == pytest.approx(SK.average_precision_score(targets, logits), abs=EXACT)
 
 
 def test_a_class_without_images_counts_in_no_mean() -> None:
@@ -33,7 +37,7 @@ def test_a_class_without_images_counts_in_no_mean() -> None:
     found = multi_label.average_precisions(logits, targets)
     assert np.isnan(found).tolist() == [False, False, True, False]
     known = [0, 1, 3]
-    expected = average_precision_score(targets[:, known], logits[:, known])
+    expected = SK.average_precision_score(targets[:, known], logits[:, known])
     assert multi_label.mean_over_known(found) == pytest.approx(expected, abs=EXACT)
     assert np.isnan(multi_label.mean_over_known(np.array([np.nan])))
     assert np.isnan(multi_label.average_precision(np.zeros(0), np.zeros(0, bool)))
@@ -44,14 +48,14 @@ def test_scores_at_thresholds_are_scikit_learns() -> None:
     thresholds = np.array([0.3, 0.5, 0.7, 0.62])
     found = multi_label.label_scores(logits, targets, thresholds)
     predictions = 1 / (1 + np.exp(-logits.astype(np.float64))) >= thresholds
-    expected = precision_recall_fscore_support(targets, predictions)
+    expected = SK.precision_recall_fscore_support(targets, predictions)
     for ours, theirs in zip(found, expected, strict=False):
         np.testing.assert_allclose(ours, theirs, atol=EXACT)
-    assert found.macro_f1() == pytest.approx(f1_score(targets, predictions, average="macro"), abs=EXACT)
-    assert found.micro_f1() == pytest.approx(f1_score(targets, predictions, average="micro"), abs=EXACT)
+    assert found.macro_f1() == pytest.approx(SK.f1_score(targets, predictions, average="macro"), abs=EXACT)
+    assert found.micro_f1() == pytest.approx(SK.f1_score(targets, predictions, average="micro"), abs=EXACT)
     losses = multi_label.image_losses(logits, targets)
     pairs = multi_label.sigmoid(logits).ravel()
-    assert multi_label.mean_loss(losses) == pytest.approx(log_loss(targets.ravel(), pairs), abs=1e-9)
+    assert multi_label.mean_loss(losses) == pytest.approx(SK.log_loss(targets.ravel(), pairs), abs=1e-9)
     order = np.random.default_rng(0).permutation(80)
     assert multi_label.mean_loss(losses[order]) == multi_label.mean_loss(losses)  # to the bit
 
@@ -69,9 +73,9 @@ def test_no_other_threshold_has_a_better_f1(seed: int, levels: int) -> None:
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     for c, threshold in enumerate(multi_label.fit_thresholds(logits, targets)):
         assert 0 < threshold < 1
-        own = f1_score(targets[:, c], probabilities[:, c] >= threshold)
+        own = SK.f1_score(targets[:, c], probabilities[:, c] >= threshold)
         tried = [0.0, *np.unique(probabilities[:, c])]
-        assert own == pytest.approx(max(f1_score(targets[:, c], probabilities[:, c] >= t) for t in tried), abs=EXACT)
+        assert own == pytest.approx(max(SK.f1_score(targets[:, c], probabilities[:, c] >= t) for t in tried), abs=EXACT)
         assert not (probabilities[:, c] == threshold).any()  # between two, so that rounding does not matter
 
 
@@ -92,10 +96,10 @@ def test_the_intervals_are_quantiles_of_resamples() -> None:
     predictions = 1 / (1 + np.exp(-logits.astype(np.float64))) >= thresholds
     table = [
         (
-            average_precision_score(targets[rows], logits[rows]),
-            f1_score(targets[rows], predictions[rows], average="macro"),
-            f1_score(targets[rows], predictions[rows], average="micro"),
-            log_loss(targets[rows].ravel(), multi_label.sigmoid(logits[rows]).ravel()),
+            SK.average_precision_score(targets[rows], logits[rows]),
+            SK.f1_score(targets[rows], predictions[rows], average="macro"),
+            SK.f1_score(targets[rows], predictions[rows], average="micro"),
+            SK.log_loss(targets[rows].ravel(), multi_label.sigmoid(logits[rows]).ravel()),
         )
         for rows in drawn
     ]
