@@ -191,10 +191,11 @@ def test_images_are_held_out_by_their_rarest_label(tmp_path: Path) -> None:
     labels = [*[""] * 9, *kinds]
     table = lines(tmp_path / "l.csv", "path,label", *(f"a/{i}.png,{label}" for i, label in enumerate(labels)))
     files = LabelFiles(str(table), multi_label=True)
-    train, held_out = open_split(str(folder), labels=files)
-    assert held_out.labels.sum(0).tolist() == [6, 0, 2]  # often, once, rare: a fifth of 10 and of 19 images
-    assert int((~held_out.labels.any(1)).sum()) == 2
-    assert len(train) + len(held_out) == 40
+    for seed in (3, 2, 1, 0):
+        train, held_out = open_split(str(folder), labels=files, seed=seed)
+        assert held_out.labels.sum(0).tolist() == [6, 0, 2]  # often, once, rare: a fifth of 10 and of 19 images
+        assert int((~held_out.labels.any(1)).sum()) == 2
+        assert len(train) + len(held_out) == 40
     again = open_split(str(folder), labels=files).validation
     assert [again.name(i) for i in range(len(again))] == [held_out.name(i) for i in range(len(held_out))]
     few = lines(tmp_path / "few.csv", "path,label", "a/0.png,x|y", "a/1.png,z")
