@@ -264,7 +264,7 @@ class TrainConfig:
     cuda_graph: bool | None = None
     activation_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
-    keep_best: Literal["accuracy", "map", "loss", "f1"] | None = None
+    keep_best: Literal["accuracy", "loss", "f1", "map"] | None = None
     patience: int | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
     resume: bool = False
