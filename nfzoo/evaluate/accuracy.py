@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,10 +178,8 @@ class Evaluator:
         with torch.no_grad(), self._unbroken():
             for images, _ in _with_bar(self._batches(broken, indices), len(self.labelled.images), self.state):
                 compute(target.images(images))
-        skipped = self._left_out(broken, say=True)
         outputs = self._gathered(kept, indices)
-        self._check_any(len(outputs.indices), skipped)
-        return outputs, len(skipped)
+        return outputs, len(self._left_out(broken, len(outputs.indices), say=True))
 
     def _gathered(self, kept: list[Tensor], indices: list[int]) -> Outputs:
         logits = torch.cat(kept).numpy() if kept else np.zeros((0, self.model.config.num_classes), np.float32)
@@ -207,8 +205,7 @@ class Evaluator:
         with self._unbroken():
             shown = _with_bar(self._batches(broken, indices, corruption), len(images), self.state)
             result = score(self._function(kept), shown, device=self.device)
-        problems = self._left_out(broken, say=corruption is None)
-        self._check_any(result.images, problems)
+        problems = self._left_out(broken, result.images, say=corruption is None)
         if not np.isfinite(result.loss):
             raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
         return Evaluation(
@@ -267,17 +264,15 @@ class Evaluator:
         except BrokenImageError as error:
             raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
 
-    def _left_out(self, broken: list[str], *, say: bool) -> list[str]:
-        """Return the messages of all processes about unreadable images, and log them if asked."""
+    def _left_out(self, broken: list[str], read: int, *, say: bool) -> list[str]:
+        """Return the messages of all processes about unreadable images, and log them if asked; raise if all are."""
         problems = sorted(gather(broken))
         if self.state.is_main_process and say:
             for problem in problems:
                 logger.warning("left out: %s", problem)
-        return problems
-
-    def _check_any(self, count: int, problems: Sequence[str]) -> None:
-        if not count:
+        if not read:
             raise DataError(f"none of the {len(self.labelled.images)} images can be read, such as: {problems[0]}")
+        return problems
 
 
 def evaluate(

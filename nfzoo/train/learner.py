@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.checkpoint.run_state import Saved
 from nfzoo.data.labels import match_classes
 from nfzoo.errors import ConfigError, DataError
@@ -221,6 +222,24 @@ class _NoReduction:
 
     def __exit__(self, *_: object) -> None:
         self.model.set_requires_gradient_sync(True)
+
+
+def problem_type(config: TrainConfig) -> str | None:
+    """Return the problem type of the model of a run, as `config.json` has it."""
+    return MULTI_LABEL if config.multi_label else None
+
+
+def fit_head(model: NFNet, config: TrainConfig, classes: int) -> None:
+    """Give a model a new classifier, with a warning, if its own is of another task or number of classes."""
+    if model.problem_type == problem_type(config) and model.config.num_classes == classes:
+        return
+    logger.warning(
+        "%s has %d classes of a %s task: its classifier is replaced by a fresh one of %d for task %s, which must be "
+        "trained",
+        *(config.model, model.config.num_classes, "multi-label" if model.multi_label else "single-label"),
+        *(classes, config.task),
+    )
+    model.reset_classifier(classes)
 
 
 def head_for(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from nfzoo.checkpoint.atomic import replaced_folder, scratch_folder
 from nfzoo.checkpoint.lock import locked
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, MULTI_LABEL, Description, describe, read_description
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe, read_description
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
 from nfzoo.data.labels import class_counts
@@ -32,7 +32,7 @@ from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
-from nfzoo.train.learner import head_for
+from nfzoo.train.learner import fit_head, head_for, problem_type
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, loss_weights, split_identity
 from nfzoo.variants import VARIANTS
@@ -255,7 +255,7 @@ def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
         except CheckpointError as error:
             hint = "; to start from random weights, pass --pretrained false" if in_zoo else ""
             raise CheckpointError(f"{error}{hint}") from error
-        _fit_head(model, config, len(classes))
+        fit_head(model, config, len(classes))
         # A model of one's own that was saved as it was drawn is trained from random weights like any other.
         untrained = is_untrained(model.config, dict(model.named_parameters()))
         pretrained = config.pretrained is True or not untrained
@@ -273,24 +273,6 @@ def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
     if pretrained and model.labels is not None:
         params |= head_for(classes, model.labels, params, config.model)
     return InitialState(NFNet.from_params(description, params), pretrained, data)
-
-
-def problem_type(config: TrainConfig) -> str | None:
-    """Return the problem type of the model of a run, as `config.json` has it."""
-    return MULTI_LABEL if config.multi_label else None
-
-
-def _fit_head(model: NFNet, config: TrainConfig, classes: int) -> None:
-    """Give a model a new classifier, with a warning, if its own is of another task or number of classes."""
-    if model.problem_type == problem_type(config) and model.config.num_classes == classes:
-        return
-    logger.warning(
-        "%s has %d classes of a %s task: its classifier is replaced by a fresh one of %d for task %s, which must be "
-        "trained",
-        *(config.model, model.config.num_classes, "multi-label" if model.multi_label else "single-label"),
-        *(classes, config.task),
-    )
-    model.reset_classifier(classes)
 
 
 def _resumed(config: TrainConfig, data: dict[str, Any], saved: Saved) -> InitialState:

@@ -216,6 +216,7 @@ def test_the_card_of_a_multi_label_model(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").save("photo.jpg")
     twin = copy.deepcopy(model)
+    twin.temperature = None
     twin.problem_type, twin.thresholds = MULTI_LABEL, (0.0,) * model.config.num_classes
     twin.provenance = {"data": "/home/me/pets", "map": 0.75}
     twin.save_pretrained("sets")
