@@ -115,6 +115,12 @@ def convert(
             name,
             description.temperature,
         )
+    if to != "nfzoo" and description.problem_type is not None:
+        logger.warning(
+            "%s has labels at thresholds, which other formats do not keep: an image has those whose sigmoids reach %s",
+            name,
+            "0.5" if description.thresholds is None else "the thresholds of its config.json",
+        )
     if to == "haiku":
         write_haiku(target, description.config, params)
     elif to == "timm":

@@ -23,6 +23,14 @@ IMAGENET = "imagenet-1k"
 _FAMILY = {"nfnet": "NFNet", "nf_resnet": "NF-ResNet", "nf_regnet": "NF-RegNet"}
 _RULES = {"deepmind": "DeepMind's released code", "timm": "timm"}
 
+_METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy")}
+_SET_METRICS = {
+    "map": ("mean_average_precision", "mean average precision"),
+    "f1": ("f1", "macro F1"),
+    "micro_f1": ("f1", "micro F1"),
+}
+_SHOWN = {"top1": "top-1", "top5": "top-5", "map": "mean average precision", "f1": "macro F1", "micro_f1": "micro F1"}
+
 _MARKDOWN = frozenset(r"\`*_{}[]<>()#+-.!|~&$:@^=")
 
 _CITATION = """\
@@ -70,7 +78,7 @@ def model_card(
         tags=["nfzoo", "pytorch", "image-classification", "normalizer-free", config.family.replace("_", "-")],
         pipeline_tag="image-classification",
         datasets=[IMAGENET] if _of_imagenet(description) else None,
-        metrics=["accuracy"] if results else None,
+        metrics=[results[0].metric_type] if results else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
@@ -85,12 +93,14 @@ def model_card(
     ]
     if description.temperature is not None:
         facts.append(("temperature of the probabilities", f"{description.temperature:.4g}"))
+    if description.problem_type is not None:
+        facts.append(("labels", "several an image, or none: those whose sigmoids reach their thresholds"))
     parts = [
         f"# {title}",
         f"A Normalizer-Free network for nfzoo{_zoo(description)}.",
         _table(("", ""), facts),
         "## Use",
-        _usage(repo_id, config.num_classes, calibrated=description.temperature is not None),
+        _usage(repo_id, description),
     ]
     if evaluation is not None:
         parts += ["## Evaluation", _evaluation(evaluation)]
@@ -104,8 +114,22 @@ def model_card(
     return f"---\n{metadata.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _usage(repo_id: str, classes: int, *, calibrated: bool) -> str:
-    logits = "(model(image[None]) / model.temperature)" if calibrated else "model(image[None])"
+def _usage(repo_id: str, description: Description) -> str:
+    if description.problem_type is not None:
+        return f"""\
+```sh
+pip install nfzoo
+```
+
+```python
+import nfzoo
+
+model = nfzoo.from_pretrained("{repo_id}")
+for label, probability in model.predict("photo.jpg"):  # the labels that reach their thresholds, perhaps none
+    print(f"{{probability:6.1%}}  {{label}}")
+```"""
+    classes = description.config.num_classes
+    logits = "model(image[None])" if description.temperature is None else "(model(image[None]) / model.temperature)"
     return f"""\
 ```sh
 pip install nfzoo
@@ -151,7 +175,8 @@ def _of_imagenet(description: Description) -> bool:
 
 
 def _results(description: Description, evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    for key, kind in (("dataset", str), ("images", int), ("top1", float | int), ("top5", float | int), ("size", int)):
+    measured = _METRICS if description.problem_type is None else _SET_METRICS
+    for key, kind in (("dataset", str), ("images", int), *((key, float | int) for key in measured), ("size", int)):
         if not isinstance(evaluation.get(key), kind):
             raise CheckpointError(
                 f"{EVALUATION_FILE} lacks {key!r}, or it is of another type; write it with `nfzoo evaluate --json`"
@@ -163,18 +188,19 @@ def _results(description: Description, evaluation: Mapping[str, Any]) -> list[Ev
             dataset_type=IMAGENET if whole else "imagefolder",
             dataset_name=evaluation["dataset"],
             dataset_split=evaluation.get("split"),
-            metric_type="accuracy",
+            metric_type=kind,
             metric_name=name,
             metric_value=round(float(evaluation[key]), 6),
         )
-        for key, name in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy"))
+        for key, (kind, name) in measured.items()
     ]
 
 
 def _trained(description: Description) -> list[EvalResult]:
-    """Return the accuracy on held-out images that `nfzoo train` notes in the provenance."""
+    """Return the accuracy, or mean average precision, on held-out images that `nfzoo train` notes in the provenance."""
     provenance = description.provenance or {}
-    accuracy, data = provenance.get("accuracy"), provenance.get("data")
+    kind, name = ("accuracy", "top-1 accuracy") if description.problem_type is None else _SET_METRICS["map"]
+    accuracy, data = provenance.get("accuracy" if description.problem_type is None else "map"), provenance.get("data")
     if not isinstance(accuracy, float) or not isinstance(data, str):
         return []
     return [
@@ -183,8 +209,8 @@ def _trained(description: Description) -> list[EvalResult]:
             dataset_type="imagefolder",
             dataset_name=PurePath(data).name or data,
             dataset_split="validation",
-            metric_type="accuracy",
-            metric_name="top-1 accuracy",
+            metric_type=kind,
+            metric_name=name,
             metric_value=round(accuracy, 6),
         )
     ]
@@ -198,8 +224,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
         ("data", data),
         ("images", f"{evaluation['images']:,}"),
         ("input", f"{evaluation['size']} x {evaluation['size']} pixels"),
-        ("top-1", f"{evaluation['top1']:.2%}"),
-        ("top-5", f"{evaluation['top5']:.2%}"),
+        *((name, f"{evaluation[key]:.2%}") for key, name in _SHOWN.items() if key in evaluation),
     ]
     return _table(("", ""), rows)
 

@@ -15,6 +15,7 @@ import datetime
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -30,7 +31,16 @@ from nfzoo.data.loader import BrokenImageError, load_batches
 from nfzoo.data.source import fingerprint, open_all, source_text
 from nfzoo.errors import ConfigError, DataError, NfzooError
 from nfzoo.nn import NFNet
-from nfzoo.predict import check_finite, compute, embedding_columns, label_columns, weights_hash
+from nfzoo.predict import (
+    TOPK,
+    check_finite,
+    compute,
+    embedding_columns,
+    label_columns,
+    set_columns,
+    thresholds,
+    weights_hash,
+)
 from nfzoo.runtime import program
 from nfzoo.runtime.device import default_workers, precision, processes, share_of
 from nfzoo.runtime.output import escaped
@@ -67,7 +77,7 @@ def predict_all(
     *,
     part: str | None = None,
     embeddings: bool = False,
-    topk: int = 5,
+    topk: int | None = None,
     dtype: str = "float32",
     format: str | None = None,
     shard_size: int | None = None,
@@ -88,7 +98,9 @@ def predict_all(
     Args:
         data, part: see `nfzoo.data.source.open_all`.
         output: the folder: see `nfzoo.checkpoint.part_files`.
-        embeddings: write the pooled features `(N, F)` instead of the `topk` most probable labels.
+        embeddings: write the pooled features `(N, F)` instead of labels.
+        topk: number of labels, by default 5; of a multi-label model the most that are given, by default all that reach
+            their thresholds.
         dtype: dtype of the embeddings, `float32` or `float16`.
         format: `jsonl` (default) or `parquet` for labels, `npz` (default) or `parquet` for embeddings.
         shard_size: number of images in a file; by default that of the run to resume, or else so many that each process
@@ -130,7 +142,7 @@ def predict_all(
     state = processes(cpu=str(device) == "cpu", patience=_PATIENCE)
     target = share_of(state, device)
     images = open_all(data, part=part)
-    topk = min(topk, model.config.num_classes)
+    most = topk if model.multi_label else min(topk or TOPK, model.config.num_classes)
     size = size or model.preprocessing.test_size
     seen = fingerprint(images)
 
@@ -144,7 +156,7 @@ def predict_all(
             "weights": weights_hash(model),
             "data": seen,
             "images": parts.images,
-            "results": f"embeddings, {dtype}" if embeddings else f"top-{topk}",
+            "results": f"embeddings, {dtype}" if embeddings else _kind(model, most),
             "shard_size": chosen,
             "format": format,
             "size": size,
@@ -162,8 +174,7 @@ def predict_all(
 
         # A model object of our own around the parameters, so that the caller's stays unchanged and on its device.
         own = missing[state.process_index :: state.num_processes]
-        labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
-        divisor = model.temperature or 1.0
+        columns_of = _labels_of(model, most)
         if own:
             lean = model if model.config.folded else model.for_inference()
             model = NFNet.from_params(lean.description, dict(lean.named_parameters())).to(target)
@@ -199,14 +210,28 @@ def predict_all(
                 readable = [i for i, name in enumerate(names) if name not in broken]
                 names = [names[i] for i in readable]
                 results = check_finite(torch.cat(outputs)[readable], names)
-                columns = (
-                    embedding_columns(results, dtype) if embeddings else label_columns(results / divisor, topk, labels)
-                )
+                columns = embedding_columns(results, dtype) if embeddings else columns_of(results)
                 part_files.write_part(parts, k, names, columns, broken)
         _wait_for_all(state)
         seconds = time.perf_counter() - begun
         unreadable = _agreed(state, lambda: part_files.finish(parts))
         return Summary(total, seconds, len(missing), len(parts), len(unreadable))
+
+
+def _kind(model: NFNet, most: int | None) -> str:
+    """Return what a run writes of each image."""
+    if not model.multi_label:
+        return f"top-{most}"
+    return "labels at their thresholds" + ("" if most is None else f", at most {most}")
+
+
+def _labels_of(model: NFNet, most: int | None) -> Callable[[Tensor], dict[str, Any]]:
+    """Return the function from logits to the columns of a result file."""
+    labels = model.labels or tuple(f"class {i}" for i in range(model.config.num_classes))
+    if model.multi_label:
+        return partial(set_columns, thresholds=thresholds(model), topk=most, labels=labels)
+    divisor = model.temperature or 1.0
+    return lambda logits: label_columns(logits / divisor, most or TOPK, labels)
 
 
 def _batches(rows: range, batch_size: int) -> list[range]:
@@ -294,7 +319,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", metavar="NAME", help="of a data set of the Hub that part alone (default: all parts)")
     add("--embeddings", action="store_true", help="the pooled features in front of the classifier, not labels")
     add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: float32)")
-    add("--topk", type=count, default=5, metavar="K", help="labels for each image (default: 5)")
+    text = "labels for each image (default: 5; of a multi-label model all that reach their thresholds)"
+    add("--topk", type=count, metavar="K", help=text)
     add("--format", choices=("jsonl", "npz", "parquet"), help="default: jsonl for labels, npz for embeddings")
     add(
         "--shard-size", type=count, metavar="N", help="images a file (default: a quarter of a process's share, to 4096)"

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, fx, nn
 
 from nfzoo import model as functional_model
-from nfzoo.checkpoint.model_folder import LABEL_KEYS, Description, load_checkpoint, save_checkpoint
+from nfzoo.checkpoint.model_folder import LABEL_KEYS, MULTI_LABEL, Description, load_checkpoint, save_checkpoint
 from nfzoo.config import ModelConfig, Preprocessing, is_int
 from nfzoo.errors import CheckpointError, ConfigError, shown
 from nfzoo.model import fold
@@ -68,6 +68,11 @@ class NFNet(TimmInterface):
     Attributes:
         temperature: divisor of the logits before the softmax of `nfzoo.predict`, `None` for 1. It is saved with the
             model; another classifier or training leaves it out.
+        problem_type: `"multi_label_classification"` for a model of which each output is a label by itself, `None` for
+            one of exclusive classes. It is saved with the model. `forward` returns logits in either case.
+        thresholds: of a multi-label model, one number from 0 to 1 for each class: an image has the labels whose
+            sigmoids are not below them; `None` for 0.5 each. They are saved with the model; another classifier leaves
+            them out.
         pool: activation and mean over the pixels. A module in its place gets the map before the activation.
         head: the classifier. Another module of pooled features may stand in its place; then `labels` are gone. With an
             `nn.Linear` with bias or an `nn.Identity` there, `config` follows, and the model can be saved and folded.
@@ -106,6 +111,8 @@ class NFNet(TimmInterface):
         self.provenance: dict[str, Any] | None = None
         self.foreign: dict[str, Any] | None = None
         self.temperature: float | None = None
+        self.problem_type: str | None = None
+        self.thresholds: tuple[float, ...] | None = None
         self._register(functional_model.init(config, generator=generator, device=device, dtype=dtype))
 
     @classmethod
@@ -122,11 +129,12 @@ class NFNet(TimmInterface):
         self.provenance = None if description.provenance is None else dict(description.provenance)
         self.foreign = None if description.foreign is None else dict(description.foreign)
         self.temperature = description.temperature
+        self.problem_type, self.thresholds = description.problem_type, description.thresholds
 
     def _set_labels(self, labels: Sequence[str] | None) -> None:
-        """Set a new classifier's labels, and forget those that other tools wrote, and the old one's temperature."""
+        """Set a new classifier's labels; forget those of other tools, and the old one's temperature and thresholds."""
         self.labels = None if labels is None else tuple(labels)
-        self.temperature = None
+        self.temperature = self.thresholds = None
         self.foreign = {k: v for k, v in (self.foreign or {}).items() if k not in LABEL_KEYS} or None
 
     def _register(self, params: Params) -> None:
@@ -169,7 +177,12 @@ class NFNet(TimmInterface):
     def description(self) -> Description:
         """The description that is saved beside the weights."""
         about = self.config, self.preprocessing, self.name, self.labels, self.provenance, self.foreign
-        return Description(*about, temperature=self.temperature)
+        return Description(*about, self.temperature, self.problem_type, self.thresholds)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each output is a label by itself, of which an image may have several or none."""
+        return self.problem_type == MULTI_LABEL
 
     def _check_blocks(self) -> None:
         """Raise a `ConfigError` if more than `config` and the parameters tell what the network computes."""
@@ -390,14 +403,16 @@ class NFNet(TimmInterface):
         self,
         images: str | Path | Image.Image | np.ndarray | Sequence[str | Path | Image.Image | np.ndarray],
         *,
-        topk: int = 5,
+        topk: int | None = None,
         batch_size: int = 32,
     ) -> Any:
         """Return the most probable labels of images, with probabilities, after the model's own preprocessing.
 
+        Of a multi-label model these are the labels whose sigmoids reach their `thresholds`, perhaps none.
+
         Args:
             images: a file, a Pillow image or an array `(H, W, C)`; a folder of images; or a list of any of these.
-            topk: number of labels.
+            topk: number of labels, by default 5; of a multi-label model the most that are given, by default all.
             batch_size: images at a time.
 
         Returns:

@@ -28,19 +28,25 @@ from nfzoo.transforms.preprocess import evaluation_transform
 _BLANK = Image.new("RGB", (1, 1))
 
 
+TOPK = 5
+"""The labels that are given of an image where no other number is asked for."""
+
+
 class Prediction(NamedTuple):
-    """(label, probability) pairs for an image, the most probable first."""
+    """(label, probability) pairs for an image, the most probable first; of a multi-label model perhaps none."""
 
     path: Path
     top: list[tuple[str, float]]
 
 
 def classify(
-    model: NFNet, images: Sequence[Tensor], *, batch_size: int = 32, topk: int = 5
+    model: NFNet, images: Sequence[Tensor], *, batch_size: int = 32, topk: int | None = None
 ) -> list[list[tuple[str, float]]]:
-    """Return the `topk` most probable labels of each image `(C, H, W)`, with their probabilities.
+    """Return the `topk` most probable labels of each image `(C, H, W)`, with their probabilities; `TOPK` by default.
 
-    The probabilities are the softmax of the logits, divided by `model.temperature` if the model has one.
+    The probabilities are the softmax of the logits, divided by `model.temperature` if the model has one. Of a
+    multi-label model they are sigmoids, and an image has all labels whose sigmoids reach their `thresholds`, but at
+    most `topk` if that is given.
 
     There is no noise, even in training mode. The device is that of the parameters. Images of one batch must have one
     size. Without labels the classes are called "class 0", "class 1", …; a model with fewer classes than `topk` returns
@@ -50,7 +56,7 @@ def classify(
         CheckpointError: if the logits are not finite.
         ConfigError: for a model without classifier.
     """
-    _check_counts(batch_size=batch_size, topk=topk)
+    _check_counts(batch_size=batch_size, topk=TOPK if topk is None else topk)
     model.config.check_classifier()
     p = next(model.parameters())
     target = backend(p.device)
@@ -61,23 +67,53 @@ def classify(
             logits = model(x, None if model.config.folded else {}).float()  # no noise
             if not logits.isfinite().all():
                 raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
-            top = (logits / (model.temperature or 1.0)).softmax(1).topk(min(topk, logits.shape[1]), dim=1)
-        for indices, values in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            classes, probabilities = _answers(model, logits, topk)
+        for indices, values in zip(classes, probabilities, strict=True):
             results.append([(_label(model, i), value) for i, value in zip(indices, values, strict=True)])
     return results
+
+
+def _answers(model: NFNet, logits: Tensor, topk: int | None) -> tuple[list[list[int]], list[list[float]]]:
+    """Return numbers and probabilities of the labels of each image: see `classify`."""
+    if model.multi_label:
+        return label_sets(logits, thresholds(model), topk)
+    top = (logits / (model.temperature or 1.0)).softmax(1).topk(min(topk or TOPK, logits.shape[1]), dim=1)
+    return top.indices.tolist(), top.values.tolist()
+
+
+def thresholds(model: NFNet) -> Tensor:
+    """Return the thresholds of a multi-label model's probabilities, float32 `(classes,)`."""
+    return torch.tensor(model.thresholds or [0.5] * model.config.num_classes, dtype=torch.float32)
+
+
+def label_sets(
+    logits: Tensor, thresholds: Tensor, topk: int | None = None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Return numbers and probabilities of the labels whose sigmoids reach the thresholds, the most probable first.
+
+    Args:
+        logits: `(n, classes)`.
+        thresholds: `(classes,)`.
+        topk: the most labels that an image gets.
+    """
+    found = logits.sigmoid().cpu().sort(dim=1, descending=True, stable=True)
+    reached = found.values >= thresholds[found.indices]
+    rows = zip(found.indices, found.values, reached, strict=True)
+    chosen = [(index[there][:topk].tolist(), value[there][:topk].tolist()) for index, value, there in rows]
+    return [classes for classes, _ in chosen], [values for _, values in chosen]
 
 
 def predict(
     model: NFNet,
     paths: Sequence[str | Path],
     *,
-    topk: int = 5,
+    topk: int | None = None,
     sheet: str | Path | None = None,
     explain: str | None = None,
     batch_size: int = 32,
     device: torch.device | str | None = None,
 ) -> list[Prediction]:
-    """Return the most probable labels of image files, after the model's own preprocessing.
+    """Return the labels of image files, as `classify` does, after the model's own preprocessing.
 
     Args:
         sheet: a PNG file to write, with the images (at most `SHEET_LIMIT`) and their labels.
@@ -89,7 +125,7 @@ def predict(
         DataError: for an unreadable image; nothing is written then.
         ConfigError: for a device that is not available, and for explanations without a sheet or of another kind.
     """
-    _check_counts(batch_size=batch_size, topk=topk)
+    _check_counts(batch_size=batch_size, topk=TOPK if topk is None else topk)
     if explain is not None and (sheet is None or explain not in METHODS):
         raise ConfigError(f"{explain!r} is to be {' or '.join(METHODS)}, and drawn into a sheet: give one, too")
     files = [Path(path) for path in paths]
@@ -122,7 +158,8 @@ def predict(
             entries.append(SheetEntry(thumb, path.name, top))
     if sheet is not None:
         count = f"{len(files)} image{'s' if len(files) > 1 else ''}"
-        kind = "" if explain is None else f", {explain} of the first label"
+        of = "the most probable label" if model.multi_label else "the first label"
+        kind = "" if explain is None else f", {explain} of {of}"
         prediction_sheet(entries, sheet, title=f"{model.name or 'model'}: {count}{kind}")
     return predictions
 
@@ -138,9 +175,9 @@ def _explained(model: NFNet, inputs: Sequence[Tensor], method: str, batch_size: 
     ]
 
 
-def predict_images(model: NFNet, images: Any, *, topk: int = 5, batch_size: int = 32) -> Any:
+def predict_images(model: NFNet, images: Any, *, topk: int | None = None, batch_size: int = 32) -> Any:
     """Return the labels of one image, of a folder or of a list: see `NFNet.predict`."""
-    _check_counts(batch_size=batch_size, topk=topk)
+    _check_counts(batch_size=batch_size, topk=TOPK if topk is None else topk)
     model.config.check_classifier()
     if isinstance(images, str | Path) and Path(images).is_dir():
         files = image_files([images])
@@ -234,6 +271,17 @@ def label_columns(logits: Tensor, topk: int, labels: Sequence[str]) -> dict[str,
     classes = top.indices.cpu().numpy()
     names = [[labels[i] for i in row] for row in classes.tolist()]
     return {"classes": classes, "labels": names, "probabilities": top.values.cpu().numpy()}
+
+
+@torch.inference_mode()
+def set_columns(logits: Tensor, thresholds: Tensor, topk: int | None, labels: Sequence[str]) -> dict[str, Any]:
+    """Return the columns of a result file for logits `(n, classes)` of a multi-label model: see `label_sets`."""
+    classes, probabilities = label_sets(logits, thresholds, topk)
+    return {
+        "classes": [np.array(row, np.int64) for row in classes],
+        "labels": [[labels[i] for i in row] for row in classes],
+        "probabilities": [np.array(row, np.float32) for row in probabilities],
+    }
 
 
 def check_finite(outputs: Tensor, names: Sequence[str]) -> Tensor:

@@ -104,6 +104,30 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, 
     return total / len(logits)
 
 
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, positive_weight: Tensor | None = None
+) -> Tensor:
+    """Return the mean sigmoid cross-entropy, in float32 at least, of logits and targets `(N, classes)`.
+
+        -1 / (N classes)  sum_i sum_c  weight_c q_ic log p_ic + (1 - q_ic) log(1 - p_ic)
+
+    Here p are the sigmoids, and `q = (1 - s) target + s / classes` with smoothing s. The mean over the shares of a
+    batch is that of the batch.
+
+    Args:
+        logits: of each class by itself.
+        targets: from 0 to 1, 1 where an image has the label.
+        label_smoothing: s.
+        positive_weight: of each class, `(classes,)`; 1 by default.
+
+    Source of the smoothing: timm's `BinaryCrossEntropy` and `mixup_target`.
+    """
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    q = targets.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    weight = None if positive_weight is None else positive_weight.to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, q, pos_weight=weight)
+
+
 def train_step(
     cfg: ModelConfig,
     state: TrainState,

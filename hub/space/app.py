@@ -78,6 +78,8 @@ class Gallery:
     def look(self, picture: str | Path | None, choice: str | None) -> dict[str, float] | None:
         """Return the most probable labels of a picture, best first, with probabilities; `None` without a picture.
 
+        Of a multi-label model these are all that reach their thresholds, perhaps none.
+
         Raises:
             SpaceError: for a picture or a model that cannot be used, in words for the user.
         """
@@ -92,7 +94,7 @@ class Gallery:
             reason = str(error).removeprefix(f"{picture} ").replace(str(picture), "the picture")
             raise SpaceError(f"The picture cannot be read: it {reason}.") from error
         try:
-            (top,) = classify(model, [pixels], topk=TOP)
+            (top,) = classify(model, [pixels], topk=None if model.multi_label else TOP)
         except NfzooError as error:
             raise SpaceError(f"{choice} gives no answer: {error}.") from error
         shown = [(escaped(label), p) for label, p in top]
@@ -160,7 +162,7 @@ def build(gallery: Gallery) -> Any:
                 picture.preprocess = lambda payload: None if payload is None else payload.path
                 choice = gr.Dropdown(gallery.choices, value=gallery.choices[0], label="Model")
             with gr.Column():
-                answer = gr.Label(label="Most probable labels", num_top_classes=TOP)
+                answer = gr.Label(label="Most probable labels")  # as many as `look` gives
         # A client calls this one by its name: `Client(URL).predict(handle_file(PATH), MODEL, api_name="/predict")`.
         picture.change(look, [picture, choice], answer, show_progress="minimal", api_name="predict")
         choice.change(look, [picture, choice], answer, show_progress="minimal", api_visibility="private")

@@ -27,7 +27,7 @@ _PREFIXES = ("train_", "", "ema_")
 
 
 def training_curves(metrics_jsonl: Path, output: Path) -> None:
-    """Plot loss and accuracy by epoch, of the live weights and of their moving average, to a PNG.
+    """Plot loss and first metric by epoch, of the live weights and of their moving average, to a PNG.
 
     Args:
         metrics_jsonl: one JSON object for each epoch, written by `nfzoo.train`; absent or null values are not drawn.
@@ -40,17 +40,18 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
     rows = read_metrics(metrics_jsonl)
     figure = new_figure(10.5, 4.4)
     loss, accuracy = figure.subplots(1, 2)
+    metric = metric_of(rows)
     lines = (("train_", "training, as optimised", QUIET, ":"), ("", "held out, live weights", ORANGE, "-"))
-    for axes, quantity, factor in ((loss, "loss", 1.0), (accuracy, "accuracy", 100.0)):
+    for axes, quantity, factor in ((loss, "loss", 1.0), (accuracy, metric, 100.0)):
         for prefix, label, colour, style in (*lines, ("ema_", "held out, averaged (EMA)", BLUE, "-")):
             points = [(r["epoch"], factor * r[prefix + quantity]) for r in rows if r.get(prefix + quantity) is not None]
             if not points:
                 continue
-            last = f"{points[-1][1]:.1f} %" if quantity == "accuracy" else f"{points[-1][1]:.3f}"
+            last = f"{points[-1][1]:.3f}" if quantity == "loss" else f"{points[-1][1]:.1f} %"
             marker = "o" if len(points) <= 40 else ""
             x, y = zip(*points, strict=True)
             axes.plot(x, y, style, color=colour, label=f"{label}: {last}", marker=marker, markersize=3.5, linewidth=1.8)
-        dress(axes, "Loss" if quantity == "loss" else "Accuracy (%)", "epoch")
+        dress(axes, "Loss" if quantity == "loss" else f"{METRICS[metric].capitalize()} (%)", "epoch")
         if axes.get_legend_handles_labels()[0]:  # none if every figure is missing
             axes.legend(
                 frameon=False, fontsize=9, labelcolor=INK, title="at the end", title_fontsize=9, alignment="left"
@@ -58,6 +59,15 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
     loss.set_ylim(bottom=0)
     accuracy.set_ylim(top=min(accuracy.get_ylim()[1], 101))
     save(figure, output)
+
+
+METRICS = {"accuracy": "accuracy", "map": "mean average precision"}
+"""Key of a run's first metric -> its name; that of multi-label runs is the second."""
+
+
+def metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the key of a run's first metric, see `METRICS`."""
+    return "map" if any("map" in row for row in rows) else "accuracy"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -79,7 +89,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"line {number} of {path} is not JSON: {error}") from error
         if not isinstance(row, dict) or "epoch" not in row:
             raise DataError(f"line {number} of {path} must be an object with an 'epoch'")
-        for key in ("epoch", *(prefix + what for prefix in _PREFIXES for what in ("loss", "accuracy"))):
+        for key in ("epoch", *(prefix + what for prefix in _PREFIXES for what in ("loss", *METRICS))):
             if not isinstance(row.get(key), int | float | None):
                 raise DataError(f"line {number} of {path}: {key!r} must be a number, not {row[key]!r}")
         rows.append(row)
@@ -89,21 +99,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def held_out_curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float | None]]:
-    """Return epoch, accuracy and loss on held-out images, of the averaged weights where a run has them."""
-    found = []
+    """Return epoch, first metric and loss on held-out images, of the averaged weights where a run has them."""
+    found, metric = [], metric_of(rows)
     for row in rows:
-        prefix = "" if row.get("ema_accuracy") is None else "ema_"
-        if row.get(f"{prefix}accuracy") is not None:
-            found.append((row["epoch"], row[f"{prefix}accuracy"], row.get(f"{prefix}loss")))
+        prefix = "" if row.get(f"ema_{metric}") is None else "ema_"
+        if row.get(f"{prefix}{metric}") is not None:
+            found.append((row["epoch"], row[f"{prefix}{metric}"], row.get(f"{prefix}loss")))
     return found
 
 
-def compared_curves(runs: Sequence[tuple[str, Sequence[tuple[int, float, float | None]]]], output: Path) -> None:
-    """Plot loss and accuracy on held-out images by epoch, of several runs over each other, to a PNG.
+def compared_curves(
+    runs: Sequence[tuple[str, Sequence[tuple[int, float, float | None]]]], output: Path, *, metric: str = "accuracy"
+) -> None:
+    """Plot loss and first metric on held-out images by epoch, of several runs over each other, to a PNG.
 
     Args:
         runs: name and `held_out_curve`; a loss that is `None` is not drawn.
         output: the file.
+        metric: its key, see `METRICS`.
 
     Raises:
         MissingPlotsError: without matplotlib.
@@ -121,7 +134,7 @@ def compared_curves(runs: Sequence[tuple[str, Sequence[tuple[int, float, float |
             x, y = zip(*curve, strict=True) if curve else ((), ())
             axes.plot(x, y, line, color=colour, label=escaped(name), marker=marker, markersize=3.5, linewidth=1.8)
     dress(loss, "Loss on held-out images", "epoch")
-    dress(accuracy, "Accuracy on held-out images (%)", "epoch")
+    dress(accuracy, f"{METRICS[metric].capitalize()} on held-out images (%)", "epoch")
     loss.set_ylim(bottom=0)
     accuracy.set_ylim(top=min(accuracy.get_ylim()[1], 101))
     for text in accuracy.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right").get_texts():

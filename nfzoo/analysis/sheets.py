@@ -120,7 +120,7 @@ def augmentation_sheet(
 
     Args:
         images: `(n, C, H, W)`, normalised by `preprocessing`.
-        targets: labels `(n,)`, or mixed labels `(n, classes)`, of which the two largest are drawn.
+        targets: labels `(n,)`, or mixed labels or sets of them `(n, classes)`, of which the three largest are drawn.
         classes: names of the labels; by default their numbers.
 
     Raises:
@@ -154,7 +154,7 @@ def _shares(target: Tensor, classes: Sequence[str] | None) -> list[tuple[str, fl
     if target.ndim == 0:
         pairs = [(1.0, int(target))]
     else:
-        values, labels = target.float().topk(min(2, len(target)))
+        values, labels = target.float().topk(min(_ROWS, len(target)))
         pairs = [pair for pair in zip(values.tolist(), labels.tolist(), strict=True) if pair[0] >= 0.0005]
     return [(f"class {label}" if classes is None else classes[label], share) for share, label in pairs]
 

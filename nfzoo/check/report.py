@@ -95,9 +95,12 @@ class Report:
         if across := int(self.across.sum()):
             parts = " and ".join(self.facts.parts)
             found.append(f"{parts} share {_number(across, 'group')} of copies, so that an accuracy on them is too good")
+        multi_label = any(images.multi_label for images in self.facts.parts.values())
+        several = "more than one set of labels has" if multi_label else "more than one class has"
         if contradicting := int(self.contradicting.sum()):
-            found.append(f"more than one class has copies of the same image, in {_number(contradicting, 'group')}")
-        if len(present := {name for counts in self.counts.values() for name, count in counts.items() if count}) == 1:
+            found.append(f"{several} copies of the same image, in {_number(contradicting, 'group')}")
+        present = {name for counts in self.counts.values() for name, count in counts.items() if count}
+        if len(present) == 1 and not multi_label:
             found.append(f"there is one class alone, {present.pop()}; nothing is to be told apart")
         if self.few:
             found.append(few_images(self.few))
@@ -146,7 +149,10 @@ class Report:
         facts = self.facts
         lines = [f"data:     {self.source}", f"layout:   {self.layout}"]
         for part, counts in self.counts.items():
-            lines.append(f"{part + ':':<9} {_number(sum(counts.values()), 'image')}, {_balance(counts)}")
+            images = facts.parts[part]
+            bare = int((~images.labels.any(1)).sum()) if images.multi_label else 0
+            without = f", {bare:,} without a label" if bare else ""
+            lines.append(f"{part + ':':<9} {_number(len(images), 'image')}, {_balance(counts)}{without}")
             shown = counts if len(counts) <= _SHOWN_CLASSES else {}
             width = max(map(len, shown), default=0)
             top = max(shown.values(), default=1)
@@ -206,7 +212,8 @@ def write_sheets(report: Report, folder: Path, *, workers: int = 0) -> int:
     first = 0
     for images in report.facts.parts.values():
         for label, name in enumerate(images.classes):
-            members[name].append(first + np.flatnonzero(images.labels == label))
+            own = images.labels[:, label] if images.multi_label else images.labels == label
+            members[name].append(first + np.flatnonzero(own))
         first += len(images)
     chosen = {name: _spread(np.concatenate(rows), report.facts.readable) for name, rows in members.items()}
     shown = pictures(report.facts, [int(i) for rows in chosen.values() for i in rows], workers=workers)
@@ -214,8 +221,10 @@ def write_sheets(report: Report, folder: Path, *, workers: int = 0) -> int:
     entry = next(shown, None)
     for number, (name, rows) in enumerate(chosen.items()):
         entries: list[SheetEntry] = []
-        while entry is not None and entry[0] in rows:
+        last = -1
+        while entry is not None and entry[0] in rows and entry[0] > last:  # an image may have several labels
             index, picture = entry
+            last = index
             title = f"{report.facts.where(index)[0]}: {Path(report.facts.name(index)).name}"
             entries.append(SheetEntry(picture, title, []))
             entry = next(shown, None)

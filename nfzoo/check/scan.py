@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from nfzoo.analysis.sheets import thumbnail
 from nfzoo.data.images import ImageFolder, Images, ImageSource
+from nfzoo.data.tables.cells import SEPARATOR
 from nfzoo.data.tar_shards import TarShards
 from nfzoo.data.workers import load
 from nfzoo.errors import DataError
@@ -67,9 +68,12 @@ class Facts:
         return self.parts[part].name(i)
 
     def class_of(self, index: int) -> str:
-        """Return the name of an image's class."""
+        """Return the name of an image's class, or the names of all its labels between bars."""
         part, i = self.where(index)
-        return self.parts[part].classes[int(self.parts[part].labels[i])]
+        images = self.parts[part]
+        if images.multi_label:
+            return SEPARATOR.join(images.classes[label] for label in np.flatnonzero(images.labels[i]).tolist())
+        return images.classes[int(images.labels[i])]
 
 
 def _where(parts: Sequence[tuple[str, Images]], index: int) -> tuple[str, int]:

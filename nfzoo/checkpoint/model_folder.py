@@ -35,8 +35,13 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
 FORMAT = 1
 _KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
+_KEYS |= {"problem_type", "thresholds"}
 
-_SHARED = ("config", "preprocessing", "labels", "temperature")  # in which the files of a folder have to agree
+_SHARED = ("config", "preprocessing", "labels", "temperature", "problem_type", "thresholds")
+"""Fields in which the files of a folder have to agree."""
+
+MULTI_LABEL = "multi_label_classification"
+"""The problem type, as transformers names it, of a model of which each output is a label by itself."""
 
 _TEMPERATURES = "0.001 to 1000"
 
@@ -45,10 +50,13 @@ LABEL_KEYS = ("id2label", "label2id", "num_labels")
 
 FOREIGN_KEYS = {
     *("architectures", "auto_map", "base_model", "datasets", "dtype", "language", "license", "metrics", "model_type"),
-    *("pipeline_tag", "problem_type", "tags", "task_specific_params", "torch_dtype", "torchscript"),
+    *("pipeline_tag", "tags", "task_specific_params", "torch_dtype", "torchscript"),
     *("transformers_version", *LABEL_KEYS),
 }
-"""Keys that other tools add to `config.json`, besides all that begin with `_`. They are kept, and mean nothing here."""
+"""Keys that other tools add to `config.json`, besides all that begin with `_`. They are kept, and mean nothing here.
+
+So is a `problem_type` other than `MULTI_LABEL`.
+"""
 
 
 class Description(NamedTuple):
@@ -62,6 +70,8 @@ class Description(NamedTuple):
         provenance: origin of the weights, free-form JSON.
         foreign: what other tools added, under their keys: see `FOREIGN_KEYS`.
         temperature: probabilities are `softmax(logits / temperature)`; 1 if it is `None`, and then no key of the file.
+        problem_type: `MULTI_LABEL`, where probabilities are the sigmoids of the logits; else `None`, and no key.
+        thresholds: of such a model's probabilities, from which on an image has a label; 0.5 if it is `None`.
     """
 
     config: ModelConfig
@@ -71,6 +81,8 @@ class Description(NamedTuple):
     provenance: Mapping[str, Any] | None = None
     foreign: Mapping[str, Any] | None = None
     temperature: float | None = None
+    problem_type: str | None = None
+    thresholds: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of `config.json`, ready for JSON."""
@@ -83,7 +95,9 @@ class Description(NamedTuple):
             "labels": None if self.labels is None else list(self.labels),
             "provenance": None if self.provenance is None else dict(self.provenance),
             **({} if self.temperature is None else {"temperature": self.temperature}),
-            **(self.foreign or {}),
+            **({} if self.problem_type is None else {"problem_type": self.problem_type}),
+            **({} if self.thresholds is None else {"thresholds": list(self.thresholds)}),
+            **{k: v for k, v in (self.foreign or {}).items() if k != "problem_type" or self.problem_type is None},
         }
 
 
@@ -96,6 +110,9 @@ def describe(fields: object, source: str | Path) -> Description:
             f"{source} is not an nfzoo configuration: it needs 'library_name' nfzoo and an 'architecture'"
         )
     foreign = {key: value for key, value in fields.items() if key in FOREIGN_KEYS or key.startswith("_")}
+    problem_type = fields.get("problem_type")
+    if problem_type != MULTI_LABEL and "problem_type" in fields:
+        foreign["problem_type"], problem_type = problem_type, None
     unknown = sorted(set(fields) - _KEYS - set(foreign))
     if unknown:
         hint = nearest(unknown[0], _KEYS) or f"; known: {', '.join(sorted(_KEYS))}, and those that begin with '_'"
@@ -128,7 +145,28 @@ def describe(fields: object, source: str | Path) -> Description:
     temperature = fields.get("temperature")
     if not is_temperature(temperature):
         raise CheckpointError(f"{source}: 'temperature' must be a number from {_TEMPERATURES}, not {temperature!r}")
-    return Description(config, preprocessing, name, labels, provenance, foreign or None, temperature)
+    thresholds = fields.get("thresholds")
+    problem = sets_problem(problem_type, thresholds, temperature, config.num_classes)
+    if problem is not None:
+        raise CheckpointError(f"{source}: {problem}")
+    about = config, preprocessing, name, labels, provenance, foreign or None, temperature, problem_type
+    return Description(*about, None if thresholds is None else tuple(map(float, thresholds)))
+
+
+def sets_problem(problem_type: object, thresholds: object, temperature: object, classes: int) -> str | None:
+    """Return what is wrong with problem type, thresholds and temperature of a model; `None` if nothing is."""
+    if problem_type not in (None, MULTI_LABEL):
+        return f"'problem_type' must be {MULTI_LABEL!r} or None, not {problem_type!r}"
+    if problem_type is not None and temperature is not None:
+        return f"'temperature' is of a softmax, which a model of the problem type {MULTI_LABEL!r} does not have"
+    if thresholds is None:
+        return None
+    if problem_type is None:
+        return f"'thresholds' are of a model of the problem type {MULTI_LABEL!r}, which this one is not"
+    if not isinstance(thresholds, list | tuple) or len(thresholds) != classes:
+        return f"'thresholds' must be a list of {classes} numbers, one for each class"
+    odd = [t for t in thresholds if isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= 1]
+    return f"'thresholds' must be numbers from 0 to 1, not {odd[0]!r}" if odd else None
 
 
 def is_temperature(value: object) -> bool:
@@ -178,7 +216,7 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
 
     Raises:
         CheckpointError: if the parameters do not fit the configuration, or `folder` is a file.
-        ConfigError: for a temperature that is not between 0.001 and 1000.
+        ConfigError: for a temperature that is not between 0.001 and 1000, and for thresholds that do not fit.
         OSError: if writing fails; an earlier checkpoint then still loads, at least from its weight file.
     """
     folder = Path(folder)
@@ -188,6 +226,10 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
         raise ConfigError(
             f"the model's temperature must be None or a number from {_TEMPERATURES}, not {description.temperature!r}"
         )
+    about = description.problem_type, description.thresholds, description.temperature
+    problem = sets_problem(*about, description.config.num_classes)
+    if problem is not None:
+        raise ConfigError(f"the model cannot be saved: {problem}")
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
     text = _json(description, indent=2) + "\n"
     tensors = {k: v.detach().cpu() for k, v in params.items()}

@@ -28,6 +28,7 @@ FORMATS = {"top-k": ("jsonl", "parquet"), "embeddings": ("npz", "parquet")}
 MOST_IMAGES = 4096  # of a part, where no other number is given
 
 _VERSION = 1
+_DTYPES = {"classes": np.dtype(np.int64), "probabilities": np.dtype(np.float32)}  # of columns of labels
 _OURS = re.compile(r"\.?part-\d{5,}-of-\d{5,}\..*|\.manifest\..*\.json")  # also hidden files that a killed run left
 
 
@@ -203,7 +204,8 @@ def write_part(
     """Write part k, with one row for each of `names`, and the list of its unreadable images.
 
     Args:
-        columns: arrays with one row for each name; `labels` has a list of texts for each name.
+        columns: arrays with one row for each name, or lists of such rows, which may differ in length; `labels` has a
+            list of texts for each name.
         broken: names of unreadable images, which are not among `names` -> error.
     """
     note = parts.broken_path(k)
@@ -230,9 +232,9 @@ def _write_jsonl(path: Path, names: Sequence[str], columns: Mapping[str, Any]) -
     with path.open("w", encoding="ascii", newline="\n") as file:
         for name, classes, labels, probabilities in zip(
             names,
-            columns["classes"].tolist(),
+            (row.tolist() for row in columns["classes"]),
             columns["labels"],
-            columns["probabilities"].tolist(),
+            (row.tolist() for row in columns["probabilities"]),
             strict=True,
         ):
             top = [
@@ -257,7 +259,7 @@ def _write_parquet(path: Path, names: Sequence[str], columns: Mapping[str, Any])
             table[key] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(value.reshape(-1)), value.shape[1])
         else:
             rows = [list(map(_text, row)) for row in value] if key == "labels" else list(value)
-            kind = pyarrow.string() if key == "labels" else pyarrow.from_numpy_dtype(value.dtype)
+            kind = pyarrow.string() if key == "labels" else pyarrow.from_numpy_dtype(_DTYPES[key])
             table[key] = pyarrow.array(rows, pyarrow.list_(kind))
     parquet.write_table(pyarrow.table(table), path)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nfzoo.analysis.figures import compared_curves, held_out_curve, new_figure, read_metrics
+from nfzoo.analysis.figures import METRICS, compared_curves, held_out_curve, metric_of, new_figure, read_metrics
 from nfzoo.analysis.style import check_png
 from nfzoo.cli.tables import table
 from nfzoo.errors import ConfigError, DataError
@@ -32,18 +32,19 @@ class Run(NamedTuple):
 
     @property
     def held_out(self) -> list[tuple[int, float, float | None]]:
-        """Epoch, accuracy and loss on held-out images, of the averaged weights where the run has them."""
+        """Epoch, first metric and loss on held-out images, of the averaged weights where the run has them."""
         return held_out_curve(self.rows)
 
     def figures(self) -> dict[str, Any]:
         """Return the best and the last figures, JSON-ready, with `None` for what was not measured."""
         last, held_out = self.rows[-1], self.held_out
         best = max(held_out, key=lambda point: point[1], default=None)  # the first of equal ones
+        metric = metric_of(self.rows)
         return {
             "epochs": last["epoch"],
-            "best_accuracy": best and best[1],
+            f"best_{metric}": best and best[1],
             "best_epoch": best and best[0],
-            "accuracy": held_out[-1][1] if held_out else None,
+            metric: held_out[-1][1] if held_out else None,
             "loss": held_out[-1][2] if held_out else None,
             "train_loss": last.get("train_loss"),
         }
@@ -116,27 +117,37 @@ def _compare(options: argparse.Namespace) -> None:
         read_run(folder, name if counts[name] == 1 else str(folder)) for folder, name in zip(folders, last, strict=True)
     ]
     different, figures = differences(runs), [run.figures() for run in runs]
+    metrics = {metric_of(run.rows): run.name for run in runs}
+    if len(metrics) > 1:
+        raise ConfigError(
+            f"{metrics['map']!r} is a run of several labels an image and {metrics['accuracy']!r} is not: they have no "
+            "metric in common"
+        )
+    (metric,) = metrics
     if options.output is not None:
-        compared_curves([(run.name, run.held_out) for run in runs], options.output)
+        curves = [(run.name, run.held_out) for run in runs]
+        compared_curves(curves, options.output, metric=metric)
     fields = {
         "runs": [
             {"name": run.name, "options": {name: row[i] for name, row in different.items()}, **figures[i]}
             for i, run in enumerate(runs)
         ]
     }
-    program.write_result(options.json, fields, _text(runs, different, figures))
+    program.write_result(options.json, fields, _text(runs, different, figures, metric))
     if options.output is not None:
         print(f"wrote {escaped(str(options.output))}", file=sys.stderr if options.json == "-" else sys.stdout)
 
 
-def _text(runs: Sequence[Run], different: Mapping[str, Sequence[Any]], figures: Sequence[Mapping[str, Any]]) -> str:
+def _text(
+    runs: Sequence[Run], different: Mapping[str, Sequence[Any]], figures: Sequence[Mapping[str, Any]], metric: str
+) -> str:
     rows = [("", *(run.name for run in runs))]
     rows += [(name, *map(_value, values)) for name, values in different.items()]
     for key, words, form in (
         ("epochs", "epochs done", "{:,}"),
-        ("best_accuracy", "best accuracy", "{:.2%}"),
+        (f"best_{metric}", f"best {METRICS[metric]}", "{:.2%}"),
         ("best_epoch", "in epoch", "{:,}"),
-        ("accuracy", "last accuracy", "{:.2%}"),
+        (metric, f"last {METRICS[metric]}", "{:.2%}"),
         ("loss", "last loss", "{:.4f}"),
         ("train_loss", "last training loss", "{:.4f}"),
     ):

@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     add = sub.add_argument
     add("data", metavar="PATH", help="what --data of `nfzoo train` takes: a folder, tar or parquet files, hub:ORG/NAME")
     program.add_label_options(sub)
+    text = "multi-label: the table gives each image a set of labels, as for nfzoo train (default: single-label)"
+    add("--task", choices=("single-label", "multi-label"), default="single-label", help=text)
     add("--validation-labels", metavar="FILE", help="another such file, of the images that are held out")
     add("--sheet", type=Path, metavar="DIR", help=f"write a PNG there for each class, with up to {PICTURES} images")
     add("--json", metavar="FILE", help="write the result there as JSON too; - prints it instead")
@@ -57,7 +59,8 @@ def _check(options: argparse.Namespace) -> int:
     workers = options.workers
     if workers is None:
         workers = 0 if options.data == DIGITS else default_workers(1)
-    files = label_files(options.labels, options.validation_labels, options.class_names)
+    multi_label = options.task == "multi-label"
+    files = label_files(options.labels, options.validation_labels, options.class_names, multi_label=multi_label)
     try:
         report = check(options.data, workers=workers, labels=files)
         sheets = 0 if options.sheet is None else write_sheets(report, options.sheet, workers=workers)

@@ -105,7 +105,13 @@ def _lookup(source: str, **options: Any) -> tuple[ModelConfig, Preprocessing, di
     return (
         description.config,
         description.preprocessing,
-        {"name": description.name, "provenance": provenance, "labels": labels, "temperature": description.temperature},
+        {
+            "name": description.name,
+            "provenance": provenance,
+            "labels": labels,
+            "temperature": description.temperature,
+            "problem type": description.problem_type,
+        },
     )
 
 

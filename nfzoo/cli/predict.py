@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, its weight file, or a Hub repository")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder of images")
     parser.add_argument(
-        "--topk", type=program.positive_int, default=5, metavar="K", help="labels per image (default: 5)"
+        "--topk",
+        type=program.positive_int,
+        metavar="K",
+        help="labels per image (default: 5; of a multi-label model all that reach their thresholds)",
     )
     parser.add_argument(
         "--sheet",
@@ -76,13 +79,15 @@ def _predict(options: argparse.Namespace) -> None:
     if options.json:
         print_json([_as_json(p) for p in predictions])
     else:
-        width = max(len(escaped(label)) for p in predictions for label, _ in p.top)
+        width = max((len(escaped(label)) for p in predictions for label, _ in p.top), default=0)
         for prediction in predictions:
             print(escaped(str(prediction.path)))
             for label, probability in prediction.top:
                 bar = "#" * round(30 * probability)
                 print(f"  {100 * probability:5.1f} %  {escaped(label):<{min(width, 40)}}  {bar}".rstrip())
-    for line in _of_classes(options, predictions, model.labels or ()):
+            if not prediction.top:
+                print("  no label")
+    for line in () if model.multi_label else _of_classes(options, predictions, model.labels or ()):
         print(line, file=sys.stderr if options.json else sys.stdout)
     if options.sheet is not None:
         print(f"wrote {escaped(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)

@@ -251,7 +251,7 @@ def _check_rows(path: Path) -> None:
 def parquet_rows(path: Path, file: BinaryIO) -> tuple[list[str], Iterator[tuple[int, list[Any]]]]:
     """Return the names of the columns of a parquet file, and an iterator over its rows with their numbers from 1 on.
 
-    Columns other than of text, whole numbers and truth values have `None` in each row.
+    Columns other than of text, whole numbers, truth values and lists of these have `None` in each row.
 
     Raises:
         DataError: if `pyarrow` is not installed.
@@ -288,6 +288,8 @@ def parquet_rows(path: Path, file: BinaryIO) -> tuple[list[str], Iterator[tuple[
 def _is_plain(kind: Any) -> bool:
     from pyarrow import types
 
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return any(test(kind) for test in (types.is_string, types.is_large_string, types.is_integer, types.is_boolean))
 

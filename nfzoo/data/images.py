@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO, Generic, Self, TypeAlias, TypeVar
+from typing import Any, BinaryIO, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -42,11 +42,14 @@ _Source_co = TypeVar("_Source_co", bound=ImageSource, covariant=True)
 class Images(ABC, Generic[_Source_co]):
     """Images with random access, with or without labels: `images[i]` is `(source for open_image, label)`.
 
+    A label is a number, or of multi-label data a row of `labels`.
+
     A subclass reads and names the rows of a source. Selecting and relabelling images is the same for all.
 
     Attributes:
         rows: the selected rows of the source, in order, int64 `(len,)`.
-        labels: the label of each image, int64 `(len,)`, known before images are read; `UNLABELLED` without labels.
+        labels: the label of each image, int64 `(len,)`, known before images are read; `UNLABELLED` without labels. Of
+            multi-label data, whether an image has each label, bool `(len, classes)`.
         classes: the name of each class; empty without labels.
     """
 
@@ -83,15 +86,30 @@ class Images(ABC, Generic[_Source_co]):
         selected = np.asarray(indices, np.int64)
         return replace(self, rows=self.rows[selected], labels=self.labels[selected])
 
-    def relabelled(self, index: Indices) -> Self:
-        """Return the images with labels `index[label]`; `classes` stay those of the source."""
-        return replace(self, labels=np.asarray(index, np.int64)[self.labels])
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has a set of labels."""
+        return self.labels.ndim == 2
+
+    def relabelled(self, index: Indices, outputs: int | None = None) -> Self:
+        """Return the images with labels `index[label]`; `classes` stay those of the source.
+
+        Args:
+            index: the new number of each class.
+            outputs: how many numbers there are; by default as many as classes.
+        """
+        if not self.multi_label:
+            return replace(self, labels=np.asarray(index, np.int64)[self.labels])
+        labels = np.zeros((len(self), outputs or len(self.classes)), bool)
+        labels[:, np.asarray(index, np.int64)] = self.labels
+        return replace(self, labels=labels)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[_Source_co, int]:
-        return self.read_row(int(self.rows[index])), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[_Source_co, Any]:
+        label = self.labels[index]
+        return self.read_row(int(self.rows[index])), label if self.multi_label else int(label)
 
 
 class Texts(Sequence[str]):

@@ -6,6 +6,14 @@ Columns are found by their names, or named by options behind a `?`, as in `label
 - `label`: its class;
 - `split`: its part, if the table tells; `train` and `validation` are the values that stand for the parts.
 
+Of multi-label data, where it is asked for, an image has a set of labels, which may be empty. A table gives it in one of
+three ways:
+
+- a cell of labels between `|`, or another `separator`; in parquet a list;
+- a row for each label of an image;
+- a column of 0 and 1 for each of the `labels`, as in `labels.csv?labels=cat,dog`, or with `labels=*` for each other
+  column of the table.
+
 The module is long because a table can be wrong in many ways, each of which has its message.
 """
 
@@ -25,9 +33,10 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from nfzoo.data.hf_datasets import LABEL_COLUMNS, parquet_rows
-from nfzoo.data.images import ImageFolder, Texts, class_name, logger
+from nfzoo.data.images import ImageFolder, Texts, logger
 from nfzoo.data.labels import read_class_names
 from nfzoo.data.layouts import HELD_OUT_NAMES, TRAIN_NAMES
+from nfzoo.data.tables.cells import ASK, SEPARATOR, Columns, Table, check_cells, indicators, listed, reader, text_of
 from nfzoo.errors import ConfigError, DataError, NfzooError, nearest
 from nfzoo.files import csv_rows, open_regular
 
@@ -35,7 +44,7 @@ PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path"
 SPLIT_COLUMNS = ("split", "part", "subset", "partition", "fold")
 
 _USUAL = {"path": PATH_COLUMNS, "label": (*LABEL_COLUMNS, "class_name", "label_name"), "split": SPLIT_COLUMNS}
-_OPTIONS = (*_USUAL, "train", "validation")
+_OPTIONS = (*_USUAL, "train", "validation", "labels", "separator")
 _REMEDY = "its first line must name its columns"
 
 
@@ -47,21 +56,27 @@ class LabelFiles(NamedTuple):
         validation: a table of the images that are held out; by default the split column of `labels` tells, or chance.
         class_names: a text file with the name of a class in each line, in the order of the model's outputs; by default
             the labels of the tables, sorted.
+        multi_label: whether an image has a set of labels.
     """
 
     labels: str
     validation: str | None = None
     class_names: str | None = None
+    multi_label: bool = False
 
 
-def label_files(labels: str | None, validation: str | None, class_names: str | None) -> LabelFiles | None:
+def label_files(
+    labels: str | None, validation: str | None, class_names: str | None, *, multi_label: bool = False
+) -> LabelFiles | None:
     """Return the files that options name; `None` where there are none.
 
     Raises:
-        ConfigError: for one of the others without `labels`.
+        ConfigError: for one of the others without `labels`, and for multi-label data without.
     """
     if labels is not None:
-        return LabelFiles(labels, validation, class_names)
+        return LabelFiles(labels, validation, class_names, multi_label)
+    if multi_label:
+        raise ConfigError("multi-label data have a table of the labels of each image; give it as labels")
     for name, value in {"validation_labels": validation, "class_names": class_names}.items():
         if value is not None:
             raise ConfigError(f"{name} {value!r} goes with a file of labels; give that as labels")
@@ -77,23 +92,13 @@ class LabelledParts(NamedTuple):
 
 
 class _Row(NamedTuple):
-    label: str
+    label: frozenset[str]  # one, where the data are not multi-label
     split: str | None
     where: int  # line, or row from 1 on
+    each: bool = False  # whether it has one label, and may be a row for each label
 
-
-class _Table(NamedTuple):
-    """A table as it is named."""
-
-    path: Path
-    options: dict[str, str]
-
-    def __str__(self) -> str:
-        return repr(str(self.path))
-
-    def at(self, number: int) -> str:
-        """Return the name of a row: of CSV the number of its line, in which a text editor finds it."""
-        return f"{'row' if self.path.suffix.lower() == '.parquet' else 'line'} {number} of {self}"
+    def shown(self) -> str:
+        return SEPARATOR.join(sorted(self.label))
 
 
 def open_label_files(folder: str, files: LabelFiles) -> LabelledParts:
@@ -111,7 +116,7 @@ def open_label_files(folder: str, files: LabelFiles) -> LabelledParts:
     if not root.is_dir():
         raise ConfigError(f"labels are for the images of a folder, and {folder!r} is none; give the folder as --data")
     table = other = _named(files.labels)
-    rows = _read(table, root)
+    rows, names = _read(table, root, files)
     if files.validation is not None:
         if _values(rows):
             raise ConfigError(
@@ -119,7 +124,8 @@ def open_label_files(folder: str, files: LabelFiles) -> LabelledParts:
                 "leave one of them out"
             )
         other = _named(files.validation)
-        more = _read(other, root)
+        more, more_names = _read(other, root, files)
+        names |= more_names
         twice = next(iter(rows.keys() & more.keys()), None)
         if twice is not None:
             raise DataError(f"{twice!r} is both in {table} and in {other}; an image is to train on or held out")
@@ -131,11 +137,13 @@ def open_label_files(folder: str, files: LabelFiles) -> LabelledParts:
         split = _split(table, rows)
         _check_there(root, rows, table)
         name = None if split is None else _held_out_name(table, rows)
-    labels, classes = _classes(rows, files, lambda path: table if split is None or split.get(path) else other)
+    known, classes = _classes(rows, names, files, lambda path: table if split is None or split.get(path) else other)
     paths = sorted(rows, key=lambda path: path.split("/"))
-    images = ImageFolder(
-        np.arange(len(paths)), np.array([labels[path] for path in paths], np.int64), classes, root, Texts(paths)
-    )
+    if files.multi_label:
+        labels = indicators([rows[path].label for path in paths], known, len(classes), table)
+    else:
+        labels = np.array([known[label] for path in paths for label in rows[path].label], np.int64)
+    images = ImageFolder(np.arange(len(paths)), labels, classes, root, Texts(paths))
     if split is None:
         return LabelledParts(images, None, None)
     training = np.array([split.get(path, False) for path in paths], bool)
@@ -174,13 +182,13 @@ def split_query(source: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
     return path, options
 
 
-def _named(source: str) -> _Table:
+def _named(source: str) -> Table:
     path, options = split_query(source, _OPTIONS)
-    return _Table(Path(path), options)
+    return Table(Path(path), options)
 
 
 @contextmanager
-def _opened(table: _Table) -> Iterator[tuple[list[str], Iterator[tuple[int, Sequence[Any]]]]]:
+def _opened(table: Table) -> Iterator[tuple[list[str], Iterator[tuple[int, Sequence[Any]]]]]:
     """Yield the names of a table's columns, and its rows with their numbers."""
     try:
         with open_regular(table.path) as file:
@@ -198,7 +206,7 @@ def _opened(table: _Table) -> Iterator[tuple[list[str], Iterator[tuple[int, Sequ
         raise DataError(f"the labels {table} cannot be read: {error}") from error
 
 
-def _column(table: _Table, header: Sequence[str], key: str) -> int | None:
+def _column(table: Table, header: Sequence[str], key: str) -> int | None:
     """Return the number of a column: the one that an option names, or the first that has a usual name."""
     names = [str(name).strip() for name in header]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
@@ -207,64 +215,72 @@ def _column(table: _Table, header: Sequence[str], key: str) -> int | None:
     chosen = table.options.get(key)
     if chosen is not None:
         if chosen not in names:
-            raise DataError(f"the labels {table} have no column {chosen!r} for ?{key}=; {_columns(names)}")
+            raise DataError(f"the labels {table} have no column {chosen!r} for ?{key}=; {listed(names)}")
         return names.index(chosen)
     lower = [name.lower() for name in names]
     return next((lower.index(name) for name in _USUAL[key] if name in lower), None)
 
 
-def _columns(names: Sequence[str]) -> str:
-    return f"the columns are {', '.join(repr(name[:100]) for name in names[:20])}"
-
-
-def _read(table: _Table, root: Path) -> dict[str, _Row]:
-    """Return the rows of a table by the paths of their images from `root` on, with slashes."""
+def _read(table: Table, root: Path, files: LabelFiles) -> tuple[dict[str, _Row], set[str]]:
+    """Return the rows of a table by the paths of their images from `root` on, with slashes; and labels of columns."""
     rows: dict[str, _Row] = {}
-    repeated = 0
+    names: set[str] = set()
+    first: dict[str, int] = {}  # label -> row
+    repeated, separated = 0, False
     base = os.path.abspath(root)
     with _opened(table) as (header, cells):
         if not header:
             raise DataError(f"the labels {table} are empty, or their first line is; {_REMEDY}")
         numbers = {key: _column(table, header, key) for key in _USUAL}
+        read = reader(table, header, numbers, multi_label=files.multi_label)
+        if isinstance(read, Columns):
+            names, numbers["label"] = set(read.numbers), -1
         for key in ("path", "label"):
             if numbers[key] is None:
                 raise DataError(
-                    f"the labels {table} have no column of {key}s with a usual name; {_columns(header)}; {_REMEDY}, or "
+                    f"the labels {table} have no column of {key}s with a usual name; {listed(header)}; {_REMEDY}, or "
                     f"add ?{key}=COLUMN"
                 )
         for where, row in cells:
-            values = {k: _text(row[n], table.at(where), k) for k, n in numbers.items() if n is not None}
+            at = table.at(where)
+            places = {k: n for k, n in numbers.items() if n is not None and k != "label"}
+            values = {k: text_of(row[n], at, k) for k, n in places.items()}
             for key, value in values.items():
                 if not value:
-                    raise DataError(f"{table.at(where)} has no {key}; fill it in, or leave it out")
+                    raise DataError(f"{at} has no {key}; fill it in, or leave it out")
             path = _inside(values["path"], base, where, table)
-            new = _Row(class_name(values["label"]), values.get("split"), where)
+            labels = read(row, at)
+            separated |= len(labels) > 1
+            for label in labels:
+                first.setdefault(label, where)
+            new = _Row(labels, values.get("split"), where, files.multi_label and len(labels) == 1)
             old = rows.setdefault(path, new)
             if old is new:
                 continue
+            if old.each and new.each and old.split == new.split and not new.label <= old.label:
+                rows[path] = old._replace(label=old.label | new.label)
+                continue
             repeated += 1
-            for kind, first, second in (("label", old.label, new.label), ("part", old.split, new.split)):
-                if first != second:
+            hint = "" if files.multi_label else f"; {ASK}"
+            same = old.label == new.label or (old.each and new.each and new.label <= old.label)
+            for kind, equal, before, now in (
+                ("label", same, old.shown(), new.shown()),
+                ("part", old.split == new.split, old.split, new.split),
+            ):
+                if not equal:
                     raise DataError(
-                        f"{table.at(where)} has {path!r} with the {kind} {second!r}, and {old.where} has it with "
-                        f"{first!r}; keep one of them"
+                        f"{at} has {path!r} with the {kind} {now!r}, and {old.where} has it with "
+                        f"{before!r}; keep one of them{hint if kind == 'label' else ''}"
                     )
     if not rows:
         raise DataError(f"the labels {table} have no rows but the first, which names the columns")
+    check_cells(table, first, multi_label=files.multi_label, separated=separated)
     if repeated:
         logger.warning("%s repeats the rows of %d images, which count once", table.path, repeated)
-    return rows
+    return rows, names
 
 
-def _text(value: Any, where: str, key: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str | int):
-        raise DataError(f"{where} has a {key} that is neither text nor a whole number; name another with ?{key}=COLUMN")
-    return str(value).strip()
-
-
-def _inside(path: str, base: str, where: int, table: _Table) -> str:
+def _inside(path: str, base: str, where: int, table: Table) -> str:
     """Return a path from the folder on; raise a `DataError` if it leads out of the folder by its name."""
     inside = os.path.normpath(path)
     if os.path.isabs(inside):
@@ -277,7 +293,7 @@ def _inside(path: str, base: str, where: int, table: _Table) -> str:
     return inside.replace(os.sep, "/")
 
 
-def _check_there(root: Path, rows: dict[str, _Row], table: _Table) -> None:
+def _check_there(root: Path, rows: dict[str, _Row], table: Table) -> None:
     missing = [path for path in rows if not os.path.isfile(root / path)]
     if missing:
         first = missing[0]
@@ -290,7 +306,7 @@ def _check_there(root: Path, rows: dict[str, _Row], table: _Table) -> None:
 # -- parts
 
 
-def _split(table: _Table, rows: dict[str, _Row]) -> dict[str, bool] | None:
+def _split(table: Table, rows: dict[str, _Row]) -> dict[str, bool] | None:
     """Return which images are to train on and which are held out; `None` if the table does not tell."""
     values = _values(rows)
     if not values:
@@ -323,7 +339,7 @@ def _values(rows: dict[str, _Row]) -> list[str]:
     return list(dict.fromkeys(row.split for row in rows.values() if row.split is not None))
 
 
-def _held_out_name(table: _Table, rows: dict[str, _Row]) -> str:
+def _held_out_name(table: Table, rows: dict[str, _Row]) -> str:
     values, chosen = _values(rows), table.options.get("validation")
     found = [value for value in values if value == chosen]
     if chosen is None:
@@ -341,10 +357,15 @@ def _parts(values: Sequence[str]) -> str:
 
 
 def _classes(
-    rows: dict[str, _Row], files: LabelFiles, table_of: Callable[[str], _Table]
+    rows: dict[str, _Row], names: set[str], files: LabelFiles, table_of: Callable[[str], Table]
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the number of each image's class, and the names of the classes; `table_of` is asked for a message."""
-    distinct = {row.label for row in rows.values()}
+    """Return the number of each label's class, and the names of the classes.
+
+    Args:
+        names: labels besides those of the rows.
+        table_of: is asked for a message.
+    """
+    distinct = {label for row in rows.values() for label in row.label} | names
     numbered = all(re.fullmatch("[0-9]{1,9}", label) for label in distinct)
     if files.class_names is None:
         classes = tuple(sorted(distinct, key=lambda label: (int(label), label) if numbered else (0, label)))
@@ -356,10 +377,14 @@ def _classes(
             known = {label: int(label) for label in distinct if int(label) < len(classes)}
     strange = distinct - known.keys()
     if strange:
-        path, row = next((path, row) for path, row in rows.items() if row.label in strange)
-        where = table_of(path).at(row.where)
-        raise DataError(
-            f"{where} has the label {row.label!r}, which is none of the {len(classes):,} classes of "
-            f"{files.class_names!r}{nearest(row.label, classes)}"
+        having = (
+            (table_of(path).at(row.where), min(row.label & strange))
+            for path, row in rows.items()
+            if row.label & strange
         )
-    return {path: known[row.label] for path, row in rows.items()}, classes
+        where, label = next(having, (files.labels, min(strange)))
+        raise DataError(
+            f"{where} has the label {label!r}, which is none of the {len(classes):,} classes of "
+            f"{files.class_names!r}{nearest(label, classes)}"
+        )
+    return known, classes

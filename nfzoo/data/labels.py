@@ -25,9 +25,10 @@ FEW_IMAGES = 10
 
 
 def class_counts(images: Images) -> dict[str, int]:
-    """Return the number of images of each class, in the order of the classes."""
-    counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
-    return dict(zip(images.classes, counts, strict=True))
+    """Return the number of images of each class, in the order of the classes; one of several labels counts for each."""
+    classes = len(images.classes)
+    counts = images.labels.sum(0) if images.multi_label else np.bincount(images.labels, minlength=classes)
+    return dict(zip(images.classes, counts.tolist(), strict=True))
 
 
 def few_images(counts: Mapping[str, int]) -> str:
@@ -82,6 +83,30 @@ def class_weights(given: Mapping[str, float] | str, counts: Mapping[str, int]) -
     if not any(weights):
         raise DataError("all class_weights are 0, so that there is nothing to learn")
     return weights
+
+
+def positive_weights(given: Mapping[str, float] | str, counts: Mapping[str, int], images: int) -> list[float] | None:
+    """Return the weight of each class's positive term in the loss of multi-label data; `None` for `"none"`.
+
+    `"balanced"` is `(images - count) / count`. Classes that a mapping does not name have weight 1.
+
+    Args:
+        given: as of `class_weights`.
+        counts: the number of images to train on that have each label.
+        images: the number of images to train on.
+
+    Raises:
+        DataError: as `class_weights`, and for a balance with a class that every image has.
+
+    Source: `pos_weight` of torch's `BCEWithLogitsLoss`.
+    """
+    balanced = class_weights(given, counts)
+    if balanced is None or not isinstance(given, str):
+        return None if balanced is None else list(balanced)
+    full = next((name for name, count in counts.items() if count == images), None)
+    if full is not None:
+        raise DataError(f"every image to train on has the label {full!r}, so that its balanced class weight would be 0")
+    return [(images - count) / count for count in counts.values()]
 
 
 @functools.cache

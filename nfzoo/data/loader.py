@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class TrainingBatch(NamedTuple):
 
     Attributes:
         pixels: grey levels 0..255 `(n, C, S, S)`, not normalised: see `preprocess.training_crop`.
-        labels: `(n,)` int64.
+        labels: `(n,)` int64, or of multi-label data bool `(n, classes)`.
         indices: samples, int64 `(n,)`: the numbers of the images in the data set, or see `balanced_order`.
         offset: row of the first image in the global batch.
         broken: messages about unreadable images, which other images replace.
@@ -163,7 +163,7 @@ def _training_batches(batches: Iterator, offsets: Sequence[int]) -> Iterator[Tra
 
 class _TrainingSample(NamedTuple):
     pixels: Tensor | None
-    label: int
+    label: Any
     used: int  # the sample, of the image that was read
     broken: str | None
 
@@ -201,7 +201,7 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
             )
             return _TrainingSample(pixels, label, before + candidate, broken)
         row = "none of the images can be read" if tries < _MAX_UNREADABLE else f"{tries} images in a row cannot be read"
-        return _TrainingSample(None, 0, index, f"{row}, such as: {broken}")
+        return _TrainingSample(None, self.images.labels[0], index, f"{row}, such as: {broken}")
 
 
 def _collate_training(
@@ -211,11 +211,16 @@ def _collate_training(
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     return (
         torch.stack(pixels) if fatal is None else torch.empty(0),
-        torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        _stacked([sample.label for sample in samples]),
         torch.tensor([sample.used for sample in samples], dtype=torch.int64),
         tuple(sample.broken for sample in samples if sample.broken is not None),
         fatal,
     )
+
+
+def _stacked(labels: list[Any]) -> Tensor:
+    """Return the labels of a batch: int64 `(n,)`, or of sets bool `(n, classes)`."""
+    return torch.from_numpy(np.array(labels))
 
 
 # -- evaluation and prediction
@@ -226,7 +231,7 @@ class EvaluationBatch(NamedTuple):
 
     Attributes:
         pixels: `(n, C, S, S)`; rows of unreadable images are zero.
-        labels: `(n,)` int64.
+        labels: `(n,)` int64, or of multi-label data bool `(n, classes)`.
         broken: row of each unreadable image -> message.
     """
 
@@ -292,7 +297,7 @@ def evaluation_batches(
 
 
 @dataclass
-class _EvaluationSamples(TorchDataset["tuple[Tensor, int] | str"]):
+class _EvaluationSamples(TorchDataset["tuple[Tensor, Any] | str"]):
     """Model inputs with labels, or messages about unreadable images."""
 
     images: Images
@@ -300,7 +305,7 @@ class _EvaluationSamples(TorchDataset["tuple[Tensor, int] | str"]):
     size: int
     corruption: Corruption | None = None
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[Tensor, Any] | str:  # type: ignore[override]
         try:
             source, label = self.images[index]
             image = open_image(source, channels=len(self.preprocessing.mean))
@@ -312,11 +317,12 @@ class _EvaluationSamples(TorchDataset["tuple[Tensor, int] | str"]):
         except DataError as error:
             return str(error)
 
-    def collate(self, samples: list[tuple[Tensor, int] | str]) -> EvaluationBatch:
-        unreadable = torch.zeros(len(self.preprocessing.mean), self.size, self.size), UNLABELLED
+    def collate(self, samples: list[tuple[Tensor, Any] | str]) -> EvaluationBatch:
+        none = np.zeros(self.images.labels.shape[1], bool) if self.images.multi_label else UNLABELLED
+        unreadable = torch.zeros(len(self.preprocessing.mean), self.size, self.size), none
         rows = [unreadable if isinstance(sample, str) else sample for sample in samples]
         return EvaluationBatch(
             torch.stack([pixels for pixels, _ in rows]),
-            torch.tensor([label for _, label in rows], dtype=torch.int64),
+            _stacked([label for _, label in rows]),
             {i: sample for i, sample in enumerate(samples) if isinstance(sample, str)},
         )

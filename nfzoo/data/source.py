@@ -120,7 +120,10 @@ def open_split(
         return Split(images, parts.held_out(images.classes))
     if labels is None:
         check_more_than_one(Path(source), images.classes)
-    held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
+    if images.multi_label:
+        held_out = _stratified_sets(images.labels, validation_fraction, seed)
+    else:
+        held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
     return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
 
 
@@ -140,7 +143,8 @@ def open_parts(source: str, *, labels: LabelFiles | None = None) -> dict[str, Im
         named = {images.name(i) for images in opened.values() for i in range(len(images))}
         others = [name for name in files_below(Path(source), tuple(IMAGE_SUFFIXES)) if name not in named]
         if others:
-            logger.warning("images without a label are left out: %d in %s, such as %s", len(others), source, others[0])
+            which = "that no row names" if labels.multi_label else "without a label"
+            logger.warning("images %s are left out: %d in %s, such as %s", which, len(others), source, others[0])
     return opened
 
 
@@ -384,6 +388,28 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
             )
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held_out[rng.permutation(members)[:count]] = True
+    return held_out
+
+
+def _stratified_sets(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Select `fraction` of the images of multi-label data at random, as a bool mask `(len(labels),)`.
+
+    Images are drawn from groups by the rarest of their labels, of equally rare ones the first, and from the group of
+    those without a label. Of a group of one image none is drawn.
+    """
+    rng = np.random.default_rng([seed, 0x5EED])
+    counts = labels.sum(0)
+    rarest = np.where(labels.any(1), np.where(labels, counts, len(labels) + 1).argmin(1), -1)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for group in np.unique(rarest).tolist():
+        members = np.flatnonzero(rarest == group)
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        held_out[rng.permutation(members)[:count]] = True
+    if not held_out.any():
+        raise DataError(
+            f"{len(labels)} images are too few to hold any out by their rarest labels; add images, or name those to "
+            "hold out in a column split"
+        )
     return held_out
 
 

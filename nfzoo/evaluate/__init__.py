@@ -2,7 +2,19 @@
 
 from nfzoo.evaluate.accuracy import EVALUATION_FILE, Evaluation, evaluate, table
 from nfzoo.evaluate.labelled import open_labelled
+from nfzoo.evaluate.multi_label import SetEvaluation, evaluate_sets
 from nfzoo.evaluate.run import main
 from nfzoo.evaluate.scores import Score, score
 
-__all__ = ["EVALUATION_FILE", "Evaluation", "Score", "evaluate", "main", "open_labelled", "score", "table"]
+__all__ = [
+    "EVALUATION_FILE",
+    "Evaluation",
+    "Score",
+    "SetEvaluation",
+    "evaluate",
+    "evaluate_sets",
+    "main",
+    "open_labelled",
+    "score",
+    "table",
+]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -22,12 +23,12 @@ from nfzoo.data.images import DIGITS, Digits
 from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.loader import BrokenImageError, evaluation_batches
 from nfzoo.data.source import HELD_OUT, source_text
-from nfzoo.errors import CheckpointError, DataError
+from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.evaluate.labelled import Labelled, open_labelled
 from nfzoo.evaluate.scores import score
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
-from nfzoo.runtime.device import default_workers, processes, share_of
+from nfzoo.runtime.device import backend, default_workers, processes, share_of
 from nfzoo.runtime.distributed import gather
 from nfzoo.runtime.output import escaped
 from nfzoo.transforms.corruptions import Corruption
@@ -82,7 +83,7 @@ class Outputs(NamedTuple):
 
     Attributes:
         indices: of the images in the data, int64 `(n,)`.
-        labels: indices of the model's outputs, int64 `(n,)`.
+        labels: indices of the model's outputs, int64 `(n,)`; of multi-label data bool `(n, classes)`.
         logits: float32 `(n, classes)`.
     """
 
@@ -139,9 +140,15 @@ class Evaluator:
         trained = model.provenance or {}
         held_out = trained.get("validation_fraction") if trained.get("data") == Path(data).name else None
         classes, names = model.config.num_classes, model.labels
+        if model.multi_label != (labels is not None and labels.multi_label):
+            raise ConfigError(
+                "a multi-label model, and no other, is measured on a table of sets of labels; give LabelFiles(LABELS, "
+                f"multi_label={model.multi_label})"
+            )
         labelled = open_labelled(data, classes, names, held_out=held_out or HELD_OUT, files=labels)
         if held_out and data != DIGITS and labelled.split is None and state.is_main_process:
-            logger.warning("%s was trained on most of these images: this is no held-out accuracy", name or model.name)
+            what = "these are no held-out figures" if model.multi_label else "this is no held-out accuracy"
+            logger.warning("%s was trained on most of these images: %s", name or model.name, what)
         if workers is None:
             workers = 0 if isinstance(labelled.images, Digits) else default_workers(state.num_processes)
         shown, side = name or model.name or "model", size or model.preprocessing.test_size
@@ -156,14 +163,31 @@ class Evaluator:
         kept: list[Tensor] = []
         indices: list[int] = []
         evaluation = self._run(kept=kept, indices=indices)
+        return evaluation, self._gathered(kept, indices)
+
+    def logits(self) -> tuple[Outputs, int]:
+        """Return the logits of all processes, which each of them holds in memory, and the number of images left out.
+
+        Raises:
+            DataError: if no image can be read, or one cannot be and is not to be left out.
+        """
+        kept: list[Tensor] = []
+        indices: list[int] = []
+        broken: list[str] = []
+        target, compute = backend(self.device), self._function(kept)
+        with torch.no_grad(), self._unbroken():
+            for images, _ in _with_bar(self._batches(broken, indices), len(self.labelled.images), self.state):
+                compute(target.images(images))
+        outputs = self._gathered(kept, indices)
+        return outputs, len(self._left_out(broken, len(outputs.indices), say=True))
+
+    def _gathered(self, kept: list[Tensor], indices: list[int]) -> Outputs:
         logits = torch.cat(kept).numpy() if kept else np.zeros((0, self.model.config.num_classes), np.float32)
         parts = gather([(np.asarray(indices, np.int64), logits)])
         rows = np.concatenate([part[0] for part in parts])
         order = rows.argsort()
         rows = rows[order]
-        return evaluation, Outputs(
-            rows, self.labelled.images.labels[rows], np.concatenate([part[1] for part in parts])[order]
-        )
+        return Outputs(rows, self.labelled.images.labels[rows], np.concatenate([part[1] for part in parts])[order])
 
     def _run(
         self,
@@ -175,38 +199,13 @@ class Evaluator:
         from nfzoo import __version__
 
         images, model = self.labelled.images, self.model
-        params, dtype = dict(model.named_parameters()), next(model.parameters()).dtype
+        if model.multi_label:
+            raise ConfigError("a multi-label model has no accuracy; nfzoo.evaluate.evaluate_sets measures it")
         broken: list[str] = []
-        batches = evaluation_batches(
-            images,
-            model.preprocessing,
-            batch_size=self.batch_size,
-            rank=self.state.process_index,
-            world=self.state.num_processes,
-            size=self.size,
-            workers=self.workers,
-            broken=broken if self.skip_broken else None,
-            indices=indices,
-            corruption=corruption,
-        )
-
-        def logits(x: Tensor) -> Tensor:
-            outputs = apply(model.config, params, x.to(dtype))
-            if kept is not None:
-                kept.append(outputs.float().cpu())
-            return outputs
-
-        try:
-            shown = _with_bar(batches, len(images), self.state)
-            result = score(logits, shown, device=self.device)
-        except BrokenImageError as error:
-            raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
-        problems = sorted(gather(broken))
-        if self.state.is_main_process and corruption is None:
-            for problem in problems:
-                logger.warning("left out: %s", problem)
-        if not result.images:
-            raise DataError(f"none of the {len(images)} images can be read, such as: {problems[0]}")
+        with self._unbroken():
+            shown = _with_bar(self._batches(broken, indices, corruption), len(images), self.state)
+            result = score(self._function(kept), shown, device=self.device)
+        problems = self._left_out(broken, result.images, say=corruption is None)
         if not np.isfinite(result.loss):
             raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
         return Evaluation(
@@ -226,6 +225,54 @@ class Evaluator:
             torch=str(torch.__version__),
             date=self.date,
         )
+
+    def _batches(
+        self, broken: list[str], indices: list[int] | None = None, corruption: Corruption | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return this process's share of the images."""
+        return evaluation_batches(
+            self.labelled.images,
+            self.model.preprocessing,
+            batch_size=self.batch_size,
+            rank=self.state.process_index,
+            world=self.state.num_processes,
+            size=self.size,
+            workers=self.workers,
+            broken=broken if self.skip_broken else None,
+            indices=indices,
+            corruption=corruption,
+        )
+
+    def _function(self, kept: list[Tensor] | None) -> Callable[[Tensor], Tensor]:
+        """Return the function from images to logits, which it keeps on the CPU if asked."""
+        model = self.model
+        params, dtype = dict(model.named_parameters()), next(model.parameters()).dtype
+
+        def logits(x: Tensor) -> Tensor:
+            outputs = apply(model.config, params, x.to(dtype))
+            if kept is not None:
+                kept.append(outputs.float().cpu())
+            return outputs
+
+        return logits
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """Name the remedy for an image that cannot be read."""
+        try:
+            yield
+        except BrokenImageError as error:
+            raise BrokenImageError(f"{error}; leave such images out with --skip-broken") from error
+
+    def _left_out(self, broken: list[str], read: int, *, say: bool) -> list[str]:
+        """Return the messages of all processes about unreadable images, and log them if asked; raise if all are."""
+        problems = sorted(gather(broken))
+        if self.state.is_main_process and say:
+            for problem in problems:
+                logger.warning("left out: %s", problem)
+        if not read:
+            raise DataError(f"none of the {len(self.labelled.images)} images can be read, such as: {problems[0]}")
+        return problems
 
 
 def evaluate(
@@ -256,7 +303,7 @@ def evaluate(
     Raises:
         DataError: for data that are unreadable or do not fit the model.
         CheckpointError: if the outputs are not finite.
-        ConfigError: for a device that is not available.
+        ConfigError: for a device that is not available, and for a multi-label model, see `evaluate_sets`.
     """
     return Evaluator.prepare(
         model,

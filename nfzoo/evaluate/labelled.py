@@ -55,4 +55,4 @@ def open_labelled(
         index, matched_by = tuple(range(len(names))), "numbers"  # unnamed classes are numbers of outputs
     else:
         index, matched_by = match_classes(names, classes, labels, source=part.source)
-    return Labelled(part.images.relabelled(index), part.dataset, part.split, matched_by)
+    return Labelled(part.images.relabelled(index, classes), part.dataset, part.split, matched_by)

@@ -66,13 +66,18 @@ def page(fields: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     mistakes = _mistakes(fields["mistakes"], pictures)
     sections = [
         _summary(fields),
-        _section("Classes", _classes(fields["classes"])),
-        _section("Confusion matrix", _confusions(fields["confusions"], pictures)),
-        _section("Calibration", _calibration(fields["calibration"], pictures)),
-        *([_section("Corruptions", _robustness(fields["corruptions"], pictures))] if "corruptions" in fields else []),
-        _section("The worst mistakes", mistakes),
-        _section("How it was measured", _facts(about)),
+        section("Classes", _classes(fields["classes"])),
+        section("Confusion matrix", _confusions(fields["confusions"], pictures)),
+        section("Calibration", _calibration(fields["calibration"], pictures)),
+        *([section("Corruptions", _robustness(fields["corruptions"], pictures))] if "corruptions" in fields else []),
+        section("The worst mistakes", mistakes),
+        section("How it was measured", measured_how(about)),
     ]
+    return document(title, sections)
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """Return a page of a title and sections in HTML, which loads and runs nothing."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""\
 <!DOCTYPE html>
@@ -81,12 +86,12 @@ def page(fields: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
+<title>{in_html(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <main>
-<h1>{_text(title)}</h1>
+<h1>{in_html(title)}</h1>
 {"".join(sections)}
 </main>
 </body>
@@ -94,24 +99,27 @@ def page(fields: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 """
 
 
-def _text(value: object) -> str:
+def in_html(value: object) -> str:
+    """Return a value as text of the page, escaped."""
     shown = escaped(str(value)).encode("utf-8", "backslashreplace").decode()
     return html.escape(shown)
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n{content}\n</section>\n"
+def section(title: str, content: str) -> str:
+    """Return a section of the page; its content is in HTML."""
+    return f"<section>\n<h2>{in_html(title)}</h2>\n{content}\n</section>\n"
 
 
-def _picture(pictures: Mapping[str, bytes], name: str, text: str, kind: str = "figure") -> str:
+def picture(pictures: Mapping[str, bytes], name: str, text: str, kind: str = "figure") -> str:
+    """Return a picture as part of the page, with a text for those who cannot see it."""
     content = base64.b64encode(pictures[name]).decode()
-    return f'<img class="{kind}" alt="{_text(text)}" src="data:image/png;base64,{content}">'
+    return f'<img class="{kind}" alt="{in_html(text)}" src="data:image/png;base64,{content}">'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:
     """Return a table of cells in HTML, of which the columns from `numbers` on are aligned to the right."""
     mark = ['<{} class="n">' if i >= numbers else "<{}>" for i in range(len(head))]
-    top = "".join(f"{m.format('th')}{_text(cell)}</th>" for m, cell in zip(mark, head, strict=True))
+    top = "".join(f"{m.format('th')}{in_html(cell)}</th>" for m, cell in zip(mark, head, strict=True))
     lines = [
         "<tr>" + "".join(f"{m.format('td')}{cell}</td>" for m, cell in zip(mark, row, strict=True)) + "</tr>"
         for row in rows
@@ -128,12 +136,12 @@ def _summary(fields: Mapping[str, Any]) -> str:
         (f"{fields['calibration']['as_given']['ece']:.2%}", "expected calibration error"),
         (f"{about['images']:,}", f"images of {about['classes']:,} classes{skipped}"),
     ]
-    figures = "".join(f"<div><b>{value}</b>{_text(name)}</div>" for value, name in large)
+    figures = "".join(f"<div><b>{value}</b>{in_html(name)}</div>" for value, name in large)
     rows = []
     for name, words in _MEASURES.items():
         numbers = (metrics[name][key] for key in ("value", "low", "high"))
         value, low, high = (f"{v:.2%}" if name in _SHARES else f"{v:.4f}" for v in numbers)
-        rows.append((_text(words), value, f"{low} to {high}"))
+        rows.append((in_html(words), value, f"{low} to {high}"))
     note = (
         f"The intervals are those of the percentile bootstrap, {drawn['resamples']:,} resamples of the images. They "
         "tell what other images of the same kind would change, and nothing of another training."
@@ -141,7 +149,7 @@ def _summary(fields: Mapping[str, Any]) -> str:
     interval = f"{drawn['level']:.0%} interval"
     return (
         f'<section>\n<div class="figures">{figures}</div>\n'
-        f'{_table(("measure", "value", interval), rows, 1)}\n<p class="quiet">{note}</p>\n</section>\n'
+        f'{table(("measure", "value", interval), rows, 1)}\n<p class="quiet">{note}</p>\n</section>\n'
     )
 
 
@@ -162,16 +170,16 @@ def _class_table(rows: Sequence[Mapping[str, Any]]) -> str:
         precision = f"{row['precision']:.1%}" if row["predicted"] else "–"
         recall, f1 = (f"{row[key]:.1%}" if known else "–" for key in ("recall", "f1"))
         counts = (f"{row[key]:,}" for key in ("support", "predicted"))
-        cells.append((_text(row["label"]), bar if known else "", precision, recall, f1, *counts))
-    return _table(("class", "", "precision", "recall", "F1", "images", "predicted"), cells, 2)
+        cells.append((in_html(row["label"]), bar if known else "", precision, recall, f1, *counts))
+    return table(("class", "", "precision", "recall", "F1", "images", "predicted"), cells, 2)
 
 
 def _confusions(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes]) -> str:
-    content = _picture(pictures, "confusion_matrix.png", "Predicted classes of the images of each class")
+    content = picture(pictures, "confusion_matrix.png", "Predicted classes of the images of each class")
     if not rows:
         return f"{content}\n<p>All predictions are right.</p>"
-    cells = [(_text(row["label"]), _text(row["predicted"]), f"{row['images']:,}") for row in rows]
-    return f"{content}\n<p>The most frequent mistakes:</p>\n{_table(('class', 'predicted', 'images'), cells, 2)}"
+    cells = [(in_html(row["label"]), in_html(row["predicted"]), f"{row['images']:,}") for row in rows]
+    return f"{content}\n<p>The most frequent mistakes:</p>\n{table(('class', 'predicted', 'images'), cells, 2)}"
 
 
 def _calibration(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -201,17 +209,17 @@ def _calibration(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
         "The expected calibration error (ECE) is the mean difference of accuracy and confidence over "
         f"{bins} bins of equal width."
     )
-    picture = _picture(pictures, "reliability.png", "Accuracy by confidence")
-    return f'{picture}\n{_table(head, rows, 1)}\n<p>{_text(text)}</p>\n<p class="quiet">{meaning}</p>'
+    drawn = picture(pictures, "reliability.png", "Accuracy by confidence")
+    return f'{drawn}\n{table(head, rows, 1)}\n<p>{in_html(text)}</p>\n<p class="quiet">{meaning}</p>'
 
 
 def _calibration_row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-    return (_text(name), f"{found['ece']:.2%}", f"{found['mce']:.2%}", f"{found['nll']:.4f}", f"{found['brier']:.4f}")
+    return (in_html(name), f"{found['ece']:.2%}", f"{found['mce']:.2%}", f"{found['nll']:.4f}", f"{found['brier']:.4f}")
 
 
 def _robustness(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     head, *rows = robustness_rows(found)
-    cells = [tuple(map(_text, row)) for row in rows]
+    cells = [tuple(map(in_html, row)) for row in rows]
     meanings = []
     for name, meaning in found["meaning"].items():
         strengths = (f"{row['strength']:g}" for row in found["rows"] if row["corruption"] == name)
@@ -220,8 +228,8 @@ def _robustness(found: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         "Inputs are corrupted at severities 1 to 5, with the constants of ImageNet-C but for rotation. "
         f"{'; '.join(meanings)}."
     )
-    picture = _picture(pictures, "corruptions.png", "Accuracy by severity of corruptions")
-    return f'{picture}\n{_table(head, cells, 1)}\n<p class="quiet">{_text(note)}</p>'
+    drawn = picture(pictures, "corruptions.png", "Accuracy by severity of corruptions")
+    return f'{drawn}\n{table(head, cells, 1)}\n<p class="quiet">{in_html(note)}</p>'
 
 
 def _mistakes(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes]) -> str:
@@ -229,10 +237,10 @@ def _mistakes(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes]) 
         return "<p>There are none: all predictions are right.</p>"
     cells = [
         (
-            _text(row["image"]),
-            _text(row["label"]),
+            in_html(row["image"]),
+            in_html(row["label"]),
             f"{row['probability']:.1%}",
-            _text(row["predicted"]),
+            in_html(row["predicted"]),
             f"{row['confidence']:.1%}",
             f"{row['loss']:.2f}",
         )
@@ -241,12 +249,13 @@ def _mistakes(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes]) 
     head = ("image", "class", "probability", "predicted", "probability", "loss")
     return (
         f"<p>The {len(rows)} wrong predictions of the greatest loss.</p>\n"
-        f"{_picture(pictures, 'mistakes.png', 'Images of the worst mistakes', 'sheet')}\n"
-        f"<details><summary>As a table</summary>\n{_table(head, cells, 2)}\n</details>"
+        f"{picture(pictures, 'mistakes.png', 'Images of the worst mistakes', 'sheet')}\n"
+        f"<details><summary>As a table</summary>\n{table(head, cells, 2)}\n</details>"
     )
 
 
-def _facts(about: Mapping[str, Any]) -> str:
+def measured_how(about: Mapping[str, Any]) -> str:
+    """Return the circumstances of an evaluation as a table in HTML."""
     rows = [
         ("input", f"{about['size']} x {about['size']} pixels ({about['resize']})"),
         ("classes matched by", about["matched_by"]),
@@ -254,5 +263,5 @@ def _facts(about: Mapping[str, Any]) -> str:
         ("versions", f"nfzoo {about['nfzoo']}, torch {about['torch']}"),
         *((("date", about["date"]),) if "date" in about else ()),
     ]
-    cells = "\n".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    cells = "\n".join(f"<tr><th>{in_html(name)}</th><td>{in_html(value)}</td></tr>" for name, value in rows)
     return f"<table>\n{cells}\n</table>"

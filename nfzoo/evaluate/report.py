@@ -31,9 +31,19 @@ from nfzoo.transforms.decode import open_image
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 TABLE_FILE, MATRIX_FILE = "confusion_matrix.csv", "confusion_matrix.png"
 RELIABILITY_FILE, MISTAKES_FILE, CORRUPTIONS_FILE = "reliability.png", "mistakes.png", "corruptions.png"
-FILES = (PAGE_FILE, REPORT_FILE, TABLE_FILE, MATRIX_FILE, RELIABILITY_FILE, MISTAKES_FILE, CORRUPTIONS_FILE)
+CLASSES_FILE = "classes.csv"  # of multi-label models, see `multi_label_report`
+FILES = (
+    PAGE_FILE,
+    REPORT_FILE,
+    TABLE_FILE,
+    MATRIX_FILE,
+    RELIABILITY_FILE,
+    MISTAKES_FILE,
+    CORRUPTIONS_FILE,
+    CLASSES_FILE,
+)
 
-_KIND = "nfzoo evaluation report"
+KIND = "nfzoo evaluation report"
 _SEED = 0  # of the bootstrap and of the halves
 _MISTAKES, _PAIRS = 24, 20
 
@@ -61,7 +71,7 @@ def _is_report(folder: Path) -> bool:
         fields = read_json(folder / REPORT_FILE)
     except (OSError, ValueError):
         return False
-    return isinstance(fields, dict) and fields.get("kind") == _KIND
+    return isinstance(fields, dict) and fields.get("kind") == KIND
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ def _worst(
     return [
         {
             "index": int(outputs.indices[i]),
-            "image": _within(evaluator.labelled.images.name(int(outputs.indices[i])), data),
+            "image": within(evaluator.labelled.images.name(int(outputs.indices[i])), data),
             "label": labels[int(outputs.labels[i])],
             "probability": float(np.exp(-scores.nll[i])),
             "predicted": labels[int(scores.prediction[i])],
@@ -188,7 +198,7 @@ def _worst(
     ]
 
 
-def _within(name: str, data: str) -> str:
+def within(name: str, data: str) -> str:
     """Return an image's name without the folder of the data, which may be private."""
     path, folder = Path(name), Path(data)
     return path.relative_to(folder).as_posix() if folder.is_dir() and path.is_relative_to(folder) else name
@@ -220,7 +230,7 @@ def _fields(
     names = ("precision", "recall", "f1", "support", "predicted")
     temperature = evaluator.model.temperature
     return {
-        "kind": _KIND,
+        "kind": KIND,
         "format": 1,
         "evaluation": evaluation.to_dict(),
         "metrics": {

@@ -15,6 +15,8 @@ from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_descri
 from nfzoo.data.label_files import label_files
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.evaluate.accuracy import Evaluator, Outputs, table
+from nfzoo.evaluate.multi_label import evaluate_sets, set_table
+from nfzoo.evaluate.multi_label_report import write_set_report
 from nfzoo.evaluate.report import PAGE_FILE, check_folder, measure, write_report
 from nfzoo.evaluate.robustness import robustness, robustness_table
 from nfzoo.runtime import program
@@ -26,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = program.Parser(
         prog="nfzoo evaluate",
         description="Top-1 and top-5 accuracy of a model on a folder of images, and with --report all that can be\n"
-        "measured of its predictions.\n\n"
+        "measured of its predictions. Of a multi-label model, on a table of labels: average precisions and F1.\n\n"
         "examples:\n"
         "  nfzoo evaluate nfnet-f0 --data imagenet/val --json evaluation.json\n"
         "  nfzoo evaluate runs/pets --data pets/val --report pets-report\n"
@@ -115,6 +117,8 @@ def _main(options: argparse.Namespace) -> None:
     if options.save_temperature is not None:
         _check_model_folder(options.save_temperature, options.model)
     model = from_pretrained(options.model, **program.source_options(options))
+    if model.multi_label:
+        _check_sets(options)
     evaluator = Evaluator.prepare(
         model,
         options.data,
@@ -125,8 +129,11 @@ def _main(options: argparse.Namespace) -> None:
         device=options.device,
         skip_broken=options.skip_broken,
         date=options.date,
-        labels=label_files(options.labels, None, options.class_names),
+        labels=label_files(options.labels, None, options.class_names, multi_label=model.multi_label),
     )
+    if model.multi_label:
+        _sets(options, evaluator)
+        return
     outputs: Outputs | None = None
     if options.report is None and options.save_temperature is None:
         evaluation = evaluator.evaluation()
@@ -166,6 +173,29 @@ def _main(options: argparse.Namespace) -> None:
         with locked(options.save_temperature):
             model.save_pretrained(options.save_temperature)
         print(f"wrote {escaped(str(options.save_temperature))}, with temperature {model.temperature:.4f}", file=notes)
+
+
+def _check_sets(options: argparse.Namespace) -> None:
+    """Raise a `ConfigError` for options that a multi-label model has no use for."""
+    if options.corruptions is not None:
+        raise ConfigError(
+            f"--corruptions measures top-1 accuracy, which {options.model!r}, a multi-label model, has not"
+        )
+    if options.save_temperature is not None:
+        raise ConfigError("--save-temperature is of a softmax, which a multi-label model has not")
+
+
+def _sets(options: argparse.Namespace, evaluator: Evaluator) -> None:
+    """Evaluate a multi-label model."""
+    evaluation, outputs = evaluate_sets(evaluator)
+    if not evaluator.state.is_main_process:
+        return
+    if options.report is not None:
+        write_set_report(options.report, evaluator, evaluation, outputs, data=options.data)
+    program.write_result(options.json, evaluation.to_dict(), set_table(evaluation))
+    if options.report is not None:
+        notes = sys.stderr if options.json == "-" else sys.stdout
+        print(f"wrote {escaped(str(options.report / PAGE_FILE))}", file=notes)
 
 
 def _check_model_folder(folder: Path, source: str) -> None:

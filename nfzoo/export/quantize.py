@@ -85,6 +85,8 @@ def accuracies(model: NFNet, program: Path, images: Tensor, labels: Tensor, *, b
 
 def accuracy_of_int8(model: NFNet, path: Path, source: str, size: int | None, batch: int | None) -> str:
     """Return how many held-out images the model and its quantised program read, of a thousand at most."""
+    if model.multi_label:
+        return "the accuracy was not measured: a multi-label model has none"
     try:
         images = open_labelled(source, model.config.num_classes, model.labels).images
         count = min(len(images), 1000) // (batch or 1) * (batch or 1)

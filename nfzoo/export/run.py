@@ -228,7 +228,8 @@ def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, 
     """Return the content of `nfzoo.json`: the program's input and output, preprocessing, labels and provenance.
 
     A shape is a list of numbers, and of names for dynamic dimensions. Of a model that has one, there is the
-    `temperature` by which the program's logits are to be divided before the softmax.
+    `temperature` by which the program's logits are to be divided before the softmax; of a multi-label model, the
+    `problem_type` and the `thresholds` of the logits' sigmoids.
     """
     from nfzoo import __version__
 
@@ -248,7 +249,7 @@ def sheet(model: NFNet, format: str, size: int, batch: int | None) -> dict[str, 
         "size": size,
         "device": p.device.type,
         **{key: description[key] for key in ("name", "architecture", "preprocessing", "labels", "provenance")},
-        **({} if model.temperature is None else {"temperature": model.temperature}),
+        **{key: description[key] for key in ("temperature", "problem_type", "thresholds") if key in description},
         "versions": {"nfzoo": __version__, "torch": str(torch.__version__)},
     }
 

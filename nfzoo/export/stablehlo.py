@@ -61,13 +61,16 @@ def export_stablehlo(model: NFNet, folder: Path, *, size: int | None, batch: int
         The paths of the files.
 
     Raises:
-        ConfigError: if size or batch is out of range, a folded model is to train, or torch-xla is missing.
+        ConfigError: if size or batch is out of range, a folded or a multi-label model is to train, or torch-xla is
+            missing.
     """
     for name, value in (("batch", batch), ("size", size)):
         if value is not None and not is_int(value, 1, MAX_SIZE):
             raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
     if training:
         model._check_trainable()
+        if model.multi_label:
+            raise ConfigError("the exported training step is of one class an image, and the model is multi-label")
     params = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     sizes = model.preprocessing
     programs = {FORWARD: forward_program(model.config, params, batch=batch, size=size or sizes.test_size)}

@@ -106,7 +106,8 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     text = (
         "CSV, TSV or parquet file with the columns path (from the folder of the data on), label, and split if it has "
     )
-    text += "parts; others by name: labels.csv?path=file&label=breed (default: a folder is a class)"
+    text += "parts; others by name: labels.csv?path=file&label=breed (default: a folder is a class); sets of "
+    text += "labels, for multi-label models: see --task of nfzoo train"
     parser.add_argument("--labels", metavar="FILE", help=text)
     text = "text file with the name of a class in each line (default: the labels, sorted)"
     parser.add_argument("--class-names", metavar="FILE", help=text)

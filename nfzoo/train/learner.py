@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.checkpoint.run_state import Saved
 from nfzoo.data.labels import match_classes
 from nfzoo.errors import ConfigError, DataError
@@ -26,7 +27,7 @@ from nfzoo.runtime.distributed import (
     restore_optimizer,
     shard,
 )
-from nfzoo.step import cross_entropy
+from nfzoo.step import binary_cross_entropy, cross_entropy
 from nfzoo.train.batches import Inputs
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.updaters import PapersUpdater, TorchUpdater, Updater, papers_optimizer, torch_optimizer
@@ -59,6 +60,7 @@ class Learner:
         class_weights: Sequence[float] | None = None,
     ) -> None:
         self.optim, self.accelerator = config.optim, accelerator
+        self._multi_label = config.multi_label
         self._weights = None if class_weights is None else torch.tensor(class_weights).to(accelerator.device)
         self.backend = backend(accelerator.device)
         self.dtype = AUTOCAST[precision(config.mixed_precision)]
@@ -122,7 +124,12 @@ class Learner:
             restore_(self.trainable, before)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits `(n, classes)`: the cross-entropy with the recipe's smoothing and class weights."""
+        """Return the loss of logits `(n, classes)`: the cross-entropy with the recipe's smoothing and class weights.
+
+        With multi-label it is the binary cross-entropy, with weights of the positive terms.
+        """
+        if self._multi_label:
+            return binary_cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
         return cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
 
     def backward(self, loss: Tensor) -> None:
@@ -215,6 +222,24 @@ class _NoReduction:
 
     def __exit__(self, *_: object) -> None:
         self.model.set_requires_gradient_sync(True)
+
+
+def problem_type(config: TrainConfig) -> str | None:
+    """Return the problem type of the model of a run, as `config.json` has it."""
+    return MULTI_LABEL if config.multi_label else None
+
+
+def fit_head(model: NFNet, config: TrainConfig, classes: int) -> None:
+    """Give a model a new classifier, with a warning, if its own is of another task or number of classes."""
+    if model.problem_type == problem_type(config) and model.config.num_classes == classes:
+        return
+    logger.warning(
+        "%s has %d classes of a %s task: its classifier is replaced by a fresh one of %d for task %s, which must be "
+        "trained",
+        *(config.model, model.config.num_classes, "multi-label" if model.multi_label else "single-label"),
+        *(classes, config.task),
+    )
+    model.reset_classifier(classes)
 
 
 def head_for(

@@ -25,10 +25,11 @@ class Metrics:
 
     Args:
         kinds: names of the kinds of parameters whose clipped units are counted.
+        multi_label: whether targets are sets of labels, of which no right answers are counted.
     """
 
-    def __init__(self, device: torch.device, kinds: Sequence[str] = ()) -> None:
-        self.device, self.kinds = device, tuple(kinds)
+    def __init__(self, device: torch.device, kinds: Sequence[str] = (), *, multi_label: bool = False) -> None:
+        self.device, self.kinds, self.multi_label = device, tuple(kinds), multi_label
         self.clipped_kinds = torch.zeros(len(self.kinds), device=device)
         # In float32 a sum of more than 2**24 images would no longer grow. Apple's GPUs lack float64, TPUs emulate it.
         wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
@@ -53,12 +54,13 @@ class Metrics:
             total.copy_(self._scalar(value, total.dtype))
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
         usable = loss.detach().isfinite()
         self.loss.copy_(loss.detach())
-        self.loss_sum.add_(torch.where(usable, self.loss, 0), alpha=len(labels))
-        self.correct.add_(usable * (logits.detach().argmax(1) == labels).sum())
-        self.seen.add_(usable, alpha=len(labels))
+        self.loss_sum.add_(torch.where(usable, self.loss, 0), alpha=len(targets))
+        if not self.multi_label:
+            labels = targets if targets.ndim == 1 else targets.argmax(1)
+            self.correct.add_(usable * (logits.detach().argmax(1) == labels).sum())
+        self.seen.add_(usable, alpha=len(targets))
 
     def add_update(self, norm: Tensor, clipped: Tensor | None, kinds: Tensor | None) -> None:
         """Take the gradient's norm, and add the fractions of units that AGC clipped, of all and of each kind.
@@ -88,7 +90,7 @@ class Best(NamedTuple):
     live ones.
 
     Attributes:
-        metric: "accuracy" and "f1" are to be high, "loss" low.
+        metric: "accuracy", "map" and "f1" are to be high, "loss" low.
         averaged: whether the moving average is judged.
     """
 
@@ -122,6 +124,18 @@ class Best(NamedTuple):
 def best_rule(config: TrainConfig) -> Best | None:
     """Return the rule of a run; `None` if it keeps its last epoch."""
     return None if config.keep_best is None else Best(config.keep_best, config.optim.ema_decay is not None)
+
+
+THRESHOLDS = "thresholds"
+"""Key of an epoch's figures: the thresholds that fit the held-out images, see `analysis.multi_label`."""
+
+
+def without_thresholds(rows: Sequence[dict[str, Any]], rule: Best | None) -> list[dict[str, Any]]:
+    """Return the figures of all epochs, with thresholds for the last and the best one alone, as there may be many."""
+    kept = rows[-1], None if rule is None else rule.row(rows)
+    return [
+        row if any(row is one for one in kept) else {k: v for k, v in row.items() if k != THRESHOLDS} for row in rows
+    ]
 
 
 class UnreadableImages:

@@ -64,7 +64,8 @@ class Progress:
         """Show the figures of the epoch so far in the bar, and send those of the last step to the tracker."""
         loss, correct, seen = metrics.sums().tolist()
         if seen:
-            bar.set_postfix_str(f"loss {loss / seen:.3f}, accuracy {correct / seen:.1%}")
+            accuracy = "" if metrics.multi_label else f", accuracy {correct / seen:.1%}"
+            bar.set_postfix_str(f"loss {loss / seen:.3f}{accuracy}")
         if self.config.tracker is None:
             return
         updater = self.learner.updater
@@ -82,15 +83,16 @@ class Progress:
         Args:
             best: whether the run keeps its best epoch, and this is the best so far.
         """
-        ema = "" if self.learner.averages is None else f", {row['ema_accuracy']:.2%} averaged"
+        key, metric = self.config.metric, "mAP" if self.config.multi_label else "accuracy"
+        ema = "" if self.learner.averages is None else f", {row[f'ema_{key}']:.2%} averaged"
         clipped = f"  clipped {row['clipped']:.1%}" if self.learner.updater.clipped is not None else ""
         if clipped and self.config.tune == "head":
             clipped += " of the bias"
         skipped = f"  skipped {row['skipped']}" if row.get("skipped") else ""
         broken = f"  broken images {row['broken']}" if row.get("broken") else ""
         self.say(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
-            f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}{'  best so far' if best else ''}  "
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out {metric} "
+            f"{row[key]:.2%} live{ema}{clipped}{skipped}{broken}{'  best so far' if best else ''}  "
             f"{row['images_per_second']:.0f} images/s"
         )
         self.tracker.log({f"epoch/{k}": v for k, v in row.items() if isinstance(v, float)}, row["step"])

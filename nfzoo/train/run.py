@@ -21,7 +21,7 @@ from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe, read_description
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
-from nfzoo.data.labels import class_counts, class_weights
+from nfzoo.data.labels import class_counts
 from nfzoo.data.loader import share_of_batch
 from nfzoo.data.source import Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError, shown
@@ -32,9 +32,9 @@ from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
-from nfzoo.train.learner import head_for
+from nfzoo.train.learner import fit_head, head_for, problem_type
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
-from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
+from nfzoo.train.trainer import InitialState, Result, Trainer, loss_weights, split_identity
 from nfzoo.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
         # Whatever the seed of the run, the same images are held out: runs compare, and `evaluate` finds them again.
         split = open_split(config.data, validation_fraction=config.validation_fraction, labels=config.label_files)
-        if len(split.train.classes) < 2:
+        if len(split.train.classes) < 2 and not config.multi_label:
             raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
-        class_weights(config.class_weights, class_counts(split.train))  # raises for those that do not fit
+        loss_weights(config, split, class_counts(split.train))  # raises for those that do not fit
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
         device.check_processes(accelerator.num_processes)
         _check_shares(config, split, accelerator)
@@ -248,13 +248,14 @@ def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
         try:
             model = from_pretrained(
                 config.model,
-                num_classes=len(classes),
+                num_classes=None if config.multi_label else len(classes),
                 require_hash=config.require_hash,
                 allow_pickle=config.allow_pickle,
             )
         except CheckpointError as error:
             hint = "; to start from random weights, pass --pretrained false" if in_zoo else ""
             raise CheckpointError(f"{error}{hint}") from error
+        fit_head(model, config, len(classes))
         # A model of one's own that was saved as it was drawn is trained from random weights like any other.
         untrained = is_untrained(model.config, dict(model.named_parameters()))
         pretrained = config.pretrained is True or not untrained
@@ -265,7 +266,9 @@ def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
     changes = {n: getattr(config, n) for n in ("drop_rate", "stochastic_depth") if getattr(config, n) is not None}
     sizes = {n: getattr(config, n) for n in ("train_size", "test_size") if getattr(config, n) is not None}
     preprocessing = Preprocessing.from_dict({**model.preprocessing.to_dict(), **sizes})
-    description = Description(model.config.replace(**changes), preprocessing, model.name, classes)
+    description = Description(
+        model.config.replace(**changes), preprocessing, model.name, classes, problem_type=problem_type(config)
+    )
     params = {n: p.detach() for n, p in model.named_parameters()}
     if pretrained and model.labels is not None:
         params |= head_for(classes, model.labels, params, config.model)

@@ -27,7 +27,7 @@ from nfzoo.files import read_json
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather, local_tensor, with_local
 from nfzoo.train.config import TrainConfig
-from nfzoo.train.metrics import best_rule
+from nfzoo.train.metrics import THRESHOLDS, best_rule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
@@ -194,9 +194,11 @@ def write_run(
     output = Path(config.output)
     if params is not None:
         provenance = _provenance(config, of, pretrained=pretrained)
-        save_checkpoint(output, description._replace(provenance=provenance), params)
+        fitted = None if of.get(THRESHOLDS) is None else tuple(of[THRESHOLDS])
+        save_checkpoint(output, description._replace(provenance=provenance, thresholds=fitted), params)
     with replaced_folder(output) as scratch:
-        lines = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
+        # JSON has no NaN.
+        lines = [{k: None if v != v else v for k, v in row.items() if k != THRESHOLDS} for row in rows]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (scratch / METRICS_FILE).write_text(text, encoding="utf-8")
         (scratch / RUN_FILE).write_text(config.to_yaml(), encoding="utf-8")
@@ -209,12 +211,13 @@ def write_run(
 def _provenance(config: TrainConfig, row: Mapping[str, Any], *, pretrained: bool) -> dict[str, Any]:
     """Return the origin of the weights of an epoch: its number, its accuracy, and by which metric it was chosen."""
     averaged, best = config.optim.ema_decay is not None, best_rule(config)
+    value = row[f"ema_{config.metric}"] if averaged else row[config.metric]
     provenance = {
         "trained_from": public_model(config.model) if pretrained else "random weights",
         "data": public_data(config.data),
         "epochs": row["epoch"],
         "weights": "ema" if averaged else "live",
-        "accuracy": row["ema_accuracy"] if averaged else row["accuracy"],
+        config.metric: value if value == value else None,  # JSON has no NaN
     }
     if best is not None:
         value = best.value(row)

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from nfzoo.analysis.nonfinite import bad_gradient, first_not_finite
 from nfzoo.analysis.sheets import augmentation_sheet
 from nfzoo.checkpoint.run_state import Saved, rng_state, set_rng_state
-from nfzoo.data.labels import class_counts, class_weights, few_images, histogram
+from nfzoo.data.labels import class_counts, class_weights, few_images, histogram, positive_weights
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
+from nfzoo.evaluate.multi_label import SetScore, set_scores
 from nfzoo.evaluate.scores import scores
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
@@ -42,7 +43,7 @@ from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, 
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
-from nfzoo.train.metrics import Metrics, UnreadableImages, best_rule
+from nfzoo.train.metrics import THRESHOLDS, Metrics, UnreadableImages, best_rule, without_thresholds
 from nfzoo.train.progress import Progress
 from nfzoo.train.run_folder import Saver
 
@@ -59,13 +60,16 @@ SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
 class Result(NamedTuple):
     """Result of a run: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training.
 
-    The accuracies are those of the epoch that the folder keeps.
+    The accuracies are those of the epoch that the folder keeps. A run of task multi-label has NaN and `None` there, and
+    mean average precisions instead.
     """
 
     folder: Path
     accuracy: float
     ema_accuracy: float | None
     training_seconds: float
+    map: float | None = None
+    ema_map: float | None = None
 
 
 class InitialState(NamedTuple):
@@ -106,6 +110,22 @@ def split_identity(split: Split) -> dict[str, Any]:
     return {**identity, "sizes": sizes.hexdigest(), "times": times.hexdigest()}
 
 
+def loss_weights(config: TrainConfig, split: Split, counts: Mapping[str, int]) -> Sequence[float] | None:
+    """Return the weight of each class in the loss of a run, see `TrainConfig`; `None` without; raise as they do."""
+    if config.multi_label:
+        return positive_weights(config.class_weights, counts, len(split.train))
+    return class_weights(config.class_weights, counts)
+
+
+def _figures(results: Sequence[SetScore]) -> dict[str, Any]:
+    """Return the figures of multi-label data, with the thresholds for the weights that are saved."""
+    row: dict[str, Any] = {}
+    for prefix, result in zip(("", "ema_"), results, strict=False):
+        values = result.loss, result.map, result.f1, result.micro_f1
+        row |= {f"{prefix}{name}": value for name, value in zip(("loss", "map", "f1", "micro_f1"), values, strict=True)}
+    return {**row, THRESHOLDS: results[-1].thresholds}
+
+
 class Trainer:
     """Train a model for the epochs of a recipe, from its beginning or from a checkpoint."""
 
@@ -120,13 +140,13 @@ class Trainer:
         self.peak_lr = config.optim.lr or default_lr(config.batch_size, start.pretrained, config.optim.name)
         self.pipeline = InputPipeline(config, split, model, accelerator)
         counts = class_counts(split.train)
-        weights = class_weights(config.class_weights, counts)
+        weights = loss_weights(config, split, counts)
         self.learner = Learner(config, model, accelerator, peak_lr=self.peak_lr, class_weights=weights)
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
         self.best = best_rule(config)
-        self.metrics = Metrics(accelerator.device, self.learner.updater.kinds)
+        self.metrics = Metrics(accelerator.device, self.learner.updater.kinds, multi_label=config.multi_label)
         self._compute: Callable[[Sequence[Inputs]], Tensor | None] = self._update
         if uses_cuda_graph(config, accelerator):
             self._compute = CudaGraph(self._update)
@@ -156,7 +176,8 @@ class Trainer:
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"peak learning rate {self.peak_lr:g}"
         )
-        say(f"images to train on: {histogram(counts)}")
+        bare = split.train.multi_label and int((~split.train.labels.any(1)).sum())
+        say(f"images to train on: {histogram(counts)}{f'; {bare:,} without a label' if bare else ''}")
         if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)
         if config.tune != "all" and origin == "random" and self.accelerator.is_main_process:
@@ -204,7 +225,7 @@ class Trainer:
                 seconds += self.seconds
                 row |= self._evaluate()
                 # Save the model, and begin the next epoch.
-                self.rows.append(row)
+                self.rows = without_thresholds([*self.rows, row], self.best)
                 self.saver.save_model(self.description, self.rows, pretrained=self.pretrained)
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.metrics.clear()
@@ -214,7 +235,8 @@ class Trainer:
             row = dict(self.best.row(self.rows) or {})
         self.progress.finish(self.best, row)
         self.accelerator.wait_for_everyone()
-        return Result(Path(config.output), row["accuracy"], row.get("ema_accuracy"), seconds)
+        accuracy, average = row.get("accuracy", math.nan), row.get("ema_accuracy")
+        return Result(Path(config.output), accuracy, average, seconds, row.get("map"), row.get("ema_map"))
 
     def _is_patient_no_more(self) -> bool:
         """Return whether the best epoch is so long ago that the run is to end, as the main process sees it."""
@@ -356,7 +378,7 @@ class Trainer:
             "step": self.step,
             "lr": self._learning_rate(max(self.step - 1, 0)),
             "train_loss": loss / seen,
-            "train_accuracy": correct / seen,
+            **({} if self.config.multi_label else {"train_accuracy": correct / seen}),
             "clipped": float(self.metrics.clipped) / self.steps_per_epoch,
             **self.metrics.clipped_by_kind(self.steps_per_epoch),
         }
@@ -370,14 +392,17 @@ class Trainer:
         weights = [self.learner.live] if self.learner.averages is None else [self.learner.live, self.learner.averages]
         functions = [self._logits(full_tensors(params)) for params in weights]
         batches, device = self._held_out(broken), self.accelerator.device
-        live, *averaged = scores(functions, batches, device=device, classes=self.cfg.num_classes)
+        if self.config.multi_label:
+            row = _figures(set_scores(functions, batches, device=device))
+        else:
+            live, *averaged = scores(functions, batches, device=device, classes=self.cfg.num_classes)
+            row = {"loss": live.loss, "accuracy": live.top1, "f1": live.f1}
+            for result in averaged:
+                row |= {"ema_loss": result.loss, "ema_accuracy": result.top1, "ema_f1": result.f1}
         try:
             self.unreadable.leave_out(broken)
         except BrokenImageError as error:
             raise BrokenImageError(f"{error}; {self.saver.last_checkpoint()}") from error
-        row: dict[str, Any] = {"loss": live.loss, "accuracy": live.top1, "f1": live.f1}
-        for result in averaged:
-            row |= {"ema_loss": result.loss, "ema_accuracy": result.top1, "ema_f1": result.f1}
         self.unreadable.share()
         if self.unreadable.known:  # those among the held-out images as well
             row["broken"] = len(self.unreadable.known)

@@ -179,7 +179,13 @@ def mix(pixels: Tensor, cut: Tensor, boxes: Tensor, weights: Tensor) -> Tensor:
 
 
 def mix_labels(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
-    """Return `w onehot(label) + (1 - w) onehot(partner's label)`, float32 `(n, num_classes)`."""
+    """Return `w onehot(label) + (1 - w) onehot(partner's label)`, float32 `(n, num_classes)`.
+
+    Of sets of labels, `(n, num_classes)`, it is `w set + (1 - w) partner's set`, whose labels in common have 1.
+    """
+    if labels.ndim == 2:
+        own, w = labels.float(), weights[:, None]
+        return torch.lerp(partners(own), own, w)
     targets = torch.zeros(len(labels), num_classes, device=labels.device)
     targets.scatter_(1, labels[:, None], weights[:, None])
     return targets.scatter_add_(1, partners(labels)[:, None], 1 - weights[:, None])
@@ -203,12 +209,12 @@ def augment_batch(
 
     Args:
         pixels: grey levels `(n, C, S, S)`, uint8, or float32 that may overshoot; already cropped and flipped.
-        labels: int64 `(n,)`, on the device of the pixels.
+        labels: int64 `(n,)`, or sets of labels, bool `(n, num_classes)`; on the device of the pixels.
         draws: random numbers for these images, from `draw` with the same `augment` and size.
 
     Returns:
         Float32 images `(n, C, S, S)`. The targets: float32 `(n, num_classes)`, with rows that sum to 1, if images are
-        mixed; else the labels.
+        mixed; else the labels. Of sets of labels float32 `(n, num_classes)`, with values from 0 to 1.
 
     Raises:
         DataError: if the pixels' dtype or shape does not fit the draws and the preprocessing.
@@ -216,12 +222,12 @@ def augment_batch(
     n, channels = len(draws.weights), len(preprocessing.mean)
     if pixels.dtype not in (torch.uint8, torch.float32):
         raise DataError(f"grey levels are uint8 or float32, not {pixels.dtype}")
-    if pixels.ndim != 4 or pixels.shape[:2] != (n, channels) or labels.shape != (n,):
+    if pixels.ndim != 4 or pixels.shape[:2] != (n, channels) or labels.shape not in ((n,), (n, num_classes)):
         raise DataError(
             f"the draws and the preprocessing are for {n} images of {channels} channels, not for pixels "
             f"{tuple(pixels.shape)} with labels {tuple(labels.shape)}"
         )
-    targets = labels
+    targets = labels if labels.ndim == 1 else labels.float()
     if augment.mixes:
         cut, boxes, weights = (send(t, pixels.device) for t in (draws.cut, draws.boxes, draws.weights))
         pixels, targets = mix(pixels, cut, boxes, weights), mix_labels(labels, weights, num_classes)

@@ -156,3 +156,29 @@ def test_labels_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_one_class_alone_is_a_finding(tmp_path: Path) -> None:
     report = check(str(write_images(tmp_path / "pets", {"cat": 12})))
     assert report.findings() == ["there is one class alone, cat; nothing is to be told apart"]
+
+
+def test_sets_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_images(tmp_path / "photos", {"a": 30})
+    shutil.copy(data / "a" / "0.png", data / "a" / "1.png")
+    table = tmp_path / "labels.csv"
+    sets = ["cat", "cat|dog", *["cat|dog"] * 12, *["dog"] * 10, *[""] * 6]
+    table.write_text("path,label\n" + "".join(f"a/{i}.png,{labels}\n" for i, labels in enumerate(sets)))
+    options = [str(data), "--labels", str(table)]
+    assert main(["check", *options]) == 2
+    assert "--task multi-label" in capsys.readouterr().err
+    sheets = tmp_path / "sheets"
+    target = tmp_path / "found.json"
+    assert main(["check", *options, "--task", "multi-label", "--sheet", str(sheets), "--json", str(target)]) == 1
+    said = capsys.readouterr().out
+    assert "all:      30 images, 2 classes, from 14 to 23 images each, 6 without a label" in said
+    assert "more than one set of labels has copies of the same image, in 1 group" in said
+    found = json.loads(target.read_text())
+    assert (found["images"], found["classes"]) == (30, {"all": {"cat": 14, "dog": 23}})
+    assert [one["class"] for one in found["copies"]["listed"][0]] == ["cat", "cat|dog"]
+    assert sorted(path.name for path in sheets.iterdir()) == ["000-cat.png", "001-dog.png"]
+    cards = []
+    for name in ("000-cat.png", "001-dog.png"):
+        with Image.open(sheets / name) as sheet:
+            cards.append(sheet.size[1])
+    assert cards[0] < cards[1], "each sheet has the images of its own label"

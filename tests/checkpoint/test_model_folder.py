@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import nfzoo
 from nfzoo import CheckpointError, ConfigError, NFNet, NfzooError, Preprocessing
 from nfzoo.checkpoint import weight_files
-from nfzoo.checkpoint.model_folder import Description, load_checkpoint, save_checkpoint
+from nfzoo.checkpoint.model_folder import MULTI_LABEL, Description, load_checkpoint, save_checkpoint
 from nfzoo.nn import load
 from tests.support.helpers import SMALL, assert_same, images, random_params
 
@@ -475,7 +475,61 @@ def test_a_temperature_stays_with_its_classifier(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "third").exists()
 
 
+def test_the_problem_type_and_its_thresholds_are_saved(folder: Path, tmp_path: Path) -> None:
+    module = load(folder)
+    assert (module.problem_type, module.thresholds, module.multi_label) == (None, None, False)
+    module.problem_type, module.thresholds = MULTI_LABEL, (0.0, 0.25, 0.5, 0.75, 1.0)
+    for twin in (module, module.for_inference(), copy.deepcopy(module)):
+        saved = twin.save_pretrained(tmp_path / "again")
+        written = json.loads((saved / "config.json").read_text())
+        assert (written["problem_type"], written["thresholds"]) == (MULTI_LABEL, [0.0, 0.25, 0.5, 0.75, 1.0])
+        for again in (load(saved), load(saved / "model.safetensors"), NFNet.from_pretrained(saved)):
+            assert again.description == twin.description
+            assert again.multi_label
+    other = load(saved, num_classes=3)  # a new classifier for the same problem
+    assert (other.problem_type, other.thresholds) == (MULTI_LABEL, None)
+    (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="describe different models"):
+        load(folder)
+    for change, message in (
+        ({"thresholds": (0.5,)}, "'thresholds' must be a list of 5 numbers"),
+        ({"thresholds": (0.5,) * 4 + (1.5,)}, "'thresholds' must be numbers from 0 to 1, not 1.5"),
+        ({"problem_type": None}, "'thresholds' are of a model of the problem type"),
+        ({"problem_type": "regression"}, "'problem_type' must be"),
+        ({"temperature": 2.0}, "'temperature' is of a softmax"),
+    ):
+        twin = copy.deepcopy(module)
+        for name, value in change.items():
+            setattr(twin, name, value)
+        with pytest.raises(ConfigError, match=message):
+            twin.save_pretrained(tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_another_problem_type_is_kept_and_means_nothing(folder: Path, tmp_path: Path) -> None:
+    for other in (None, "single_label_classification"):
+        edit(folder, lambda f, other=other: f.update(problem_type=other))
+        module = load(folder)
+        assert (module.problem_type, module.foreign) == (None, {"problem_type": other})
+        saved = module.save_pretrained(tmp_path / "again")
+        assert json.loads((saved / "config.json").read_text())["problem_type"] == other
+        module.problem_type = MULTI_LABEL
+        assert module.description.to_dict()["problem_type"] == MULTI_LABEL
+
+
+def sets(thresholds: object, **others: object) -> Any:
+    return lambda f: f.update(problem_type=MULTI_LABEL, thresholds=thresholds, **others)
+
+
 BAD_CONFIGS = {
+    "thresholds": (sets(0.5), "'thresholds' must be a list of 5 numbers"),
+    "thresholds of others": (sets([0.5] * 4), "'thresholds' must be a list of 5 numbers"),
+    "thresholds as text": (sets(["0.5"] * 5), "'thresholds' must be numbers from 0 to 1, not '0.5'"),
+    "thresholds as truth": (sets([True] * 5), "'thresholds' must be numbers"),
+    "no threshold": (sets([float("nan")] * 5), "'thresholds' must be numbers"),
+    "a great threshold": (sets([10**400] * 5), "'thresholds' must be numbers"),
+    "single thresholds": (lambda f: f.update(thresholds=[0.5] * 5), "'thresholds' are of a model of the problem type"),
+    "temperature of sets": (sets(None, temperature=2.0), "'temperature' is of a softmax"),
     "list": (lambda f: [f], "must hold a JSON object"),
     "empty list": (lambda f: [], "must hold a JSON object"),
     "other library": (lambda f: f.update(library_name="timm"), "not an nfzoo configuration"),

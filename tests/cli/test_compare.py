@@ -122,3 +122,24 @@ def test_bad_input_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         out, err = capsys.readouterr()
         assert message in err
         assert (out, err.count("\n")) == ("", 1)
+
+
+def test_multi_label_runs_are_compared_by_their_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = []
+    for name, values in (("first", (0.5, 0.75)), ("second", (0.25, 0.125))):
+        folder = write_run(tmp_path / name, [0.0])
+        rows = ({"epoch": i, "map": 0.0, "ema_map": value, "ema_loss": 0.5} for i, value in enumerate(values, 1))
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        folders.append(str(folder))
+    assert main(["compare", *folders, "--output", str(tmp_path / "c.png"), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert [(run["best_map"], run["best_epoch"], run["map"]) for run in found] == [(0.75, 2, 0.75), (0.25, 1, 0.125)]
+    assert not any("accuracy" in key for run in found for key in run)
+    assert main(["compare", *folders]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["best", "mean", "average", "precision", "75.00%", "25.00%"] in lines
+    assert main(["plot", "curves", f"{folders[0]}/metrics.jsonl", "--output", str(tmp_path / "p.png")]) == 0
+    capsys.readouterr()
+    other = write_run(tmp_path / "third", [0.5])
+    assert main(["compare", folders[0], str(other)]) == 2
+    assert "have no metric in common" in capsys.readouterr().err

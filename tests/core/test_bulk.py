@@ -1,5 +1,6 @@
 """Results in parts: the model's, whatever the processes and interruptions, and never those of two runs in a folder."""
 
+import copy
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from nfzoo import bulk
 from nfzoo.bulk import main, predict_all
 from nfzoo.checkpoint import part_files
 from nfzoo.checkpoint.lock import locked
+from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet
 from nfzoo.predict import image_files, predict
@@ -95,6 +97,31 @@ def test_labels_are_those_of_predict(model: NFNet, checkpoint: Path, folder: Pat
         assert [nfzoo_label(model, p["class"]) for p in row["predictions"]] == [p["label"] for p in row["predictions"]]
         values = [p["probability"] for p in row["predictions"]]
         assert values == pytest.approx([value for _, value in prediction.top], abs=TOLERANCE)
+
+
+def test_sets_are_those_of_predict(model: NFNet, folder: Path, tmp_path: Path) -> None:
+    twin = copy.deepcopy(model)
+    twin.temperature, twin.problem_type = None, MULTI_LABEL
+    twin.thresholds = (1.0, *[0.5] * (model.config.num_classes - 1))
+    checkpoint = str(twin.save_pretrained(tmp_path / "sets"))
+    run = [checkpoint, "--data", str(folder), *SHARD, "--output"]
+    assert main([*run, str(tmp_path / "out")]) == 0
+    assert manifest(tmp_path / "out")["identity"]["results"] == "labels at their thresholds"
+    found = rows(tmp_path / "out")
+    expected = predict(twin, [folder / row["image"] for row in found])
+    assert len({len(answer.top) for answer in expected}) > 1, "sets of one size would tell little"
+    for row, answer in zip(found, expected, strict=True):
+        assert [p["label"] for p in row["predictions"]] == [label for label, _ in answer.top]
+        assert [nfzoo_label(model, p["class"]) for p in row["predictions"]] == [label for label, _ in answer.top]
+        values = [p["probability"] for p in row["predictions"]]
+        assert values == pytest.approx([value for _, value in answer.top], abs=TOLERANCE)
+    assert main([*run, str(tmp_path / "out"), "--topk", "1"]) == 2  # others than those that are there
+    assert main([*run, str(tmp_path / "table"), "--format", "parquet"]) == 0
+    table = [
+        row for path in sorted((tmp_path / "table").glob("*.parquet")) for row in parquet.read_table(path).to_pylist()
+    ]
+    assert [row["labels"] for row in table] == [[p["label"] for p in row["predictions"]] for row in found]
+    assert [row["classes"] for row in table] == [[p["class"] for p in row["predictions"]] for row in found]
 
 
 def nfzoo_label(model: NFNet, number: int) -> str:

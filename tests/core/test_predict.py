@@ -1,5 +1,6 @@
 """Classification of tensors and of files."""
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet, create
 from nfzoo.predict import classify, embedding_columns, image_files, label_columns, predict, weights_hash
@@ -58,6 +60,32 @@ def test_a_temperature_divides_the_logits(model: NFNet) -> None:
     model.temperature = None
     np.testing.assert_allclose(found, expected, atol=PROBABILITY)
     assert max(abs(expected - torch.tensor([row[0][1] for row in classify(model, images)]))) > 0.01
+
+
+def test_sets_are_the_labels_that_reach_their_thresholds(model: NFNet, folder: Path, tmp_path: Path) -> None:
+    images = random_images(6)
+    with torch.no_grad():
+        probabilities = model.eval()(torch.stack(images)).sigmoid()
+    twin = copy.deepcopy(model)
+    twin.problem_type = MULTI_LABEL
+    limits = probabilities.median(0).values + 1e-3
+    for thresholds in (None, tuple(limits.tolist()), (0.0,) * 4, (1.0,) * 4):
+        twin.thresholds = thresholds
+        reached = torch.tensor(thresholds or [0.5] * 4)
+        found = classify(twin, images, batch_size=4)
+        for row, answer in zip(probabilities, found, strict=True):
+            order = [i for i in row.argsort(descending=True).tolist() if row[i] >= reached[i]]
+            assert [label for label, _ in answer] == [f"class {i}" for i in order]
+            np.testing.assert_allclose([p for _, p in answer], row[order], atol=PROBABILITY)
+        assert classify(twin, images, topk=1) == [answer[:1] for answer in classify(twin, images)]
+    assert classify(twin, images) == [[]] * 6  # of thresholds of 1
+    assert twin.predict(folder / "a.jpg") == []
+    (answer,) = predict(twin, [folder / "a.jpg"], sheet=tmp_path / "sheet.png", explain="occlusion")
+    assert answer.top == []
+    assert (tmp_path / "sheet.png").exists()
+    twin.thresholds = None
+    lean, own = (dict(each.predict(folder / "a.jpg")) for each in (twin.for_inference(), twin))
+    assert lean == pytest.approx(own, abs=1e-4)
 
 
 def test_classify_does_not_depend_on_batches_or_mode(model: NFNet) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nfzoo import AGCSGD, NFNet, model, param_groups
 from nfzoo.optim.clipping import agc
 from nfzoo.optim.sgd import CLIPPED, DECAYED
-from nfzoo.step import StepConfig, cross_entropy, init_state, parameter_kinds, train_step
+from nfzoo.step import StepConfig, binary_cross_entropy, cross_entropy, init_state, parameter_kinds, train_step
 from tests.support.helpers import FAMILIES, SMALL, assert_same, generator, images, random_params, relative
 
 FLOAT64 = 1e-9  # three steps in float64, summed in another order
@@ -158,3 +158,23 @@ def test_class_weights_are_torchs_for_soft_labels_whatever_the_share_of_the_batc
         ones = cross_entropy(logits, targets, smoothing, torch.ones(5))
         torch.testing.assert_close(ones, cross_entropy(logits, targets, smoothing), rtol=FLOAT64, atol=FLOAT64)
     assert cross_entropy(logits.float(), labels, 0.1, weight).dtype == torch.float32
+
+
+def test_binary_cross_entropy_is_the_formula_and_torchs() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(6, 4, generator=g), (torch.rand(6, 4, generator=g) > 0.6).float()
+    targets[0] = torch.tensor([0.3, 0.7, 1.0, 0.0])  # as MixUp makes them
+    weight = torch.tensor([0.5, 1.0, 3.0, 9.0])
+    p = logits.double().sigmoid()
+    for smoothing in (0.0, 0.1):
+        q = targets.double() * (1 - smoothing) + smoothing / 4  # timm's: on 1 - s + s / classes, off s / classes
+        by_hand = -(weight * q * p.log() + (1 - q) * (1 - p).log()).mean()
+        found = binary_cross_entropy(logits, targets, smoothing, weight)
+        assert float(found) == pytest.approx(float(by_hand), rel=1e-6)
+        # The mean over shares is that of the batch, which torch's own weighting keeps.
+        shares = [binary_cross_entropy(logits[i : i + 3], targets[i : i + 3], smoothing, weight) for i in (0, 3)]
+        assert float(sum(shares) / 2) == pytest.approx(float(by_hand), rel=1e-6)
+    hard = targets[1:].bool()
+    torchs = torch.nn.BCEWithLogitsLoss(pos_weight=weight)(logits[1:], hard.float())
+    assert torch.equal(binary_cross_entropy(logits[1:], hard, 0.0, weight), torchs)
+    assert binary_cross_entropy(logits.bfloat16(), targets).dtype == torch.float32

@@ -244,7 +244,7 @@ def test_the_folder_is_the_reports_own(
 
     target = tmp_path / "new" / "report"
     assert main([*options, "--report", str(target)]) == 0
-    assert {path.name for path in target.iterdir()} == {*report.FILES} - {"corruptions.png"}
+    assert {path.name for path in target.iterdir()} == {*report.FILES} - {"corruptions.png", "classes.csv"}
     before = (target / "confusion_matrix.csv").read_bytes()
     (target / "confusion_matrix.csv").write_text("")
     (target / "notes.txt").write_text("mine")

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from nfzoo import CheckpointError, ConfigError, NFNet, Preprocessing, create, from_pretrained
+from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.config import config_from_dict
 from nfzoo.data.loader import evaluation_batches
 from nfzoo.data.source import open_split
 from nfzoo.evaluate import score
 from nfzoo.export.quantize import accuracy_of_int8, quantize_onnx, quantize_torch
-from nfzoo.export.run import FORMATS, SHEET, export, main
+from nfzoo.export.run import FORMATS, SHEET, export, main, sheet
 from nfzoo.train.run import TrainConfig, train
 from tests.support.helpers import FAMILIES, SMALL, images, random_params, relative
 from tests.support.pictures import write_images
@@ -140,6 +141,15 @@ def test_what_goes_in_and_comes_out_stands_beside_it(tmp_path):
     assert Preprocessing.from_dict(fields["preprocessing"]) == model.preprocessing
     assert config_from_dict(fields["architecture"]) == model.config.replace(folded=True)
     assert run_onnx(tmp_path / "model.onnx", images(model.config, 2, 64)).shape == (2, 5)
+
+
+def test_a_multi_label_model_says_so_in_its_sheet():
+    model = shell()
+    fields = sheet(model, "onnx", 32, None)
+    assert not {"problem_type", "thresholds", "temperature"} & fields.keys()
+    model.problem_type, model.thresholds = MULTI_LABEL, (0.25,) * 5
+    fields = sheet(model, "onnx", 32, None)
+    assert (fields["problem_type"], fields["thresholds"]) == (MULTI_LABEL, [0.25] * 5)
 
 
 def test_exporting_leaves_the_model_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nfzoo
 from nfzoo import CheckpointError, HubError, NFNet
-from nfzoo.checkpoint.model_folder import Description
+from nfzoo.checkpoint.model_folder import MULTI_LABEL, Description
 from nfzoo.cli.main import main
 from nfzoo.data.labels import imagenet
 from nfzoo.hub import push
@@ -209,6 +210,31 @@ def test_the_usage_runs(hub, model, tmp_path, monkeypatch, capsys):
         assert [(label.strip(), value.strip()) for value, label in lines] == [
             (label, f"{100 * value:.1f}") for label, value in expected
         ]
+
+
+def test_the_card_of_a_multi_label_model(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.radial_gradient("L").convert("RGB").save("photo.jpg")
+    twin = copy.deepcopy(model)
+    twin.temperature = None
+    twin.problem_type, twin.thresholds = MULTI_LABEL, (0.0,) * model.config.num_classes
+    twin.provenance = {"data": "/home/me/pets", "map": 0.75}
+    twin.save_pretrained("sets")
+    text = model_card(twin.description, "me/sets")
+    data = ModelCard(text).data.to_dict()
+    assert data["metrics"] == ["mean_average_precision"]
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.75
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code.replace("me/sets", "sets"), "README.md", "exec"), {})
+    lines = [line.split("%")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [label for label, _ in twin.predict("photo.jpg")]
+    evaluation = {"dataset": "pets", "images": 7, "size": 32, "map": 0.5, "f1": 0.25, "micro_f1": 0.125}
+    text = model_card(twin.description, "me/sets", evaluation=evaluation)
+    for words in ("| mean average precision | 50.00% |", "| macro F1 | 25.00% |", "| micro F1 | 12.50% |"):
+        assert words in text
+    assert "top-1" not in text
+    with pytest.raises(CheckpointError, match="lacks 'map'"):
+        model_card(twin.description, "me/sets", evaluation={**evaluation, "map": None})
 
 
 def test_a_card_that_is_no_text_and_names_that_cannot_be(run):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import nfzoo
+from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.cli.main import main as cli
 from nfzoo.hub.registry import PUBLIC
 from nfzoo.hub.space import app
@@ -65,6 +66,18 @@ def test_equal_labels_stay_apart(tmp_path: Path, picture: Path) -> None:
     assert found is not None
     assert len(found) == 3
     assert sum(found.values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_set_is_all_that_reaches_its_thresholds(tmp_path: Path, picture: Path) -> None:
+    model = nfzoo.create("nfnet-test", labels=list("abcdefgh"), generator=torch.Generator().manual_seed(0))
+    model.problem_type = MULTI_LABEL
+    for thresholds, expected in (((0.0,) * 8, 8), ((1.0,) * 8, 0), ((0.0, *(1.0,) * 7), 1)):
+        model.thresholds = thresholds
+        model.save_pretrained(tmp_path / "m")
+        found = Gallery([str(tmp_path / "m")]).look(picture, "m")
+        assert found is not None
+        assert len(found) == expected
+        assert list(found.items()) == nfzoo.from_pretrained(tmp_path / "m").predict(picture)
 
 
 # -- the chooser

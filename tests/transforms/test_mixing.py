@@ -283,3 +283,20 @@ def test_what_counts_as_mixing() -> None:
 def test_bad_batches(pixels: Tensor, labels: Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message):
         run(pixels, labels, draws(PAPER), PAPER)
+
+
+def test_sets_of_labels_are_mixed_by_their_shares() -> None:
+    sets = torch.tensor([[True, True, False], [False, True, False], [False, False, False], [True, False, True]])
+    weights = torch.tensor([0.25, 0.25, 0.6, 0.6])
+    found = mix_labels(sets, weights, 3)
+    expected = [[0.25, 1.0, 0.0], [0.75, 1.0, 0.0], [0.4, 0.0, 0.4], [0.6, 0.0, 0.6]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert found[0, 1] == 1  # a label of both, to the bit
+    pixels, preprocessing = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), Preprocessing(train_size=8, test_size=8)
+    for augment in (Augment(), Augment(mixup=0.2, cutmix=True)):
+        draws = draw(augment, seed=0, epoch=0, indices=range(4), offset=0, size=8)
+        _, targets = augment_batch(pixels, sets, draws, augment, num_classes=3, preprocessing=preprocessing)
+        assert targets.dtype == torch.float32
+        torch.testing.assert_close(targets, mix_labels(sets, draws.weights, 3))
+    with pytest.raises(DataError, match="with labels"):
+        augment_batch(pixels, sets, draws, augment, num_classes=4, preprocessing=preprocessing)

@@ -174,6 +174,9 @@ class TrainConfig:
         model: a zoo name, a Hub repository, a checkpoint folder or a weight file.
         data: "digits", the embedded handwritten digits; a folder with one subfolder of images per class, or of tar
             shards, or of parquet files, or with such folders in train/ and val/; or hub:ORG/NAME, a Hub data set.
+        task: "single-label", where each image is of one class; or "multi-label", where labels is a table that gives
+            each image a set of them, perhaps empty: in a cell as cat|dog, or in parquet as a list; in a row for each
+            label; or in columns of 0 and 1, as in labels.csv?labels=cat,dog. The loss is the binary cross-entropy.
         labels: a CSV, TSV or parquet file with the columns path, from the folder of the data on, and label, and with a
             column split if it has parts; others by name, as in labels.csv?path=file&label=breed. By default the folders
             of the data are the classes.
@@ -196,9 +199,10 @@ class TrainConfig:
         validation_fraction: part of each class that is held out where the data have no such part.
         class_weights: "none"; "balanced", images / (classes x images of the class), by which each class's term of the
             loss is multiplied; a mapping of classes to weights such as {cat: 2.5}, or a YAML or JSON file of one, where
-            the others have weight 1.
+            the others have weight 1. With multi-label the weights are of the positive terms, and "balanced" is images
+            without the label / images with it.
         sampler: "shuffle" takes each image once an epoch; "balanced" takes as many images from each class, in an epoch
-            as long, so that images of rare classes come again, with other crops.
+            as long, so that images of rare classes come again, with other crops; not with multi-label.
         augment: random crops and flips, RandAugment, MixUp and CutMix; by default gentle crops for the digits, and
             the papers' crops and flips for others. Naming any of its options starts from the papers' crops and flips.
         augmented_sheet: a PNG file to draw the first augmented batch into.
@@ -211,9 +215,10 @@ class TrainConfig:
             default where one process trains with sgd, without fp16 and sharding.
         activation_checkpointing: forget each block's activations and compute them again in the backward pass.
         sharding: "none" gives every process all parameters; "fsdp2" shards them over the processes.
-        keep_best: "accuracy", "loss" or "f1" (macro F1) on the held-out images: the folder keeps the model of the epoch
-            that is best by it, and its checkpoint beside the newest. The weights that are judged are those that are
-            saved: their moving average, or with optim.ema_decay null the live ones. By default the last epoch is kept.
+        keep_best: "accuracy", "loss" or "f1" (macro F1) on the held-out images, with multi-label "map" (mean average
+            precision), "loss" or "f1": the folder keeps the model of the epoch that is best by it, and its checkpoint
+            beside the newest. The weights that are judged are those that are saved: their moving average, or with
+            optim.ema_decay null the live ones. By default the last epoch is kept.
         patience: epochs without a better one after which the run ends; needs keep_best. null trains all epochs.
         nonfinite: what to do when a gradient is not finite: "stop", or "skip" the step and count it.
         resume: go on from the newest checkpoint in the output folder; from the start if there is none.
@@ -230,6 +235,7 @@ class TrainConfig:
     model: str
     data: str
     output: str
+    task: Literal["single-label", "multi-label"] = "single-label"
     labels: str | None = None
     validation_labels: str | None = None
     class_names: str | None = None
@@ -258,7 +264,7 @@ class TrainConfig:
     cuda_graph: bool | None = None
     activation_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
-    keep_best: Literal["accuracy", "loss", "f1"] | None = None
+    keep_best: Literal["accuracy", "loss", "f1", "map"] | None = None
     patience: int | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
     resume: bool = False
@@ -280,6 +286,14 @@ class TrainConfig:
             raise ConfigError(
                 f"patience {self.patience} needs a metric to wait for; pass keep_best accuracy, loss or f1"
             )
+        other = "accuracy" if self.multi_label else "map"
+        if self.keep_best == other:
+            raise ConfigError(f"keep_best {other} is no metric of task {self.task}; take {self.metric}, loss or f1")
+        if self.multi_label and self.sampler == "balanced":
+            raise ConfigError(
+                "sampler 'balanced' takes images by their one class, and with task multi-label an image has several; "
+                "take class_weights balanced"
+            )
         if self.resume_from != "last" and not (self.resume and self.keep_best):
             raise ConfigError(f"resume_from {self.resume_from!r} needs resume true, and the keep_best of the run")
         if self.keep_checkpoints < 1:
@@ -291,7 +305,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must not be empty")
         if TUNE.fullmatch(self.tune) is None:
             raise ConfigError(f"tune must be all, head or stages:N, such as stages:1, not {self.tune!r}")
-        label_files(self.labels, self.validation_labels, self.class_names)  # raises for one without the first
+        _ = self.label_files  # raises for one of them without labels
         if self.class_weights == self.sampler == "balanced":
             raise ConfigError(
                 "class_weights 'balanced' and sampler 'balanced' make up for the same twice; leave one of them out"
@@ -314,7 +328,17 @@ class TrainConfig:
     @property
     def label_files(self) -> LabelFiles | None:
         """The files of labels; `None` where the data tell the classes themselves."""
-        return label_files(self.labels, self.validation_labels, self.class_names)
+        return label_files(self.labels, self.validation_labels, self.class_names, multi_label=self.multi_label)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has a set of labels."""
+        return self.task == "multi-label"
+
+    @property
+    def metric(self) -> str:
+        """The first metric on the held-out images, "accuracy" or "map"."""
+        return "map" if self.multi_label else "accuracy"
 
     def with_class_weights(self) -> TrainConfig:
         """Return the run with class weights that do not depend on a file.

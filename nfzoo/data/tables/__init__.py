@@ -1,0 +1,1 @@
+"""Tables of labels: what the rows of a CSV, TSV or parquet file say."""

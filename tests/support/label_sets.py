@@ -1,0 +1,21 @@
+"""A table of sets of labels for the few digits of `tests.support.pictures`."""
+
+from pathlib import Path
+
+from tests.support.pictures import few_digits
+
+SETS = {
+    digit: tuple(
+        n for n, there in (("big", digit > 4), ("even", digit % 2 == 0), ("round", digit in (0, 6, 8, 9))) if there
+    )
+    for digit in range(10)
+}
+CLASSES = ("big", "even", "round")
+
+
+def write_sets(path: Path, separator: str = "|") -> Path:
+    """Write a table of three labels, of which 1 and 3 have none."""
+    root = Path(few_digits())
+    rows = [f"{p.relative_to(root)},{separator.join(SETS[int(p.parent.name)])}\n" for p in sorted(root.glob("*/*.png"))]
+    path.write_text(f"path,label\n{''.join(rows)}")
+    return path
