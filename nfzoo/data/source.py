@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 HELD_OUT = 0.2
 """Share of each class that is held out by default."""
 HUB = "hub:"
+MEMORY = "memory:"
+"""The begin of the name of data, or of a model, that a Python program gave to `nfzoo.fit`; no command opens it."""
 
 _ARCHIVES = (".tar", ".parquet", ".tgz", *(f".tar{ending}" for ending in COMPRESSED))
 _OPTIONS = ("image", "label", "train", "validation", "revision")
@@ -120,8 +122,30 @@ def open_split(
         return Split(images, parts.held_out(images.classes))
     if labels is None:
         check_more_than_one(Path(source), images.classes)
-    held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
+    return hold_out(images, validation_fraction, seed=seed)
+
+
+def hold_out(images: Images, fraction: float, *, seed: int = 0) -> Split:
+    """Split images, holding out `fraction` of each class; the same `seed` holds out the same images.
+
+    Raises:
+        DataError: if a class is too small to be split.
+    """
+    held_out = _stratified(images.labels, images.classes, fraction, seed)
     return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
+
+
+def open_part(source: str, classes: tuple[str, ...] | None = None, *, held_out: bool = False) -> Images:
+    """Open the training part of a source, or its held-out part; all images of a source without parts.
+
+    Args:
+        classes: the expected class names, if they are known.
+
+    Raises:
+        DataError: as `open_split`.
+    """
+    parts = _parts(source)
+    return (parts.held_out if held_out and parts.held_out is not None else parts.first)(classes)
 
 
 def open_parts(source: str, *, labels: LabelFiles | None = None) -> dict[str, Images]:
@@ -146,6 +170,8 @@ def open_parts(source: str, *, labels: LabelFiles | None = None) -> dict[str, Im
 
 def has_held_out(source: str, *, labels: LabelFiles | None = None) -> bool:
     """Return whether the source has a held-out part of its own."""
+    if source.startswith(MEMORY):
+        return "validation" in split_options(source)[1]
     return _parts(source).held_out is not None if labels is None else has_split(labels)
 
 
@@ -249,6 +275,10 @@ def fingerprint(images: Images) -> str:
 
 def _parts(source: str, labels: LabelFiles | None = None) -> _Source:
     source = source_text(source)
+    if source.startswith(MEMORY):
+        raise DataError(
+            f"{source!r} were data of a Python program, which no command opens; give them to nfzoo.fit again"
+        )
     if labels is not None:
         first, held_out, name = open_label_files(source, labels)
         return _Source(lambda _: first, None if held_out is None else lambda _: held_out, name)

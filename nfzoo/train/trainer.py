@@ -17,6 +17,8 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +36,7 @@ from nfzoo.data.source import Split
 from nfzoo.errors import Stopped, TrainingError
 from nfzoo.evaluate.scores import scores
 from nfzoo.model import apply
-from nfzoo.nn import NFNet
+from nfzoo.nn import NFNet, load
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
@@ -44,6 +46,7 @@ from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import Metrics, UnreadableImages, best_rule
 from nfzoo.train.progress import Progress
+from nfzoo.train.python.callbacks import Callbacks
 from nfzoo.train.run_folder import Saver
 
 if TYPE_CHECKING:
@@ -56,16 +59,24 @@ CHECKED = 1000  # held-out images, up to which all are read before training
 SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True)
+class Result:
     """Result of a run: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training.
 
     The accuracies are those of the epoch that the folder keeps.
+
+    Attributes:
+        model: the model of the folder, in evaluation mode, loaded when it is first asked for.
     """
 
     folder: Path
     accuracy: float
     ema_accuracy: float | None
     training_seconds: float
+
+    @cached_property
+    def model(self) -> NFNet:
+        return load(self.folder)
 
 
 class InitialState(NamedTuple):
@@ -109,7 +120,14 @@ def split_identity(split: Split) -> dict[str, Any]:
 class Trainer:
     """Train a model for the epochs of a recipe, from its beginning or from a checkpoint."""
 
-    def __init__(self, config: TrainConfig, split: Split, accelerator: Accelerator, start: InitialState) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        split: Split,
+        accelerator: Accelerator,
+        start: InitialState,
+        callbacks: Sequence[object] = (),
+    ) -> None:
         self.config, self.split, self.accelerator = config, split, accelerator
         self.rank = accelerator.process_index
         self.backend = backend(accelerator.device)
@@ -138,6 +156,7 @@ class Trainer:
         self._data = start.data
         if start.saved is not None:
             self._restore(start.saved)
+        self.callbacks = Callbacks(callbacks, is_main=accelerator.is_main_process, weights=self._weights)
         self.backend.step_mark()  # keeps the preparation out of the first step's program
         self.progress = Progress(config, accelerator, self.learner, steps_per_epoch=self.steps_per_epoch)
         self._announce(counts, resumed=start.saved is not None)
@@ -191,6 +210,8 @@ class Trainer:
                         if len(parts) < config.accumulation:
                             continue
                         self._stop_if_asked()
+                        if self.callbacks.ends:
+                            break
                         self.train_step(parts)
                         parts = []
                         self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
@@ -209,6 +230,12 @@ class Trainer:
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.metrics.clear()
                 self.progress.epoch(row, best=self.best is not None and self.best.row(self.rows) is row)
+                if self.callbacks and not self.callbacks.ends:
+                    self.callbacks.epoch(self.epoch, self.step, row)
+                    self._stop_if_asked()
+                if self.callbacks.ends:
+                    self.progress.say(f"a callback ended the run after step {self.step}")
+                    break
             self.saver.finish()
         if self.best is not None:
             row = dict(self.best.row(self.rows) or {})
@@ -247,6 +274,7 @@ class Trainer:
         bar.update()
         if self.step % LOG_STEPS == 0:
             self.progress.step(bar, self.metrics, self.step, self._learning_rate(self.step - 1))
+        self.callbacks.step(self.epoch + 1, self.step, self._of_step)
         goes_on = self.consumed + self.config.batch_size <= len(self.split.train)
         if goes_on and self.config.save_steps is not None and self.step % self.config.save_steps == 0:
             self.save_state()
@@ -337,10 +365,18 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Stop if any process was asked to, or if all processes together met too many unreadable images."""
-        number, (broken, failed) = self.agreement.reached(self.unreadable.unknown(), self.saver.failed())
+        callbacks = self.callbacks
+        counts = self.unreadable.unknown(), self.saver.failed(), callbacks.asked, callbacks.failure is not None
+        number, (broken, failed, ends, raised) = self.agreement.reached(*counts)
         self.unreadable.check(broken)
         if failed:
             self.saver.finish()
+        if raised:
+            self.save_state()
+            where, error = callbacks.failure or ("of another process", None)
+            reason = f"failed after step {self.step}" + (f" ({type(error).__name__}: {error})" if error else "")
+            raise TrainingError(f"the callback {where} {reason}; {self.saver.last_checkpoint()}") from error
+        callbacks.ends = ends > 0
         if number is not None:
             self.save_state()
             name = signal.Signals(number).name
@@ -351,14 +387,15 @@ class Trainer:
     def _row(self, epoch: int) -> dict[str, Any]:
         loss, correct, seen = self._sum(self.metrics.sums())
         seen = seen or math.nan  # if every step was skipped
+        steps = max(1, self.consumed // self.config.batch_size)  # fewer than in an epoch where a callback ended it
         row = {
             "epoch": epoch + 1,
             "step": self.step,
             "lr": self._learning_rate(max(self.step - 1, 0)),
             "train_loss": loss / seen,
             "train_accuracy": correct / seen,
-            "clipped": float(self.metrics.clipped) / self.steps_per_epoch,
-            **self.metrics.clipped_by_kind(self.steps_per_epoch),
+            "clipped": float(self.metrics.clipped) / steps,
+            **self.metrics.clipped_by_kind(steps),
         }
         if self.skipped:
             row["skipped"] = self.skipped
@@ -382,6 +419,13 @@ class Trainer:
         if self.unreadable.known:  # those among the held-out images as well
             row["broken"] = len(self.unreadable.known)
         return row
+
+    def _of_step(self) -> dict[str, float]:
+        loss, norm = float(self.metrics.loss), float(self.metrics.norm)
+        return {"loss": loss, "lr": self._learning_rate(self.step - 1), "gradient_norm": norm}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: t.to("cpu", copy=True) for name, t in full_tensors(self.learner.live).items()}
 
     def _logits(self, params: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         def logits(images: Tensor) -> Tensor:

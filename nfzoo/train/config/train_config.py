@@ -107,9 +107,10 @@ class OptimConfig(StepConfig):
 
 
 _HINTS = {
-    "data": "; name a folder with one subfolder per class, or tar or parquet files; for a data set in memory, write a "
-    "loop with nfzoo.step or nfzoo.AGCSGD",
-    "model": "; save a model with save_pretrained(FOLDER), and give the folder",
+    "data": "; name a folder with one subfolder per class, or tar or parquet files; give a data set of a Python "
+    "program to nfzoo.fit(model, data_set, output=…)",
+    "model": "; give a model of a Python program to nfzoo.fit(model, data, output=…), or save it with "
+    "save_pretrained(FOLDER) and give the folder",
 }
 _WORDS: dict[Any, str] = {
     int: "a whole number",
