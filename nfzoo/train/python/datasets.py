@@ -97,9 +97,9 @@ def open_dataset(
             continue
     labels, unread = _labels(dataset, title, max_broken)
     own = names or _own_classes(dataset, title)
-    numbers, known = _numbers(labels, title, expected or own)
     if expected is not None and own is not None:
         check_classes(title, own, expected)
+    numbers, known = _numbers(labels, title, expected or own)
     rows = np.flatnonzero(numbers >= 0) if unread else np.arange(len(numbers))
     return DatasetImages(rows, numbers[rows], known, dataset, title, numbers, _paths(dataset), _digest(dataset))
 
