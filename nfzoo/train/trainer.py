@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +44,7 @@ from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, 
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
-from nfzoo.train.metrics import Metrics, UnreadableImages, best_rule
+from nfzoo.train.metrics import Confusion, Metrics, UnreadableImages, best_rule
 from nfzoo.train.progress import Progress
 from nfzoo.train.python.callbacks import Callbacks
 from nfzoo.train.run_folder import Saver
@@ -56,6 +56,7 @@ logger = logging.getLogger("nfzoo")
 
 LOG_STEPS = 10
 CHECKED = 1000  # held-out images, up to which all are read before training
+MOST_DRAWN = 50  # classes, up to which a tracker gets a confusion matrix
 SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
 
 
@@ -158,7 +159,8 @@ class Trainer:
             self._restore(start.saved)
         self.callbacks = Callbacks(callbacks, is_main=accelerator.is_main_process, weights=self._weights)
         self.backend.step_mark()  # keeps the preparation out of the first step's program
-        self.progress = Progress(config, accelerator, self.learner, steps_per_epoch=self.steps_per_epoch)
+        facts: dict[str, Any] = {"steps_per_epoch": self.steps_per_epoch, "classes": split.train.classes}
+        self.progress = Progress(config, accelerator, self.learner, **facts)
         self._announce(counts, resumed=start.saved is not None)
 
     def _announce(self, counts: Mapping[str, int], *, resumed: bool) -> None:
@@ -406,7 +408,11 @@ class Trainer:
         broken: list[str] = []
         weights = [self.learner.live] if self.learner.averages is None else [self.learner.live, self.learner.averages]
         functions = [self._logits(full_tensors(params)) for params in weights]
-        batches, device = self._held_out(broken), self.accelerator.device
+        batches: Iterable[tuple[Tensor, Tensor]] = self._held_out(broken)
+        device, confusion = self.accelerator.device, None
+        if self.progress.tracker.takes_pictures and self.cfg.num_classes <= MOST_DRAWN:
+            confusion = Confusion(self.cfg.num_classes)
+            batches, functions[-1] = confusion.batches(batches), confusion.of(functions[-1])
         live, *averaged = scores(functions, batches, device=device, classes=self.cfg.num_classes)
         try:
             self.unreadable.leave_out(broken)
@@ -415,6 +421,9 @@ class Trainer:
         row: dict[str, Any] = {"loss": live.loss, "accuracy": live.top1, "f1": live.f1}
         for result in averaged:
             row |= {"ema_loss": result.loss, "ema_accuracy": result.top1, "ema_f1": result.f1}
+        if confusion is not None:
+            counts = self.accelerator.reduce(confusion.counts.to(device), reduction="sum")
+            self.progress.confusion(counts.cpu().numpy().reshape(confusion.classes, -1), self.step)  # type: ignore[union-attr]
         self.unreadable.share()
         if self.unreadable.known:  # those among the held-out images as well
             row["broken"] = len(self.unreadable.known)
@@ -448,17 +457,19 @@ class Trainer:
         self.unreadable.leave_out(broken)
 
     def _preview(self) -> None:
-        if self.config.augmented_sheet is None or not self.accelerator.is_main_process or self.step:
+        wanted, tracker = self.config.augmented_sheet, self.progress.tracker
+        if not self.accelerator.is_main_process or self.step or (wanted is None and not tracker.takes_pictures):
             return
         first = next(self.pipeline.batches(0, 0))
         images, targets, _ = self.pipeline.inputs(first, 0, {})
-        augmentation_sheet(
-            images.cpu(),
-            Path(self.config.augmented_sheet),
-            preprocessing=self.preprocessing,
-            targets=targets.cpu(),
-            classes=self.split.train.classes,
-        )
+
+        def draw(file: Path) -> None:
+            shown: dict[str, Any] = {"preprocessing": self.preprocessing, "classes": self.split.train.classes}
+            augmentation_sheet(images.cpu(), file, targets=targets.cpu(), **shown)
+
+        if wanted is not None:
+            draw(Path(wanted))
+        tracker.picture("augmented batch", draw, self.step)
 
     # ------------------------------------------------------------ files
 
