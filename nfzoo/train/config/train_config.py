@@ -223,7 +223,8 @@ class TrainConfig:
         save_steps: steps between checkpoints; by default one at the end of each epoch alone.
         keep_checkpoints: checkpoints to keep, the newest ones, beside that of keep_best.
         async_save: write checkpoints while training goes on, from a copy of weights and optimizer in the host's memory.
-        tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
+        tracker: a tracker of Accelerate's. "tensorboard", "wandb", "trackio" and "mlflow" also get pictures: the first
+            augmented batch, and of up to 50 classes each epoch's confusion matrix.
         overwrite: write into an output folder that holds a model already.
         optim: the optimizer.
     """

@@ -69,7 +69,8 @@ def fit(
         output: the folder to write, as of `nfzoo train`: the model, figures, and checkpoints.
         classes: the names of the classes, in the order of the labels' numbers. By default those of the data set's
             `classes`, or else the labels themselves.
-        callbacks: `nfzoo.Callback` objects, which look at the run after each step or epoch and may end it.
+        callbacks: `nfzoo.Callback` objects, which look at the run after each step or epoch and may end it. With
+            `resume=True` a run that one of them ended goes on, and they are asked anew.
         options: the options of `nfzoo train`, as `nfzoo.train.TrainConfig` describes them, such as `epochs` and
             `batch_size`. Those of the optimizer are a mapping `optim`, such as `{"lr": 0.1, "clip": 0.01}`, and those
             of the augmentation a mapping `augment`.
@@ -130,11 +131,17 @@ def _open(
     return images
 
 
+class _Nowhere:
+    """A file that keeps nothing, as data in memory may be large."""
+
+    def write(self, content: Any, /) -> int:
+        return len(content)
+
+
 def _check_pickles(images: Images, title: str) -> None:
     """Raise a `DataError` where images cannot be sent to the processes of a loader."""
     try:
-        with open(os.devnull, "wb") as nowhere:
-            pickle.Pickler(nowhere, pickle.HIGHEST_PROTOCOL).dump(images)
+        pickle.Pickler(_Nowhere(), pickle.HIGHEST_PROTOCOL).dump(images)
     except Exception as error:
         raise DataError(
             f"{title} cannot be pickled for the processes that load images ({type(error).__name__}: {error}); "
