@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import nfzoo
 from nfzoo.errors import TrainingError
 from nfzoo.train import TrainConfig
 from nfzoo.train.python.callbacks import State
+from tests.support.forks import run_in_group
 from tests.support.pictures import few_digits
 from tests.train.test_fit import QUICK, digits, same, weights
 
@@ -154,3 +156,57 @@ def test_any_object_with_a_method_is_a_callback(tmp_path: Path) -> None:
     counts = Counts()
     nfzoo.fit("nfnet-test", digits(), output=tmp_path / "run", callbacks=(counts, nfzoo.Callback()), **QUICK)
     assert counts.seen == 1
+
+
+class OneProcess(nfzoo.Callback):
+    """Do something in the second of two processes alone, at the third step or after the first epoch."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_step(self, state: State) -> None:
+        if state.step == 3 and not state.is_main:
+            if self.kind == "stop":
+                state.stop()
+            if self.kind == "fail":
+                raise KeyError("no such plot")
+
+    def on_epoch(self, state: State) -> None:
+        if self.kind == "stop after an epoch" and not state.is_main:
+            state.stop()
+
+
+def in_one_process(arguments: list[str]) -> int:
+    kind, output = arguments
+    data = digits()
+    if kind == "other data" and os.environ["RANK"] == "1":
+        data.targets[0], data.samples[0] = 1, (data.samples[0][0], 1)
+    try:
+        print(nfzoo.fit("nfnet-test", data, output=output, callbacks=[OneProcess(kind)], **TWO).accuracy)
+    except nfzoo.NfzooError as error:
+        print(error)
+        return error.exit_status
+    return 0
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_one_of_them_asks(tmp_path: Path) -> None:
+    few_digits()
+    failed = (
+        "the callback of another process failed after step 3; ",
+        "the callback OneProcess.on_step failed after step 3",
+    )
+    different = "the processes have different images or labels in 'memory:Files'"
+    for kind, status, said, step in (
+        ("stop", 0, ("a callback ended the run after step 3", ""), 3),
+        ("stop after an epoch", 0, (f"a callback ended the run after step {STEPS}", ""), STEPS),
+        ("fail", 1, failed, 3),
+        ("other data", 2, (different, different), None),
+    ):
+        folder = tmp_path / kind
+        folder.mkdir()
+        done = run_in_group(in_one_process, [kind, str(folder / "run")], folder)
+        for (code, out, err), text in zip(done, said, strict=True):
+            assert (code, text in out) == (status, True), (kind, out, err)
+        saved = sorted(path.name for path in (folder / "run" / "checkpoints").glob("step_*"))
+        assert saved == ([] if step is None else [f"step_{step:08}"]), kind
