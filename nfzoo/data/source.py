@@ -409,8 +409,8 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             raise DataError(
-                f"class {name!r} has {len(members)} image, too few to hold any out; add images, or split the folder "
-                "into train/ and val/ yourself"
+                f"class {name!r} has {len(members)} image, too few to hold any out; add images, or hold some out "
+                "yourself, in train/ and val/ or as the validation of nfzoo.fit"
             )
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held_out[rng.permutation(members)[:count]] = True
