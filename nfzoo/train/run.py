@@ -103,14 +103,14 @@ def train(config: TrainConfig, *, callbacks: Sequence[object] = ()) -> Result:
 def prepared(
     config: TrainConfig,
     *,
-    data: Callable[[], Split] | None = None,
+    opened: Callable[[], Split] | None = None,
     model: NFNet | None = None,
     callbacks: Sequence[object] = (),
 ) -> Iterator[Trainer]:
     """Check a run's options and data, and yield its trainer, with the run folder locked against other runs.
 
     Args:
-        data: opens the data of a Python program, in the place of `config.data`.
+        opened: opens the data of a Python program, in the place of `config.data`.
         model: the model that a run begins with, in the place of `config.model`. It stays as it is.
         callbacks: see `train`.
 
@@ -126,22 +126,22 @@ def prepared(
         torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
         # Whatever the seed of the run, the same images are held out: runs compare, and `evaluate` finds them again.
         fraction = config.validation_fraction
-        split = data() if data else open_split(config.data, validation_fraction=fraction, labels=config.label_files)
+        split = opened() if opened else open_split(config.data, validation_fraction=fraction, labels=config.label_files)
         if len(split.train.classes) < 2:
             raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
         class_weights(config.class_weights, class_counts(split.train))  # raises for those that do not fit
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
         device.check_processes(accelerator.num_processes)
         _check_shares(config, split, accelerator)
-        identity = split_identity(split)
-        if any(other != identity["digest"] for other in gather([identity["digest"]])):
+        data = split_identity(split)
+        if any(other != data["digest"] for other in gather([data["digest"]])):
             raise DataError(f"the processes have different images or labels in {config.data!r}; give all the same data")
-        start = _resumed(config, identity, saved) if saved else _fresh(config, identity, model)
+        start = _resumed(config, data, saved) if saved else _fresh(config, data, model)
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
             back = saved.step if saved is not None and config.resume_from == "best" else None
             clear(output, states=saved is None, after=back)  # with --overwrite: checkpoints of the earlier run
-        trainer = Trainer(config, split, accelerator, start, callbacks)
+        trainer = Trainer(config, split, accelerator, start._replace(callbacks=callbacks))
         accelerator.wait_for_everyone()
         try:
             yield trainer

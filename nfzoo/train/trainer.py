@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,12 +88,14 @@ class InitialState(NamedTuple):
         pretrained: whether the weights are pretrained, not random.
         data: the identity of the run's data, as `split_identity` returns it.
         saved: the checkpoint to resume from, or `None`.
+        callbacks: look at the run, and may end it.
     """
 
     model: NFNet
     pretrained: bool
     data: dict[str, Any]
     saved: Saved | None = None
+    callbacks: Sequence[object] = ()
 
 
 def split_identity(split: Split) -> dict[str, Any]:
@@ -121,14 +123,7 @@ def split_identity(split: Split) -> dict[str, Any]:
 class Trainer:
     """Train a model for the epochs of a recipe, from its beginning or from a checkpoint."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        split: Split,
-        accelerator: Accelerator,
-        start: InitialState,
-        callbacks: Sequence[object] = (),
-    ) -> None:
+    def __init__(self, config: TrainConfig, split: Split, accelerator: Accelerator, start: InitialState) -> None:
         self.config, self.split, self.accelerator = config, split, accelerator
         self.rank = accelerator.process_index
         self.backend = backend(accelerator.device)
@@ -157,7 +152,7 @@ class Trainer:
         self._data = start.data
         if start.saved is not None:
             self._restore(start.saved)
-        self.callbacks = Callbacks(callbacks, is_main=accelerator.is_main_process, weights=self._weights)
+        self.callbacks = Callbacks(start.callbacks, is_main=accelerator.is_main_process, weights=self._weights)
         self.backend.step_mark()  # keeps the preparation out of the first step's program
         facts: dict[str, Any] = {"steps_per_epoch": self.steps_per_epoch, "classes": split.train.classes}
         self.progress = Progress(config, accelerator, self.learner, **facts)
@@ -408,10 +403,10 @@ class Trainer:
         broken: list[str] = []
         weights = [self.learner.live] if self.learner.averages is None else [self.learner.live, self.learner.averages]
         functions = [self._logits(full_tensors(params)) for params in weights]
-        batches: Iterable[tuple[Tensor, Tensor]] = self._held_out(broken)
-        device, confusion = self.accelerator.device, None
-        if self.progress.tracker.takes_pictures and self.cfg.num_classes <= MOST_DRAWN:
-            confusion = Confusion(self.cfg.num_classes)
+        batches, device = self._held_out(broken), self.accelerator.device
+        drawn = self.progress.tracker.takes_pictures and self.cfg.num_classes <= MOST_DRAWN
+        confusion = Confusion(self.cfg.num_classes) if drawn else None
+        if confusion is not None:  # of the weights that are saved
             batches, functions[-1] = confusion.batches(batches), confusion.of(functions[-1])
         live, *averaged = scores(functions, batches, device=device, classes=self.cfg.num_classes)
         try:
@@ -422,8 +417,8 @@ class Trainer:
         for result in averaged:
             row |= {"ema_loss": result.loss, "ema_accuracy": result.top1, "ema_f1": result.f1}
         if confusion is not None:
-            counts = self.accelerator.reduce(confusion.counts.to(device), reduction="sum")
-            self.progress.confusion(counts.cpu().numpy().reshape(confusion.classes, -1), self.step)  # type: ignore[union-attr]
+            counts: Any = self.accelerator.reduce(confusion.counts.to(device), reduction="sum")
+            self.progress.confusion(counts.cpu().numpy().reshape(confusion.classes, -1), self.step)
         self.unreadable.share()
         if self.unreadable.known:  # those among the held-out images as well
             row["broken"] = len(self.unreadable.known)

@@ -106,7 +106,7 @@ def fit(
         return Split(images, _open(validation, config, classes=classes, expected=images.classes))
 
     given = model if isinstance(model, NFNet) else None
-    with prepared(config, data=None if by_name else opened, model=given, callbacks=callbacks) as trainer:
+    with prepared(config, opened=None if by_name else opened, model=given, callbacks=callbacks) as trainer:
         return trainer.fit()
 
 
