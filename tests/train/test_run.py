@@ -481,6 +481,7 @@ def test_compiled_training_is_the_same(tmp_path: Path) -> None:
     assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
 
 
+@pytest.mark.draws
 def test_tracker_and_sheet(tmp_path: Path) -> None:
     sheet = tmp_path / "first.png"
     options = ["--tracker", "tensorboard", "--augmented_sheet", str(sheet), "--augment.mixup", "0.2"]
@@ -532,7 +533,6 @@ def test_each_tracker_gets_pictures_in_its_way(tmp_path: Path, monkeypatch: pyte
     def log_image(image: Image.Image, key: str, step: int) -> None:
         Recorder.kept.append((key, image, step))
 
-    monkeypatch.setattr(trainer, "augmentation_sheet", lambda _, file, **__: Image.new("RGB", (4, 4)).save(file))
     kind = type("Stand", (Recorder,), {"name": name})
     Recorder.kept.clear()
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, kind)
