@@ -276,9 +276,7 @@ def fingerprint(images: Images) -> str:
 def _parts(source: str, labels: LabelFiles | None = None) -> _Source:
     source = source_text(source)
     if source.startswith(MEMORY):
-        raise DataError(
-            f"{source!r} were data of a Python program, which no command opens; give them to nfzoo.fit again"
-        )
+        raise DataError(f"{source!r} names data of a Python program, which no command opens; nfzoo.fit takes them")
     if labels is not None:
         first, held_out, name = open_label_files(source, labels)
         return _Source(lambda _: first, None if held_out is None else lambda _: held_out, name)

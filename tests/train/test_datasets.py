@@ -265,3 +265,20 @@ def test_items_that_turn_out_bad_are_named(tmp_path: Path) -> None:
         images = open_dataset(Own([items[0], bad, *items[2:]], targets=LABELS))
         assert message in broken(images, 1)
     opened.close()
+
+
+def test_images_without_a_file_keep_their_orientation_and_depth() -> None:
+    deep = io.BytesIO()
+    Image.fromarray(PIXELS[0, ..., 0].astype(np.uint16) * 257).save(deep, "PNG")
+    files = [deep.getvalue()]
+    for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
+        image, file = Image.fromarray(PIXELS[0]), io.BytesIO()
+        image.getexif()[0x0112] = 6  # turned by a quarter
+        image.save(file, kind, exif=image.getexif())
+        files.append(file.getvalue())
+    opened = [Image.open(io.BytesIO(content)) for content in files]
+    images = open_dataset(pairs(opened, range(5)))
+    for i, content in enumerate(files):
+        seen = np.asarray(open_image(images[i][0]))
+        assert seen.shape[:2] == ((8, 10) if i == 0 else (10, 8))
+        assert np.array_equal(seen, np.asarray(open_image(io.BytesIO(content))))

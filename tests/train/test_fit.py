@@ -90,7 +90,7 @@ def test_a_data_set_trains_what_its_folder_does(tmp_path: Path, capsys: pytest.C
     assert train.main(["--output", str(tmp_path / "name"), "--resume", "true"]) == 0
     capsys.readouterr()
     assert main(["train", "--output", str(tmp_path / "data-set"), "--resume", "true"]) == 2
-    assert "were data of a Python program, which no command opens; give them to nfzoo.fit" in capsys.readouterr().err
+    assert "names data of a Python program, which no command opens; nfzoo.fit takes them" in capsys.readouterr().err
 
 
 def test_data_held_out_by_the_program(tmp_path: Path) -> None:
