@@ -5,6 +5,7 @@
     model = nfzoo.from_pretrained("runs/digits")  # a folder, a file, or a Hub repository
     model = nfzoo.create("nfnet-f0", num_classes=10)
     logits = model(images)
+    result = nfzoo.fit(model, data_set, output="runs/pets", epochs=5)  # as `nfzoo train` does
 
 The functional form is in `nfzoo.model`: `init`, `apply`, `features`, `sample_noise` over plain dictionaries.
 """

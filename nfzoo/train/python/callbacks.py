@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from nfzoo.checkpoint.run_state import rng_state, set_rng_state
 from nfzoo.errors import ConfigError, shown
 
 _METHODS = ("on_step", "on_epoch")
@@ -111,14 +114,28 @@ class Callbacks:
         if not methods or self.failure is not None:
             return
         state = State(epoch, step, MappingProxyType(dict(row)), self.is_main, self)
-        before = rng_state()
-        for method in methods:
-            try:
-                method(state)
-            except Exception as error:
-                self.failure = Failure(getattr(method, "__qualname__", repr(method)), error)
-                break
-        set_rng_state(before)
+        with _random_states_kept():
+            for method in methods:
+                try:
+                    method(state)
+                except Exception as error:
+                    self.failure = Failure(getattr(method, "__qualname__", repr(method)), error)
+                    break
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Put this process's random number generators back to where they were before the block."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
 
 
 def check_callbacks(callbacks: object) -> None:
