@@ -5,6 +5,7 @@
     model = nfzoo.from_pretrained("runs/digits")  # a folder, a file, or a Hub repository
     model = nfzoo.create("nfnet-f0", num_classes=10)
     logits = model(images)
+    result = nfzoo.fit(model, data_set, output="runs/pets", epochs=5)  # as `nfzoo train` does
 
 The functional form is in `nfzoo.model`: `init`, `apply`, `features`, `sample_noise` over plain dictionaries.
 """
@@ -35,12 +36,16 @@ if TYPE_CHECKING:
     from nfzoo.nn import NFNet, create, register_activation
     from nfzoo.optim.agc_sgd import AGCSGD, param_groups
     from nfzoo.optim.clipping import agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
+    from nfzoo.train.python.callbacks import Callback, State
+    from nfzoo.train.python.fit import fit
 
 # What imports torch or the Hub's client is imported on its first use: `nfzoo list` needs neither.
 _LAZY = {
     **dict.fromkeys(["NFNet", "create", "register_activation"], "nfzoo.nn"),
     **dict.fromkeys(["AGCSGD", "param_groups"], "nfzoo.optim.agc_sgd"),
     **dict.fromkeys(["agc", "agc_", "clip_grad_agc_", "unitwise_norm", "with_agc"], "nfzoo.optim.clipping"),
+    **dict.fromkeys(["Callback", "State"], "nfzoo.train.python.callbacks"),
+    "fit": "nfzoo.train.python.fit",
     "from_pretrained": "nfzoo.hub.pretrained",
 }
 
@@ -53,6 +58,7 @@ except PackageNotFoundError:  # run from a source tree
 
 __all__ = [
     "AGCSGD",
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "ConversionError",
@@ -65,12 +71,14 @@ __all__ = [
     "NFResNetConfig",
     "NfzooError",
     "Preprocessing",
+    "State",
     "UnknownModelError",
     "__version__",
     "agc",
     "agc_",
     "clip_grad_agc_",
     "create",
+    "fit",
     "from_pretrained",
     "list_models",
     "param_groups",

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 HELD_OUT = 0.2
 """Share of each class that is held out by default."""
 HUB = "hub:"
+MEMORY = "memory:"
+"""The begin of the name of data, or of a model, that a Python program gave to `nfzoo.fit`; no command opens it."""
 
 _ARCHIVES = (".tar", ".parquet", ".tgz", *(f".tar{ending}" for ending in COMPRESSED))
 _OPTIONS = ("image", "label", "train", "validation", "revision")
@@ -120,11 +122,33 @@ def open_split(
         return Split(images, parts.held_out(images.classes))
     if labels is None:
         check_more_than_one(Path(source), images.classes)
+    return hold_out(images, validation_fraction, seed=seed)
+
+
+def hold_out(images: Images, fraction: float, *, seed: int = 0) -> Split:
+    """Split images, holding out `fraction` of each class; the same `seed` holds out the same images.
+
+    Raises:
+        DataError: if a class is too small to be split.
+    """
     if images.multi_label:
-        held_out = _stratified_sets(images.labels, validation_fraction, seed)
+        held_out = _stratified_sets(images.labels, fraction, seed)
     else:
-        held_out = _stratified(images.labels, images.classes, validation_fraction, seed)
+        held_out = _stratified(images.labels, images.classes, fraction, seed)
     return Split(images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out)))
+
+
+def open_part(source: str, classes: tuple[str, ...] | None = None, *, held_out: bool = False) -> Images:
+    """Open the training part of a source, or its held-out part; all images of a source without parts.
+
+    Args:
+        classes: the expected class names, if they are known.
+
+    Raises:
+        DataError: as `open_split`.
+    """
+    parts = _parts(source)
+    return (parts.held_out if held_out and parts.held_out is not None else parts.first)(classes)
 
 
 def open_parts(source: str, *, labels: LabelFiles | None = None) -> dict[str, Images]:
@@ -150,6 +174,8 @@ def open_parts(source: str, *, labels: LabelFiles | None = None) -> dict[str, Im
 
 def has_held_out(source: str, *, labels: LabelFiles | None = None) -> bool:
     """Return whether the source has a held-out part of its own."""
+    if source.startswith(MEMORY):
+        return "validation" in split_options(source)[1]
     return _parts(source).held_out is not None if labels is None else has_split(labels)
 
 
@@ -253,6 +279,8 @@ def fingerprint(images: Images) -> str:
 
 def _parts(source: str, labels: LabelFiles | None = None) -> _Source:
     source = source_text(source)
+    if source.startswith(MEMORY):
+        raise DataError(f"{source!r} names data of a Python program, which no command opens; nfzoo.fit takes them")
     if labels is not None:
         first, held_out, name = open_label_files(source, labels)
         return _Source(lambda _: first, None if held_out is None else lambda _: held_out, name)
@@ -383,8 +411,8 @@ def _stratified(labels: np.ndarray, classes: tuple[str, ...], fraction: float, s
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             raise DataError(
-                f"class {name!r} has {len(members)} image, too few to hold any out; add images, or split the folder "
-                "into train/ and val/ yourself"
+                f"class {name!r} has {len(members)} image, too few to hold any out; add images, or hold some out "
+                "yourself, in train/ and val/ or as the validation of nfzoo.fit"
             )
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held_out[rng.permutation(members)[:count]] = True

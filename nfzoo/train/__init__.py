@@ -4,6 +4,7 @@ The package can be called as its function can: `nfzoo.train(config)`.
 """
 
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 
 from nfzoo.train.config import TrainConfig
@@ -13,8 +14,8 @@ __all__ = ["TrainConfig", "main", "train"]
 
 
 class _Package(ModuleType):
-    def __call__(self, config: TrainConfig) -> Result:
-        return train(config)
+    def __call__(self, config: TrainConfig, *, callbacks: Sequence[object] = ()) -> Result:
+        return train(config, callbacks=callbacks)
 
 
 sys.modules[__name__].__class__ = _Package

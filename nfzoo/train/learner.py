@@ -14,7 +14,8 @@ from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.checkpoint.run_state import Saved
 from nfzoo.data.labels import match_classes
 from nfzoo.errors import ConfigError, DataError
-from nfzoo.nn import NFNet
+from nfzoo.model import specs
+from nfzoo.nn import NFNet, assemble
 from nfzoo.optim.agc_sgd import can_compile
 from nfzoo.optim.fine_tuning import freeze_
 from nfzoo.optim.sam import ascent_rows, restore_, sam_ascent_
@@ -240,6 +241,22 @@ def fit_head(model: NFNet, config: TrainConfig, classes: int) -> None:
         *(classes, config.task),
     )
     model.reset_classifier(classes)
+
+
+def copied(model: NFNet, num_classes: int) -> NFNet:
+    """Return a copy of a model, in float32 on the CPU, with a fresh classifier where its own has other classes.
+
+    Raises:
+        ConfigError: for a folded model, and for one whose parameters are not those of its configuration.
+    """
+    params = {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in model.state_dict().items()}
+    own = specs(model.config)
+    strange = sorted(params.keys() ^ own.keys())
+    if model.config.folded or strange or any(params[name].shape != shape for name, (shape, _) in own.items()):
+        what = "is folded for inference" if model.config.folded else "was changed"
+        where = f" (in {strange[0]})" if strange else ""
+        raise ConfigError(f"the given model {what}{where}; give the model that it was made from")
+    return assemble(model.description, params, num_classes=num_classes, source="the given model")
 
 
 def head_for(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,32 @@ class Metrics:
     def sums(self) -> Tensor:
         """Return loss times images, right answers, and images, of this process."""
         return torch.stack([self.loss_sum, self.correct, self.seen])
+
+
+class Confusion:
+    """Count the answers of a function from images to logits by class, while `evaluate.scores` calls it."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.counts = torch.zeros(classes * classes, dtype=torch.int64)  # of this process
+        self._labels = torch.zeros(0, dtype=torch.int64)
+
+    def batches(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of images and labels, of which the function is called with one after the other."""
+        for images, labels in batches:
+            self._labels = labels.cpu()
+            yield images, labels
+
+    def of(self, logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return the function, with its answers counted."""
+
+        def counted(images: Tensor) -> Tensor:
+            outputs = logits(images)
+            cells = self._labels * self.classes + outputs.argmax(1).cpu()
+            self.counts += torch.bincount(cells, minlength=len(self.counts))
+            return outputs
+
+        return counted
 
 
 class Best(NamedTuple):

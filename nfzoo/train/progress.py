@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from nfzoo.analysis.classification_figures import confusion_figure
+from nfzoo.analysis.figures import MissingPlotsError
 from nfzoo.runtime.output import escaped
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.learner import Learner
@@ -31,12 +39,19 @@ class Progress:
     Args:
         learner: says how many units AGC clipped.
         steps_per_epoch: length of the bar.
+        classes: names of the classes.
     """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, learner: Learner, *, steps_per_epoch: int
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        learner: Learner,
+        *,
+        steps_per_epoch: int,
+        classes: Sequence[str],
     ) -> None:
-        self.config, self.learner, self.steps_per_epoch = config, learner, steps_per_epoch
+        self.config, self.learner, self.steps_per_epoch, self.classes = config, learner, steps_per_epoch, classes
         self.is_main = accelerator.is_main_process
         options = config.to_dict()
         shown = {k: v for k, v in options.items() if isinstance(v, bool | int | float | str) and k not in _LOCAL}
@@ -50,14 +65,15 @@ class Progress:
             print(escaped(text), flush=True)
 
     def bar(self, epoch: int, consumed: int) -> tqdm[Any]:
-        """Return the bar of an epoch of which `consumed` images are done; only a terminal shows it."""
-        return tqdm(
+        """Return the bar of an epoch of which `consumed` images are done; only a terminal or a notebook shows it."""
+        notebook = _in_notebook()
+        return (_notebook_bar() if notebook else tqdm)(
             desc=f"epoch {epoch + 1}/{self.config.epochs}",
             total=self.steps_per_epoch,
             initial=consumed // self.config.batch_size,
             unit="step",
             leave=False,
-            disable=not (self.is_main and sys.stderr.isatty()),
+            disable=not (self.is_main and (notebook or sys.stderr.isatty())),
         )
 
     def step(self, bar: tqdm[Any], metrics: Metrics, step: int, lr: float) -> None:
@@ -97,6 +113,13 @@ class Progress:
         )
         self.tracker.log({f"epoch/{k}": v for k, v in row.items() if isinstance(v, float)}, row["step"])
 
+    def confusion(self, counts: np.ndarray, step: int) -> None:
+        """Send the confusion matrix `(classes, classes)` of an epoch to the tracker, as a picture."""
+        try:
+            self.tracker.picture("confusion matrix", lambda file: confusion_figure(counts, self.classes, file), step)
+        except MissingPlotsError:
+            logger.info("the tracker gets no confusion matrix: the plots need matplotlib (pip install 'nfzoo[plots]')")
+
     def finish(self, rule: Best | None, kept: Mapping[str, Any]) -> None:
         """Say what the folder keeps, and close the tracker.
 
@@ -113,8 +136,47 @@ class Progress:
         self.tracker.finish()
 
 
+def _in_notebook() -> bool:
+    """Return whether this is the kernel of a notebook, whose output is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
+def _notebook_bar() -> type[tqdm[Any]]:
+    """Return the bar of tqdm for this notebook: a widget where ipywidgets is installed, or else text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no widgets
+        from tqdm.auto import tqdm as bar
+    return bar
+
+
+def _to_tensorboard(tracker: Any, name: str, image: Image.Image, step: int) -> None:
+    tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+
+
+def _to_wandb(tracker: Any, name: str, image: Image.Image, step: int) -> None:
+    tracker.log_images({name: [image]}, step=step)
+
+
+def _to_trackio(tracker: Any, name: str, image: Image.Image, step: int) -> None:
+    trackio = importlib.import_module("trackio")
+    tracker.log({name: trackio.Image(image, caption=name)}, step=step)
+
+
+def _to_mlflow(tracker: Any, name: str, image: Image.Image, step: int) -> None:
+    importlib.import_module("mlflow").log_image(image, key=name, step=step)  # into the active run
+
+
+_SENDERS: dict[str | None, Callable[[Any, str, Image.Image, int], None]] = {
+    "tensorboard": _to_tensorboard,
+    "wandb": _to_wandb,
+    "trackio": _to_trackio,
+    "mlflow": _to_mlflow,
+}
+
+
 class Tracker:
-    """Send figures to the tracker that the accelerator was made with, if to any.
+    """Send figures and pictures to the tracker that the accelerator was made with, if to any.
 
     One that fails costs a warning, the first time, and never the run. That holds for the threads that it starts too.
 
@@ -137,6 +199,35 @@ class Tracker:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._try(lambda: self._accelerator.log(dict(values), step=step))
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether pictures are sent to this tracker; the same in all processes."""
+        return self._name in _SENDERS
+
+    def picture(self, name: str, draw: Callable[[Path], object], step: int) -> None:
+        """Send a picture, if the tracker takes any.
+
+        Args:
+            name: what it shows.
+            draw: writes it to a PNG file.
+
+        Raises:
+            MissingPlotsError: if `draw` needs matplotlib, and it is not installed.
+        """
+        if not self.takes_pictures or self._failed or not self._accelerator.is_main_process:
+            return
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                draw(file := Path(folder) / "picture.png")
+                with Image.open(file) as opened:
+                    image = opened.convert("RGB")
+        except MissingPlotsError:
+            raise
+        except Exception as error:
+            self._fail(error)
+            return
+        self._try(lambda: _SENDERS[str(self._name)](self._accelerator.get_tracker(str(self._name)), name, image, step))
 
     def finish(self) -> None:
         # Not `end_training`, which leaves the group of processes: torch's reducer can hang if it is destroyed after it.

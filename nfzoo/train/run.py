@@ -2,6 +2,8 @@
 
 Exit status: 0 when the model is trained, 2 for bad input, 1 when training or the disk gave out, 143 after SIGTERM and
 130 after Ctrl-C, when the run has saved where it was.
+
+The module is long because all that a run refuses before it begins is here.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +25,17 @@ from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
 from nfzoo.data.labels import class_counts
 from nfzoo.data.loader import share_of_batch
-from nfzoo.data.source import Split, open_split
+from nfzoo.data.source import MEMORY, Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError, shown
 from nfzoo.model import is_untrained
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
-from nfzoo.runtime.distributed import elastic_launcher
+from nfzoo.runtime.distributed import elastic_launcher, gather
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
-from nfzoo.train.learner import fit_head, head_for, problem_type
+from nfzoo.train.learner import copied, fit_head, head_for, problem_type
+from nfzoo.train.python.callbacks import check_callbacks
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, loss_weights, split_identity
 from nfzoo.variants import VARIANTS
@@ -77,10 +80,13 @@ CHANGEABLE = frozenset(
 )
 
 
-def train(config: TrainConfig) -> Result:
+def train(config: TrainConfig, *, callbacks: Sequence[object] = ()) -> Result:
     """Run a training to its end; save the model, and a checkpoint to resume from, after each epoch.
 
     Nothing is written before the first checkpoint.
+
+    Args:
+        callbacks: `nfzoo.Callback` objects, which look at the run and may end it.
 
     Raises:
         NfzooError: for bad input; see `nfzoo.errors`.
@@ -89,17 +95,29 @@ def train(config: TrainConfig) -> Result:
     """
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"train takes a TrainConfig(model=…, data=…, output=…), not {shown(config)}")
-    with prepared(config) as trainer:
+    with prepared(config, callbacks=callbacks) as trainer:
         return trainer.fit()
 
 
 @contextlib.contextmanager
-def prepared(config: TrainConfig) -> Iterator[Trainer]:
+def prepared(
+    config: TrainConfig,
+    *,
+    opened: Callable[[], Split] | None = None,
+    model: NFNet | None = None,
+    callbacks: Sequence[object] = (),
+) -> Iterator[Trainer]:
     """Check a run's options and data, and yield its trainer, with the run folder locked against other runs.
+
+    Args:
+        opened: opens the data of a Python program, in the place of `config.data`.
+        model: the model that a run begins with, in the place of `config.model`. It stays as it is.
+        callbacks: see `train`.
 
     Raises:
         LostError: if an error in the block was caused by another process that ended.
     """
+    check_callbacks(callbacks)
     config = config.with_class_weights()
     output = Path(config.output)
     with locked(output) if program.is_first_process() else contextlib.nullcontext():
@@ -107,7 +125,8 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         _check_writable(output, config.data)
         torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
         # Whatever the seed of the run, the same images are held out: runs compare, and `evaluate` finds them again.
-        split = open_split(config.data, validation_fraction=config.validation_fraction, labels=config.label_files)
+        fraction = config.validation_fraction
+        split = opened() if opened else open_split(config.data, validation_fraction=fraction, labels=config.label_files)
         if len(split.train.classes) < 2 and not config.multi_label:
             raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
         loss_weights(config, split, class_counts(split.train))  # raises for those that do not fit
@@ -115,12 +134,14 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         device.check_processes(accelerator.num_processes)
         _check_shares(config, split, accelerator)
         data = split_identity(split)
-        start = _resumed(config, data, saved) if saved else _fresh(config, data)
+        if any(other != data["digest"] for other in gather([data["digest"]])):
+            raise DataError(f"the processes have different images or labels in {config.data!r}; give all the same data")
+        start = _resumed(config, data, saved) if saved else _fresh(config, data, model)
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
             back = saved.step if saved is not None and config.resume_from == "best" else None
             clear(output, states=saved is None, after=back)  # with --overwrite: checkpoints of the earlier run
-        trainer = Trainer(config, split, accelerator, start)
+        trainer = Trainer(config, split, accelerator, start._replace(callbacks=callbacks))
         accelerator.wait_for_everyone()
         try:
             yield trainer
@@ -237,14 +258,21 @@ def _tracker(config: TrainConfig) -> str | None:
 # ---------------------------------------------------------------- what a run begins with
 
 
-def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
+def _fresh(config: TrainConfig, data: dict[str, Any], given: NFNet | None = None) -> InitialState:
     from nfzoo import from_pretrained, list_models
 
     classes = tuple(data["classes"])
     in_zoo = config.model in VARIANTS and not Path(config.model).exists()
     if config.pretrained is False and not in_zoo:
         raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
-    if not in_zoo or config.pretrained or (config.pretrained is None and config.model in list_models(pretrained=True)):
+    if given is None and config.model.startswith(MEMORY):
+        raise ConfigError(f"{config.model!r} was a model of a Python program; give it to nfzoo.fit again")
+    if given is not None:
+        model = copied(given, len(classes))
+        pretrained = config.pretrained is True or not is_untrained(model.config, dict(model.named_parameters()))
+    elif (
+        not in_zoo or config.pretrained or (config.pretrained is None and config.model in list_models(pretrained=True))
+    ):
         try:
             model = from_pretrained(
                 config.model,

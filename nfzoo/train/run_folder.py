@@ -21,7 +21,7 @@ from nfzoo.checkpoint.atomic import replaced_folder, sweep
 from nfzoo.checkpoint.background import BackgroundWriter
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, read_description, save_checkpoint
 from nfzoo.checkpoint.run_state import STATE_FILE, STEP_FOLDER, Saved, open_state, remove_later, save_state, step_folder
-from nfzoo.data.source import HUB, has_held_out, split_options
+from nfzoo.data.source import HUB, MEMORY, has_held_out, split_options
 from nfzoo.errors import CheckpointError, NfzooError, TrainingError
 from nfzoo.files import read_json
 from nfzoo.runtime.device import backend
@@ -164,6 +164,8 @@ class Saver:
 
 def resume_command(config: TrainConfig) -> str:
     """Return the command that goes on with a run; for options of a launcher, which nobody notes, it has an ellipsis."""
+    if config.data.startswith(MEMORY):
+        return "call nfzoo.fit again with resume=True"
     launched = [
         ("accelerate launch … -m nfzoo.train", "ACCELERATE_MIXED_PRECISION"),
         ("torchrun … -m nfzoo.train", "TORCHELASTIC_RUN_ID"),
@@ -257,7 +259,7 @@ def clear(output: Path, *, states: bool, after: int | None = None) -> None:
 
 def public_data(source: str) -> str:
     """Return the name of data for others: the last part of a path, also of a pattern or a path with options."""
-    if source.startswith(HUB):
+    if source.startswith((HUB, MEMORY)):
         return source
     path, options = split_options(source)
     name = Path(path).resolve().name if Path(path).exists() else PurePath(path).name

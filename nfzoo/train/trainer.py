@@ -17,6 +17,8 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +37,7 @@ from nfzoo.errors import Stopped, TrainingError
 from nfzoo.evaluate.multi_label import SetScore, set_scores
 from nfzoo.evaluate.scores import scores
 from nfzoo.model import apply
-from nfzoo.nn import NFNet
+from nfzoo.nn import NFNet, load
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
@@ -43,8 +45,9 @@ from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, 
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.learner import Learner, uses_cuda_graph
-from nfzoo.train.metrics import THRESHOLDS, Metrics, UnreadableImages, best_rule, without_thresholds
+from nfzoo.train.metrics import THRESHOLDS, Confusion, Metrics, UnreadableImages, best_rule, without_thresholds
 from nfzoo.train.progress import Progress
+from nfzoo.train.python.callbacks import Callbacks
 from nfzoo.train.run_folder import Saver
 
 if TYPE_CHECKING:
@@ -54,14 +57,19 @@ logger = logging.getLogger("nfzoo")
 
 LOG_STEPS = 10
 CHECKED = 1000  # held-out images, up to which all are read before training
+MOST_DRAWN = 50  # classes, up to which a tracker gets a confusion matrix
 SKIPS_IN_A_ROW = 20  # more mean damaged weights, not a bad batch
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True)
+class Result:
     """Result of a run: the folder, held-out accuracies in [0, 1] of live and averaged weights, time spent training.
 
     The accuracies are those of the epoch that the folder keeps. A run of task multi-label has NaN and `None` there, and
     mean average precisions instead.
+
+    Attributes:
+        model: the model of the folder, in evaluation mode, loaded when it is first asked for.
     """
 
     folder: Path
@@ -70,6 +78,10 @@ class Result(NamedTuple):
     training_seconds: float
     map: float | None = None
     ema_map: float | None = None
+
+    @cached_property
+    def model(self) -> NFNet:
+        return load(self.folder)
 
 
 class InitialState(NamedTuple):
@@ -80,12 +92,14 @@ class InitialState(NamedTuple):
         pretrained: whether the weights are pretrained, not random.
         data: the identity of the run's data, as `split_identity` returns it.
         saved: the checkpoint to resume from, or `None`.
+        callbacks: look at the run, and may end it.
     """
 
     model: NFNet
     pretrained: bool
     data: dict[str, Any]
     saved: Saved | None = None
+    callbacks: Sequence[object] = ()
 
 
 def split_identity(split: Split) -> dict[str, Any]:
@@ -158,8 +172,10 @@ class Trainer:
         self._data = start.data
         if start.saved is not None:
             self._restore(start.saved)
+        self.callbacks = Callbacks(start.callbacks, is_main=accelerator.is_main_process, weights=self._weights)
         self.backend.step_mark()  # keeps the preparation out of the first step's program
-        self.progress = Progress(config, accelerator, self.learner, steps_per_epoch=self.steps_per_epoch)
+        facts: dict[str, Any] = {"steps_per_epoch": self.steps_per_epoch, "classes": split.train.classes}
+        self.progress = Progress(config, accelerator, self.learner, **facts)
         self._announce(counts, resumed=start.saved is not None)
 
     def _announce(self, counts: Mapping[str, int], *, resumed: bool) -> None:
@@ -212,6 +228,8 @@ class Trainer:
                         if len(parts) < config.accumulation:
                             continue
                         self._stop_if_asked()
+                        if self.callbacks.ends:
+                            break
                         self.train_step(parts)
                         parts = []
                         self.seconds, last = self.seconds + time.perf_counter() - last, time.perf_counter()
@@ -230,6 +248,12 @@ class Trainer:
                 self.epoch, self.consumed, self.seconds = epoch + 1, 0, 0.0
                 self.metrics.clear()
                 self.progress.epoch(row, best=self.best is not None and self.best.row(self.rows) is row)
+                if self.callbacks and not self.callbacks.ends:
+                    self.callbacks.epoch(self.epoch, self.step, row)
+                    self._stop_if_asked()
+                if self.callbacks.ends:
+                    self.progress.say(f"a callback ended the run after step {self.step}")
+                    break
             self.saver.finish()
         if self.best is not None:
             row = dict(self.best.row(self.rows) or {})
@@ -269,6 +293,7 @@ class Trainer:
         bar.update()
         if self.step % LOG_STEPS == 0:
             self.progress.step(bar, self.metrics, self.step, self._learning_rate(self.step - 1))
+        self.callbacks.step(self.epoch + 1, self.step, self._of_step)
         goes_on = self.consumed + self.config.batch_size <= len(self.split.train)
         if goes_on and self.config.save_steps is not None and self.step % self.config.save_steps == 0:
             self.save_state()
@@ -359,10 +384,18 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Stop if any process was asked to, or if all processes together met too many unreadable images."""
-        number, (broken, failed) = self.agreement.reached(self.unreadable.unknown(), self.saver.failed())
+        callbacks = self.callbacks
+        counts = self.unreadable.unknown(), self.saver.failed(), callbacks.asked, callbacks.failure is not None
+        number, (broken, failed, ends, raised) = self.agreement.reached(*counts)
         self.unreadable.check(broken)
         if failed:
             self.saver.finish()
+        if raised:
+            self.save_state()
+            where, error = callbacks.failure or ("of another process", None)
+            reason = f"failed after step {self.step}" + (f" ({type(error).__name__}: {error})" if error else "")
+            raise TrainingError(f"the callback {where} {reason}; {self.saver.last_checkpoint()}") from error
+        callbacks.ends = ends > 0
         if number is not None:
             self.save_state()
             name = signal.Signals(number).name
@@ -373,14 +406,15 @@ class Trainer:
     def _row(self, epoch: int) -> dict[str, Any]:
         loss, correct, seen = self._sum(self.metrics.sums())
         seen = seen or math.nan  # if every step was skipped
+        steps = max(1, self.consumed // self.config.batch_size)  # fewer than in an epoch where a callback ended it
         row = {
             "epoch": epoch + 1,
             "step": self.step,
             "lr": self._learning_rate(max(self.step - 1, 0)),
             "train_loss": loss / seen,
             **({} if self.config.multi_label else {"train_accuracy": correct / seen}),
-            "clipped": float(self.metrics.clipped) / self.steps_per_epoch,
-            **self.metrics.clipped_by_kind(self.steps_per_epoch),
+            "clipped": float(self.metrics.clipped) / steps,
+            **self.metrics.clipped_by_kind(steps),
         }
         if self.skipped:
             row["skipped"] = self.skipped
@@ -392,6 +426,10 @@ class Trainer:
         weights = [self.learner.live] if self.learner.averages is None else [self.learner.live, self.learner.averages]
         functions = [self._logits(full_tensors(params)) for params in weights]
         batches, device = self._held_out(broken), self.accelerator.device
+        drawn = self.progress.tracker.takes_pictures and self.cfg.num_classes <= MOST_DRAWN
+        confusion = Confusion(self.cfg.num_classes) if drawn and not self.config.multi_label else None
+        if confusion is not None:  # of the weights that are saved
+            batches, functions[-1] = confusion.batches(batches), confusion.of(functions[-1])
         if self.config.multi_label:
             row = _figures(set_scores(functions, batches, device=device))
         else:
@@ -403,10 +441,20 @@ class Trainer:
             self.unreadable.leave_out(broken)
         except BrokenImageError as error:
             raise BrokenImageError(f"{error}; {self.saver.last_checkpoint()}") from error
+        if confusion is not None:
+            counts: Any = self.accelerator.reduce(confusion.counts.to(device), reduction="sum")
+            self.progress.confusion(counts.cpu().numpy().reshape(confusion.classes, -1), self.step)
         self.unreadable.share()
         if self.unreadable.known:  # those among the held-out images as well
             row["broken"] = len(self.unreadable.known)
         return row
+
+    def _of_step(self) -> dict[str, float]:
+        loss, norm = float(self.metrics.loss), float(self.metrics.norm)
+        return {"loss": loss, "lr": self._learning_rate(self.step - 1), "gradient_norm": norm}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: t.to("cpu", copy=True) for name, t in full_tensors(self.learner.live).items()}
 
     def _logits(self, params: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         def logits(images: Tensor) -> Tensor:
@@ -429,17 +477,19 @@ class Trainer:
         self.unreadable.leave_out(broken)
 
     def _preview(self) -> None:
-        if self.config.augmented_sheet is None or not self.accelerator.is_main_process or self.step:
+        wanted, tracker = self.config.augmented_sheet, self.progress.tracker
+        if not self.accelerator.is_main_process or self.step or (wanted is None and not tracker.takes_pictures):
             return
         first = next(self.pipeline.batches(0, 0))
         images, targets, _ = self.pipeline.inputs(first, 0, {})
-        augmentation_sheet(
-            images.cpu(),
-            Path(self.config.augmented_sheet),
-            preprocessing=self.preprocessing,
-            targets=targets.cpu(),
-            classes=self.split.train.classes,
-        )
+
+        def draw(file: Path) -> None:
+            shown: dict[str, Any] = {"preprocessing": self.preprocessing, "classes": self.split.train.classes}
+            augmentation_sheet(images.cpu(), file, targets=targets.cpu(), **shown)
+
+        if wanted is not None:
+            draw(Path(wanted))
+        tracker.picture("augmented batch", draw, self.step)
 
     # ------------------------------------------------------------ files
 

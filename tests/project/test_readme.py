@@ -121,7 +121,8 @@ def test_every_command_does_its_work(
 
 
 @pytest.mark.parametrize("code", CODE[1:], ids=range(1, len(CODE)))
-def test_code_runs(code: str) -> None:
+def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec", dont_inherit=True), {})
 
 

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
+from sklearn.metrics import confusion_matrix
 
 from nfzoo.train.config import OptimConfig, TrainConfig
-from nfzoo.train.metrics import Best, Metrics, best_rule
+from nfzoo.train.metrics import Best, Confusion, Metrics, best_rule
 from tests.support.loops import each
 
 
@@ -54,3 +55,14 @@ def test_sums_of_many_images_go_on_growing() -> None:
     metrics.restore([0.125 * 2**30, 2.0**30, 2.0**30], 0.0, [])  # in float32 the next image would be lost
     metrics.add(torch.tensor(0.125), logits, torch.tensor([0, 1, 0]))
     assert metrics.sums().tolist() == [0.125 * (2**30 + 3), 2**30 + 2, 2**30 + 3]
+
+
+def test_a_confusion_matrix_is_scikit_learns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(40, 5, generator=generator), torch.randint(5, (40,), generator=generator)
+    confusion = Confusion(5)
+    answer = confusion.of(lambda x: x)
+    for part, _ in confusion.batches(zip(images.split(16), labels.split(16), strict=True)):
+        assert torch.equal(answer(part), part)
+    expected = confusion_matrix(labels, images.argmax(1), labels=range(5))
+    assert confusion.counts.reshape(5, 5).tolist() == expected.tolist()

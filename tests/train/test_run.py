@@ -1,5 +1,6 @@
 """The main job: training from the command line, one process and two, and everything it must refuse."""
 
+import io
 import json
 import logging
 import os
@@ -8,18 +9,23 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.tracking import TensorBoardTracker
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker, TensorBoardTracker
+from accelerate.utils import LoggerType
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import nfzoo
+from nfzoo.analysis.figures import MissingPlotsError
 from nfzoo.cli import demo
 from nfzoo.data.source import open_split
 from nfzoo.evaluate import evaluate
@@ -475,6 +481,7 @@ def test_compiled_training_is_the_same(tmp_path: Path) -> None:
     assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
 
 
+@pytest.mark.draws
 def test_tracker_and_sheet(tmp_path: Path) -> None:
     sheet = tmp_path / "first.png"
     options = ["--tracker", "tensorboard", "--augmented_sheet", str(sheet), "--augment.mixup", "0.2"]
@@ -488,6 +495,77 @@ def test_tracker_and_sheet(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("epoch/accuracy")] == [10]
+    assert [event.step for event in events.Images("augmented batch")] == [0]
+    with Image.open(io.BytesIO(events.Images("augmented batch")[0].encoded_image_string)) as sent:
+        assert np.array_equal(np.asarray(sent), np.asarray(Image.open(sheet).convert("RGB")))
+    assert [event.step for event in events.Images("confusion matrix")] == [10]
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it gets; `name` is that of the one whose place it takes."""
+
+    requires_logging_directory = False
+    main_process_only = False
+    kept: ClassVar[list[tuple[str, Any, int]]] = []
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def log(self, values: dict, step: int | None = None, **_: Any) -> None:
+        self.kept.extend((key, value, step or 0) for key, value in values.items())
+
+    def log_images(self, values: dict, step: int | None = None, **_: Any) -> None:
+        self.kept.extend((key, value, step or 0) for key, (value,) in values.items())
+
+
+@each("name", ["wandb", "trackio", "mlflow", "dvclive"])
+def test_each_tracker_gets_pictures_in_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    class Wrapped(SimpleNamespace):
+        image: Any
+
+    def wrap(image: Image.Image, caption: str) -> Wrapped:
+        return Wrapped(image=image, caption=caption)
+
+    def log_image(image: Image.Image, key: str, step: int) -> None:
+        Recorder.kept.append((key, image, step))
+
+    kind = type("Stand", (Recorder,), {"name": name})
+    Recorder.kept.clear()
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, kind)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [LoggerType(name)])
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=wrap))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(log_image=log_image))  # type: ignore[arg-type]
+    assert run(tmp_path / name, "--tracker", name, "--batch-size", "80") == 0
+    pictures = [(key, getattr(value, "image", value), step) for key, value, step in Recorder.kept if " " in key]
+    taken = [("augmented batch", 0), ("confusion matrix", 2)] if name != "dvclive" else []
+    assert [(key, step) for key, _, step in pictures] == taken
+    assert all(isinstance(picture, Image.Image) and picture.mode == "RGB" for _, picture, _ in pictures)
+    assert any(key == "epoch/accuracy" for key, _, _ in Recorder.kept)
+
+
+def test_many_classes_have_no_confusion_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "MOST_DRAWN", 9)
+    monkeypatch.setattr(trainer, "Confusion", None)
+    assert run(tmp_path / "run", "--tracker", "tensorboard", "--batch-size", "80") == 0
+
+
+@each("error", [MissingPlotsError("the plots need matplotlib"), OSError(28, "No space left on device")])
+def test_a_picture_that_cannot_be_drawn_costs_at_most_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    caplog.clear()
+    monkeypatch.setattr(progress, "confusion_figure", fails)
+    output = tmp_path / type(error).__name__
+    assert run(output, "--tracker", "tensorboard", "--epochs", "2", "--batch-size", "80") == 0
+    lines = [record.message for record in caplog.records if "tracker" in record.message]
+    assert len(lines) == isinstance(error, OSError)
 
 
 @each("fails", [("start",), ("store_init_configuration",), ("log",), ("finish",), ("start", "log", "finish")])

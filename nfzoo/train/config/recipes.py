@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from importlib import resources
@@ -59,6 +60,19 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
                 if str(same) == str(error):
                     raise ConfigError(f"the recipe {name!r}: {error}") from error
         raise
+
+
+def python_options(options: Fields) -> Fields:
+    """Check names and types of options that a Python program gives, as those of recipes and of the command line.
+
+    Paths become text. The groups `optim` and `augment` may be mappings, or an `OptimConfig` and an `Augment`.
+
+    Raises:
+        ConfigError: for an option that is unknown or of the wrong type.
+    """
+    made = {name: value for name, value in options.items() if isinstance(value, _GROUPS.get(name, ()))}
+    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items() if k not in made}
+    return {**_converted(TrainConfig, plain), **made}
 
 
 def shipped() -> dict[str, Path]:
@@ -195,7 +209,11 @@ def _converted(cls: type, content: Fields, prefix: str = "") -> Fields:
     for key, value in content.items():
         name, _, inner = str(key).partition(".")
         if name not in kinds:
-            raise ConfigError(f"there is no option {prefix + str(key)!r}{nearest(str(key), kinds)}")
+            inner_ones = [
+                f"{group}.{name}" for group, cls in _GROUPS.items() if not prefix and name in get_type_hints(cls)
+            ]
+            near = f"; did you mean {' or '.join(map(repr, inner_ones))}?" if inner_ones else nearest(str(key), kinds)
+            raise ConfigError(f"there is no option {prefix + str(key)!r}{near}")
         value = _value(prefix + name, kinds[name], {inner: value} if inner else value)
         old = fields.get(name)
         if name in fields and not (name in _GROUPS and old and value and old.keys().isdisjoint(value)):

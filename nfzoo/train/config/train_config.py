@@ -107,9 +107,10 @@ class OptimConfig(StepConfig):
 
 
 _HINTS = {
-    "data": "; name a folder with one subfolder per class, or tar or parquet files; for a data set in memory, write a "
-    "loop with nfzoo.step or nfzoo.AGCSGD",
-    "model": "; save a model with save_pretrained(FOLDER), and give the folder",
+    "data": "; name a folder with one subfolder per class, or tar or parquet files; give a data set of a Python "
+    "program to nfzoo.fit(model, data_set, output=…)",
+    "model": "; give a model of a Python program to nfzoo.fit(model, data, output=…), or save it with "
+    "save_pretrained(FOLDER) and give the folder",
 }
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -227,7 +228,8 @@ class TrainConfig:
         save_steps: steps between checkpoints; by default one at the end of each epoch alone.
         keep_checkpoints: checkpoints to keep, the newest ones, beside that of keep_best.
         async_save: write checkpoints while training goes on, from a copy of weights and optimizer in the host's memory.
-        tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
+        tracker: a tracker of Accelerate's. "tensorboard", "wandb", "trackio" and "mlflow" also get pictures: the first
+            augmented batch, and of up to 50 classes each epoch's confusion matrix.
         overwrite: write into an output folder that holds a model already.
         optim: the optimizer.
     """
