@@ -41,6 +41,9 @@ class Progress:
         options = config.to_dict()
         shown = {k: v for k, v in options.items() if isinstance(v, bool | int | float | str) and k not in _LOCAL}
         shown |= {"model": public_model(config.model), "data": public_data(config.data)}
+        if config.teacher is not None:
+            shown |= {"teacher": public_model(config.teacher)}
+            shown |= {f"distillation.{k}": v for k, v in options["distillation"].items() if v is not None}
         shown |= {f"optim.{k}": v for k, v in options["optim"].items() if isinstance(v, bool | int | float)}
         self.tracker = Tracker(accelerator, config.tracker, shown)
 

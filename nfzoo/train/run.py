@@ -32,6 +32,7 @@ from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
+from nfzoo.train.distillation import open_teacher
 from nfzoo.train.learner import head_for
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
@@ -52,6 +53,7 @@ CHANGEABLE = frozenset(
         "labels",
         "validation_labels",
         "class_names",
+        "teacher",  # compared by content
         "epochs",  # at least those begun
         "require_hash",
         "allow_pickle",
@@ -116,6 +118,7 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
         _check_shares(config, split, accelerator)
         data = split_identity(split)
         start = _resumed(config, data, saved) if saved else _fresh(config, data)
+        start = start._replace(teacher=open_teacher(config, start.model, data["classes"], saved))
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
             back = saved.step if saved is not None and config.resume_from == "best" else None

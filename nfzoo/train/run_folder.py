@@ -216,6 +216,8 @@ def _provenance(config: TrainConfig, row: Mapping[str, Any], *, pretrained: bool
         "weights": "ema" if averaged else "live",
         "accuracy": row["ema_accuracy"] if averaged else row["accuracy"],
     }
+    if config.teacher is not None:
+        provenance["teacher"] = public_model(config.teacher)
     if best is not None:
         value = best.value(row)
         provenance |= {"best_by": best.metric, best.metric: value if value == value else None, "step": row["step"]}

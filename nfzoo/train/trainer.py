@@ -41,6 +41,7 @@ from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
 from nfzoo.train.batches import InputPipeline, Inputs
 from nfzoo.train.config import TrainConfig, default_lr
+from nfzoo.train.distillation import Teacher, teacher_facts
 from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import Metrics, UnreadableImages, best_rule
 from nfzoo.train.progress import Progress
@@ -76,12 +77,14 @@ class InitialState(NamedTuple):
         pretrained: whether the weights are pretrained, not random.
         data: the identity of the run's data, as `split_identity` returns it.
         saved: the checkpoint to resume from, or `None`.
+        teacher: the model whose answers are learned, or `None`.
     """
 
     model: NFNet
     pretrained: bool
     data: dict[str, Any]
     saved: Saved | None = None
+    teacher: Teacher | None = None
 
 
 def split_identity(split: Split) -> dict[str, Any]:
@@ -121,7 +124,9 @@ class Trainer:
         self.pipeline = InputPipeline(config, split, model, accelerator)
         counts = class_counts(split.train)
         weights = class_weights(config.class_weights, counts)
-        self.learner = Learner(config, model, accelerator, peak_lr=self.peak_lr, class_weights=weights)
+        self.learner = Learner(
+            config, model, accelerator, peak_lr=self.peak_lr, class_weights=weights, teacher=start.teacher
+        )
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
@@ -157,6 +162,9 @@ class Trainer:
             f"peak learning rate {self.peak_lr:g}"
         )
         say(f"images to train on: {histogram(counts)}")
+        if config.teacher is not None and self.learner.teacher is not None:
+            options = f"alpha {config.distillation.alpha:g}, temperature {config.distillation.temperature:g}"
+            say(f"teacher {config.teacher}, which sees them in {self.learner.teacher.size} pixels; {options}")
         if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)
         if config.tune != "all" and origin == "random" and self.accelerator.is_main_process:
@@ -278,11 +286,12 @@ class Trainer:
         """Compute what a step does on the device; return whether the gradient is finite, see `Learner.clip`."""
         learner = self.learner
         for i, part in enumerate(inputs):
-            with learner.part(part, last=i + 1 == len(inputs)):
+            answers = learner.answers(part.images)  # of the teacher, if there is one
+            with learner.part(part, answers, last=i + 1 == len(inputs)):
                 # Forward, and backward: gradients add up over the parts.
                 with learner.autocast():
                     logits = learner.model(part.images, part.noise)
-                loss = learner.loss(logits, part.targets)
+                loss = learner.loss(logits, part.targets, answers)
                 learner.backward(loss / len(inputs))
             self.metrics.add(loss, logits, part.targets)
         # Clip by the norm of the whole gradient, where the recipe asks for that.
@@ -440,6 +449,7 @@ class Trainer:
             "pretrained": self.pretrained,
             "data": self._data,
             "config": self.config.to_dict(),
+            "teacher": teacher_facts(self.config, self.learner.teacher),
             "launcher": elastic_launcher(),
             "description": self.description.to_dict(),
         }

@@ -17,13 +17,13 @@ from nfzoo.errors import ConfigError, nearest
 from nfzoo.files import nearest_path, read_text
 from nfzoo.runtime import program
 from nfzoo.train.config import strict_yaml
-from nfzoo.train.config.train_config import STARTING, OptimConfig, TrainConfig
+from nfzoo.train.config.train_config import STARTING, DistillationConfig, OptimConfig, TrainConfig
 from nfzoo.train.run_folder import RUN_FILE, STATES
 from nfzoo.transforms.mixing import Augment
 
 Fields = dict[str, Any]  # arguments of `TrainConfig`; those of its groups are dictionaries of their own
 
-_GROUPS: dict[str, type] = {"optim": OptimConfig, "augment": Augment}
+_GROUPS: dict[str, type] = {"optim": OptimConfig, "augment": Augment, "distillation": DistillationConfig}
 _OPTIMIZER_OPTIONS = "--optim.options."
 _REQUIRED = ("model", "data", "output")
 _METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", dict: "YAML", tuple: "[X,X]"}

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from nfzoo.config import MAX_SIDE
 from nfzoo.data.images import DIGITS
 from nfzoo.data.label_files import LabelFiles, label_files
 from nfzoo.data.source import HELD_OUT
@@ -106,10 +107,38 @@ class OptimConfig(StepConfig):
             raise ConfigError(f"optim.options must be a mapping without lr and weight_decay, not {self.options!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How much a teacher counts, and what it sees: `(1 - alpha) cross-entropy + alpha T^2 KL(teacher || student)`.
+
+    Attributes:
+        alpha: part of the teacher in the loss, 0 to 1. Class weights and label smoothing act on the rest of it alone.
+        temperature: divisor T of the logits of both before their softmax.
+        size: side in pixels to which the student's images are resized for the teacher; by default the size that the
+            teacher was trained at.
+
+    Source: arXiv 1503.02531; the defaults are those of arXiv 1910.10699.
+    """
+
+    alpha: float = 0.9
+    temperature: float = 4.0
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "distillation.")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"distillation.alpha must be in [0, 1], not {self.alpha!r}")
+        if not self.temperature > 0:
+            raise ConfigError(f"distillation.temperature must be positive, not {self.temperature!r}")
+        if self.size is not None and not 1 <= self.size <= MAX_SIDE:
+            raise ConfigError(f"distillation.size must be from 1 to {MAX_SIDE} pixels, not {self.size!r}")
+
+
 _HINTS = {
     "data": "; name a folder with one subfolder per class, or tar or parquet files; for a data set in memory, write a "
     "loop with nfzoo.step or nfzoo.AGCSGD",
     "model": "; save a model with save_pretrained(FOLDER), and give the folder",
+    "teacher": "; save a model with save_pretrained(FOLDER), and give the folder",
 }
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -189,6 +218,9 @@ class TrainConfig:
         allow_pickle: also read weights in a pickle of torch's (.bin, .pt, .pth), if you trust who made it.
         tune: "all" weights; "head", the classifier's alone; or "stages:N", those of the last N stages, of the final
             convolution and of the classifier. No step changes a bit of the others.
+        teacher: a trained model whose answers the model learns besides the labels: a zoo name, a Hub repository, a
+            checkpoint folder or a weight file. Its labels have to be those of the data, in any order. It sees the very
+            images that the model sees, cropped, varied and mixed alike.
         train_size: side of the training images in pixels; by default the model's.
         test_size: side of the held-out images in pixels; by default the model's.
         drop_rate: dropout rate; by default the model's.
@@ -225,6 +257,7 @@ class TrainConfig:
         tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
         overwrite: write into an output folder that holds a model already.
         optim: the optimizer.
+        distillation: of a teacher.
     """
 
     model: str
@@ -241,6 +274,7 @@ class TrainConfig:
     require_hash: bool = False
     allow_pickle: bool = False
     tune: str = "all"
+    teacher: str | None = None
     train_size: int | None = None
     test_size: int | None = None
     drop_rate: float | None = None
@@ -269,6 +303,7 @@ class TrainConfig:
     tracker: str | None = None
     overwrite: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
@@ -286,9 +321,11 @@ class TrainConfig:
             raise ConfigError(f"keep_checkpoints must be at least 1, not {self.keep_checkpoints!r}")
         if self.max_broken < 0:
             raise ConfigError(f"max_broken must not be negative, is {self.max_broken!r}")
-        for name in ("model", "data", "output"):
-            if not getattr(self, name).strip():
+        for name in ("model", "data", "output", "teacher"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ConfigError(f"{name} must not be empty")
+        if self.teacher is None and self.distillation != DistillationConfig():
+            raise ConfigError("the options of distillation need a teacher; name one, or leave them out")
         if TUNE.fullmatch(self.tune) is None:
             raise ConfigError(f"tune must be all, head or stages:N, such as stages:1, not {self.tune!r}")
         label_files(self.labels, self.validation_labels, self.class_names)  # raises for one without the first
