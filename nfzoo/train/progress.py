@@ -91,8 +91,11 @@ class Progress:
             clipped += " of the bias"
         skipped = f"  skipped {row['skipped']}" if row.get("skipped") else ""
         broken = f"  broken images {row['broken']}" if row.get("broken") else ""
+        epoch = f"epoch {row['epoch']:>3}/{self.config.epochs}"
+        if "train_size" in row:
+            epoch += f"  {row['train_size']} pixels"
         self.say(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out accuracy "
+            f"{epoch}  train loss {row['train_loss']:.3f}  held-out accuracy "
             f"{row['accuracy']:.2%} live{ema}{clipped}{skipped}{broken}{'  best so far' if best else ''}  "
             f"{row['images_per_second']:.0f} images/s"
         )

@@ -39,7 +39,7 @@ from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
-from nfzoo.train.batches import InputPipeline, Inputs
+from nfzoo.train.batches import InputPipeline, Inputs, epoch_size
 from nfzoo.train.config import TrainConfig, default_lr
 from nfzoo.train.distillation import Teacher, teacher_facts
 from nfzoo.train.learner import Learner, uses_cuda_graph
@@ -128,6 +128,7 @@ class Trainer:
             config, model, accelerator, peak_lr=self.peak_lr, class_weights=weights, teacher=start.teacher
         )
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
+        self.size = 0  # pixels of this epoch's images
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
         self.best = best_rule(config)
@@ -157,7 +158,7 @@ class Trainer:
         say(
             f"{config.model}: {parameters}, {origin} weights; "
             f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
-            f"{len(split.train.classes)} classes, {self.preprocessing.train_size} pixels; "
+            f"{len(split.train.classes)} classes, {', '.join(map(str, self.pipeline.sizes))} pixels; "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"peak learning rate {self.peak_lr:g}"
         )
@@ -190,6 +191,7 @@ class Trainer:
                 if self._is_patient_no_more():
                     break
                 # Train.
+                self._choose_size(epoch)
                 self.learner.model.train()
                 parts: list[TrainingBatch] = []
                 last = time.perf_counter()
@@ -234,10 +236,19 @@ class Trainer:
             self.progress.say(f"no better {self.best.metric} for {waited} epoch{'s' * (waited > 1)}; the run ends")
         return ends
 
+    def _choose_size(self, epoch: int) -> None:
+        """Take the size of an epoch's images, which keep it to the end of the epoch, and no size after a larger one."""
+        size = self.size
+        if not self.consumed:
+            size = max(size, epoch_size(self.pipeline.sizes, epoch, self.config.epochs))
+        if self.size not in (0, size) and isinstance(self._compute, CudaGraph):
+            self._compute = CudaGraph(self._update)  # a graph has one size; the old one gives its memory back
+        self.size = size
+
     def _batches(self, epoch: int) -> Iterator[TrainingBatch]:
         """Yield what is left of an epoch; where it does not come, let all processes agree to stop as before a step."""
         try:
-            yield from self.agreement.reading(self.pipeline.batches(epoch, self.consumed))
+            yield from self.agreement.reading(self.pipeline.batches(epoch, self.consumed, self.size))
         except Interrupted:
             self._stop_if_asked()
 
@@ -369,6 +380,8 @@ class Trainer:
             "clipped": float(self.metrics.clipped) / self.steps_per_epoch,
             **self.metrics.clipped_by_kind(self.steps_per_epoch),
         }
+        if self.config.progressive_sizes is not None:
+            row["train_size"] = self.size
         if self.skipped:
             row["skipped"] = self.skipped
         return row
@@ -415,7 +428,7 @@ class Trainer:
     def _preview(self) -> None:
         if self.config.augmented_sheet is None or not self.accelerator.is_main_process or self.step:
             return
-        first = next(self.pipeline.batches(0, 0))
+        first = next(self.pipeline.batches(0, 0, self.pipeline.sizes[0]))
         images, targets, _ = self.pipeline.inputs(first, 0, {})
         augmentation_sheet(
             images.cpu(),
@@ -435,6 +448,7 @@ class Trainer:
         facts = {
             "epoch": self.epoch,
             "consumed": self.consumed,
+            "size": self.size,
             "skipped": self.skipped,
             "seconds": self.seconds,
             "meters": [
@@ -460,7 +474,7 @@ class Trainer:
         self.learner.restore(saved)
         self.epoch, self.consumed, self.step = facts["epoch"], facts["consumed"], saved.step
         self.skipped, self.rows, self.unreadable.known = facts["skipped"], facts["rows"], set(facts["broken"])
-        self.seconds = facts["seconds"]
+        self.seconds, self.size = facts["seconds"], facts.get("size", self.preprocessing.train_size)
         loss, correct, seen, clipped, *kinds = facts["meters"]
         shares = facts.get("shares", [])  # which older checkpoints do not have
         if len(shares) != self.accelerator.num_processes:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from nfzoo.config import MAX_SIDE
+from nfzoo.config import MAX_SIDE, is_int
 from nfzoo.data.images import DIGITS
 from nfzoo.data.label_files import LabelFiles, label_files
 from nfzoo.data.source import HELD_OUT
@@ -146,6 +146,7 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     dict: "a mapping",
+    tuple: "a list of whole numbers",
 }
 
 
@@ -222,6 +223,9 @@ class TrainConfig:
             checkpoint folder or a weight file. Its labels have to be those of the data, in any order. It sees the very
             images that the model sees, cropped, varied and mixed alike.
         train_size: side of the training images in pixels; by default the model's.
+        progressive_sizes: smaller sizes to begin with, such as 128,160; train_size comes last. Of k sizes in all, epoch
+            e of E, counted from 0, has number floor(k e / E). Augmentation and dropout stay the same. With other epochs
+            a resumed run divides anew, and goes back to no smaller size.
         test_size: side of the held-out images in pixels; by default the model's.
         drop_rate: dropout rate; by default the model's.
         stochastic_depth: stochastic depth rate; by default the model's.
@@ -276,6 +280,7 @@ class TrainConfig:
     tune: str = "all"
     teacher: str | None = None
     train_size: int | None = None
+    progressive_sizes: tuple[int, ...] | None = None
     test_size: int | None = None
     drop_rate: float | None = None
     stochastic_depth: float | None = None
@@ -306,11 +311,21 @@ class TrainConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.progressive_sizes, list):
+            object.__setattr__(self, "progressive_sizes", tuple(self.progressive_sizes))
         _check_fields(self, "")
         for name in ("epochs", "batch_size", "accumulation", "train_size", "test_size", "patience", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if (sizes := self.progressive_sizes) is not None:
+            if not sizes or not all(is_int(size, 1) for size in sizes) or list(sizes) != sorted(set(sizes)):
+                raise ConfigError(f"progressive_sizes must be rising numbers of pixels, not {list(sizes)!r}")
+            if self.epochs <= len(sizes):
+                raise ConfigError(
+                    f"{self.epochs} epochs are too few for {len(sizes) + 1} sizes, {len(sizes)} of them in "
+                    "progressive_sizes; train for more, or leave sizes out"
+                )
         if self.patience is not None and self.keep_best is None:
             raise ConfigError(
                 f"patience {self.patience} needs a metric to wait for; pass keep_best accuracy, loss or f1"
