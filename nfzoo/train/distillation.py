@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +132,15 @@ def _digest(params: Mapping[str, Tensor], facts: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
+def check_taught(config: TrainConfig, saved: Saved) -> None:
+    """Raise a `ConfigError` unless a run and the checkpoint to resume from both have a teacher, or neither has."""
+    before: dict[str, str] | None = saved.facts.get("teacher")  # older checkpoints lack the key
+    if before is None and config.teacher is not None:
+        raise ConfigError(f"{saved.folder} is of a run without a teacher; leave {config.teacher!r} out")
+    if before is not None and config.teacher is None:
+        raise ConfigError(f"{saved.folder} is of a run with the teacher {before['name']!r}; name it with --teacher")
+
+
 def open_teacher(config: TrainConfig, student: NFNet, classes: Sequence[str], saved: Saved | None) -> Teacher | None:
     """Load the teacher of a run, `None` if it has none; in a resumed run it has to be the one of the checkpoint.
 
@@ -139,16 +149,10 @@ def open_teacher(config: TrainConfig, student: NFNet, classes: Sequence[str], sa
         ConfigError: for one that cannot answer for the student's images, or is not the one of the checkpoint.
         DataError: if its labels are not those of the data.
     """
-    teacher = None if config.teacher is None else _load(config, config.teacher, student.preprocessing, classes)
-    if saved is None:
-        return teacher
-    before: dict[str, str] | None = saved.facts.get("teacher")  # older checkpoints lack the key
-    if before is None:
-        if teacher is not None:
-            raise ConfigError(f"{saved.folder} is of a run without a teacher; leave {config.teacher!r} out")
-    elif teacher is None:
-        raise ConfigError(f"{saved.folder} is of a run with the teacher {before['name']!r}; name it with --teacher")
-    elif teacher.digest != before["sha256"]:
+    if config.teacher is None:
+        return None
+    teacher = _load(config, config.teacher, student.preprocessing, classes)
+    if saved is not None and teacher.digest != (before := saved.facts["teacher"])["sha256"]:
         raise ConfigError(
             f"the teacher {config.teacher!r} is not the {before['name']!r} of {saved.folder}: its weights, labels or "
             "preprocessing differ; name the same model, or choose another output"
@@ -159,6 +163,8 @@ def open_teacher(config: TrainConfig, student: NFNet, classes: Sequence[str], sa
 def _load(config: TrainConfig, source: str, student: Preprocessing, classes: Sequence[str]) -> Teacher:
     from nfzoo import from_pretrained
 
+    if Path(source).resolve() == Path(config.output).resolve():
+        raise ConfigError(f"the output {config.output!r} would replace the teacher; choose another output")
     try:
         model = from_pretrained(
             source, dtype=torch.float32, require_hash=config.require_hash, allow_pickle=config.allow_pickle
@@ -179,7 +185,7 @@ def _load(config: TrainConfig, source: str, student: Preprocessing, classes: Seq
         raise DataError(f"the teacher {source!r} does not know the classes of the data: {error}") from error
     if matched_by == "sorted order":
         logger.warning("the teacher %r has no labels: its outputs are taken for the classes in sorted order", source)
-    return Teacher(model, outputs, student, size=config.distillation.size)
+    return Teacher(model, outputs, student, size=None if config.distillation is None else config.distillation.size)
 
 
 def teacher_facts(config: TrainConfig, teacher: Teacher | None) -> dict[str, str] | None:

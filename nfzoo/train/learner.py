@@ -134,7 +134,7 @@ class Learner:
         With a teacher's `answers` it is `(1 - alpha) cross-entropy + alpha distillation_loss`.
         """
         loss = cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
-        if answers is None:
+        if answers is None or self.distillation is None:
             return loss
         alpha = self.distillation.alpha
         return (1 - alpha) * loss + alpha * distillation_loss(logits, answers, self.distillation.temperature)

@@ -32,7 +32,7 @@ from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
-from nfzoo.train.distillation import open_teacher
+from nfzoo.train.distillation import check_taught, open_teacher
 from nfzoo.train.learner import head_for
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, split_identity
@@ -277,6 +277,7 @@ def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
 
 def _resumed(config: TrainConfig, data: dict[str, Any], saved: Saved) -> InitialState:
     """Return the model of a checkpoint, if it is one of this very run."""
+    check_taught(config, saved)
     # Options newer than the checkpoint have their defaults.
     defaults = TrainConfig(model=config.model, data=config.data, output=config.output).to_dict()
     then, now = _innermost({**_flat(defaults), **_flat(saved.facts["config"])}), _flat(config.to_dict())

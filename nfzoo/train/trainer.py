@@ -163,9 +163,9 @@ class Trainer:
             f"peak learning rate {self.peak_lr:g}"
         )
         say(f"images to train on: {histogram(counts)}")
-        if config.teacher is not None and self.learner.teacher is not None:
-            options = f"alpha {config.distillation.alpha:g}, temperature {config.distillation.temperature:g}"
-            say(f"teacher {config.teacher}, which sees them in {self.learner.teacher.size} pixels; {options}")
+        if (teacher := self.learner.teacher) is not None and (how := config.distillation) is not None:
+            options = f"alpha {how.alpha:g}, temperature {how.temperature:g}"
+            say(f"teacher {config.teacher}, which sees them in {teacher.size} pixels; {options}")
         if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)
         if config.tune != "all" and origin == "random" and self.accelerator.is_main_process:

@@ -261,7 +261,7 @@ class TrainConfig:
         tracker: "tensorboard" or another tracker of Accelerate's, such as "trackio" or "wandb".
         overwrite: write into an output folder that holds a model already.
         optim: the optimizer.
-        distillation: of a teacher.
+        distillation: how a teacher counts; null without one.
     """
 
     model: str
@@ -308,7 +308,7 @@ class TrainConfig:
     tracker: str | None = None
     overwrite: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.progressive_sizes, list):
@@ -339,8 +339,10 @@ class TrainConfig:
         for name in ("model", "data", "output", "teacher"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ConfigError(f"{name} must not be empty")
-        if self.teacher is None and self.distillation != DistillationConfig():
+        if self.teacher is None and self.distillation is not None:
             raise ConfigError("the options of distillation need a teacher; name one, or leave them out")
+        if self.teacher is not None and self.distillation is None:
+            object.__setattr__(self, "distillation", DistillationConfig())
         if TUNE.fullmatch(self.tune) is None:
             raise ConfigError(f"tune must be all, head or stages:N, such as stages:1, not {self.tune!r}")
         label_files(self.labels, self.validation_labels, self.class_names)  # raises for one without the first
