@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +108,10 @@ def test_images_grow_and_held_out_images_do_not(
     assert "10 classes, 8, 12, 16 pixels; 1 process(es)" in printed
     assert "epoch   3/4  12 pixels  train loss" in printed
     assert nfzoo.from_pretrained(tmp_path / "run").preprocessing.train_size == 16
-    assert run(tmp_path / "small", "--train-size", "8", "--augmented-sheet", str(tmp_path / "eight.png")) == 0
+    assert (
+        run(tmp_path / "small", "--train-size", "8", "--epochs", "1", "--augmented-sheet", str(tmp_path / "eight.png"))
+        == 0
+    )
     with Image.open(sheet) as first, Image.open(tmp_path / "eight.png") as eight:
         assert first.tobytes() == eight.tobytes()
 
@@ -159,10 +163,13 @@ def test_other_epochs_divide_anew_and_never_go_back(
             run(tmp_path / "run", *SIZES)
     assert run(tmp_path / "run", "--progressive-sizes", "12", "--resume", "true") == 2
     assert "is of a run with progressive_sizes [8], not [12]" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "run", tmp_path / "shorter")
+    assert run(tmp_path / "shorter", *SIZES, "--epochs", "2", "--resume", "true") == 0
+    assert sizes(tmp_path / "shorter") == [8, 8]  # the second had begun
     assert run(tmp_path / "run", *SIZES, "--epochs", "3", "--resume", "true") == 0
     assert sizes(tmp_path / "run") == [8, 8, 16]
-    assert run(tmp_path / "run", *SIZES, "--epochs", "9", "--resume", "true", "--batch-size", "80") == 0
-    assert sizes(tmp_path / "run") == [8, 8, *7 * [16]]
+    assert run(tmp_path / "run", *SIZES, "--epochs", "7", "--resume", "true") == 0
+    assert sizes(tmp_path / "run") == [8, 8, *5 * [16]]  # by the rule the fourth would have 8
 
 
 def test_each_size_has_a_graph(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
