@@ -158,7 +158,7 @@ def read_timm(
     path = Path(path)
     weights = _weight_file(path)
     fields = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else None
-    with open_state_dict(weights, ANCHORS, allow_pickle=allow_pickle) as state:
+    with open_state_dict(weights, ANCHORS, allow_pickle=allow_pickle, hashed=sha256 is not None) as state:
         shapes = state.shapes
         gains = [shape for key, shape in shapes.items() if key.endswith(".gain")]
         if fields is None and gains and all(len(shape) == 1 for shape in gains):

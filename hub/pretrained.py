@@ -98,7 +98,9 @@ def from_pretrained(
         path, sha256 = hub.fetch()
         origin = {"repository": repository.repo_id, "revision": path.name}
     if not _in_timms_layout(path):
-        return load(path, num_classes=num_classes, in_channels=in_channels, device=device, dtype=dtype)
+        return load(
+            path, num_classes=num_classes, in_channels=in_channels, device=device, dtype=dtype, hashed=bool(origin)
+        )
     try:
         # A zoo name means one architecture, whatever the repository holds.
         known = name if origin and name in PUBLIC else None

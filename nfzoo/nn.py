@@ -504,6 +504,10 @@ def _foreign(module: nn.Module, is_head: bool, x: Tensor, keep: Tensor | None = 
     return module(x * keep.to(x.dtype) if keep is not None and is_head else x)
 
 
+_NOT_THE_ARCHITECTURE = {"num_classes", "in_channels", "drop_rate", "stochastic_depth"}
+"""Fields of a configuration that may change without it becoming another network than that of the name."""
+
+
 def create(
     model: str | ModelConfig | Variant,
     *,
@@ -521,7 +525,7 @@ def create(
         preprocessing: the transform from image to input, with the sizes in pixels; by default that of the name, and of
             a configuration one for 224 pixels.
         changes: configuration fields to change, such as `num_classes`, `in_channels`, `depths`, `widths`,
-            `activation`, `drop_rate`.
+            `activation`, `drop_rate`. One that changes the architecture leaves the model without the zoo's name.
 
     Raises:
         UnknownModelError: for an unknown name; the message has the nearest ones.
@@ -534,6 +538,8 @@ def create(
         name, config = row.name, row.config
         preprocessing = preprocessing or row.preprocessing.for_channels(changes.get("in_channels", config.in_channels))
     config = config.replace(**changes) if changes else config
+    if not changes.keys() <= _NOT_THE_ARCHITECTURE:
+        name = None
     if labels is not None and "num_classes" not in changes:
         config = config.replace(num_classes=len(labels))
     return NFNet(
@@ -548,6 +554,7 @@ def load(
     in_channels: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    hashed: bool = False,
 ) -> NFNet:
     """Load a checkpoint folder or weight file, in evaluation mode.
 
@@ -556,13 +563,14 @@ def load(
         num_classes: another number than the checkpoint's draws a new classifier.
         in_channels: another number than the checkpoint's adapts the first convolution: see `nfzoo.model.adapt_input`.
         device, dtype: of the parameters.
+        hashed: whether the files were compared with a hash already; otherwise a warning names those without a checksum.
 
     Raises:
         CheckpointError: see `nfzoo.checkpoint.model_folder.load_checkpoint`.
         ConfigError: if a folded model is to be changed.
     """
     check_changes(num_classes, in_channels)
-    description, params = load_checkpoint(path, device=device)
+    description, params = load_checkpoint(path, device=device, hashed=hashed)
     return assemble(description, params, num_classes=num_classes, in_channels=in_channels, dtype=dtype, source=path)
 
 

@@ -97,6 +97,8 @@ class Report:
             found.append(f"{parts} share {_number(across, 'group')} of copies, so that an accuracy on them is too good")
         if contradicting := int(self.contradicting.sum()):
             found.append(f"more than one class has copies of the same image, in {_number(contradicting, 'group')}")
+        if len(present := {name for counts in self.counts.values() for name, count in counts.items() if count}) == 1:
+            found.append(f"there is one class alone, {present.pop()}; nothing is to be told apart")
         if self.few:
             found.append(few_images(self.few))
         for part, names in self.in_one_part.items():

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.run_state import STATE_FILE
-from nfzoo.checkpoint.weight_files import FLOATS, open_tensors, open_weights, read_index, save_tensors
+from nfzoo.checkpoint.weight_files import (
+    FLOATS,
+    open_tensors,
+    open_weights,
+    read_index,
+    save_tensors,
+    warn_unchecked,
+)
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError, nearest
 from nfzoo.files import parse_json, read_text
@@ -198,12 +205,15 @@ def _json(description: Description, *, indent: int | None = None) -> str:
 
 
 def load_checkpoint(
-    path: str | Path, *, device: torch.device | str | None = None, skip_head: bool = False
+    path: str | Path, *, device: torch.device | str | None = None, skip_head: bool = False, hashed: bool = False
 ) -> tuple[Description, Params]:
     """Read a checkpoint folder, whose weights may be in shards, or a single weight file.
 
+    Tensors are compared with the checksum that nfzoo writes beside them. A warning says if a file has none.
+
     Args:
         skip_head: leave out the classifier's weight and bias (for a new number of classes).
+        hashed: whether the files were compared with a hash already.
 
     Raises:
         CheckpointError: if a file is missing, damaged or inconsistent, or the tensors are not exactly the model's.
@@ -223,6 +233,8 @@ def load_checkpoint(
         alone = _has_metadata(weights) or not sibling.exists()
         description = read_description(weights if alone else sibling)
     with open_tensors(weights, str(device or "cpu")) as tensors:
+        if not hashed:
+            warn_unchecked(*tensors.unchecked)
         for file_path, file in tensors.files.items() if path.is_dir() else ():
             text = (file.metadata() or {}).get("nfzoo")
             own = description if text is None else _parse(text, f"the metadata of {file_path}")

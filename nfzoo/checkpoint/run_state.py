@@ -126,7 +126,7 @@ def save_state(
         with replaced_folder(folder) as scratch:
             if group is None:
                 for kind, content in tensors.items():
-                    save_tensors(scratch / f"{kind}.safetensors", content)
+                    save_tensors(scratch / f"{kind}.safetensors", content, with_checksum=False)
             else:
                 others.pop_all()
                 save_shards(scratch, parts, group)

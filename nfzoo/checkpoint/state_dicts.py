@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from nfzoo.checkpoint.weight_files import FLOATS, MOST_TENSORS, open_tensors
+from nfzoo.checkpoint.weight_files import FLOATS, MOST_TENSORS, open_tensors, warn_unchecked
 from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.files import open_regular
 
@@ -110,7 +110,9 @@ def is_torch_file(path: Path) -> bool:
 
 
 @contextmanager
-def open_state_dict(path: Path, anchors: Collection[str], *, allow_pickle: bool = False) -> Iterator[StateDict]:
+def open_state_dict(
+    path: Path, anchors: Collection[str], *, allow_pickle: bool = False, hashed: bool = False
+) -> Iterator[StateDict]:
     """Open the state dict of a model in a file that a trainer or `torch.save` wrote.
 
     A trainer's file holds more than one dictionary, and prefixes from wrappers: `module.` of DDP, `_orig_mod.` of
@@ -121,6 +123,7 @@ def open_state_dict(path: Path, anchors: Collection[str], *, allow_pickle: bool 
         path: a `.safetensors` file, the index (`.json`) of several, or a file that torch wrote.
         anchors: names of a tensor that every such model has, in each layout that is looked for.
         allow_pickle: read a file that torch wrote, which is a pickle.
+        hashed: whether the file was compared with a hash already; otherwise a warning says if it has no checksum.
 
     Raises:
         ConversionError: for a pickle that was not asked for, or under a torch that is not safe from one; for a file
@@ -134,9 +137,13 @@ def open_state_dict(path: Path, anchors: Collection[str], *, allow_pickle: bool 
                 weights = stack.enter_context(open_tensors(path))
             except CheckpointError as error:
                 raise ConversionError(str(error)) from error
+            if not hashed:
+                warn_unchecked(*weights.unchecked)
             yield StateDict(path, weights.shapes, weights.get_tensor, anchors)
         return
     check_pickles(path, allow_pickle)
+    if not hashed:
+        warn_unchecked(path)
     state = _state_of(path, _unpickle(path), anchors)
     _check_tensors(path, state)
     shapes = {key: tuple(value.shape) for key, value in state.items()}

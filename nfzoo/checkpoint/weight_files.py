@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nfzoo.errors import CheckpointError
-from nfzoo.files import check_regular, read_json
+from nfzoo.errors import CheckpointError, shown
+from nfzoo.files import check_regular, open_regular, read_json
+
+logger = logging.getLogger("nfzoo")
 
 FRAMEWORK = {"format": "pt"}
 """Metadata that accelerate and transformers require of a file of torch's tensors."""
@@ -29,32 +34,87 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_TENSORS = 1 << 16
 """Tensors of one file or model, many times those of the largest; comparing names with every model takes time."""
 
+CHECKSUM = "crc32"
+"""Key in a file's metadata of the CRC-32 of its tensors' bytes, in eight hexadecimal digits."""
+
 _LENGTH = 8  # bytes before the header, which state its length
+_BLOCK = 1 << 22  # bytes that are read at a time
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, with_checksum: bool = True
+) -> None:
     """Write a safetensors file with `FRAMEWORK` in its metadata.
+
+    Args:
+        with_checksum: also the `CHECKSUM` of its tensors, which `open_tensors` compares.
 
     Raises:
         OSError: if writing fails.
     """
+    notes = {**FRAMEWORK, **(metadata or {}), **({CHECKSUM: "0" * 8} if with_checksum else {})}
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={**FRAMEWORK, **(metadata or {})})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=notes)
     except SafetensorError as error:
         raise OSError(f"could not write {path.name}: {error}") from error
-    _sort_metadata(path)
+    if with_checksum:
+        notes[CHECKSUM] = checksum(path)
+    _finish_metadata(path, notes)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata in the header, which safetensors orders at random: equal tensors should be equal files."""
+def _finish_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write metadata of the same length, sorted: safetensors orders them at random, and equal files should be equal."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header["__metadata__"] = dict(sorted(metadata.items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         assert len(text) <= length, "safetensors writes the same compact JSON"
         file.seek(_LENGTH)
         file.write(text.ljust(length))
+
+
+def checksum(path: Path) -> str:
+    """Return the CRC-32 of the tensors' bytes in a safetensors file, without its header: eight hexadecimal digits."""
+    value = 0
+    with open_regular(path) as file:
+        file.seek(int.from_bytes(file.read(_LENGTH), "little"), 1)
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def has_checksum(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Compare the tensors of a file with the checksum in its metadata; return whether there is one.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    stated = metadata.get(CHECKSUM)
+    if stated is None:
+        return False
+    if re.fullmatch("[0-9a-f]{8}", stated) is None:
+        raise CheckpointError(f"the metadata of {path} state the {CHECKSUM} {shown(stated)}, which is none")
+    try:
+        actual = checksum(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if actual != stated:
+        raise CheckpointError(
+            f"{path} is damaged: its tensors have the CRC-32 {actual}, and had {stated} when they were saved; fetch or "
+            f"save it again (a program that changes tensors has to leave {CHECKSUM!r} out of the metadata)"
+        )
+    return True
+
+
+def warn_unchecked(*files: Path) -> None:
+    """Warn of files of which nothing shows whether their weights are those that were saved."""
+    if files:
+        more = f" (and {len(files) - 1} more)" if files[1:] else ""
+        logger.warning(
+            "%s%s: there is no checksum, so a damaged weight would not be noticed; save_pretrained writes one",
+            *(files[0], more),
+        )
 
 
 def open_weights(path: Path, device: str = "cpu") -> Any:
@@ -76,10 +136,12 @@ class Weights:
     Attributes:
         files: the opened files, by path.
         shapes: the shape of each tensor.
+        unchecked: the files without a checksum of their tensors.
     """
 
     def __init__(self, files: Mapping[Path, Any]) -> None:
         self.files = files
+        self.unchecked = [path for path, file in files.items() if not has_checksum(path, file.metadata() or {})]
         self._file = {key: file for file in files.values() for key in file.keys()}  # noqa: SIM118
         if len(self._file) > MOST_TENSORS:
             count = f"{len(self._file):,} tensors"
@@ -97,7 +159,7 @@ class Weights:
 
 @contextlib.contextmanager
 def open_tensors(path: Path, device: str = "cpu") -> Iterator[Weights]:
-    """Open a safetensors file, or the shards of an index (`.json`).
+    """Open a safetensors file, or the shards of an index (`.json`), and compare their checksums.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or if the shards do not hold what the index says.

@@ -87,14 +87,14 @@ def accuracy_of_int8(model: NFNet, path: Path, source: str, size: int | None, ba
     """Return how many held-out images the model and its quantised program read, of a thousand at most."""
     try:
         images = open_labelled(source, model.config.num_classes, model.labels).images
-    except DataError as error:
+        count = min(len(images), 1000) // (batch or 1) * (batch or 1)
+        if not count:
+            return f"the accuracy was not measured: {len(images)} held-out images are no batch of {batch}"
+        some = images.subset(np.linspace(0, len(images) - 1, count).astype(np.int64))
+        batches = evaluation_batches(some, model.preprocessing, batch_size=32, rank=0, world=1, size=size, workers=0)
+        x, labels = map(torch.cat, zip(*batches, strict=True))
+    except DataError as error:  # the program is written by now
         return f"the accuracy was not measured: {error}"
-    count = min(len(images), 1000) // (batch or 1) * (batch or 1)
-    if not count:
-        return f"the accuracy was not measured: {len(images)} held-out images are no batch of {batch}"
-    some = images.subset(np.linspace(0, len(images) - 1, count).astype(np.int64))
-    batches = evaluation_batches(some, model.preprocessing, batch_size=32, rank=0, world=1, size=size, workers=0)
-    x, labels = map(torch.cat, zip(*batches, strict=True))
     lean = model if model.config.folded else model.for_inference()
     before, after = accuracies(lean.float(), path, x, labels, batch=batch or 32)
     return f"accuracy on {count:,} held-out images: {before:.2%} before, {after:.2%} in int8"

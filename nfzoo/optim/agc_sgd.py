@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensor, mask_owners, unit_shape
+from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensors, mask_owners, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
 from nfzoo.optim.counting import KindCounter, Tally, tally_masks, total
 from nfzoo.optim.options import OPTIONS, check_options, check_state
 from nfzoo.optim.parameters import kinds_by_parameter
 from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_decay, sgd_
-from nfzoo.runtime.distributed import is_dtensor
+from nfzoo.runtime.distributed import is_dtensor, local_tensor
 from nfzoo.types import Params
 
 MAX_PREPARED = 64  # lists of parameters for which an optimizer keeps what `triton_update` prepares
@@ -208,19 +208,22 @@ class AGCSGD(torch.optim.Optimizer):
 
     def _update_eager(self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None) -> Tally | None:
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        if sharded := is_dtensor(params[0]):
+            grads = [g.redistribute(placements=p.placements) for g, p in zip(grads, params, strict=True)]  # type: ignore[attr-defined]
         tally = None
         if group["clip"] is not None:
             limits = {"clip": group["clip"], "eps": group["eps"]}
-            if is_dtensor(params[0]):
-                pairs = [clip_dtensor(g, p, **limits) for g, p in zip(grads, params, strict=True)]
-                grads, tally = [grad for grad, _ in pairs], tally_masks([mask for _, mask in pairs], params)
+            if sharded:
+                grads, tally = clip_dtensors(grads, params, **limits)
             else:
                 grads, mask = clip_all(grads, params, **limits)
                 tally = Tally(mask, mask_owners(params), len(mask))
+        # Of `DTensor`s each process updates what it holds, as operations on `DTensor`s take the host far longer.
+        live = [local_tensor(p) for p in params]
         sgd_(
-            params,
-            grads,
-            [self.state[p]["momentum_buffer"] for p in params],
+            live,
+            [local_tensor(grad) for grad in grads],
+            [local_tensor(self.state[p]["momentum_buffer"]) for p in params],
             lr=group["lr"],
             momentum=group["momentum"],
             nesterov=group["nesterov"],
@@ -229,9 +232,11 @@ class AGCSGD(torch.optim.Optimizer):
             overwrite=group["clip"] is not None,
         )
         if group["ema_decay"] is not None:
-            average = {str(i): self.state[p]["ema"] for i, p in enumerate(params)}
-            live = {str(i): p for i, p in enumerate(params)}
-            ema_(average, live, group["steps"] - 1, decay=group["ema_decay"], gate=gate)
+            average = {str(i): local_tensor(self.state[p]["ema"]) for i, p in enumerate(params)}
+            named = {str(i): p for i, p in enumerate(live)}
+            ema_(average, named, group["steps"] - 1, decay=group["ema_decay"], gate=gate)
+        if sharded:  # autograd does not know that what they hold has changed
+            torch.autograd.graph.increment_version(params)
         return tally
 
     def _update_fused(self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None) -> Tally | None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.optim.counting import Tally, tally_masks, total
+from nfzoo.optim.counting import Tally, tally_masks, tally_shards, total
 from nfzoo.optim.parameters import Excluded, Names, Parameters, find_excluded, select
-from nfzoo.runtime.distributed import is_dtensor
+from nfzoo.runtime.distributed import is_dtensor, local_tensor, sum_over
 from nfzoo.torch_internals import foreach as many
 from nfzoo.types import Params
 
@@ -65,21 +65,52 @@ def clip_unitwise(grad: Tensor, param: Tensor, *, clip: float, eps: float = EPS)
     return (grad * factor).to(grad.dtype), clipped
 
 
-def clip_dtensor(grad: Any, param: Any, *, clip: float, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Clip as `clip_unitwise` does; the gradient stays sharded as it is, also if its units lie across processes.
+def clip_dtensors(
+    grads: Sequence[Any], params: Sequence[Any], *, clip: float, eps: float = EPS
+) -> tuple[list[Tensor], Tally]:
+    """Clip gradients that are `DTensor`s, and leave these as they are; all processes call this.
 
-    The product of `DTensor`s would be replicated where `grad` has less rows than there are processes, and nothing could
-    be written back to `grad`.
+    Each process computes with what it holds: operations on `DTensor`s would cost the host a multiple. Only units that
+    lie across processes need a sum over these, which is one for all gradients of the same placement.
+
+    Returns:
+        What this process holds of the clipped gradients, and the tally of the units of all processes.
     """
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
-    factor: Any
-    factor, clipped = _factor(unitwise_norm(grad), unitwise_norm(param), clip=clip, eps=eps)
-    several = unit_shape(grad.shape)[0] != 1
-    rows = [placement if several and placement.is_shard(0) else Replicate() for placement in grad.placements]
-    local = (grad.to_local() * factor.redistribute(placements=rows).to_local()).to(grad.dtype)
-    stays = {"shape": grad.shape, "stride": grad.stride()}
-    return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False, **stays), clipped
+    norms: list[tuple[Tensor, Tensor]] = []  # of gradient and parameter, of units that this process has a part of
+    spread: list[tuple[bool, ...]] = []  # for each dimension of the mesh: whether each process has other units
+    across: dict[Any, list[int]] = {}  # gradients with units that lie across processes
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        several = unit_shape(grad.shape)[0] != 1
+        placements = [Replicate() if placement.is_partial() else placement for placement in grad.placements]
+        held = [tensor.redistribute(placements=placements).to_local() for tensor in (grad, param)]
+        norms.append((_unit_norms(held[0], several), _unit_norms(held[1], several)))
+        spread.append(tuple(several and placement.is_shard(0) for placement in placements))
+        split = tuple(p.is_shard() and not other for p, other in zip(placements, spread[-1], strict=True))
+        if any(split):
+            across.setdefault((grad.device_mesh, split, norms[-1][0].dtype), []).append(i)
+    for (mesh, split, _), some in across.items():
+        parts = [norm for i in some for norm in norms[i]]
+        whole = sum_over(torch.cat(parts).square(), mesh, split).sqrt().split([len(norm) for norm in parts])
+        for i, *pair in zip(some, whole[::2], whole[1::2], strict=True):
+            norms[i] = (pair[0], pair[1])
+    clipped, masks = [], []
+    for grad, pair in zip(grads, norms, strict=True):
+        factor, mask = _factor(*pair, clip=clip, eps=eps)
+        local = grad.to_local()
+        factor = factor.reshape(-1, *[1] * (local.ndim - 1))
+        clipped.append((local * factor).to(local.dtype).reshape(local.shape))
+        masks.append(mask)
+    return clipped, tally_shards(masks, params, spread, sum(unit_shape(p.shape)[0] for p in params))
+
+
+def _unit_norms(x: Tensor, several: bool) -> Tensor:
+    """Return the norms of what is here of a parameter's units, `(units,)`."""
+    dtype = _norm_dtype(x)
+    if several:
+        return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype)
+    return torch.linalg.vector_norm(x, dtype=dtype).reshape(1)
 
 
 def _factor(grad_norm: Tensor, param_norm: Tensor, *, clip: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -263,7 +294,8 @@ def agc_(
 
 def clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: bool | None = None) -> list[Tally]:
     """Clip gradients in place where there are any; return tallies of the units that were clipped."""
-    masks: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # by device, as those of one tally are joined
+    masks: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}  # as those of one tally are joined
+    sharded: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     lists: dict[tuple[torch.device, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     pairs = [(p, p.grad) for p in params if p.grad is not None]
     for p, grad in pairs:
@@ -272,15 +304,23 @@ def clip_grads_(params: Iterable[Tensor], *, clip: float, eps: float, foreach: b
                 f"AGC needs dense gradients, but that of a parameter of shape {tuple(p.shape)} is sparse; exclude it"
             )
     for p, grad in pairs:
+        if is_dtensor(p):
+            sharded.setdefault(p.device, []).append((p, grad))
+            continue
         plain = type(p) in (Tensor, nn.Parameter) and type(grad) is Tensor
         if plain and (p.device.type in FOREACH_DEVICES if foreach is None else foreach):
             lists.setdefault((p.device, p.dtype, grad.dtype), []).append((p, grad))
         else:
-            clip_one = clip_dtensor if is_dtensor(p) else clip_unitwise
-            clipped, mask = clip_one(grad, p, clip=clip, eps=eps)
+            clipped, mask = clip_unitwise(grad, p, clip=clip, eps=eps)
             grad.copy_(clipped)
-            masks.setdefault((p.device, is_dtensor(p)), []).append((mask, p))
+            masks.setdefault(p.device, []).append((mask, p))
     tallies = [tally_masks(*map(list, zip(*some, strict=True))) for some in masks.values()]
+    for some in sharded.values():
+        of, grads = zip(*some, strict=True)
+        parts, tally = clip_dtensors(grads, of, clip=clip, eps=eps)
+        for grad, part in zip(grads, parts, strict=True):
+            local_tensor(grad).copy_(part)
+        tallies.append(tally)
     for some in lists.values():
         of, grads = zip(*some, strict=True)
         mask = clip_all(grads, of, clip=clip, eps=eps, in_place=True)[1]

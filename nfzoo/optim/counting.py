@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nfzoo.runtime.distributed import full_tensor, is_dtensor
+from nfzoo.runtime.distributed import sum_over
 
 
 class Tally(NamedTuple):
@@ -26,25 +26,29 @@ class Tally(NamedTuple):
 
 
 def tally_masks(masks: Sequence[Tensor], params: Sequence[Tensor]) -> Tally:
-    """Return the tally of one mask of clipped units for each parameter; all processes call this for `DTensor`s.
+    """Return the tally of one mask of clipped units for each parameter."""
+    flat = [mask.flatten() for mask in masks]
+    owners = [(p, len(mask)) for p, mask in zip(params, flat, strict=True)]
+    return Tally(torch.cat(flat), owners, sum(map(len, flat)))
 
-    Masks that are `DTensor`s are counted over all processes, with one reduction for those of one placement.
+
+def tally_shards(
+    masks: Sequence[Tensor], params: Sequence[Any], spread: Sequence[tuple[bool, ...]], units: int
+) -> Tally:
+    """Return the tally of parameters that are `DTensor`s; all processes call this.
+
+    Args:
+        masks: of the units that this process holds, `(n,)`.
+        spread: for each dimension of the parameter's mesh, whether its processes hold other units.
+        units: number of units of all parameters, over all processes.
     """
-    units = sum(mask.numel() for mask in masks)
-    if not is_dtensor(masks[0]):
-        flat = [mask.flatten() for mask in masks]
-        return Tally(torch.cat(flat), [(p, len(mask)) for p, mask in zip(params, flat, strict=True)], units)
-    from torch.distributed.tensor import DTensor
-
-    kinds: dict[Any, list[tuple[Tensor, Any]]] = {}
-    for p, mask in zip(params, masks, strict=True):
-        count: Any = mask.sum()
-        kinds.setdefault((count.device_mesh, count.placements), []).append((p, count))
+    alike: dict[Any, list[int]] = {}
+    for i, (p, dimensions) in enumerate(zip(params, spread, strict=True)):
+        alike.setdefault((p.device_mesh, dimensions), []).append(i)
     counts, owners = [], []
-    for (mesh, placements), some in kinds.items():
-        local = torch.stack([count.to_local() for _, count in some])
-        counts.append(full_tensor(DTensor.from_local(local, mesh, placements)))
-        owners += [(p, 1) for p, _ in some]
+    for (mesh, dimensions), some in alike.items():
+        counts.append(sum_over(torch.stack([masks[i].sum() for i in some]), mesh, dimensions))
+        owners += [(params[i], 1) for i in some]
     return Tally(torch.cat(counts), owners, units)
 
 

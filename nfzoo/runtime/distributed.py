@@ -8,7 +8,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -56,6 +56,16 @@ def full_tensors(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return what this process holds of a `DTensor`, or the tensor itself."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sum_over(value: Tensor, mesh: Any, dimensions: Sequence[bool]) -> Tensor:
+    """Return the sum of each process's `value` over those dimensions of a mesh that are chosen; all call this."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    if not any(dimensions):
+        return value
+    placements = [Partial() if chosen else Replicate() for chosen in dimensions]
+    return DTensor.from_local(value, mesh, placements, run_check=False).full_tensor()
 
 
 def with_local(tensor: Tensor, local: Tensor, mesh: Any) -> Tensor:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from nfzoo.checkpoint.atomic import replaced_folder, scratch_folder
 from nfzoo.checkpoint.lock import locked
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe, read_description
 from nfzoo.checkpoint.run_state import Saved, latest_state
 from nfzoo.config import Preprocessing
 from nfzoo.data.labels import class_counts, class_weights
@@ -315,6 +315,13 @@ def _resumed(config: TrainConfig, data: dict[str, Any], saved: Saved) -> Initial
             "with the same data, or start anew in another output"
         )
     description = describe(saved.facts["description"], saved.folder)
+    if (Path(config.output) / CONFIG_FILE).is_file() and program.is_first_process():
+        temperature = read_description(Path(config.output) / CONFIG_FILE).temperature
+        if temperature is not None:
+            logger.warning(
+                "the temperature %g in %s was fitted to other weights than those to come, and goes with them",
+                *(temperature, config.output),
+            )
     return InitialState(NFNet.from_params(description, saved.tensors("model")), saved.facts["pretrained"], data, saved)
 
 

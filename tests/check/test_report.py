@@ -151,3 +151,8 @@ def test_labels_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert found["copies"]["across_parts"] == 1
     assert main(["check", str(folder), "--class-names", "x"]) == 2
     assert "goes with a file of labels" in capsys.readouterr().err
+
+
+def test_one_class_alone_is_a_finding(tmp_path: Path) -> None:
+    report = check(str(write_images(tmp_path / "pets", {"cat": 12})))
+    assert report.findings() == ["there is one class alone, cat; nothing is to be told apart"]

@@ -11,11 +11,13 @@ import os
 import random
 import shutil
 import stat
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import nfzoo
@@ -299,10 +301,11 @@ def test_flipped_header_bytes_never_escape(folder):
     data = weights.read_bytes()
     rng = random.Random(0)
     end = 8 + int.from_bytes(data[:8], "little")
+    name = data.index(b"nfnet-test")  # which says nothing about the weights
     outcomes = set()
-    for _ in range(300):
+    for at in [*(rng.randrange(end) for _ in range(300)), name]:
         broken = bytearray(data)
-        broken[rng.randrange(end)] = rng.randrange(256)
+        broken[at] ^= 1 << rng.randrange(7)
         weights.write_bytes(bytes(broken))
         for path in (folder, weights):
             try:
@@ -311,6 +314,47 @@ def test_flipped_header_bytes_never_escape(folder):
             except NfzooError:
                 outcomes.add("refused")
     assert outcomes == {"loaded", "refused"}
+
+
+def test_a_flipped_bit_of_a_tensor_is_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for at in (start, (start + len(data)) // 2, len(data) - 1):
+        broken = bytearray(data)
+        broken[at] ^= 1
+        weights.write_bytes(bytes(broken))
+        for path in (folder, weights):
+            with pytest.raises(CheckpointError, match="is damaged: its tensors have the CRC-32"):
+                load(path)
+
+
+def test_the_checksum_is_zlibs_of_what_follows_the_header(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata()["crc32"] == f"{zlib.crc32(data[start:]):08x}"
+
+
+def test_weights_without_a_checksum_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(folder)
+    assert caplog.messages == []
+    strip_metadata(folder)
+    load(folder)
+    assert caplog.messages == [
+        f"{folder}/model.safetensors: there is no checksum, so a damaged weight would not be noticed; save_pretrained "
+        "writes one"
+    ]
+    caplog.clear()
+    load(folder, hashed=True)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("stated", ["", "1234", "zzzzzzzz", "0x123456", "\x1b[2J"])
+def test_a_checksum_that_is_none_is_refused(folder: Path, stated: str) -> None:
+    strip_metadata(folder, {"crc32": stated})
+    with pytest.raises(CheckpointError, match="which is none"):
+        load(folder)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{", '"x"', "1", '{"a": 1}', "[" * 100_000, "1" * 5000])

@@ -224,8 +224,7 @@ def test_a_compiled_training_step_does_not_recompile():
     ("name", "backend"),
     [
         *(pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in SMALL),
-        *(pytest.param(name, "inductor", marks=pytest.mark.long) for name in SMALL),
-        pytest.param("nfnet-test", "inductor", marks=pytest.mark.slow),
+        *(pytest.param(name, "inductor", marks=pytest.mark.long) for name in (*SMALL, "nfnet-test")),
     ],
 )
 def test_every_small_model_compiles(name, backend):

@@ -402,3 +402,9 @@ def test_untrained_is_told_from_the_parameters_that_start_constant() -> None:
             assert not is_untrained(model.config, params), key
     folded = nfzoo.create("nfnet-test").for_inference()
     assert not is_untrained(folded.config, dict(folded.named_parameters()))
+
+
+def test_another_architecture_has_not_the_name_of_the_zoos() -> None:
+    assert nfzoo.create("nfnet-test", num_classes=3, in_channels=1, drop_rate=0.1).name == "nfnet-test"
+    assert nfzoo.create("nfnet-test", depths=(1, 1, 1, 2)).name is None
+    assert nfzoo.create("nfnet-test", activation="relu").name is None

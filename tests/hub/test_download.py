@@ -209,7 +209,10 @@ def flipped(files: dict[str, bytes]) -> dict[str, bytes]:
 def test_files_without_a_hash_are_named_or_refused(hub, files, model, caplog):
     """A mirror or a proxy may state none, so that no damage would be noticed."""
     hub.hashless = True
-    hub.add(REPO, flipped(files))
+    hub.add("org/flipped", flipped(files))
+    with pytest.raises(CheckpointError, match="damaged: its tensors have the CRC-32"):  # which nfzoo's files state
+        nfzoo.from_pretrained("org/flipped")
+    hub.add(REPO, files)
     refusal = "config.json of the Hub repository 'org/small' cannot be checked: the server states no hash"
     several: list[dict[str, Any]] = [{}, {"local_files_only": True}, {"force_download": True}]
     with pytest.raises(CheckpointError, match=refusal):

@@ -16,7 +16,7 @@ from torch import nn
 from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 import nfzoo
@@ -625,10 +625,27 @@ def clip_along(dimension: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return results[0], results[1]
 
 
+def clip_partial() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Results for plain parameters, and for those of which each process has a part of the gradient's sum."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    value, grad = torch.randn(2, 4, 3, generator=generator())
+    results = []
+    for sharded in (False, True):
+        p = nn.Parameter(distribute_tensor(value.clone(), mesh, [Replicate()]) if sharded else value.clone())
+        share = grad * (0.25 + 0.5 * mesh.get_rank())
+        p.grad = DTensor.from_local(share, mesh, [Partial()]) if sharded else grad.clone()
+        optimizer = AGCSGD([p], 0.1)
+        optimizer.step()
+        fraction = clip_grad_agc_([p], 0.02)
+        assert p.grad is not None
+        results.append([full_tensor(p.detach()), full_tensor(p.grad), fraction, optimizer.clipped_fraction])
+    return results[0], results[1]
+
+
 def _sharded_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", store=FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    results = [clip_sharded(slice(4 * rank, 4 * rank + 4)), clip_along(0), clip_along(1)]
+    results = [clip_sharded(slice(4 * rank, 4 * rank + 4)), clip_along(0), clip_along(1), clip_partial()]
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

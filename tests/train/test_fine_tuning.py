@@ -237,14 +237,21 @@ def test_the_best_epoch_is_kept_and_resumed(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("_held_out")
-def test_patience_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_patience_ends_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     patient = [*LONG, "--epochs", "5", "--patience"]
     assert run(tmp_path / "run", *patient, "1") == 0
     assert "no better loss for 1 epoch; the run ends" in capsys.readouterr().out
     assert losses(tmp_path / "run") == LOSSES[:3]
     assert run(tmp_path / "run", *patient, "1", "--resume", "true") == 0  # there is nothing left to do
     assert losses(tmp_path / "run") == LOSSES[:3]
+    calibrated = nfzoo.from_pretrained(tmp_path / "run")
+    calibrated.temperature = 1.25
+    calibrated.save_pretrained(tmp_path / "run")
     assert run(tmp_path / "run", *patient, "2", "--resume", "true") == 0
+    assert any("the temperature 1.25 in" in message for message in caplog.messages)
+    assert nfzoo.from_pretrained(tmp_path / "run").temperature is None
     assert losses(tmp_path / "run") == LOSSES[:4]
 
 
