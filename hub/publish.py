@@ -98,7 +98,7 @@ def _public_run(path: Path) -> bytes:
         raise CheckpointError(f"{path} must hold the options of a run")
     for key in ("output", "augmented_sheet"):
         run.pop(key, None)
-    named = {"model": public_model, "data": public_data}
+    named = {"model": public_model, "teacher": public_model, "data": public_data}
     named |= dict.fromkeys(("labels", "validation_labels", "class_names"), lambda path: PurePath(path).name)
     for key, public in named.items():
         if run.get(key) is not None:

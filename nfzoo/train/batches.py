@@ -5,7 +5,7 @@ All of it depends on the seed, the epoch, the step and the image alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from nfzoo.data.images import DIGITS
 from nfzoo.data.loader import TrainingBatch, evaluation_batches, training_batches
 from nfzoo.data.source import Split
+from nfzoo.errors import ConfigError
 from nfzoo.model import sample_noise
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers
@@ -49,10 +50,17 @@ class InputPipeline:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.cfg, self.preprocessing = model.config, model.preprocessing
         self.augment = config.augment or default_augment(config.data)
+        self.sizes = training_sizes(config, model.preprocessing.train_size)
         self.workers = _workers(config, self.world)
 
-    def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
-        """Return the parts of the epoch's batches, from a position on that counts the samples of all processes."""
+    def batches(self, epoch: int, start: int, size: int | None = None) -> Iterator[TrainingBatch]:
+        """Return the parts of the epoch's batches, from a position on that counts the samples of all processes.
+
+        Args:
+            epoch: from 0.
+            start: the position.
+            size: side of the images in pixels; by default the last of the run.
+        """
         if len(self.split.train) - start < self.config.batch_size:  # resumed between last step and evaluation
             return iter(())
         batches = training_batches(
@@ -65,6 +73,7 @@ class InputPipeline:
             world=self.world,
             accumulation=self.config.accumulation,
             start=start,
+            size=size,
             augment=self.augment,
             balanced=self.config.sampler == "balanced",
             workers=self.workers,
@@ -126,6 +135,22 @@ class InputPipeline:
             patience=self.config.worker_timeout,
             broken=broken,
         )
+
+
+def epoch_size(sizes: Sequence[int], epoch: int, epochs: int) -> int:
+    """Return the size of an epoch's images, where epochs are divided evenly among sizes; `epoch` counts from 0."""
+    return sizes[epoch * len(sizes) // epochs]
+
+
+def training_sizes(config: TrainConfig, train_size: int) -> tuple[int, ...]:
+    """Return the sizes of a run's training images in pixels, in their order; raise a `ConfigError` unless they rise."""
+    earlier = config.progressive_sizes or ()
+    if earlier and earlier[-1] >= train_size:
+        raise ConfigError(
+            f"progressive_sizes {list(earlier)!r} come before the model's train_size {train_size}, and must be below "
+            "it; leave sizes out, or pass a larger train_size"
+        )
+    return (*earlier, train_size)
 
 
 def _workers(config: TrainConfig, processes: int) -> int:

@@ -31,6 +31,7 @@ from nfzoo.runtime.distributed import (
 from nfzoo.step import binary_cross_entropy, cross_entropy
 from nfzoo.train.batches import Inputs
 from nfzoo.train.config import TrainConfig
+from nfzoo.train.distillation import Teacher, distillation_loss
 from nfzoo.train.updaters import PapersUpdater, TorchUpdater, Updater, papers_optimizer, torch_optimizer
 from nfzoo.types import Params
 
@@ -59,8 +60,9 @@ class Learner:
         *,
         peak_lr: float,
         class_weights: Sequence[float] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.optim, self.accelerator = config.optim, accelerator
+        self.optim, self.distillation, self.accelerator = config.optim, config.distillation, accelerator
         self._multi_label = config.multi_label
         self._weights = None if class_weights is None else torch.tensor(class_weights).to(accelerator.device)
         self.backend = backend(accelerator.device)
@@ -79,6 +81,7 @@ class Learner:
             self.model: Any = shard(model, accelerator.device)
         if config.compile:
             model.compile_blocks()
+        self.teacher = None if teacher is None else teacher.prepare(accelerator.device, compiled=config.compile)
         self.bare = model
         self.live: Params = dict(model.named_parameters())
         self.names = {p: name for name, p in self.live.items()}
@@ -112,26 +115,35 @@ class Learner:
 
     # ------------------------------------------------------------ one step
 
+    def answers(self, images: Tensor) -> Tensor | None:
+        """Return the teacher's float32 logits `(n, classes)` for the model's input; `None` if there is no teacher."""
+        return None if self.teacher is None else self.teacher.logits(images, self.autocast)
+
     @contextmanager
-    def part(self, inputs: Inputs, *, last: bool) -> Iterator[None]:
-        """Return the context of forward and backward pass of one part of a batch.
+    def part(self, inputs: Inputs, answers: Tensor | None = None, *, last: bool) -> Iterator[None]:
+        """Return the context of forward and backward pass of one part of a batch, with the teacher's answers.
 
         With SAM the weights stand at the end of its ascent. Processes average their gradients in the `last` part alone.
         """
-        before = self._ascend(*inputs) if self.optim.sam_rho is not None else None
+        before = self._ascend(*inputs, answers) if self.optim.sam_rho is not None else None
         with nullcontext() if last else self._unsynced():
             yield
         if before is not None:
             restore_(self.trainable, before)
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, answers: Tensor | None = None) -> Tensor:
         """Return the loss of logits `(n, classes)`: the cross-entropy with the recipe's smoothing and class weights.
 
-        With multi-label it is the binary cross-entropy, with weights of the positive terms.
+        With multi-label it is the binary cross-entropy, with weights of the positive terms. With a teacher's `answers`
+        it is `(1 - alpha) cross-entropy + alpha distillation_loss`.
         """
         if self._multi_label:
             return binary_cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
-        return cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
+        loss = cross_entropy(logits, targets, self.optim.label_smoothing, self._weights)
+        if answers is None or self.distillation is None:
+            return loss
+        alpha = self.distillation.alpha
+        return (1 - alpha) * loss + alpha * distillation_loss(logits, answers, self.distillation.temperature)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss to the parameters' gradients, scaled under fp16."""
@@ -153,13 +165,15 @@ class Learner:
         norm = full_tensor(norm)
         return norm, None if self.accelerator.scaler is not None else norm.isfinite()
 
-    def _ascend(self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor]) -> list[Tensor]:
+    def _ascend(
+        self, images: Tensor, targets: Tensor, noise: Mapping[str, Tensor], answers: Tensor | None
+    ) -> list[Tensor]:
         """Move the weights to SAM's ascent, by the loss of this process's first images; return the original weights."""
         rows = ascent_rows(len(images), self.optim.sam_fraction)
         masks = {name: mask[:rows] for name, mask in noise.items()}
         with self.autocast():
             logits = self.bare(images[:rows], masks)
-        loss = self.loss(logits, targets[:rows])
+        loss = self.loss(logits, targets[:rows], None if answers is None else answers[:rows])
         grads = torch.autograd.grad(loss, self.trainable)
         assert self.optim.sam_rho is not None
         return sam_ascent_(self.trainable, grads, rho=self.optim.sam_rho)

@@ -56,6 +56,9 @@ class Progress:
         options = config.to_dict()
         shown = {k: v for k, v in options.items() if isinstance(v, bool | int | float | str) and k not in _LOCAL}
         shown |= {"model": public_model(config.model), "data": public_data(config.data)}
+        if config.teacher is not None:
+            shown |= {"teacher": public_model(config.teacher)}
+            shown |= {f"distillation.{k}": v for k, v in options["distillation"].items() if v is not None}
         shown |= {f"optim.{k}": v for k, v in options["optim"].items() if isinstance(v, bool | int | float)}
         self.tracker = Tracker(accelerator, config.tracker, shown)
 
@@ -106,8 +109,11 @@ class Progress:
             clipped += " of the bias"
         skipped = f"  skipped {row['skipped']}" if row.get("skipped") else ""
         broken = f"  broken images {row['broken']}" if row.get("broken") else ""
+        epoch = f"epoch {row['epoch']:>3}/{self.config.epochs}"
+        if "train_size" in row:
+            epoch += f"  {row['train_size']} pixels"
         self.say(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out {metric} "
+            f"{epoch}  train loss {row['train_loss']:.3f}  held-out {metric} "
             f"{row[key]:.2%} live{ema}{clipped}{skipped}{broken}{'  best so far' if best else ''}  "
             f"{row['images_per_second']:.0f} images/s"
         )

@@ -34,6 +34,7 @@ from nfzoo.runtime.distributed import elastic_launcher, gather
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
+from nfzoo.train.distillation import check_taught, open_teacher
 from nfzoo.train.learner import copied, fit_head, head_for, problem_type
 from nfzoo.train.python.callbacks import check_callbacks
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
@@ -55,6 +56,7 @@ CHANGEABLE = frozenset(
         "labels",
         "validation_labels",
         "class_names",
+        "teacher",  # compared by content
         "epochs",  # at least those begun
         "require_hash",
         "allow_pickle",
@@ -137,6 +139,7 @@ def prepared(
         if any(other != data["digest"] for other in gather([data["digest"]])):
             raise DataError(f"the processes have different images or labels in {config.data!r}; give all the same data")
         start = _resumed(config, data, saved) if saved else _fresh(config, data, model)
+        start = start._replace(teacher=open_teacher(config, start.model, data["classes"], saved))
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
             back = saved.step if saved is not None and config.resume_from == "best" else None
@@ -305,6 +308,7 @@ def _fresh(config: TrainConfig, data: dict[str, Any], given: NFNet | None = None
 
 def _resumed(config: TrainConfig, data: dict[str, Any], saved: Saved) -> InitialState:
     """Return the model of a checkpoint, if it is one of this very run."""
+    check_taught(config, saved)
     # Options newer than the checkpoint have their defaults.
     defaults = TrainConfig(model=config.model, data=config.data, output=config.output).to_dict()
     then, now = _innermost({**_flat(defaults), **_flat(saved.facts["config"])}), _flat(config.to_dict())

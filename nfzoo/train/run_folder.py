@@ -221,6 +221,8 @@ def _provenance(config: TrainConfig, row: Mapping[str, Any], *, pretrained: bool
         "weights": "ema" if averaged else "live",
         config.metric: value if value == value else None,  # JSON has no NaN
     }
+    if config.teacher is not None:
+        provenance["teacher"] = public_model(config.teacher)
     if best is not None:
         value = best.value(row)
         provenance |= {"best_by": best.metric, best.metric: value if value == value else None, "step": row["step"]}

@@ -42,8 +42,9 @@ from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.runtime.cuda_graph import CudaGraph
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
-from nfzoo.train.batches import InputPipeline, Inputs
+from nfzoo.train.batches import InputPipeline, Inputs, epoch_size
 from nfzoo.train.config import TrainConfig, default_lr
+from nfzoo.train.distillation import Teacher, teacher_facts
 from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import THRESHOLDS, Confusion, Metrics, UnreadableImages, best_rule, without_thresholds
 from nfzoo.train.progress import Progress
@@ -93,6 +94,7 @@ class InitialState(NamedTuple):
         data: the identity of the run's data, as `split_identity` returns it.
         saved: the checkpoint to resume from, or `None`.
         callbacks: look at the run, and may end it.
+        teacher: the model whose answers are learned, or `None`.
     """
 
     model: NFNet
@@ -100,6 +102,7 @@ class InitialState(NamedTuple):
     data: dict[str, Any]
     saved: Saved | None = None
     callbacks: Sequence[object] = ()
+    teacher: Teacher | None = None
 
 
 def split_identity(split: Split) -> dict[str, Any]:
@@ -155,8 +158,11 @@ class Trainer:
         self.pipeline = InputPipeline(config, split, model, accelerator)
         counts = class_counts(split.train)
         weights = loss_weights(config, split, counts)
-        self.learner = Learner(config, model, accelerator, peak_lr=self.peak_lr, class_weights=weights)
+        self.learner = Learner(
+            config, model, accelerator, peak_lr=self.peak_lr, class_weights=weights, teacher=start.teacher
+        )
         self.epoch = self.consumed = self.step = self.skipped = self.in_a_row = 0
+        self.size = 0  # pixels of this epoch's images
         self.seconds = 0.0  # of this epoch's training
         self.rows: list[dict[str, Any]] = []
         self.best = best_rule(config)
@@ -188,12 +194,15 @@ class Trainer:
         say(
             f"{config.model}: {parameters}, {origin} weights; "
             f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
-            f"{len(split.train.classes)} classes, {self.preprocessing.train_size} pixels; "
+            f"{len(split.train.classes)} classes, {', '.join(map(str, self.pipeline.sizes))} pixels; "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"peak learning rate {self.peak_lr:g}"
         )
         bare = split.train.multi_label and int((~split.train.labels.any(1)).sum())
         say(f"images to train on: {histogram(counts)}{f'; {bare:,} without a label' if bare else ''}")
+        if (teacher := self.learner.teacher) is not None and (how := config.distillation) is not None:
+            options = f"alpha {how.alpha:g}, temperature {how.temperature:g}"
+            say(f"teacher {config.teacher}, which sees them in {teacher.size} pixels; {options}")
         if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)
         if config.tune != "all" and origin == "random" and self.accelerator.is_main_process:
@@ -219,6 +228,7 @@ class Trainer:
                 if self._is_patient_no_more():
                     break
                 # Train.
+                self._choose_size(epoch)
                 self.learner.model.train()
                 parts: list[TrainingBatch] = []
                 last = time.perf_counter()
@@ -272,10 +282,19 @@ class Trainer:
             self.progress.say(f"no better {self.best.metric} for {waited} epoch{'s' * (waited > 1)}; the run ends")
         return ends
 
+    def _choose_size(self, epoch: int) -> None:
+        """Take the size of an epoch's images, which keep it to the end of the epoch, and no size after a larger one."""
+        size = self.size
+        if not self.consumed:
+            size = max(size, epoch_size(self.pipeline.sizes, epoch, self.config.epochs))
+        if self.size not in (0, size) and isinstance(self._compute, CudaGraph):
+            self._compute = CudaGraph(self._update)  # a graph has one size; the old one gives its memory back
+        self.size = size
+
     def _batches(self, epoch: int) -> Iterator[TrainingBatch]:
         """Yield what is left of an epoch; where it does not come, let all processes agree to stop as before a step."""
         try:
-            yield from self.agreement.reading(self.pipeline.batches(epoch, self.consumed))
+            yield from self.agreement.reading(self.pipeline.batches(epoch, self.consumed, self.size))
         except Interrupted:
             self._stop_if_asked()
 
@@ -325,11 +344,12 @@ class Trainer:
         """Compute what a step does on the device; return whether the gradient is finite, see `Learner.clip`."""
         learner = self.learner
         for i, part in enumerate(inputs):
-            with learner.part(part, last=i + 1 == len(inputs)):
+            answers = learner.answers(part.images)  # of the teacher, if there is one
+            with learner.part(part, answers, last=i + 1 == len(inputs)):
                 # Forward, and backward: gradients add up over the parts.
                 with learner.autocast():
                     logits = learner.model(part.images, part.noise)
-                loss = learner.loss(logits, part.targets)
+                loss = learner.loss(logits, part.targets, answers)
                 learner.backward(loss / len(inputs))
             self.metrics.add(loss, logits, part.targets)
         # Clip by the norm of the whole gradient, where the recipe asks for that.
@@ -416,6 +436,8 @@ class Trainer:
             "clipped": float(self.metrics.clipped) / steps,
             **self.metrics.clipped_by_kind(steps),
         }
+        if self.config.progressive_sizes is not None:
+            row["train_size"] = self.size
         if self.skipped:
             row["skipped"] = self.skipped
         return row
@@ -480,7 +502,7 @@ class Trainer:
         wanted, tracker = self.config.augmented_sheet, self.progress.tracker
         if not self.accelerator.is_main_process or self.step or (wanted is None and not tracker.takes_pictures):
             return
-        first = next(self.pipeline.batches(0, 0))
+        first = next(self.pipeline.batches(0, 0, self.pipeline.sizes[0]))
         images, targets, _ = self.pipeline.inputs(first, 0, {})
 
         def draw(file: Path) -> None:
@@ -501,6 +523,7 @@ class Trainer:
         facts = {
             "epoch": self.epoch,
             "consumed": self.consumed,
+            "size": self.size,
             "skipped": self.skipped,
             "seconds": self.seconds,
             "meters": [
@@ -515,6 +538,7 @@ class Trainer:
             "pretrained": self.pretrained,
             "data": self._data,
             "config": self.config.to_dict(),
+            "teacher": teacher_facts(self.config, self.learner.teacher),
             "launcher": elastic_launcher(),
             "description": self.description.to_dict(),
         }
@@ -525,7 +549,7 @@ class Trainer:
         self.learner.restore(saved)
         self.epoch, self.consumed, self.step = facts["epoch"], facts["consumed"], saved.step
         self.skipped, self.rows, self.unreadable.known = facts["skipped"], facts["rows"], set(facts["broken"])
-        self.seconds = facts["seconds"]
+        self.seconds, self.size = facts["seconds"], facts.get("size", self.preprocessing.train_size)
         loss, correct, seen, clipped, *kinds = facts["meters"]
         shares = facts.get("shares", [])  # which older checkpoints do not have
         if len(shares) != self.accelerator.num_processes:

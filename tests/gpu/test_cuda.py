@@ -267,6 +267,44 @@ def test_steps_in_a_cuda_graph_are_steps(compiled, tmp_path: Path):
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_teacher_answers_within_the_graph(compiled, tmp_path: Path):
+    """Its images are resized and normalised anew there, and the host waits for none of it."""
+    teacher = nfzoo.create("nfnet-test", labels=tuple("0123456789"))
+    teacher.load_state_dict(random_params(teacher.config))
+    teacher.preprocessing = nfzoo.Preprocessing(train_size=24, test_size=24, mean=(0.5,) * 3, std=(0.25,) * 3)
+    results = []
+    for graph in (True, False):
+        options = {"compile": compiled, "cuda_graph": graph, "mixed_precision": "no"}
+        folder = teacher.save_pretrained(tmp_path / f"teacher{graph}")
+        with trainer_of(tmp_path / str(graph), teacher=str(folder), **options) as trainer:
+            take_steps(trainer, 8)
+            batch = next(trainer.pipeline.batches(0, 0))
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                trainer.train_step([batch])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            trainer.check_steps()
+            assert not graph or trainer._compute.captured
+            results.append({k: v.detach().cpu() for k, v in trainer.learner.live.items()})
+    for name, value in results[1].items():
+        assert relative(results[0][name], value) < 1e-3, name
+
+
+def test_each_size_is_captured_anew(tmp_path: Path):
+    results = []
+    for graph in (True, False):
+        options = {"cuda_graph": graph, "mixed_precision": "no", "epochs": 2, "progressive_sizes": (16,)}
+        with trainer_of(tmp_path / str(graph), **options) as trainer:
+            trainer.fit()
+            assert not graph or trainer._compute.captured
+            results.append({k: v.detach().cpu() for k, v in trainer.learner.live.items()})
+            assert [row["train_size"] for row in trainer.rows] == [16, 32]
+    for name, value in results[1].items():
+        assert relative(results[0][name], value) < 1e-2, name  # 44 steps
+
+
 @pytest.mark.parametrize("graph", [False, True], ids=["kernels", "graph"])
 def test_the_host_does_not_wait_in_a_training_step(graph, tmp_path: Path):
     options = {

@@ -18,13 +18,13 @@ from nfzoo.errors import ConfigError, nearest
 from nfzoo.files import nearest_path, read_text
 from nfzoo.runtime import program
 from nfzoo.train.config import strict_yaml
-from nfzoo.train.config.train_config import STARTING, OptimConfig, TrainConfig
+from nfzoo.train.config.train_config import STARTING, DistillationConfig, OptimConfig, TrainConfig
 from nfzoo.train.run_folder import RUN_FILE, STATES
 from nfzoo.transforms.mixing import Augment
 
 Fields = dict[str, Any]  # arguments of `TrainConfig`; those of its groups are dictionaries of their own
 
-_GROUPS: dict[str, type] = {"optim": OptimConfig, "augment": Augment}
+_GROUPS: dict[str, type] = {"optim": OptimConfig, "augment": Augment, "distillation": DistillationConfig}
 _OPTIMIZER_OPTIONS = "--optim.options."
 _REQUIRED = ("model", "data", "output")
 _METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", dict: "YAML", tuple: "[X,X]"}
@@ -139,8 +139,13 @@ def _parser(arguments: list[str]) -> program.Parser:
         for inner, inner_kind in ({"": kind} if group is None else {"": dict, **get_type_hints(group)}).items():
             key = f"{name}.{inner}" if inner else name
             first = _first_kind(inner_kind)
+            variadic = get_args(first)[1:] == (...,)
             metavar = (
-                "|".join(get_args(first)) if get_origin(first) is Literal else _METAVARS[get_origin(first) or first]
+                "N,N"
+                if variadic
+                else "|".join(get_args(first))
+                if get_origin(first) is Literal
+                else _METAVARS[get_origin(first) or first]
             )
             text = _documented(group, inner) if group and inner else _documented(TrainConfig, name)
             parser.add_argument(f"--{key.replace('_', '-')}", action=_Option, dest=key, metavar=metavar, help=text)
@@ -225,6 +230,8 @@ def _converted(cls: type, content: Fields, prefix: str = "") -> Fields:
 def _value(name: str, kind: Any, value: Any) -> Any:
     optional, kind = kind != _first_kind(kind), _first_kind(kind)
     origin = get_origin(kind) or kind
+    if origin is tuple and get_args(kind)[1:] == (...,) and value not in (None, "null"):
+        return _whole_numbers(name, value)
     if isinstance(value, str) and origin not in (str, Literal):
         value = _load(value)
     if value is None or (optional and value == "null"):
@@ -250,6 +257,17 @@ def _value(name: str, kind: Any, value: Any) -> Any:
     words[tuple] = f"a list of {len(get_args(kind))} numbers"
     words[Literal] = f"one of {', '.join(map(str, get_args(kind)))}"
     raise ConfigError(f"{name} must be {words[origin]}, not {value!r}")
+
+
+def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """Convert a list of whole numbers, or text such as `128,160` or `[128, 160]`."""
+    items: Any = value
+    if isinstance(value, str):  # not as YAML, to which 128:160 is one number in base 60
+        words = [word.strip() for word in value.strip().removeprefix("[").removesuffix("]").split(",")]
+        items = [int(word) if word.isdecimal() else word for word in words]
+    if not isinstance(items, list | tuple) or not all(type(item) is int for item in items):
+        raise ConfigError(f"{name} must be whole numbers such as 128,160, not {value!r}")
+    return tuple(items)
 
 
 def _load(text: str) -> Any:

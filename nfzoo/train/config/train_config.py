@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from nfzoo.config import MAX_SIDE, is_int
 from nfzoo.data.images import DIGITS
 from nfzoo.data.label_files import LabelFiles, label_files
 from nfzoo.data.source import HELD_OUT
@@ -106,11 +107,39 @@ class OptimConfig(StepConfig):
             raise ConfigError(f"optim.options must be a mapping without lr and weight_decay, not {self.options!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How much a teacher counts, and what it sees: `(1 - alpha) cross-entropy + alpha T^2 KL(teacher || student)`.
+
+    Attributes:
+        alpha: part of the teacher in the loss, 0 to 1. Class weights and label smoothing act on the rest of it alone.
+        temperature: divisor T of the logits of both before their softmax.
+        size: side in pixels to which the student's images are resized for the teacher; by default the size that the
+            teacher was trained at.
+
+    Source: arXiv 1503.02531; the defaults are those of arXiv 1910.10699.
+    """
+
+    alpha: float = 0.9
+    temperature: float = 4.0
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "distillation.")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"distillation.alpha must be in [0, 1], not {self.alpha!r}")
+        if not self.temperature > 0:
+            raise ConfigError(f"distillation.temperature must be positive, not {self.temperature!r}")
+        if self.size is not None and not 1 <= self.size <= MAX_SIDE:
+            raise ConfigError(f"distillation.size must be from 1 to {MAX_SIDE} pixels, not {self.size!r}")
+
+
 _HINTS = {
     "data": "; name a folder with one subfolder per class, or tar or parquet files; give a data set of a Python "
     "program to nfzoo.fit(model, data_set, output=…)",
     "model": "; give a model of a Python program to nfzoo.fit(model, data, output=…), or save it with "
     "save_pretrained(FOLDER) and give the folder",
+    "teacher": "; save a model with save_pretrained(FOLDER), and give the folder",
 }
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -118,6 +147,7 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     dict: "a mapping",
+    tuple: "a list of whole numbers",
 }
 
 
@@ -193,7 +223,13 @@ class TrainConfig:
         allow_pickle: also read weights in a pickle of torch's (.bin, .pt, .pth), if you trust who made it.
         tune: "all" weights; "head", the classifier's alone; or "stages:N", those of the last N stages, of the final
             convolution and of the classifier. No step changes a bit of the others.
+        teacher: a trained model whose answers the model learns besides the labels: a zoo name, a Hub repository, a
+            checkpoint folder or a weight file. Its labels have to be those of the data, in any order. It sees the very
+            images that the model sees, cropped, varied and mixed alike.
         train_size: side of the training images in pixels; by default the model's.
+        progressive_sizes: smaller sizes to begin with, such as 128,160; train_size comes last. Of k sizes in all, epoch
+            e of E, counted from 0, has number floor(k e / E). Augmentation and dropout stay the same. With other epochs
+            a resumed run divides anew, and goes back to no smaller size.
         test_size: side of the held-out images in pixels; by default the model's.
         drop_rate: dropout rate; by default the model's.
         stochastic_depth: stochastic depth rate; by default the model's.
@@ -232,6 +268,7 @@ class TrainConfig:
             augmented batch, and of up to 50 classes each epoch's confusion matrix.
         overwrite: write into an output folder that holds a model already.
         optim: the optimizer.
+        distillation: how a teacher counts; null without one.
     """
 
     model: str
@@ -249,7 +286,9 @@ class TrainConfig:
     require_hash: bool = False
     allow_pickle: bool = False
     tune: str = "all"
+    teacher: str | None = None
     train_size: int | None = None
+    progressive_sizes: tuple[int, ...] | None = None
     test_size: int | None = None
     drop_rate: float | None = None
     stochastic_depth: float | None = None
@@ -277,13 +316,24 @@ class TrainConfig:
     tracker: str | None = None
     overwrite: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.progressive_sizes, list):
+            object.__setattr__(self, "progressive_sizes", tuple(self.progressive_sizes))
         _check_fields(self, "")
         for name in ("epochs", "batch_size", "accumulation", "train_size", "test_size", "patience", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if (sizes := self.progressive_sizes) is not None:
+            if not sizes or not all(is_int(size, 1) for size in sizes) or list(sizes) != sorted(set(sizes)):
+                raise ConfigError(f"progressive_sizes must be rising numbers of pixels, not {list(sizes)!r}")
+            if self.epochs <= len(sizes):
+                raise ConfigError(
+                    f"{self.epochs} epochs are too few for {len(sizes) + 1} sizes, {len(sizes)} of them in "
+                    "progressive_sizes; train for more, or leave sizes out"
+                )
         if self.patience is not None and self.keep_best is None:
             raise ConfigError(
                 f"patience {self.patience} needs a metric to wait for; pass keep_best accuracy, loss or f1"
@@ -302,9 +352,13 @@ class TrainConfig:
             raise ConfigError(f"keep_checkpoints must be at least 1, not {self.keep_checkpoints!r}")
         if self.max_broken < 0:
             raise ConfigError(f"max_broken must not be negative, is {self.max_broken!r}")
-        for name in ("model", "data", "output"):
-            if not getattr(self, name).strip():
+        for name in ("model", "data", "output", "teacher"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ConfigError(f"{name} must not be empty")
+        if self.teacher is None and self.distillation is not None:
+            raise ConfigError("the options of distillation need a teacher; name one, or leave them out")
+        if self.teacher is not None and self.distillation is None:
+            object.__setattr__(self, "distillation", DistillationConfig())
         if TUNE.fullmatch(self.tune) is None:
             raise ConfigError(f"tune must be all, head or stages:N, such as stages:1, not {self.tune!r}")
         _ = self.label_files  # raises for one of them without labels
