@@ -174,6 +174,8 @@ def _load(config: TrainConfig, source: str, student: Preprocessing, classes: Seq
     wrong = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
     if wrong is not None:
         raise CheckpointError(f"the teacher {source!r} has numbers in {wrong!r} that are not finite; take another")
+    if model.multi_label:
+        raise ConfigError(f"the teacher {source!r} gives sets of labels; take one that gives one label an image")
     if not model.config.num_classes:
         raise ConfigError(f"the teacher {source!r} has no classifier; take one with the classes of the data")
     channels, own = len(student.mean), model.config.in_channels

@@ -261,6 +261,10 @@ def test_a_teacher_that_does_not_fit_is_refused(
     with torch.no_grad():
         broken.get_parameter("head.bias")[0] = math.nan
     broken.save_pretrained(tmp_path / "broken")
+    sets = model(4)
+    sets.problem_type = "multi_label_classification"
+    sets.save_pretrained(tmp_path / "sets")
+    several = ["--task", "multi-label", "--labels", str(tmp_path / "labels.csv")]
     for options, message in (
         (["--teacher", str(letters)], "letters' does not know the classes of the data: 10 of the 10"),
         (["--teacher", str(few)], "few' does not know the classes of the data: 1 of the 10"),
@@ -269,6 +273,8 @@ def test_a_teacher_that_does_not_fit_is_refused(
         (["--teacher", str(tmp_path / "broken")], "has numbers in 'head.bias' that are not finite"),
         (["--teacher", "nfnet-test"], "the teacher: no weights are published for 'nfnet-test'"),
         (["--teacher", "nfnet-tset"], "did you mean 'nfnet-test'"),
+        (["--teacher", str(tmp_path / "sets")], "sets' gives sets of labels"),
+        (["--teacher", str(folder), *several], "with task multi-label an image has several; leave it out"),
         (["--teacher", ""], "teacher must not be empty"),
         (["--distillation.alpha", "0.9"], "the options of distillation need a teacher"),
         (["--teacher", str(tmp_path / "out")], "out' would replace the teacher; choose another output"),

@@ -341,6 +341,11 @@ class TrainConfig:
         other = "accuracy" if self.multi_label else "map"
         if self.keep_best == other:
             raise ConfigError(f"keep_best {other} is no metric of task {self.task}; take {self.metric}, loss or f1")
+        if self.multi_label and self.teacher is not None:
+            raise ConfigError(
+                f"the teacher {self.teacher!r} tells how likely one of the classes is, and with task multi-label an "
+                "image has several; leave it out"
+            )
         if self.multi_label and self.sampler == "balanced":
             raise ConfigError(
                 "sampler 'balanced' takes images by their one class, and with task multi-label an image has several; "
