@@ -1,0 +1,92 @@
+"""The curve of a learning-rate range test: the loss at each rate, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SMOOTHING = 0.9
+"""Decay of the moving average of the losses."""
+MARGIN = 2.0
+LEAST_FALL = 0.01
+DIVERGED = 4.0
+"""Factor of the lowest smoothed loss above which a test ends, as in fastai and Lightning."""
+
+
+class Curve(NamedTuple):
+    """The losses of a range test.
+
+    Attributes:
+        clip: the AGC threshold; `None` for none.
+        rates: the rate of each step, rising.
+        losses: the mean training loss of each step's batch. The last may be NaN, and ends the test.
+        smoothed: see `smooth`.
+        clipped: the fraction of units that AGC clipped in each step; 0 where nothing is counted.
+    """
+
+    clip: float | None
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    clipped: tuple[float, ...]
+
+
+def rising_rates(start: float, end: float, steps: int) -> tuple[float, ...]:
+    """Return `steps` rates from `start` to `end`, each the same factor above the one before."""
+    return tuple(float(rate) for rate in np.geomspace(start, end, steps))
+
+
+def smooth(losses: Sequence[float], decay: float = SMOOTHING) -> tuple[float, ...]:
+    """Return the moving averages of losses, without the bias towards 0 of the first: `(1 - d^t)` divides them."""
+    average, averages = 0.0, []
+    for step, loss in enumerate(losses, start=1):
+        average = decay * average + (1 - decay) * loss
+        averages.append(average / (1 - decay**step))
+    return tuple(averages)
+
+
+def has_diverged(smoothed: Sequence[float]) -> bool:
+    """Return whether the last smoothed loss is not finite, or more than `DIVERGED` times the lowest."""
+    return not math.isfinite(smoothed[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
+
+
+class Suggestion(NamedTuple):
+    """A learning rate and an AGC threshold, `None` for none."""
+
+    lr: float
+    clip: float | None
+
+
+def in_words(clip: float | None) -> str:
+    """Return a threshold as tables show it."""
+    return "null" if clip is None else f"{clip:g}"
+
+
+def lowest(curve: Curve) -> int:
+    """Return the step of a curve's lowest smoothed loss."""
+    return int(np.nanargmin(curve.smoothed))
+
+
+def suggested_lr(curve: Curve) -> float | None:
+    """Return the rate of the lowest smoothed loss, divided by `MARGIN`; `None` where the loss never fell.
+
+    The loss has to fall by `LEAST_FALL` of the first.
+    """
+    best = lowest(curve)
+    if not curve.smoothed[best] <= (1 - LEAST_FALL) * curve.smoothed[0]:
+        return None
+    return curve.rates[best] / MARGIN
+
+
+def suggest(curves: Sequence[Curve]) -> Suggestion | None:
+    """Return the suggestion of the curve whose smoothed loss is lowest; `None` where none fell."""
+    usable = [curve for curve in curves if suggested_lr(curve) is not None]
+    if not usable:
+        return None
+    best = min(usable, key=lambda curve: curve.smoothed[lowest(curve)])
+    lr = suggested_lr(best)
+    assert lr is not None
+    return Suggestion(float(f"{lr:.2g}"), best.clip)

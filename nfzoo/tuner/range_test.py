@@ -1,0 +1,143 @@
+"""The learning-rate range test: the steps of a training run at rates that rise, with one AGC threshold after another.
+
+Source: L. Smith, arXiv 1506.01186, section 3.3, whose rate rises linearly; here it rises geometrically, as in fastai.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from nfzoo.data.loader import TrainingBatch
+from nfzoo.data.source import Split
+from nfzoo.errors import ConfigError
+from nfzoo.train.batches import Inputs
+from nfzoo.train.config import TrainConfig, default_lr
+from nfzoo.train.run import fresh, noticing_lost, opened
+from nfzoo.train.trainer import InitialState, Trainer, split_identity
+from nfzoo.tuner.curves import Curve, has_diverged, rising_rates, smooth
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
+
+
+STEPS = 100
+"""Steps of a test, as in fastai and Lightning."""
+LEAST_STEPS = 10
+
+
+class Step(NamedTuple):
+    """A step of a range test: the mean loss of its batch, NaN if loss or gradient is not finite, and clipped units."""
+
+    loss: float
+    clipped: float
+
+
+class RangeTest(Trainer):
+    """The steps of a run at given rates, without its epochs, evaluations and checkpoints."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        split: Split,
+        accelerator: Accelerator,
+        start: InitialState,
+        rates: Sequence[float],
+    ) -> None:
+        self.rates, self.finite = rates, True
+        super().__init__(config, split, accelerator, start)
+
+    def _announce(self, counts: Mapping[str, int], *, resumed: bool) -> None:
+        """Print nothing."""
+
+    def _learning_rate(self, step: int) -> float:
+        return self.rates[step]
+
+    def _not_finite(self, step: int, inputs: Sequence[Inputs]) -> None:
+        self.finite = False
+
+    def steps(self) -> Iterator[Step]:
+        """Take a step at each rate, through as many epochs as that takes; end after one whose loss is NaN."""
+        self.learner.model.train()
+        while True:
+            parts: list[TrainingBatch] = []
+            for batch in self.pipeline.batches(self.epoch, 0):
+                parts.append(batch)
+                if len(parts) < self.config.accumulation:
+                    continue
+                self.metrics.clear()
+                self.train_step(parts)
+                self.check_steps()
+                parts = []
+                loss, _, seen = self._sum(self.metrics.sums())
+                whole = self.finite and seen == self.config.batch_size
+                yield Step(loss / seen if whole else math.nan, float(self.metrics.clipped))
+                if not whole or self.step == len(self.rates):
+                    return
+            self.epoch += 1
+
+
+def find_rates(
+    config: TrainConfig,
+    clips: Sequence[float | None],
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    steps: int = STEPS,
+    report: Callable[[Curve], None] = lambda curve: None,
+) -> list[Curve]:
+    """Return the curve of each AGC threshold, from the same weights and with the same batches and random numbers.
+
+    Nothing is written. A curve ends where the loss is not finite, or its average more than four times the lowest.
+
+    Args:
+        config: the run; `output`, `optim.lr` and `optim.clip` are not used.
+        clips: the thresholds; `None` for none.
+        start, end: the first and the last learning rate; by default a thousandth and a hundredfold of `default_lr`.
+        steps: of each threshold.
+        report: takes each curve as soon as it is measured.
+
+    Raises:
+        ConfigError: if the rates do not rise, or there are fewer than `LEAST_STEPS` steps.
+        NfzooError: as `train` does.
+    """
+    if steps < LEAST_STEPS:
+        raise ConfigError(f"a range test needs at least {LEAST_STEPS} steps, not {steps}")
+    _check_rates(start, end)
+    config = dataclasses.replace(config, tracker=None, augmented_sheet=None).with_class_weights()
+    split, accelerator = opened(config)
+    data = split_identity(split)
+    curves = []
+    for clip in clips:
+        one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=clip))
+        initial = fresh(one, data)
+        usual = default_lr(config.batch_size, initial.pretrained, config.optim.name)
+        first, last = start or usual / 1000, end or usual * 100
+        _check_rates(first, last)
+        test = RangeTest(one, split, accelerator, initial, rising_rates(first, last, steps))
+        with noticing_lost(test):
+            curves.append(_curve(test, clip))
+        report(curves[-1])
+        del test, initial
+        accelerator.free_memory()
+    return curves
+
+
+def _check_rates(start: float | None, end: float | None) -> None:
+    for rate in (start, end):
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"a learning rate must be positive and finite, not {rate!r}")
+    if start is not None and end is not None and not start < end:
+        raise ConfigError(f"the rates of a test must rise, not go from {start:g} to {end:g}")
+
+
+def _curve(test: RangeTest, clip: float | None) -> Curve:
+    done: list[Step] = []
+    for step in test.steps():
+        done.append(step)
+        if has_diverged(smooth([s.loss for s in done])):
+            break
+    losses = tuple(step.loss for step in done)
+    return Curve(clip, tuple(test.rates[: len(done)]), losses, smooth(losses), tuple(step.clipped for step in done))
