@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-SMOOTHING = 0.9
-"""Decay of the moving average of the losses."""
+WINDOW = 0.1
+"""Part of a test's steps over which its losses are averaged: `smooth` forgets a loss at a rate of one over these."""
 MARGIN = 2.0
 LEAST_FALL = 0.01
 DIVERGED = 4.0
@@ -39,8 +39,12 @@ def rising_rates(start: float, end: float, steps: int) -> tuple[float, ...]:
     return tuple(float(rate) for rate in np.geomspace(start, end, steps))
 
 
-def smooth(losses: Sequence[float], decay: float = SMOOTHING) -> tuple[float, ...]:
-    """Return the moving averages of losses, without the bias towards 0 of the first: `(1 - d^t)` divides them."""
+def smooth(losses: Sequence[float], steps: int) -> tuple[float, ...]:
+    """Return the exponential moving averages of losses, of which `1 - d^t` takes the bias towards 0.
+
+    The decay d is `1 - 1 / (WINDOW steps)`, 0.9 in a test of a hundred `steps`.
+    """
+    decay = max(0.0, 1 - 1 / (WINDOW * steps))
     average, averages = 0.0, []
     for step, loss in enumerate(losses, start=1):
         average = decay * average + (1 - decay) * loss
@@ -66,17 +70,18 @@ def in_words(clip: float | None) -> str:
 
 
 def lowest(curve: Curve) -> int:
-    """Return the step of a curve's lowest smoothed loss."""
-    return int(np.nanargmin(curve.smoothed))
+    """Return the step of a curve's lowest smoothed loss, which NaN is not."""
+    return int(np.argmin([loss if math.isfinite(loss) else math.inf for loss in curve.smoothed]))
 
 
 def suggested_lr(curve: Curve) -> float | None:
     """Return the rate of the lowest smoothed loss, divided by `MARGIN`; `None` where the loss never fell.
 
-    The loss has to fall by `LEAST_FALL` of the first.
+    It has to fall by `LEAST_FALL` of what it is after a tenth of the steps.
     """
     best = lowest(curve)
-    if not curve.smoothed[best] <= (1 - LEAST_FALL) * curve.smoothed[0]:
+    before = curve.smoothed[len(curve.smoothed) // 10]
+    if not curve.smoothed[best] <= (1 - LEAST_FALL) * before:
         return None
     return curve.rates[best] / MARGIN
 

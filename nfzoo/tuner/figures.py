@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,11 @@ def rate_curves(curves: Sequence[Curve], found: Suggestion | None, output: Path)
         axes.plot(
             curve.rates, curve.smoothed, line, color=colour, linewidth=1.8, label=f"threshold {in_words(curve.clip)}"
         )
-    highest = max(curve.smoothed[0] for curve in curves)
-    lowest = min(min(loss for loss in curve.smoothed if loss == loss) for curve in curves)
-    axes.set_ylim(lowest - 0.15 * (highest - lowest), highest + 0.6 * (highest - lowest))
+    finite = [loss for curve in curves for loss in curve.smoothed if math.isfinite(loss)]
+    if finite:  # losses far above the first would flatten the rest
+        low, high = min(finite), max(curve.smoothed[0] for curve in curves)
+        span = max(high - low, 0.05 * abs(high), 1e-6)
+        axes.set_ylim(low - 0.15 * span, high + 0.6 * span)
     if found is not None:
         axes.axvline(found.lr, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), label=f"found: {found.lr:.2g}")
     dress(axes, "Training loss, smoothed", "learning rate")

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from nfzoo.data.loader import TrainingBatch
 from nfzoo.data.source import Split
 from nfzoo.errors import ConfigError
@@ -112,6 +114,7 @@ def find_rates(
     curves = []
     for clip in clips:
         one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=clip))
+        torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
         initial = fresh(one, data)
         usual = default_lr(config.batch_size, initial.pretrained, config.optim.name)
         first, last = start or usual / 1000, end or usual * 100
@@ -134,10 +137,13 @@ def _check_rates(start: float | None, end: float | None) -> None:
 
 
 def _curve(test: RangeTest, clip: float | None) -> Curve:
-    done: list[Step] = []
+    losses: list[float] = []
+    clipped: list[float] = []
+    smoothed: tuple[float, ...] = ()
     for step in test.steps():
-        done.append(step)
-        if has_diverged(smooth([s.loss for s in done])):
+        losses.append(step.loss)
+        clipped.append(step.clipped)
+        smoothed = smooth(losses, len(test.rates))
+        if has_diverged(smoothed):
             break
-    losses = tuple(step.loss for step in done)
-    return Curve(clip, tuple(test.rates[: len(done)]), losses, smooth(losses), tuple(step.clipped for step in done))
+    return Curve(clip, tuple(test.rates[: len(losses)]), tuple(losses), smoothed, tuple(clipped))

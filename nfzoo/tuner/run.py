@@ -39,8 +39,8 @@ def _parser() -> program.Parser:
     parser = program.Parser(
         prog="nfzoo find-lr",
         description="Find the learning rate and the AGC threshold of a training run by range tests, one for each\n"
-        "threshold: steps of the run at rates that rise. All options and recipes of nfzoo train are taken too, but its\n"
-        "--output and --overwrite; no folder of a run is written.\n\n"
+        "threshold: steps of the run at rates that rise. It takes the options and recipes of nfzoo train,\n"
+        "but --output and --overwrite are its own, and it writes no run.\n\n"
         "examples:\n"
         "  nfzoo find-lr --model nfnet-test --data digits --output found.yaml --plot lr.png\n"
         "  nfzoo train --recipe found.yaml --output runs/digits\n"
