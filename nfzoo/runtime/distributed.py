@@ -136,14 +136,6 @@ def gather(items: list[T]) -> list[T]:
     return [item for part in gathered for item in part]
 
 
-def lost_others(error: RuntimeError) -> bool:
-    """Return whether an error was caused by another process that ended."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return False
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))
-
-
 class Interrupted(BaseException):  # no Exception, which code that reads images may catch
     """A process that was asked to stop still waited for data."""
 

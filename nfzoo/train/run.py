@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, Nfz
 from nfzoo.model import is_untrained
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime import device, program
-from nfzoo.runtime.distributed import elastic_launcher, lost_others
+from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
@@ -94,8 +94,10 @@ def train(config: TrainConfig) -> Result:
 
 
 @contextlib.contextmanager
-def prepared(config: TrainConfig) -> Iterator[Trainer]:
+def prepared(config: TrainConfig, *, make: Callable[..., Trainer] = Trainer) -> Iterator[Trainer]:
     """Check a run's options and data, and yield its trainer, with the run folder locked against other runs.
+
+    `make` makes the trainer.
 
     Raises:
         LostError: if an error in the block was caused by another process that ended.
@@ -105,49 +107,43 @@ def prepared(config: TrainConfig) -> Iterator[Trainer]:
     with locked(output) if program.is_first_process() else contextlib.nullcontext():
         saved = _open_saved(config)
         _check_writable(output, config.data)
-        split, accelerator = opened(config, log_with=_tracker(config), project_dir=output / LOGS)
+        torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
+        # Whatever the seed of the run, the same images are held out: runs compare, and `evaluate` finds them again.
+        split = open_split(config.data, validation_fraction=config.validation_fraction, labels=config.label_files)
+        if len(split.train.classes) < 2:
+            raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
+        class_weights(config.class_weights, class_counts(split.train))  # raises for those that do not fit
+        accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
+        device.check_processes(accelerator.num_processes)
+        _check_shares(config, split, accelerator)
         data = split_identity(split)
-        start = _resumed(config, data, saved) if saved else fresh(config, data)
+        start = _resumed(config, data, saved) if saved else _fresh(config, data)
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
             back = saved.step if saved is not None and config.resume_from == "best" else None
             clear(output, states=saved is None, after=back)  # with --overwrite: checkpoints of the earlier run
-        trainer = Trainer(config, split, accelerator, start)
+        trainer = make(config, split, accelerator, start)
         accelerator.wait_for_everyone()
         try:
-            with noticing_lost(trainer):
-                yield trainer
+            yield trainer
+        except RuntimeError as error:
+            if isinstance(error, NfzooError) or not _lost(error, accelerator):
+                raise
+            reason = str(error).splitlines()[0]
+            raise LostError(
+                f"process {accelerator.process_index} lost the others at step {trainer.step + 1} ({reason}); "
+                f"{trainer.saver.last_checkpoint()}"
+            ) from error
         finally:
             trainer.saver.writer.join()  # before the folder is free for other runs
 
 
-def opened(config: TrainConfig, **options: Any) -> tuple[Split, Accelerator]:
-    """Check a run's data, and return them with the accelerator of its processes, made with `options`."""
-    torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
-    # Whatever the seed of the run, the same images are held out: runs compare, and `evaluate` finds them again.
-    split = open_split(config.data, validation_fraction=config.validation_fraction, labels=config.label_files)
-    if len(split.train.classes) < 2:
-        raise DataError(f"{config.data!r} has one class alone; there is nothing to tell apart")
-    class_weights(config.class_weights, class_counts(split.train))  # raises for those that do not fit
-    accelerator = device.accelerator(config.mixed_precision, **options)
-    device.check_processes(accelerator.num_processes)
-    _check_shares(config, split, accelerator)
-    return split, accelerator
-
-
-@contextlib.contextmanager
-def noticing_lost(trainer: Trainer) -> Iterator[None]:
-    """Raise a `LostError` where an error in the block was caused by another process that ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, NfzooError) or not lost_others(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise LostError(
-            f"process {trainer.rank} lost the others at step {trainer.step + 1} ({reason}); "
-            f"{trainer.saver.last_checkpoint()}"
-        ) from error
+def _lost(error: RuntimeError, accelerator: Accelerator) -> bool:
+    """Return whether an error was caused by another process that ended."""
+    text = str(error)
+    return accelerator.num_processes > 1 and (
+        isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))
+    )
 
 
 def _open_saved(config: TrainConfig) -> Saved | None:
@@ -243,8 +239,7 @@ def _tracker(config: TrainConfig) -> str | None:
 # ---------------------------------------------------------------- what a run begins with
 
 
-def fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
-    """Return what a run begins with that goes on from no checkpoint; `data` is what `split_identity` returned."""
+def _fresh(config: TrainConfig, data: dict[str, Any]) -> InitialState:
     from nfzoo import from_pretrained, list_models
 
     classes = tuple(data["classes"])

@@ -6,24 +6,20 @@ Source: L. Smith, arXiv 1506.01186, section 3.3, whose rate rises linearly; here
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from nfzoo.data.loader import TrainingBatch
-from nfzoo.data.source import Split
 from nfzoo.errors import ConfigError
 from nfzoo.train.batches import Inputs
 from nfzoo.train.config import TrainConfig, default_lr
-from nfzoo.train.run import fresh, noticing_lost, opened
-from nfzoo.train.trainer import InitialState, Trainer, split_identity
+from nfzoo.train.run import prepared
+from nfzoo.train.trainer import Trainer
 from nfzoo.tuner.curves import Curve, has_diverged, rising_rates, smooth
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator  # at run time, only once `device.accelerator` has set it up
-
 
 STEPS = 100
 """Steps of a test, as in fastai and Lightning."""
@@ -38,18 +34,22 @@ class Step(NamedTuple):
 
 
 class RangeTest(Trainer):
-    """The steps of a run at given rates, without its epochs, evaluations and checkpoints."""
+    """The steps of a run at rates that rise, without its epochs, evaluations and checkpoints.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        split: Split,
-        accelerator: Accelerator,
-        start: InitialState,
-        rates: Sequence[float],
-    ) -> None:
-        self.rates, self.finite = rates, True
-        super().__init__(config, split, accelerator, start)
+    Args:
+        run: as `Trainer` takes them.
+        start, end, steps: see `find_rates`.
+
+    Attributes:
+        rates: the rate of each step.
+    """
+
+    def __init__(self, *run: Any, start: float | None, end: float | None, steps: int) -> None:
+        super().__init__(*run)
+        usual = default_lr(self.config.batch_size, self.pretrained, self.config.optim.name)
+        first, last = start or usual / 1000, end or usual * 100
+        _check_rates(first, last)
+        self.rates, self.finite = rising_rates(first, last, steps), True
 
     def _announce(self, counts: Mapping[str, int], *, resumed: bool) -> None:
         """Print nothing."""
@@ -108,23 +108,17 @@ def find_rates(
     if steps < LEAST_STEPS:
         raise ConfigError(f"a range test needs at least {LEAST_STEPS} steps, not {steps}")
     _check_rates(start, end)
-    config = dataclasses.replace(config, tracker=None, augmented_sheet=None).with_class_weights()
-    split, accelerator = opened(config)
-    data = split_identity(split)
     curves = []
-    for clip in clips:
-        one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=clip))
-        torch.manual_seed(config.seed)  # draws the classifier of a fine-tuned model
-        initial = fresh(one, data)
-        usual = default_lr(config.batch_size, initial.pretrained, config.optim.name)
-        first, last = start or usual / 1000, end or usual * 100
-        _check_rates(first, last)
-        test = RangeTest(one, split, accelerator, initial, rising_rates(first, last, steps))
-        with noticing_lost(test):
-            curves.append(_curve(test, clip))
-        report(curves[-1])
-        del test, initial
-        accelerator.free_memory()
+    with tempfile.TemporaryDirectory() as scratch:  # for the lock of a run's folder
+        once = {"tracker": None, "augmented_sheet": None, "resume": False, "output": os.path.join(scratch, "run")}
+        for clip in clips:
+            run = dataclasses.replace(config, **once, optim=dataclasses.replace(config.optim, clip=clip))
+            make = functools.partial(RangeTest, start=start, end=end, steps=steps)
+            with prepared(run, make=make) as test:
+                assert isinstance(test, RangeTest)
+                curves.append(_curve(test, clip))
+                test.accelerator.free_memory()
+            report(curves[-1])
     return curves
 
 

@@ -657,6 +657,6 @@ def test_a_saved_model_of_random_weights_is_not_pretrained(tmp_path: Path) -> No
         model.get_parameter("final_conv.bias").data.fill_(bias)
         folder = model.save_pretrained(tmp_path / f"m{bias}")
         run = recipe.TrainConfig(model=str(folder), data="digits", output=str(tmp_path / "out"))
-        start = train.fresh(run, {"classes": ["a", "b"]})
+        start = train._fresh(run, {"classes": ["a", "b"]})
         assert start.pretrained == pretrained
         assert (start.model.preprocessing.train_size, start.model.preprocessing.test_size) == (32, 48)

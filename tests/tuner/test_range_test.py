@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,8 +20,7 @@ from nfzoo.errors import ConfigError, DataError
 from nfzoo.nn import create
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.train.config import OptimConfig, TrainConfig
-from nfzoo.train.run import fresh, opened, train
-from nfzoo.train.trainer import split_identity
+from nfzoo.train.run import prepared, train
 from nfzoo.tuner import find_rates
 from nfzoo.tuner.range_test import RangeTest
 from tests.support.loops import each
@@ -37,12 +38,13 @@ def config(output: str = "not written", **options: object) -> TrainConfig:
 def test_its_steps_are_those_of_a_training(tmp_path: Path) -> None:
     run = config(str(tmp_path / "run"), epochs=2, optim=OptimConfig(lr=0.2, clip=0.04, ema_decay=None))
     train(run)
-    split, accelerator = opened(run)
-    steps = len(split.train) // 16
-    assert steps == 10
-    rates = [warmup_cosine(step, peak=0.2, warmup=steps, total=2 * steps) for step in range(2 * steps)]
-    test = RangeTest(run, split, accelerator, fresh(run, split_identity(split)), rates)
-    losses = [step.loss for step in test.steps()]
+    make = functools.partial(RangeTest, start=1e-3, end=1.0, steps=20)
+    with prepared(dataclasses.replace(run, output=str(tmp_path / "none")), make=make) as test:
+        assert isinstance(test, RangeTest)
+        steps = test.steps_per_epoch
+        assert steps == 10
+        test.rates = tuple(warmup_cosine(step, peak=0.2, warmup=steps, total=2 * steps) for step in range(2 * steps))
+        losses = [step.loss for step in test.steps()]
     trained = load_file(tmp_path / "run/model.safetensors")
     assert all(torch.equal(trained[name], p) for name, p in test.learner.live.items())
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
