@@ -11,7 +11,9 @@ import numpy as np
 WINDOW = 0.1
 """Part of a test's steps over which its losses are averaged: `smooth` forgets a loss at a rate of one over these."""
 MARGIN = 2.0
+"""Factor from the suggested rate to that of the lowest smoothed loss; benchmarks/results/find-lr.md compares others."""
 LEAST_FALL = 0.01
+"""Part by which the loss has to fall for a rate to be suggested."""
 DIVERGED = 4.0
 """Factor of the lowest smoothed loss above which a test ends, as in fastai and Lightning."""
 

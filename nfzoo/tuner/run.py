@@ -17,15 +17,13 @@ from nfzoo.analysis.style import check_png
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import ConfigError, TrainingError
 from nfzoo.runtime import program
+from nfzoo.runtime.distributed import gather
 from nfzoo.runtime.output import escaped
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
 from nfzoo.tuner.curves import Curve, Suggestion, in_words, lowest, suggest, suggested_lr
 from nfzoo.tuner.figures import rate_curves
 from nfzoo.tuner.range_test import STEPS, find_rates
-
-CLIPS = (0.01, 0.02, 0.04, 0.08, 0.16)
-"""The thresholds of arXiv 2102.06171, section 4.1."""
 
 _NOT_OF_A_TEST = ("--resume", "--resume-from", "--print-config")
 
@@ -38,16 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> program.Parser:
     parser = program.Parser(
         prog="nfzoo find-lr",
-        description="Find the learning rate and the AGC threshold of a training run by range tests, one for each\n"
-        "threshold: steps of the run at rates that rise. It takes the options and recipes of nfzoo train,\n"
-        "but --output and --overwrite are its own, and it writes no run.\n\n"
+        description="Find the learning rate of a training run by a range test: steps of the run at rates that rise,\n"
+        "for one AGC threshold or for each of several. It takes the options and recipes of nfzoo train,\n"
+        "but --output and --overwrite are its own, and it writes no run. The rate is half of that at which\n"
+        "the smoothed loss is lowest. Of several thresholds it takes that with the lowest loss, which is no\n"
+        "sure sign.\n\n"
         "examples:\n"
         "  nfzoo find-lr --model nfnet-test --data digits --output found.yaml --plot lr.png\n"
         "  nfzoo train --recipe found.yaml --output runs/digits\n"
         "  accelerate launch --num_processes 2 -m nfzoo.tuner --recipe nfnet-f0-finetune --data photos",
     )
-    thresholds = ",".join(map(str, CLIPS))
-    text = f"AGC thresholds, null for none (default: {thresholds}; the run's own where it has none or tunes the head)"
+    text = "AGC thresholds to compare, null for none, as in 0.01,0.04,0.16,null (default: the run's own)"
     parser.add_argument("--clips", type=_clips, metavar="X,X", help=text)
     parser.add_argument(
         "--steps", type=program.positive_int, default=STEPS, metavar="N", help=f"steps of a test (default: {STEPS})"
@@ -80,13 +79,6 @@ def _clips(text: str) -> list[float | None]:
     return clips
 
 
-def default_clips(config: TrainConfig) -> list[float | None]:
-    """Return the thresholds that are tried where none are given: see `--clips`."""
-    own = config.optim.clip
-    # Of the classifier, AGC clips the bias alone.
-    return [own] if own is None or config.tune == "head" else list(CLIPS)
-
-
 def _find(arguments: list[str]) -> None:
     options, rest = _parser().parse_known_args(arguments)
     for word in rest:
@@ -94,7 +86,7 @@ def _find(arguments: list[str]) -> None:
             raise ConfigError(f"{name} is of nfzoo train; a range test begins anew and writes no run; leave it out")
     _check_targets(options)
     config = parse([*rest, "--output", "a test writes none"])
-    clips = default_clips(config) if options.clips is None else options.clips
+    clips = options.clips or [config.optim.clip]
     _say(options, f"{config.model} on {config.data}: {options.steps} steps for each of {len(clips)} threshold(s)")
     curves = find_rates(
         config,
@@ -107,6 +99,7 @@ def _find(arguments: list[str]) -> None:
     found = suggest(curves)
     if program.is_first_process():
         _write(options, config, curves, found)
+    gather([found])  # a launcher ends all processes as soon as one has failed
     if found is None:
         raise TrainingError("at no rate did the loss fall; raise --end-lr or --steps, or look at the data and the run")
 
@@ -137,6 +130,8 @@ def _say(options: argparse.Namespace, text: str) -> None:
 def _line(curve: Curve) -> str:
     lr, best = suggested_lr(curve), lowest(curve)
     advice = "the loss did not fall" if lr is None else f"suggested rate {lr:.2g}"
+    if lr is not None and best == len(curve.rates) - 1:
+        advice += ", and the loss still fell at the end: try a higher --end-lr"
     return (
         f"threshold {in_words(curve.clip):>5}  lowest loss {curve.smoothed[best]:.3f} at {curve.rates[best]:.2g}, "
         f"ended at {curve.rates[-1]:.2g}  {advice}"

@@ -28,6 +28,8 @@ from tests.support.pictures import few_digits, write_images
 
 # Sums in another order, over ten float32 steps whose losses are of order one.
 ORDER_TOLERANCE = 1e-5
+# The same over twenty steps, of which the last ones are at rates at which training is about to diverge.
+PROCESSES_TOLERANCE = 1e-4
 
 
 def config(output: str = "not written", **options: object) -> TrainConfig:
@@ -36,13 +38,13 @@ def config(output: str = "not written", **options: object) -> TrainConfig:
 
 
 def test_its_steps_are_those_of_a_training(tmp_path: Path) -> None:
-    run = config(str(tmp_path / "run"), epochs=2, optim=OptimConfig(lr=0.2, clip=0.04, ema_decay=None))
+    run = config(str(tmp_path / "run"), epochs=2, batch_size=32, optim=OptimConfig(lr=0.2, clip=0.04, ema_decay=None))
     train(run)
-    make = functools.partial(RangeTest, start=1e-3, end=1.0, steps=20)
+    make = functools.partial(RangeTest, start=1e-3, end=1.0, steps=10)
     with prepared(dataclasses.replace(run, output=str(tmp_path / "none")), make=make) as test:
         assert isinstance(test, RangeTest)
         steps = test.steps_per_epoch
-        assert steps == 10
+        assert steps == 5
         test.rates = tuple(warmup_cosine(step, peak=0.2, warmup=steps, total=2 * steps) for step in range(2 * steps))
         losses = [step.loss for step in test.steps()]
     trained = load_file(tmp_path / "run/model.safetensors")
@@ -123,7 +125,8 @@ def test_what_cannot_be_tested_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     options = ["--model", "nfnet-test", "--data", few_digits(), "--batch-size", "16", "--workers", "0"]
-    options += ["--train-size", "16", "--test-size", "16", "--clips", "0.04,null", "--steps", "12", "--end-lr", "0.1"]
+    options += ["--train-size", "16", "--test-size", "16", "--clips", "0.04,null", "--steps", "20"]
+    options += ["--start-lr", "0.02", "--end-lr", "0.5"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
     found = []
@@ -135,6 +138,6 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
         assert done.stdout.count("found:") == 1
         found.append(json.loads(target.read_text()))
     for two, one in zip(*(result["tests"] for result in found), strict=True):
-        assert two["losses"] == pytest.approx(one["losses"], abs=ORDER_TOLERANCE)
+        assert two["losses"] == pytest.approx(one["losses"], rel=PROCESSES_TOLERANCE)
     assert found[0]["lr"] == found[1]["lr"]
     assert (tmp_path / "two.yaml").read_text() == (tmp_path / "one.yaml").read_text()

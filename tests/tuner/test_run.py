@@ -13,7 +13,7 @@ from nfzoo.cli.main import main
 from nfzoo.train.config import OptimConfig, TrainConfig
 from nfzoo.train.config.recipes import parse
 from nfzoo.tuner.curves import Suggestion
-from nfzoo.tuner.run import CLIPS, default_clips, recipe
+from nfzoo.tuner.run import recipe
 from tests.support.loops import each
 from tests.support.pictures import few_digits
 
@@ -52,6 +52,7 @@ def test_a_training_takes_the_recipe(
     assert [one["clip"] for one in result["tests"]] == [0.04, None]
     assert f"found: --optim.lr {result['lr']:g} --optim.clip {result['clip'] or 'null'}" in printed
     assert "threshold  0.04" in printed
+    assert "the loss still fell at the end: try a higher --end-lr" in printed
     found = parse(["--recipe", "found.yaml", "--output", "run"])
     assert (found.optim.lr, found.optim.clip) == (result["lr"], result["clip"])
     assert (found.seed, found.optim.momentum, found.batch_size, found.train_size) == (3, 0.8, 16, 16)
@@ -74,22 +75,14 @@ def test_a_recipe_holds_the_whole_run() -> None:
     assert content == {**expected, "optim": {**expected["optim"], "lr": 0.25, "clip": None}}
 
 
-def test_a_run_without_agc_is_tested_without() -> None:
-    def clips(tune: str, clip: float | None) -> list[float | None]:
-        return default_clips(TrainConfig(model="m", data="d", output="o", tune=tune, optim=OptimConfig(clip=clip)))
-
-    assert clips("all", None) == [None]
-    assert clips("head", 0.16) == [0.16]
-    assert clips("stages:1", 0.16) == list(CLIPS)
-
-
 def test_a_loss_that_falls_at_no_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "found.yaml"
     rates = ["--steps", "10", "--start-lr", "1e-9", "--end-lr", "1e-8"]
-    assert find("--clips", "0.1", *rates, "--output", str(target), "--plot", str(tmp_path / "lr.png")) == 1
+    assert find("--optim.clip", "0.02", *rates, "--output", str(target), "--plot", str(tmp_path / "lr.png")) == 1
     printed = capsys.readouterr()
     assert "at no rate did the loss fall" in printed.err
     assert printed.err.count("\n") == 1
+    assert "threshold  0.02" in printed.out  # the run's own
     assert not target.exists()
     assert (tmp_path / "lr.png").exists()
 
