@@ -76,7 +76,7 @@ def measure(folder: Path, output: Path) -> None:
     for data in DATA:
         if ("test", data, TESTED[-1], None) not in done:
             config = recipes.parse([*options(folder, data), *COMMON, "--output", "unused"])
-            for curve in find_rates(config, TESTED, start=5e-5, end=5.0):
+            for curve in find_rates(config, TESTED, start=5e-5, end=5.0).curves:
                 losses = [None if loss != loss else loss for loss in curve.losses]
                 facts = {"kind": "test", "data": data, "clip": curve.clip}
                 keep({**facts, "rates": curve.rates, "losses": losses})

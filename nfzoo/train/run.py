@@ -31,6 +31,7 @@ from nfzoo.runtime import device, program
 from nfzoo.runtime.distributed import elastic_launcher
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
+from nfzoo.train.config.defaults import chosen
 from nfzoo.train.config.recipes import parse
 from nfzoo.train.learner import head_for
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
@@ -115,6 +116,8 @@ def prepared(config: TrainConfig, *, make: Callable[..., Trainer] = Trainer) -> 
         class_weights(config.class_weights, class_counts(split.train))  # raises for those that do not fit
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
         device.check_processes(accelerator.num_processes)
+        earlier = None if saved is None else saved.facts["config"]
+        config, choices = chosen(config, len(split.train), accelerator.num_processes, earlier)
         _check_shares(config, split, accelerator)
         data = split_identity(split)
         start = _resumed(config, data, saved) if saved else _fresh(config, data)
@@ -122,7 +125,7 @@ def prepared(config: TrainConfig, *, make: Callable[..., Trainer] = Trainer) -> 
         if accelerator.is_main_process:
             back = saved.step if saved is not None and config.resume_from == "best" else None
             clear(output, states=saved is None, after=back)  # with --overwrite: checkpoints of the earlier run
-        trainer = make(config, split, accelerator, start)
+        trainer = make(config, split, accelerator, start._replace(choices=choices))
         accelerator.wait_for_everyone()
         try:
             yield trainer

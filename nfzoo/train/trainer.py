@@ -76,12 +76,14 @@ class InitialState(NamedTuple):
         pretrained: whether the weights are pretrained, not random.
         data: the identity of the run's data, as `split_identity` returns it.
         saved: the checkpoint to resume from, or `None`.
+        choices: a line about each option that was chosen by the data.
     """
 
     model: NFNet
     pretrained: bool
     data: dict[str, Any]
     saved: Saved | None = None
+    choices: tuple[str, ...] = ()
 
 
 def split_identity(split: Split) -> dict[str, Any]:
@@ -135,7 +137,7 @@ class Trainer:
         self._sound = torch.ones((), dtype=torch.bool, device=accelerator.device) if stops_late else None
         self.unreadable = UnreadableImages(config.max_broken)
         self.saver = Saver(config, accelerator, None if start.saved is None else start.saved.folder)
-        self._data = start.data
+        self._data, self.choices = start.data, start.choices
         if start.saved is not None:
             self._restore(start.saved)
         self.backend.step_mark()  # keeps the preparation out of the first step's program
@@ -156,6 +158,8 @@ class Trainer:
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"peak learning rate {self.peak_lr:g}"
         )
+        for line in self.choices:
+            say(line)
         say(f"images to train on: {histogram(counts)}")
         if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)

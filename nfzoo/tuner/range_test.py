@@ -17,6 +17,7 @@ from nfzoo.data.loader import TrainingBatch
 from nfzoo.errors import ConfigError
 from nfzoo.train.batches import Inputs
 from nfzoo.train.config import TrainConfig, default_lr
+from nfzoo.train.config.train_config import CHOSEN
 from nfzoo.train.run import prepared
 from nfzoo.train.trainer import Trainer
 from nfzoo.tuner.curves import Curve, has_diverged, rising_rates, smooth
@@ -81,6 +82,13 @@ class RangeTest(Trainer):
             self.epoch += 1
 
 
+class RangeTests(NamedTuple):
+    """The run that was tested, with the batch size and the epochs that its data have chosen, and the curves."""
+
+    config: TrainConfig
+    curves: list[Curve]
+
+
 def find_rates(
     config: TrainConfig,
     clips: Sequence[float | None],
@@ -89,7 +97,7 @@ def find_rates(
     end: float | None = None,
     steps: int = STEPS,
     report: Callable[[Curve], None] = lambda curve: None,
-) -> list[Curve]:
+) -> RangeTests:
     """Return the curve of each AGC threshold, from the same weights and with the same batches and random numbers.
 
     Nothing is written. A curve ends where the loss is not finite, or its average more than four times the lowest.
@@ -108,7 +116,7 @@ def find_rates(
     if steps < LEAST_STEPS:
         raise ConfigError(f"a range test needs at least {LEAST_STEPS} steps, not {steps}")
     _check_rates(start, end)
-    curves = []
+    curves, tested = [], config
     with tempfile.TemporaryDirectory() as scratch:  # for the lock of a run's folder
         once = {"tracker": None, "augmented_sheet": None, "resume": False, "output": os.path.join(scratch, "run")}
         for clip in clips:
@@ -117,9 +125,10 @@ def find_rates(
             with prepared(run, make=make) as test:
                 assert isinstance(test, RangeTest)
                 curves.append(_curve(test, clip))
+                tested = dataclasses.replace(config, **{name: getattr(test.config, name) for name in CHOSEN})
                 test.accelerator.free_memory()
             report(curves[-1])
-    return curves
+    return RangeTests(tested, curves)
 
 
 def _check_rates(start: float | None, end: float | None) -> None:

@@ -88,7 +88,7 @@ def _find(arguments: list[str]) -> None:
     config = parse([*rest, "--output", "a test writes none"])
     clips = options.clips or [config.optim.clip]
     _say(options, f"{config.model} on {config.data}: {options.steps} steps for each of {len(clips)} threshold(s)")
-    curves = find_rates(
+    config, curves = find_rates(
         config,
         clips,
         start=options.start_lr,

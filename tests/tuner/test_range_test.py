@@ -21,7 +21,7 @@ from nfzoo.nn import create
 from nfzoo.optim.sgd import warmup_cosine
 from nfzoo.train.config import OptimConfig, TrainConfig
 from nfzoo.train.run import prepared, train
-from nfzoo.tuner import find_rates
+from nfzoo.tuner import Curve, find_rates
 from nfzoo.tuner.range_test import RangeTest
 from tests.support.loops import each
 from tests.support.pictures import few_digits, write_images
@@ -35,6 +35,10 @@ PROCESSES_TOLERANCE = 1e-4
 def config(output: str = "not written", **options: object) -> TrainConfig:
     settings: dict = {"model": "nfnet-test", "data": few_digits(), "output": output, "batch_size": 16, "workers": 0}
     return TrainConfig(**{**settings, "train_size": 16, "test_size": 16, **options})
+
+
+def rate_curves(run: TrainConfig, clips: list[float | None], **options: Any) -> list[Curve]:
+    return find_rates(run, clips, **options).curves
 
 
 def test_its_steps_are_those_of_a_training(tmp_path: Path) -> None:
@@ -59,7 +63,7 @@ def test_every_threshold_begins_alike_and_nothing_is_written(tmp_path: Path, mon
     create("nfnet-test", num_classes=3).save_pretrained("three")  # so that a classifier is drawn
     run = config(model="three", sampler="balanced")
     before = sorted(tmp_path.rglob("*"))
-    first, second = find_rates(run, [0.01, None], start=0.01, end=0.3, steps=12)
+    first, second = rate_curves(run, [0.01, None], start=0.01, end=0.3, steps=12)
     assert sorted(tmp_path.rglob("*")) == before
     assert (first.clip, second.clip) == (0.01, None)
     assert first.losses[0] == second.losses[0]
@@ -67,19 +71,19 @@ def test_every_threshold_begins_alike_and_nothing_is_written(tmp_path: Path, mon
     assert max(first.clipped) > 0 == max(second.clipped)
     assert len(first.rates) == 12  # more than an epoch
     assert (first.rates[0], first.rates[-1]) == pytest.approx((0.01, 0.3))
-    again = find_rates(run, [0.01], start=0.01, end=0.3, steps=12)
+    again = rate_curves(run, [0.01], start=0.01, end=0.3, steps=12)
     assert again == [first]
 
 
 def test_default_rates_surround_that_of_training() -> None:
-    curve = find_rates(config(epochs=1), [0.01], steps=10)[0]
+    curve = rate_curves(config(epochs=1), [0.01], steps=10)[0]
     usual = 0.1 * 16 / 64
     assert curve.rates[0] == pytest.approx(usual / 1000)
     assert curve.rates[1] / curve.rates[0] == pytest.approx(1e5 ** (1 / 9))
 
 
 def test_a_test_ends_where_the_loss_does() -> None:
-    (curve,) = find_rates(config(), [None], start=1e20, end=1e30, steps=20)
+    (curve,) = rate_curves(config(), [None], start=1e20, end=1e30, steps=20)
     assert len(curve.rates) < 20
     assert math.isnan(curve.losses[-1])
     assert all(math.isfinite(loss) for loss in curve.losses[:-1])
@@ -96,13 +100,13 @@ def test_a_test_ends_where_the_loss_does() -> None:
 )
 def test_runs_of_every_kind(options: dict) -> None:
     run = config(**options)
-    (curve,) = find_rates(run, [run.optim.clip], start=1e-3, end=0.01, steps=10)
+    (curve,) = rate_curves(run, [run.optim.clip], start=1e-3, end=0.01, steps=10)
     assert curve.losses[-1] != curve.losses[0]
     assert (max(curve.clipped) > 0) == (run.optim.clip is not None)
 
 
 def test_accumulated_steps_have_the_losses_of_whole_ones() -> None:
-    whole, parts = (find_rates(config(accumulation=n), [0.04], start=1e-2, end=0.3, steps=10)[0] for n in (1, 2))
+    whole, parts = (rate_curves(config(accumulation=n), [0.04], start=1e-2, end=0.3, steps=10)[0] for n in (1, 2))
     assert parts.losses == pytest.approx(whole.losses, abs=ORDER_TOLERANCE)
 
 
@@ -116,10 +120,10 @@ def test_what_cannot_be_tested_is_refused(tmp_path: Path) -> None:
     )
     for options, words in cases:
         with pytest.raises(ConfigError, match=words):
-            find_rates(config(), [0.1], **options)
+            rate_curves(config(), [0.1], **options)
     folder = write_images(tmp_path / "cats", {"cat": 40})
     with pytest.raises(DataError, match="one class alone"):
-        find_rates(config(data=str(folder)), [0.1])
+        rate_curves(config(data=str(folder)), [0.1])
 
 
 @pytest.mark.slow
