@@ -32,6 +32,7 @@ from nfzoo.tuner.range_test import STEPS
 RATES = (0.063, 0.16, 0.4, 0.025, 1.0)  # in the order of their interest
 CLIPS = (0.01, 0.1, None)
 TESTED = (0.01, 0.02, 0.04, 0.08, 0.1, 0.16, None)
+SEEDS = (0, 1, 2)
 USUAL = 0.1  # the default threshold
 DATA: dict[str, list[str]] = {
     "digits": ["--epochs", "3", "--batch-size", "32"],
@@ -46,17 +47,17 @@ def write_data(folder: Path) -> None:
     write_patches(folder / "patches", COUNTS["patches"], 50)
 
 
-def options(folder: Path, data: str) -> list[str]:
+def options(folder: Path, data: str, seed: int = 0) -> list[str]:
     source = "digits" if data == "digits" else str(folder / data)
-    common = ["--model", "nfnet-test", "--data", source, "--optim.ema-decay", "null"]
+    common = ["--model", "nfnet-test", "--data", source, "--seed", str(seed), "--optim.ema-decay", "null"]
     return [*common, *DATA[data]]
 
 
-def trained(folder: Path, data: str, lr: float, clip: float | None) -> dict[str, Any]:
+def trained(folder: Path, data: str, seed: int, lr: float, clip: float | None) -> dict[str, Any]:
     """Train at a rate and a threshold; return the figures of the last epoch."""
     settings = ["--optim.lr", str(lr), "--optim.clip", "null" if clip is None else str(clip)]
     try:
-        rows = run([*options(folder, data), *settings, "--overwrite", "true"], folder / "run")
+        rows = run([*options(folder, data, seed), *settings, "--overwrite", "true"], folder / "run")
     except RuntimeError:  # not finite
         return {"loss": None, "accuracy": None}
     return {key: rows[-1][key] for key in ("loss", "accuracy")}
@@ -65,7 +66,7 @@ def trained(folder: Path, data: str, lr: float, clip: float | None) -> dict[str,
 def measure(folder: Path, output: Path) -> None:
     """Append what is missing: range tests of all thresholds, the grid of trainings, trainings at single rates."""
     rows = read(output)
-    done = {(row["kind"], row["data"], row["clip"], row.get("lr")) for row in rows}
+    done = {(row["kind"], row["data"], row.get("seed", 0), row["clip"], row.get("lr")) for row in rows}
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -74,20 +75,20 @@ def measure(folder: Path, output: Path) -> None:
         print({key: value for key, value in row.items() if key not in ("rates", "losses")}, flush=True)
 
     for data in DATA:
-        if ("test", data, TESTED[-1], None) not in done:
+        if ("test", data, 0, TESTED[-1], None) not in done:
             config = recipes.parse([*options(folder, data), *COMMON, "--output", "unused"])
             for curve in find_rates(config, TESTED, start=5e-5, end=5.0).curves:
                 losses = [None if loss != loss else loss for loss in curve.losses]
                 facts = {"kind": "test", "data": data, "clip": curve.clip}
                 keep({**facts, "rates": curve.rates, "losses": losses})
-    wanted = list(itertools.product(CLIPS, RATES, DATA))
+    wanted = [(0, *cell) for cell in itertools.product(CLIPS, RATES, DATA)]
     for (data, clip), curve in tests(rows).items():
         if clip == USUAL:
-            wanted += [(clip, lr, data) for lr in singles(data, curve)]
-    for clip, lr, data in wanted:
-        if ("run", data, clip, lr) not in done:
-            keep({"kind": "run", "data": data, "clip": clip, "lr": lr, **trained(folder, data, lr, clip)})
-            done.add(("run", data, clip, lr))
+            wanted += [(seed, clip, lr, data) for seed in SEEDS for lr in singles(data, curve)]
+    for seed, clip, lr, data in wanted:
+        if ("run", data, seed, clip, lr) not in done:
+            facts = {"kind": "run", "data": data, "seed": seed, "clip": clip, "lr": lr}
+            keep({**facts, **trained(folder, data, seed, lr, clip)})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -108,11 +109,11 @@ def tests(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float | None], C
     return found
 
 
-def grids(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float | None], dict[float, float]]:
-    """Return the held-out losses of the trainings by data set and threshold, then rate; `inf` where one diverged."""
+def grids(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[tuple[str, float | None], dict[float, float]]:
+    """Return the held-out losses of a seed's trainings by data set and threshold, then rate; `inf` if one diverged."""
     found: dict[tuple[str, float | None], dict[float, float]] = {}
     for row in rows:
-        if row["kind"] == "run":
+        if row["kind"] == "run" and row.get("seed", 0) == seed:
             loss = math.inf if row["loss"] is None else row["loss"]
             found.setdefault((row["data"], row["clip"]), {})[row["lr"]] = loss
     return found
@@ -157,25 +158,30 @@ def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     header = ["data", "threshold", *(f"{rate:g}" for rate in rates), "rate of the test's lowest loss", "that loss"]
     header += [f"rate {name}" for name in list(RULES)[1:]]
     lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
-    regrets: dict[str, list[float]] = {name: [] for name in RULES}
+    regrets: dict[tuple[str, bool], list[float]] = {key: [] for key in itertools.product(RULES, (True, False))}
     for data, clip in itertools.product(DATA, sorted(CLIPS, key=lambda clip: math.inf if clip is None else clip)):
         curve, losses = curves[data, clip], grid[data, clip]
         cells = [data, "none" if clip is None else f"{clip:g}", *(_loss(losses[rate]) for rate in rates)]
         cells += [f"{curve.rates[lowest(curve)]:.3f}", f"{min(curve.smoothed):.2f}"]
         for name, rule in RULES.items():
-            regrets[name].append(between(losses, rule(curve)) - min(losses.values()))
+            regrets[name, clip is not None].append(between(losses, rule(curve)) - min(losses.values()))
         cells += [f"{rule(curve):.3f}" for rule in list(RULES.values())[1:]]
         lines.append(_row(cells))
     names = list(RULES)[:2]
-    single = [_row(["data", "default rate", *(f"rate {name}" for name in names), "best of the grid"])]
-    single.append(_row(["---", *["---:"] * (len(names) + 2)]))
+    single = [_row(["data", "default rate", *(f"rate {name}" for name in names)])]
+    single.append(_row(["---", *["---:"] * (len(names) + 1)]))
+    seeds = [grids(rows, seed) for seed in SEEDS]
     for data in DATA:
-        losses, some = runs[data, USUAL], grid[data, USUAL]
-        at = (*singles(data, curves[data, USUAL]), min(some, key=some.__getitem__))
-        single.append(_row([data, *(f"{_loss(losses[lr])} at {lr:.3f}" for lr in at)]))
-    rule_lines = [_row(["rule: the rate", "mean regret", "largest"]), _row(["---", "---:", "---:"])]
-    for name, values in regrets.items():
-        rule_lines.append(_row([name, _loss(float(np.mean(values))), _loss(max(values))]))
+        cells = [data]
+        for lr in singles(data, curves[data, USUAL]):
+            losses = [some[data, USUAL][lr] for some in seeds]
+            cells.append(f"{_loss(float(np.mean(losses)))} at {lr:.3f} ({', '.join(map(_loss, losses))})")
+        single.append(_row(cells))
+    rule_lines = [_row(["rule: the rate", "with AGC: mean regret", "largest", "without: mean regret", "largest"])]
+    rule_lines.append(_row(["---", *["---:"] * 4]))
+    for name in RULES:
+        each = [regrets[name, True], regrets[name, False]]
+        rule_lines.append(_row([name, *(_loss(float(f(values))) for values in each for f in (np.mean, max))]))
     return PAGE.format(
         grid="\n".join(lines),
         rules="\n".join(rule_lines),
@@ -224,7 +230,8 @@ The regret of a rule is the held-out loss at its rate, interpolated in the grid,
 
 ## Trainings at the rates that the rules name
 
-The threshold is {usual:g}, the default. The default rate is that of `nfzoo train`.
+The threshold is {usual:g}, the default. The default rate is that of `nfzoo train`. The rates are those of the tests of
+one seed, and the held-out losses are means of trainings with three seeds, which stand in brackets.
 
 {single}
 """

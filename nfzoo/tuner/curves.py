@@ -10,8 +10,8 @@ import numpy as np
 
 WINDOW = 0.1
 """Part of a test's steps over which its losses are averaged: `smooth` forgets a loss at a rate of one over these."""
-MARGIN = 2.0
-"""Factor from the suggested rate to that of the lowest smoothed loss; benchmarks/results/find-lr.md compares others."""
+MARGIN, MARGIN_WITHOUT_AGC = 2.0, 4.0
+"""Factors from the suggested rate to that of the lowest smoothed loss: see benchmarks/results/find-lr.md."""
 LEAST_FALL = 0.01
 """Part by which the loss has to fall for a rate to be suggested."""
 DIVERGED = 4.0
@@ -77,7 +77,7 @@ def lowest(curve: Curve) -> int:
 
 
 def suggested_lr(curve: Curve) -> float | None:
-    """Return the rate of the lowest smoothed loss, divided by `MARGIN`; `None` where the loss never fell.
+    """Return half the rate of the lowest smoothed loss, without AGC a quarter; `None` where the loss never fell.
 
     It has to fall by `LEAST_FALL` of what it is after a tenth of the steps.
     """
@@ -85,7 +85,7 @@ def suggested_lr(curve: Curve) -> float | None:
     before = curve.smoothed[len(curve.smoothed) // 10]
     if not curve.smoothed[best] <= (1 - LEAST_FALL) * before:
         return None
-    return curve.rates[best] / MARGIN
+    return curve.rates[best] / (MARGIN_WITHOUT_AGC if curve.clip is None else MARGIN)
 
 
 def suggest(curves: Sequence[Curve]) -> Suggestion | None:

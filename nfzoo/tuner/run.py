@@ -38,9 +38,9 @@ def _parser() -> program.Parser:
         prog="nfzoo find-lr",
         description="Find the learning rate of a training run by a range test: steps of the run at rates that rise,\n"
         "for one AGC threshold or for each of several. It takes the options and recipes of nfzoo train,\n"
-        "but --output and --overwrite are its own, and it writes no run. The rate is half of that at which\n"
-        "the smoothed loss is lowest. Of several thresholds it takes that with the lowest loss, which is no\n"
-        "sure sign.\n\n"
+        "but --output and --overwrite are its own, and it writes no run. It suggests half the rate at which\n"
+        "the smoothed loss is lowest, without AGC a quarter. Of several thresholds it takes that with the\n"
+        "lowest loss, which is no sure sign.\n\n"
         "examples:\n"
         "  nfzoo find-lr --model nfnet-test --data digits --output found.yaml --plot lr.png\n"
         "  nfzoo train --recipe found.yaml --output runs/digits\n"

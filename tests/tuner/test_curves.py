@@ -45,7 +45,7 @@ def test_the_threshold_with_the_lowest_loss_is_suggested() -> None:
     assert lowest(lower) == 3
     assert suggested_lr(flat) is None
     assert suggested_lr(falls) == pytest.approx(0.1 / 2)
-    assert suggest([flat, falls, lower]) == Suggestion(0.5, None)
+    assert suggest([flat, falls, lower]) == Suggestion(0.25, None)
     assert suggest([flat, falls]) == Suggestion(0.05, 0.1)
     assert suggest([flat]) is None
     assert suggest([curve(math.nan)]) is None
