@@ -21,7 +21,7 @@ def rate_curves(curves: Sequence[Curve], found: Suggestion | None, output: Path)
         MissingPlotsError: without matplotlib.
     """
     check_png(output)
-    figure = new_figure(7.6, 4.6)
+    figure = new_figure(8.4, 4.6)
     axes = figure.subplots()
     for i, curve in enumerate(curves):
         colour, line = _STYLES[i % len(_STYLES)]
@@ -34,8 +34,14 @@ def rate_curves(curves: Sequence[Curve], found: Suggestion | None, output: Path)
         span = max(high - low, 0.05 * abs(high), 1e-6)
         axes.set_ylim(low - 0.15 * span, high + 0.6 * span)
     if found is not None:
-        axes.axvline(found.lr, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), label=f"found: {found.lr:.2g}")
+        axes.axvline(
+            found.lr,
+            color=INK,
+            linewidth=1.0,
+            linestyle=(0, (4, 3)),
+            label=f"found: {found.lr:.2g}\nat {in_words(found.clip)}",
+        )
     dress(axes, "Training loss, smoothed", "learning rate")
     axes.set_xscale("log")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
+    figure.legend(frameon=False, fontsize=9, labelcolor=INK, loc="outside right upper")
     save(figure, output)
