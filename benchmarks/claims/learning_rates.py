@@ -202,16 +202,16 @@ def _loss(loss: float) -> str:
 
 
 # Written after the run of 2026-11-28; another run's figures need another reading.
-READING = """**With AGC, half the rate of the lowest smoothed loss is the best of these rules.** Its trainings end 0.034 above the
-best of the grid on average, and 0.072 at most. The rate of the lowest loss itself and that of the steepest fall are too
-high on the unbalanced digits. **Without AGC it is a quarter:** there the loss is lowest just below the rate at which
-training diverges, and half of it is within a factor of two of that. (A quarter lies below the grid, or at its lower end,
-so that its regret of 0 only says that it does not diverge.) `nfzoo find-lr` follows these two rules. They were chosen by
-these very figures, so other data may be less kind to them.
+READING = """**With AGC, half the rate of the lowest smoothed loss is the best of these rules.** Its trainings end
+0.034 above the best of the grid on average, and 0.072 at most. The rate of the lowest loss itself and that of the
+steepest fall are too high on the unbalanced digits. **Without AGC it is a quarter:** there the loss is lowest just
+below the rate at which training diverges. Half of it is 0.024 to 0.048, and at 0.063 training failed on all three. (A
+quarter lies below the grid, or at its lower end, so that its regret of 0 only says that it does not diverge.) `nfzoo
+find-lr` follows these two rules. They were chosen by these very figures, so other data may be less kind to them.
 
 Trained at, the suggestion ends lower than the default rate on the digits and on the unbalanced digits with each of
-three seeds, and on the patches with two of three: 0.245, 0.484 and 0.210 on average, against 0.288, 0.595 and 0.214. Seeds
-differ by up to 0.24.
+three seeds, and on the patches with two of three: 0.245, 0.484 and 0.210 on average, against 0.288, 0.595 and 0.214.
+Seeds differ by up to 0.24.
 
 **The tests do not find the threshold.** Their loss is lowest at 0.01 on all three data sets, where rates can rise the
 furthest. The best trainings at 0.1 are as good or better: 0.247 against 0.248, 0.418 against 0.482, 0.131 against

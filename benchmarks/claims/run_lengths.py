@@ -34,9 +34,9 @@ as take 500 steps. On small data sets this is compared with batches of 32 for 15
 
 - data: *few*, 100 images of the digits 5 to 9; *unbalanced*, 233 images of them, 120 to 8 of each; *patches*, 180 and
   60 crops of two photographs. Held out are 40 of each digit and 50 crops of each photograph.
-- model: `nfnet-test` from random weights, images of 16 x 16 pixels. Rate and threshold are the defaults, so that the rate
-  is in proportion to the batch. Figures are means over seeds, whose losses stand in brackets. They are
-  those of the averaged weights at the end, which are saved.
+- model: `nfnet-test` from random weights, images of 16 x 16 pixels. Rate and threshold are the defaults, so that the
+  rate is in proportion to the batch. Figures are means over seeds, whose losses stand in brackets. They are those of
+  the averaged weights at the end, which are saved.
 - on: {machine}
 - command: `{command}`
 
