@@ -27,15 +27,15 @@ def config(**options: object) -> TrainConfig:
     ("images", "batch", "epochs"),
     [
         (1_281_167, 32, 15),
-        (1438, 32, 15),  # the embedded digits: 44 steps an epoch
-        (1056, 32, 16),  # 33 steps an epoch
-        (640, 32, 25),
-        (639, 16, 15),  # 39
-        (320, 16, 25),
-        (319, 8, 15),
-        (100, 8, 42),
-        (8, 8, 500),
-        (3, 8, 500),  # too few for a batch, which is refused later
+        (1438, 32, 15),  # the embedded digits
+        (224, 32, 15),  # 7 steps an epoch
+        (223, 16, 15),
+        (112, 16, 15),
+        (111, 8, 15),
+        (56, 8, 15),
+        (55, 8, 17),  # 6 steps an epoch
+        (8, 8, 100),
+        (3, 8, 100),  # too few for a batch, which is refused later
     ],
 )
 def test_small_data_have_smaller_batches_and_more_epochs(images: int, batch: int, epochs: int) -> None:
@@ -48,14 +48,14 @@ def test_what_is_given_stays() -> None:
     run, lines = chosen(config(batch_size=64, epochs=3), 100, 1)
     assert (run.batch_size, run.epochs, lines) == (64, 3, ())
     run, lines = chosen(config(batch_size=50), 1000, 1)
-    assert (run.batch_size, run.epochs, len(lines)) == (50, 25, 1)
+    assert (run.batch_size, run.epochs, len(lines)) == (50, 15, 1)
     run, lines = chosen(config(epochs=3), 100, 1)
     assert (run.batch_size, run.epochs, len(lines)) == (8, 3, 1)
 
 
 def test_a_batch_divides_among_all_parts() -> None:
     for processes, accumulation, mixup in ((1, 1, 0.2), (3, 1, 0.0), (3, 1, 0.2), (2, 3, 0.2), (64, 1, 0.0)):
-        run, _ = chosen(config(accumulation=accumulation, augment=Augment(mixup=mixup)), 400, processes)
+        run, _ = chosen(config(accumulation=accumulation, augment=Augment(mixup=mixup)), 200, processes)
         share = share_of_batch(run.batch_size, world=processes, accumulation=accumulation)
         assert not (mixup and share % 2)
         assert run.batch_size - 16 < processes * accumulation * (2 if mixup else 1)
@@ -70,18 +70,19 @@ def test_a_resumed_run_never_chooses_anew() -> None:
 
 def test_a_run_keeps_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model", "nfnet-test", "--data", few_digits(), "--workers", "0", "--train-size", "16"]
-    small += ["--test-size", "16", "--output", str(tmp_path / "run"), "--validation-fraction", "0.8"]
-    assert train.main([*small, "--epochs", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "batch size 8, as 40 images then make 5 steps an epoch" in printed
-    written = yaml.safe_load((tmp_path / "run/train.yaml").read_text())
+    small += ["--test-size", "16", "--validation-fraction", "0.8", "--output"]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    assert train.main([*small, first, "--epochs", "1"]) == 0
+    assert "batch size 8, as 40 images then make 5 steps an epoch\n" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "first/train.yaml").read_text())
     assert (written["batch_size"], written["epochs"]) == (8, 1)
-    # With the same options, and without any.
-    assert train.main([*small, "--resume", "true", "--epochs", "2"]) == 0
-    assert train.main(["--output", str(tmp_path / "run"), "--resume", "true", "--epochs", "3"]) == 0
+    # Resumed with the same options but for that which the data would choose, and without any.
+    assert train.main([*small, second, "--epochs", "1", "--batch-size", "20"]) == 0
+    assert train.main([*small, second, "--epochs", "2", "--resume", "true"]) == 0
+    assert train.main(["--output", second, "--epochs", "3", "--resume", "true"]) == 0
     assert "batch size" not in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [5, 10, 15]
+    rows = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
 
 
 def test_print_config_shows_what_is_chosen_later_as_null(capsys: pytest.CaptureFixture[str]) -> None:

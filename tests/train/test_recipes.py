@@ -263,6 +263,6 @@ def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None
         recipes.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--seed N of everything random (default: 0)" in text
-    assert "--epochs N passes over the training images; by default 15, or as many as take 500 steps --" in text
+    assert "--epochs N passes over the training images; by default 15, or as many as take 100 steps --" in text
     assert "--optim.momentum X of SGD (default: 0.9)" in text
     assert "_" not in "".join(word for word in text.split() if word.startswith("--"))

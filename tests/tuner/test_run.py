@@ -56,7 +56,7 @@ def test_a_training_takes_the_recipe(
     found = parse(["--recipe", "found.yaml", "--output", "run"])
     assert (found.optim.lr, found.optim.clip) == (result["lr"], result["clip"])
     assert (found.seed, found.optim.momentum, found.batch_size, found.train_size) == (3, 0.8, 16, 16)
-    assert found.epochs == 50  # what its data choose: 500 steps
+    assert found.epochs == 15  # what its data choose
     assert "output" not in yaml.safe_load(Path("found.yaml").read_text())
 
     # A file that is there is not replaced unless that is said.

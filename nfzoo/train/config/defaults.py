@@ -13,13 +13,9 @@ from typing import Any, NamedTuple
 from nfzoo.train.config.train_config import CHOSEN, TrainConfig, default_augment
 
 BATCHES = (32, 16, 8)
-STEPS_PER_EPOCH = 20
 EPOCHS = 15
-STEPS = 500
-"""Steps of the shortest schedule of BiT's HyperRule, which is that for fewer than 20,000 images.
-
-Source: arXiv 1912.11370, section 3.3.
-"""
+STEPS = 100
+"""Steps below which a run on little data gains from smaller batches: benchmarks/results/run-lengths.md."""
 
 
 class Choice(NamedTuple):
@@ -32,9 +28,9 @@ class Choice(NamedTuple):
 def chosen(config: TrainConfig, images: int, processes: int, earlier: Mapping[str, Any] | None = None) -> Choice:
     """Return a run with a batch size and a number of epochs.
 
-    The batch size is the largest of 32, 16 and 8 with which an epoch has twenty steps, or 8. It is rounded up to a
-    multiple of the parts into which processes, accumulated steps and mixed pairs divide it. The epochs are 15, or as
-    many as take 500 steps.
+    The batch size is the largest of 32, 16 and 8 with which 15 epochs have a hundred steps, or 8. It is rounded up to
+    a multiple of the parts into which processes, accumulated steps and mixed pairs divide it. The epochs are 15, or as
+    many as take a hundred steps.
 
     Args:
         config: the run. What it gives stays.
@@ -47,7 +43,7 @@ def chosen(config: TrainConfig, images: int, processes: int, earlier: Mapping[st
         config = dataclasses.replace(config, **given)
     lines = []
     if config.batch_size is None:
-        batch = next((b for b in BATCHES if images // b >= STEPS_PER_EPOCH), BATCHES[-1])
+        batch = next((b for b in BATCHES if EPOCHS * (images // b) >= STEPS), BATCHES[-1])
         mixes = (config.augment or default_augment(config.data)).mixes
         parts = processes * config.accumulation * (2 if mixes else 1)
         batch = -(-batch // parts) * parts

@@ -182,9 +182,9 @@ class TrainConfig:
         validation_labels: another such file, of the images that are held out.
         class_names: a text file with the name of a class in each line; by default the labels, sorted.
         output: the folder to write: the model, metrics.jsonl, curves.png, train.yaml, and checkpoints/ to resume from.
-        epochs: passes over the training images; by default 15, or as many as take 500 steps.
-        batch_size: images per step, over all processes; by default the largest of 32, 16 and 8 with which an epoch has
-            20 steps, or 8.
+        epochs: passes over the training images; by default 15, or as many as take 100 steps.
+        batch_size: images per step, over all processes; by default the largest of 32, 16 and 8 with which 15
+            epochs have 100 steps, or 8.
         accumulation: parts in which each process works its share of a batch off, to save memory.
         seed: of everything random.
         pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
