@@ -49,11 +49,12 @@ of BiT's HyperRule (arXiv 1912.11370, section 3.3), and with what is chosen for 
 {reading}
 """
 # Written after the run of 2026-11-28; another run's figures need another reading.
-READING = """**Smaller batches help where a run would have fewer than a hundred steps, and not elsewhere.** On the 100 images the
-constants make 45 steps. With batches of 8 the loss ends 0.057 lower, in twice the processor time. 504 steps instead of
-180 gain another 0.005 and take three times as long. On 233 and 240 images the constants make 105 steps, and batches of
-8 with five times as many end 0.08 and 0.05 higher. Hence the hundred steps. Two seeds are few: they differ by up to 0.16.
-Nothing was measured between 100 and 233 images, below 100, on pretrained weights, or on larger networks."""
+READING = """**Smaller batches help where a run would have fewer than a hundred steps, and not elsewhere.** On the 100
+images the constants make 45 steps. With batches of 8 the loss ends 0.057 lower, in twice the processor time. 504
+steps instead of 180 gain another 0.005 and take three times as long. On 233 and 240 images the constants make 105
+steps, and batches of 8 with five times as many end 0.08 and 0.05 higher. Hence the hundred steps. Two seeds are few:
+they differ by up to 0.16. Nothing was measured between 100 and 233 images, below 100, on pretrained weights, or on
+larger networks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
