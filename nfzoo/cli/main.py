@@ -20,6 +20,7 @@ COMMANDS = {
     "info": ("nfzoo.cli.models", "info", "what a model costs, stage by stage"),
     "data": ("nfzoo.cli.data", "main", "what a data set holds, and what is wrong with it"),
     "train": ("nfzoo.train", "main", "train or fine-tune a model"),
+    "find-lr": ("nfzoo.tuner.run", "main", "a learning rate for a training, by a short test"),
     "evaluate": ("nfzoo.evaluate", "main", "top-1 and top-5 accuracy on a folder of images"),
     "predict": ("nfzoo.cli.predict", "main", "what a model sees in a few images"),
     "bulk": ("nfzoo.bulk", "main", "labels or embeddings of very many images, as files"),

@@ -33,6 +33,7 @@ from nfzoo.runtime import device, program
 from nfzoo.runtime.distributed import elastic_launcher, gather
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
+from nfzoo.train.config.defaults import chosen
 from nfzoo.train.config.recipes import parse
 from nfzoo.train.distillation import check_taught, open_teacher
 from nfzoo.train.learner import copied, fit_head, head_for, problem_type
@@ -108,6 +109,7 @@ def prepared(
     opened: Callable[[], Split] | None = None,
     model: NFNet | None = None,
     callbacks: Sequence[object] = (),
+    make: Callable[..., Trainer] = Trainer,
 ) -> Iterator[Trainer]:
     """Check a run's options and data, and yield its trainer, with the run folder locked against other runs.
 
@@ -115,6 +117,7 @@ def prepared(
         opened: opens the data of a Python program, in the place of `config.data`.
         model: the model that a run begins with, in the place of `config.model`. It stays as it is.
         callbacks: see `train`.
+        make: makes the trainer.
 
     Raises:
         LostError: if an error in the block was caused by another process that ended.
@@ -134,6 +137,8 @@ def prepared(
         loss_weights(config, split, class_counts(split.train))  # raises for those that do not fit
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
         device.check_processes(accelerator.num_processes)
+        earlier = None if saved is None else saved.facts["config"]
+        config, choices = chosen(config, len(split.train), accelerator.num_processes, earlier)
         _check_shares(config, split, accelerator)
         data = split_identity(split)
         if any(other != data["digest"] for other in gather([data["digest"]])):
@@ -144,7 +149,7 @@ def prepared(
         if accelerator.is_main_process:
             back = saved.step if saved is not None and config.resume_from == "best" else None
             clear(output, states=saved is None, after=back)  # with --overwrite: checkpoints of the earlier run
-        trainer = Trainer(config, split, accelerator, start._replace(callbacks=callbacks))
+        trainer = make(config, split, accelerator, start._replace(callbacks=callbacks, choices=choices))
         accelerator.wait_for_everyone()
         try:
             yield trainer

@@ -95,6 +95,7 @@ class InitialState(NamedTuple):
         saved: the checkpoint to resume from, or `None`.
         callbacks: look at the run, and may end it.
         teacher: the model whose answers are learned, or `None`.
+        choices: a line about each option that was chosen by the data.
     """
 
     model: NFNet
@@ -103,6 +104,7 @@ class InitialState(NamedTuple):
     saved: Saved | None = None
     callbacks: Sequence[object] = ()
     teacher: Teacher | None = None
+    choices: tuple[str, ...] = ()
 
 
 def split_identity(split: Split) -> dict[str, Any]:
@@ -175,7 +177,7 @@ class Trainer:
         self._sound = torch.ones((), dtype=torch.bool, device=accelerator.device) if stops_late else None
         self.unreadable = UnreadableImages(config.max_broken)
         self.saver = Saver(config, accelerator, None if start.saved is None else start.saved.folder)
-        self._data = start.data
+        self._data, self.choices = start.data, start.choices
         if start.saved is not None:
             self._restore(start.saved)
         self.callbacks = Callbacks(start.callbacks, is_main=accelerator.is_main_process, weights=self._weights)
@@ -198,6 +200,8 @@ class Trainer:
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"peak learning rate {self.peak_lr:g}"
         )
+        for line in self.choices:
+            say(line)
         bare = split.train.multi_label and int((~split.train.labels.any(1)).sum())
         say(f"images to train on: {histogram(counts)}{f'; {bare:,} without a label' if bare else ''}")
         if (teacher := self.learner.teacher) is not None and (how := config.distillation) is not None:

@@ -30,7 +30,7 @@ def write_run(folder: Path, accuracies: list[float | None], *, averaged: bool = 
 
 
 def test_options_curves_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = write_run(tmp_path / "first", [0.5, 0.9, 0.9, 0.8])
+    first = write_run(tmp_path / "first", [0.5, 0.9, 0.9, 0.8], epochs=15)
     second = write_run(
         tmp_path / "x" / "second", [0.25, 0.75], averaged=True, epochs=7, optim=OptimConfig(clip=0.16, nesterov=False)
     )
@@ -40,7 +40,7 @@ def test_options_curves_and_figures(tmp_path: Path, capsys: pytest.CaptureFixtur
     default = TrainConfig(model="nfnet-test", data="digits", output="x")
     assert lines[:-2] == [
         ["first", "second"],
-        ["epochs", str(default.epochs), "7"],
+        ["epochs", "15", "7"],
         ["optim.clip", str(default.optim.clip), "0.16"],
         ["optim.nesterov", "true", "false"],
         ["epochs", "done", "4", "2"],

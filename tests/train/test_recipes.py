@@ -147,7 +147,7 @@ def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: st
     [
         ("epochs: abc", "epochs must be a whole number, not 'abc'"),
         ("optim:\n  lr: big", "optim.lr must be a number, not 'big'"),
-        ("epochs: null", "epochs must have a value, not null; leave it out for the default"),
+        ("accumulation: null", "accumulation must have a value, not null; leave it out for the default"),
         ("optim: {momentum: null}", "optim.momentum must have a value, not null; leave it out for the default"),
         ("optim: {min_lr: .inf}", "optim.min_lr must be a finite number, not inf"),
         ("batch_size: 0", "batch_size must be at least 1, not 0"),
@@ -262,6 +262,7 @@ def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         recipes.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--batch-size N images per step, over all processes (default: 32)" in text
+    assert "--seed N of everything random (default: 0)" in text
+    assert "--epochs N passes over the training images; by default 15, or as many as take 100 steps --" in text
     assert "--optim.momentum X of SGD (default: 0.9)" in text
     assert "_" not in "".join(word for word in text.split() if word.startswith("--"))

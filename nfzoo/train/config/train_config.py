@@ -31,6 +31,8 @@ MAX_SEED = 1 << 63
 MAX_WORKERS = 256
 STARTING = ("resume", "resume_from", "overwrite", "allow_pickle")
 """Options that concern one start of a run, and are no part of a recipe."""
+CHOSEN = ("epochs", "batch_size")
+"""Options that `defaults.chosen` chooses by the data where they are not given, and that are `None` until then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +193,7 @@ def _check_fields(config: Any, prefix: str) -> None:
         if value is not None and not any(_fits(value, kind) for kind in kinds):
             words = " or ".join(map(_in_words, kinds))
             raise ConfigError(f"{prefix}{f.name} must be {words}, not {shown(value)}{_HINTS.get(f.name, '')}")
-        if value is None and type(None) not in get_args(hints[f.name]):
+        if value is None and type(None) not in get_args(hints[f.name]) and prefix + f.name not in CHOSEN:
             raise ConfigError(f"{prefix}{f.name} must have a value, not null; leave it out for the default")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{prefix}{f.name} must be a finite number, not {value!r}")
@@ -214,8 +216,9 @@ class TrainConfig:
         validation_labels: another such file, of the images that are held out.
         class_names: a text file with the name of a class in each line; by default the labels, sorted.
         output: the folder to write: the model, metrics.jsonl, curves.png, train.yaml, and checkpoints/ to resume from.
-        epochs: passes over the training images.
-        batch_size: images per step, over all processes.
+        epochs: passes over the training images; by default 15, or as many as take 100 steps.
+        batch_size: images per step, over all processes; by default the largest of 32, 16 and 8 with which 15
+            epochs have 100 steps, or 8.
         accumulation: parts in which each process works its share of a batch off, to save memory.
         seed: of everything random.
         pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
@@ -278,8 +281,8 @@ class TrainConfig:
     labels: str | None = None
     validation_labels: str | None = None
     class_names: str | None = None
-    epochs: int = 15
-    batch_size: int = 32
+    epochs: int = None  # type: ignore[assignment]  # a number as soon as the data are known, see `CHOSEN`
+    batch_size: int = None  # type: ignore[assignment]
     accumulation: int = 1
     seed: int = 0
     pretrained: bool | None = None
