@@ -620,7 +620,7 @@ def test_what_a_killed_run_left_of_its_last_write_is_removed(tmp_path: Path) -> 
 
 
 def test_a_run_that_could_not_save_at_all_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("nfzoo.checkpoint.run_state.save_tensors", full)
