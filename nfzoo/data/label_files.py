@@ -9,7 +9,8 @@ Columns are found by their names, or named by options behind a `?`, as in `label
 Of multi-label data, where it is asked for, an image has a set of labels, which may be empty. A table gives it in one of
 three ways:
 
-- a cell of labels between `|`, or another `separator`; in parquet a list;
+- a cell of labels between `|`, or another `separator`; in parquet a list. Where no cell has the former, and parts of
+  cells between `;` or `,` are labels elsewhere, the table is refused;
 - a row for each label of an image;
 - a column of 0 and 1 for each of the `labels`, as in `labels.csv?labels=cat,dog`, or with `labels=*` for each other
   column of the table.
