@@ -170,6 +170,7 @@ def train_nfzoo(
             output=f"{scratch}/run",
             pretrained=False,
             batch_size=batch,
+            accumulation=1,
             train_size=size,
             drop_rate=0.0,
             stochastic_depth=0.0,

@@ -84,7 +84,13 @@ def shown(value: object) -> str:
     return repr(value)[:200] if plain else f"an object of the class {type(value).__name__}"
 
 
+def _likeness(name: str, known: str) -> float:
+    return difflib.SequenceMatcher(None, known, name.lower()).ratio()
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'a' or 'b'?`, or "" if no known name is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
+    best = max((_likeness(name, one) for one in near), default=0.0)
+    near = [one for one in near if _likeness(name, one) > best - 0.25]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -27,6 +27,12 @@ foreach: Any = torch
 """The namespace of the `_foreach_*` functions, which compute with many tensors in one kernel."""
 
 
+def storage_number(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share memory, on the meta device too."""
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata
+
+
 def in_functorch() -> bool:
     """Return whether a transform of `torch.func` is active."""
     return _C._functorch.maybe_current_level() is not None

@@ -37,6 +37,7 @@ from nfzoo.train.config.defaults import chosen
 from nfzoo.train.config.recipes import parse
 from nfzoo.train.distillation import check_taught, open_teacher
 from nfzoo.train.learner import copied, fit_head, head_for, problem_type
+from nfzoo.train.memory import divided
 from nfzoo.train.python.callbacks import check_callbacks
 from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, loss_weights, split_identity
@@ -144,6 +145,10 @@ def prepared(
         if any(other != data["digest"] for other in gather([data["digest"]])):
             raise DataError(f"the processes have different images or labels in {config.data!r}; give all the same data")
         start = _resumed(config, data, saved) if saved else _fresh(config, data, model)
+        size = start.model.preprocessing.train_size
+        how = {"processes": accelerator.num_processes, "device": accelerator.device}
+        config, line = divided(config, start.model.config, size, **how)
+        choices += () if line is None else (line,)
         start = start._replace(teacher=open_teacher(config, start.model, data["classes"], saved))
         accelerator.wait_for_everyone()  # all have looked for checkpoints before any is removed
         if accelerator.is_main_process:
@@ -231,7 +236,7 @@ def _check_writable(output: Path, data: str) -> None:
 
 def _check_shares(config: TrainConfig, split: Split, accelerator: Accelerator) -> None:
     """Raise a `ConfigError` where a batch does not divide among processes and their parts."""
-    share = share_of_batch(config.batch_size, world=accelerator.num_processes, accumulation=config.accumulation)
+    share = share_of_batch(config.batch_size, world=accelerator.num_processes, accumulation=config.accumulation or 1)
     if config.augment is not None and config.augment.mixes and share % 2:
         parts = config.batch_size // share
         raise ConfigError(

@@ -138,7 +138,8 @@ OPENING = re.compile(r'json\.loads?\(|\.read_(?:text|bytes)\(|\.open\((?:\)|"rb?
 OWN = {
     *("nfzoo/cli/list_models.py", "nfzoo/data/images.py", "nfzoo/data/labels.py"),  # files of the package
     *("nfzoo/runtime/distributed.py", "nfzoo/checkpoint/weight_files.py"),  # the system's, and what was just written
-    "nfzoo/evaluate/report.py",  # pictures that were just drawn
+    *("nfzoo/evaluate/report.py", "nfzoo/evaluate/multi_label_report.py"),  # pictures that were just drawn
+    "nfzoo/train/memory.py",  # the system's
     *("nfzoo/export/tpu_check.py", "nfzoo/export/tpu_worker.py"),  # what its own processes say
 }
 

@@ -34,6 +34,7 @@ NAMES = (
     "_foreach_mul_",
     "_foreach_norm",
     "_foreach_sub",
+    "UntypedStorage._cdata",
 )
 
 # `torch._inductor`'s packages and `torch._dynamo.mark_static` are in torch's documentation.

@@ -12,6 +12,7 @@ import torch
 from benchmarks import contenders, everything, peer, report, run, timing
 from benchmarks.report import Point, Table
 from benchmarks.suites import against_timm, graph_boundary, grouped_conv, profiles
+from benchmarks.systems import training_memory
 from nfzoo import model
 from nfzoo.models.weight_standardization import PLAIN_ROWS
 from nfzoo.optim.agc_sgd import AGCSGD
@@ -273,3 +274,11 @@ def test_training_takes_the_layout_that_nfzoo_train_has():
     work = contenders.Work(CPU, torch.float32, channels_last=True)
     with pytest.raises(ValueError, match="chooses the memory format"):
         contenders.train_nfzoo("nfnet-test", work, batch=8, size=32, compiled=False)
+
+
+@pytest.mark.slow
+def test_memory_is_measured_beside_its_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert training_memory.main(["--quick"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    measured, estimated = (float(cell.replace(",", "")) for cell in row.split("|")[4:6])
+    assert measured > estimated > 4  # a small network's estimate leaves out what every process needs

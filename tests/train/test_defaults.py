@@ -89,6 +89,6 @@ def test_print_config_shows_what_is_chosen_later_as_null(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         parse(["--print-config", "--optim.lr", "0.3"])
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["epochs"], shown["batch_size"], shown["accumulation"]) == (None, None, 1)
+    assert (shown["epochs"], shown["batch_size"], shown["accumulation"]) == (None, None, None)
     run = parse(["--model", "m", "--data", "d", "--output", "o", "--epochs", "null", "--batch-size", "16"])
     assert (run.epochs, run.batch_size) == (None, 16)

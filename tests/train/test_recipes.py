@@ -147,7 +147,7 @@ def test_a_bad_recipe_is_named(tmp_path: Path, content: str | bytes, message: st
     [
         ("epochs: abc", "epochs must be a whole number, not 'abc'"),
         ("optim:\n  lr: big", "optim.lr must be a number, not 'big'"),
-        ("accumulation: null", "accumulation must have a value, not null; leave it out for the default"),
+        ("seed: null", "seed must have a value, not null; leave it out for the default"),
         ("optim: {momentum: null}", "optim.momentum must have a value, not null; leave it out for the default"),
         ("optim: {min_lr: .inf}", "optim.min_lr must be a finite number, not inf"),
         ("batch_size: 0", "batch_size must be at least 1, not 0"),

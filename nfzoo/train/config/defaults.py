@@ -45,7 +45,7 @@ def chosen(config: TrainConfig, images: int, processes: int, earlier: Mapping[st
     if config.batch_size is None:
         batch = next((b for b in BATCHES if EPOCHS * (images // b) >= STEPS), BATCHES[-1])
         mixes = (config.augment or default_augment(config.data)).mixes
-        parts = processes * config.accumulation * (2 if mixes else 1)
+        parts = processes * (config.accumulation or 1) * (2 if mixes else 1)
         batch = -(-batch // parts) * parts
         config = dataclasses.replace(config, batch_size=batch)
         steps = images // batch

@@ -31,8 +31,8 @@ MAX_SEED = 1 << 63
 MAX_WORKERS = 256
 STARTING = ("resume", "resume_from", "overwrite", "allow_pickle")
 """Options that concern one start of a run, and are no part of a recipe."""
-CHOSEN = ("epochs", "batch_size")
-"""Options that `defaults.chosen` chooses by the data where they are not given, and that are `None` until then."""
+CHOSEN = ("epochs", "batch_size", "accumulation")
+"""Options that are chosen by the data and the memory where they are not given, and that are `None` until then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,8 @@ class TrainConfig:
         epochs: passes over the training images; by default 15, or as many as take 100 steps.
         batch_size: images per step, over all processes; by default the largest of 32, 16 and 8 with which 15
             epochs have 100 steps, or 8.
-        accumulation: parts in which each process works its share of a batch off, to save memory.
+        accumulation: parts in which each process works its share of a batch off, to save memory; by default as few as
+            fit into the memory that is free.
         seed: of everything random.
         pretrained: start from the public weights of a zoo name; by default if there are any. False: from random ones.
         require_hash: refuse a downloaded model if the server states no hash to check it against.
@@ -283,7 +284,7 @@ class TrainConfig:
     class_names: str | None = None
     epochs: int = None  # type: ignore[assignment]  # a number as soon as the data are known, see `CHOSEN`
     batch_size: int = None  # type: ignore[assignment]
-    accumulation: int = 1
+    accumulation: int = None  # type: ignore[assignment]
     seed: int = 0
     pretrained: bool | None = None
     require_hash: bool = False
@@ -332,7 +333,7 @@ class TrainConfig:
         if (sizes := self.progressive_sizes) is not None:
             if not sizes or not all(is_int(size, 1) for size in sizes) or list(sizes) != sorted(set(sizes)):
                 raise ConfigError(f"progressive_sizes must be rising numbers of pixels, not {list(sizes)!r}")
-            if self.epochs <= len(sizes):
+            if self.epochs is not None and self.epochs <= len(sizes):
                 raise ConfigError(
                     f"{self.epochs} epochs are too few for {len(sizes) + 1} sizes, {len(sizes)} of them in "
                     "progressive_sizes; train for more, or leave sizes out"
