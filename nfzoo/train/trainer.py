@@ -44,6 +44,7 @@ from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import Agreement, Interrupted, elastic_launcher, full_tensors, gather
 from nfzoo.train.batches import InputPipeline, Inputs, epoch_size
 from nfzoo.train.config import TrainConfig, default_lr
+from nfzoo.train.config.defaults import reasons
 from nfzoo.train.distillation import Teacher, teacher_facts
 from nfzoo.train.learner import Learner, uses_cuda_graph
 from nfzoo.train.metrics import THRESHOLDS, Confusion, Metrics, UnreadableImages, best_rule, without_thresholds
@@ -200,7 +201,7 @@ class Trainer:
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"peak learning rate {self.peak_lr:g}"
         )
-        for line in self.choices:
+        for line in self.choices if resumed else (*self.choices, *reasons(config, self.pretrained)):
             say(line)
         bare = split.train.multi_label and int((~split.train.labels.any(1)).sum())
         say(f"images to train on: {histogram(counts)}{f'; {bare:,} without a label' if bare else ''}")

@@ -10,8 +10,8 @@ import yaml
 
 from nfzoo.data.loader import share_of_batch
 from nfzoo.train import run as train
-from nfzoo.train.config import TrainConfig
-from nfzoo.train.config.defaults import chosen
+from nfzoo.train.config import OptimConfig, TrainConfig
+from nfzoo.train.config.defaults import chosen, reasons
 from nfzoo.train.config.recipes import parse
 from nfzoo.transforms.mixing import Augment
 from tests.support.loops import each
@@ -92,3 +92,28 @@ def test_print_config_shows_what_is_chosen_later_as_null(capsys: pytest.CaptureF
     assert (shown["epochs"], shown["batch_size"], shown["accumulation"]) == (None, None, None)
     run = parse(["--model", "m", "--data", "d", "--output", "o", "--epochs", "null", "--batch-size", "16"])
     assert (run.epochs, run.batch_size) == (None, 16)
+
+
+@each(
+    ("options", "pretrained", "said"),
+    [
+        ({}, False, ["learning rate 0.05, as 0.1 is for", "AGC threshold 0.1, which is for batches below 1024"]),
+        (
+            {},
+            True,
+            ["learning rate 0.005, as 0.1 is for batches of 64 to 256, and in proportion outside, and a", "AGC"],
+        ),
+        ({"lr": 0.3, "clip": 0.02}, False, []),
+        ({"name": "adamw", "clip": None}, False, ["learning rate 0.001, the default of adamw"]),
+        (
+            {"batch": 4096},
+            False,
+            ["learning rate 1.6,", "AGC threshold 0.1, which is for batches below 1024; the papers' 0.01"],
+        ),
+    ],
+)
+def test_rate_and_threshold_are_explained(options: dict, pretrained: bool, said: list[str]) -> None:
+    batch = options.pop("batch", 32)
+    lines = reasons(config(batch_size=batch, optim=OptimConfig(**options)), pretrained)
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines

@@ -10,10 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nfzoo.train.config.train_config import CHOSEN, TrainConfig, default_augment
+from nfzoo.train.config.train_config import CHOSEN, OptimConfig, TrainConfig, default_augment, default_lr
 
 BATCHES = (32, 16, 8)
 EPOCHS = 15
+LARGE = 1024
+"""Images in a batch from which on the papers' AGC threshold is meant: arXiv 2102.06171, section 4.1."""
 STEPS = 100
 """Steps below which a run on little data gains from smaller batches: benchmarks/results/run-lengths.md."""
 
@@ -57,3 +59,23 @@ def chosen(config: TrainConfig, images: int, processes: int, earlier: Mapping[st
         reason = f"at least {STEPS} steps" if needed > EPOCHS else f"which are {EPOCHS * steps:,} steps"
         lines.append(f"epochs {config.epochs}, {reason}")
     return Choice(config, tuple(lines))
+
+
+def reasons(config: TrainConfig, pretrained: bool) -> list[str]:
+    """Return a line each about a learning rate that was not given, and about the default AGC threshold.
+
+    Args:
+        config: the run, with a batch size.
+        pretrained: whether it begins with pretrained weights.
+    """
+    optim, lines = config.optim, []
+    if optim.lr is None:
+        lr = default_lr(config.batch_size, pretrained, optim.name)
+        rule = f"the default of {optim.name}"
+        if optim.name == "sgd":
+            rule = "as 0.1 is for batches of 64 to 256, and in proportion outside"
+        lines.append(f"learning rate {lr:g}, {rule}{', and a tenth from pretrained weights' if pretrained else ''}")
+    if optim.clip == OptimConfig.clip:
+        large = f"; the papers' 0.01 is for larger ones, as {config.batch_size:,}" if config.batch_size >= LARGE else ""
+        lines.append(f"AGC threshold {optim.clip:g}, which is for batches below {LARGE}{large}")
+    return lines
