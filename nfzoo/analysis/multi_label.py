@@ -75,15 +75,21 @@ class _Ranking(NamedTuple):
 def best_threshold(probabilities: np.ndarray, targets: np.ndarray) -> float:
     """Return the threshold of one class that maximises its F1; 0.5 if no image has the label.
 
-    It lies halfway between two neighbouring probabilities. Of equally good ones it is the nearest to 0.5.
+    It lies halfway between two neighbouring probabilities, or is the higher one where float32 has nothing between. Of
+    equally good ones it is the nearest to 0.5.
+
+    Args:
+        probabilities: `(n,)`, float32, as they are compared with it.
+        targets: whether an image has the label, bool `(n,)`.
     """
     if not targets.any():
         return 0.5
     order, last = _Ranking.of(probabilities)
     ordered, hits = probabilities[order], np.cumsum(targets[order])
     f1 = 2 * hits[last] / (last + 1 + hits[-1])
-    middle = (ordered[last] + np.append(ordered[last[1:]], 0.0)) / 2
-    best = middle[f1 == f1.max()]
+    below = np.append(ordered[last[1:]], np.float32(0))
+    middle = below + (ordered[last] - below) / 2
+    best = np.where(middle > below, middle, ordered[last])[f1 == f1.max()]
     return float(best[np.abs(best - 0.5).argmin()])
 
 
@@ -92,7 +98,8 @@ def fit_thresholds(logits: np.ndarray, targets: np.ndarray) -> tuple[float, ...]
 
     That F1 is optimistic, as the thresholds saw its images.
     """
-    return tuple(best_threshold(sigmoid(logits[:, c]), targets[:, c]) for c in range(logits.shape[1]))
+    probabilities = sigmoid(logits).astype(np.float32)  # very large logits are equally probable there
+    return tuple(best_threshold(probabilities[:, c], targets[:, c]) for c in range(logits.shape[1]))
 
 
 class LabelScores(NamedTuple):

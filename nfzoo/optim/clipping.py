@@ -86,8 +86,9 @@ def clip_dtensors(
         placements = [Replicate() if placement.is_partial() else placement for placement in grad.placements]
         held = [tensor.redistribute(placements=placements).to_local() for tensor in (grad, param)]
         norms.append((_unit_norms(held[0], several), _unit_norms(held[1], several)))
-        spread.append(tuple(several and placement.is_shard(0) for placement in placements))
-        split = tuple(p.is_shard() and not other for p, other in zip(placements, spread[-1], strict=True))
+        along = [_split_dimension(placement, grad.ndim) for placement in placements]
+        spread.append(tuple(several and dimension == 0 for dimension in along))
+        split = tuple(d is not None and not other for d, other in zip(along, spread[-1], strict=True))
         if any(split):
             across.setdefault((grad.device_mesh, split, norms[-1][0].dtype), []).append(i)
     for (mesh, split, _), some in across.items():
@@ -103,6 +104,15 @@ def clip_dtensors(
         clipped.append((local * factor).to(local.dtype).reshape(local.shape))
         masks.append(mask)
     return clipped, tally_shards(masks, params, spread, sum(unit_shape(p.shape)[0] for p in params))
+
+
+def _split_dimension(placement: Any, dimensions: int) -> int | None:
+    """Return the dimension of a tensor that a placement splits among processes, `None` if each has all of it."""
+    if placement.is_replicate():
+        return None
+    if not hasattr(placement, "dim"):  # FSDP2 over tensor parallelism has one too, in a placement that is no `Shard`
+        raise TypeError(f"AGC does not support gradients with the placement {placement!r}; exclude their parameters")
+    return placement.dim % dimensions
 
 
 def _unit_norms(x: Tensor, several: bool) -> Tensor:
@@ -259,7 +269,8 @@ def clip_grad_agc_(
 
     Raises:
         ConfigError: if a zoo model is folded for inference.
-        TypeError: for arguments of other types, and for sparse gradients.
+        TypeError: for arguments of other types, for sparse gradients, and for `DTensor`s with other placements than
+            `Replicate`, `Partial`, `Shard`, and that of `fully_shard` over tensor parallelism.
         ValueError: if `clip` or `eps` is not positive, if what is excluded is not among the parameters, and for a
             `FullyShardedDataParallel`.
 

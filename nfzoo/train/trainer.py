@@ -208,6 +208,8 @@ class Trainer:
         if (teacher := self.learner.teacher) is not None and (how := config.distillation) is not None:
             options = f"alpha {how.alpha:g}, temperature {how.temperature:g}"
             say(f"teacher {config.teacher}, which sees them in {teacher.size} pixels; {options}")
+        if split.validation.multi_label and not split.validation.labels.any() and self.accelerator.is_main_process:
+            logger.warning("no held-out image has a label, so that there is no mean average precision; hold others out")
         if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)
         if config.tune != "all" and origin == "random" and self.accelerator.is_main_process:

@@ -79,6 +79,22 @@ def test_no_other_threshold_has_a_better_f1(seed: int, levels: int) -> None:
         assert not (probabilities[:, c] == threshold).any()  # between two, so that rounding does not matter
 
 
+def test_thresholds_have_the_best_f1_that_float32_probabilities_can_have() -> None:
+    """Sigmoids above 17 are 1 in float32, and those of near logits are equal: what predictions compare are these."""
+    cases = {
+        "large": ([25.0, 30.0, 22.0, 20.0, 3.0, -2.0], [0, 1, 0, 0, 1, 0]),
+        "equal": ([24.0, 19.0, 40.0], [1, 0, 0]),
+        "near": ([0.24000001, 0.23999999, 0.2399999, -1.0], [1, 1, 0, 0]),
+        "low": ([-100.0, -104.0, -120.0, 40.0], [1, 0, 0, 1]),
+    }
+    for case, (values, known) in cases.items():
+        logits, targets = np.array(values, np.float32)[:, None], np.array(known, bool)[:, None]
+        probabilities = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)[:, 0]
+        threshold = np.float32(multi_label.fit_thresholds(logits, targets)[0])
+        best = max(SK.f1_score(targets[:, 0], probabilities >= p) for p in probabilities)
+        assert SK.f1_score(targets[:, 0], probabilities >= threshold) == pytest.approx(best, abs=1e-12), case
+
+
 def test_thresholds_of_odd_classes() -> None:
     logits = np.array([[-2.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
     assert multi_label.fit_thresholds(logits, np.zeros((3, 2), bool)) == (0.5, 0.5)

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,20 @@ from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import nfzoo
 from nfzoo import AGCSGD, NFNet, agc, agc_, clip_grad_agc_, unitwise_norm, with_agc
-from nfzoo.optim.clipping import EPS, GRADIENT_FLOOR, clip_all, clip_grads_, clip_unitwise, clipped_fraction, unit_shape
+from nfzoo.optim.clipping import (
+    EPS,
+    GRADIENT_FLOOR,
+    _split_dimension,
+    clip_all,
+    clip_grads_,
+    clip_unitwise,
+    clipped_fraction,
+    unit_shape,
+)
 from nfzoo.optim.sgd import CLIPPED
 from nfzoo.runtime.distributed import full_tensor
 from tests.support.helpers import SMALL, assert_same, generator, images, random_params
@@ -642,6 +653,22 @@ def clip_partial() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return results[0], results[1]
 
 
+def clip_tensor_parallel() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of plain layers, and of those that FSDP2 shards over tensor parallelism, where it splits rows twice."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 7))
+    sharded = copy.deepcopy(plain)
+    parallelize_module(sharded, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(sharded, mesh=mesh["data"])
+    results = []
+    for module in (plain, sharded):
+        module(torch.linspace(-1, 1, 24).view(4, 6)).square().sum().backward()
+        fraction = clip_grad_agc_(module, 0.02)
+        results.append([*(full_tensor(p.grad) for p in module.parameters() if p.grad is not None), fraction])
+    return results[0], results[1]
+
+
 def clip_after_backward() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of plain and of sharded parameters, clipped where autograd is on, as by `TorchUpdater`."""
     model, twin = sharded_pair()
@@ -666,6 +693,29 @@ def _sharded_rank(rank: int, folder: str) -> None:
     results = [clip_sharded(slice(4 * rank, 4 * rank + 4)), clip_along(0), clip_along(1), clip_partial()]
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _tensor_parallel_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=FileStore(f"{folder}/store", 4), rank=rank, world_size=4)
+    torch.save(clip_tensor_parallel(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fsdp_over_tensor_parallelism_clips_what_one_process_does(tmp_path):
+    in_processes(_tensor_parallel_rank, (str(tmp_path),), 4, tmp_path, 300)
+    for rank in range(4):
+        plain, sharded = torch.load(tmp_path / f"{rank}.pt")
+        assert plain[-1] > 0
+        for a, b in zip(plain, sharded, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_unknown_placements_are_refused():
+    """As that of ragged shards, which have several dimensions."""
+    with pytest.raises(TypeError, match="placement"):
+        _split_dimension(SimpleNamespace(is_replicate=lambda: False, dims=(0, 1)), 2)
 
 
 @pytest.mark.slow

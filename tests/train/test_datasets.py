@@ -180,6 +180,15 @@ class Unknown(Own):
         raise TypeError("endless")
 
 
+class Long(Own):
+    def __init__(self, items: Any, length: int) -> None:
+        super().__init__(items)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
 FLOAT = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).float() / 255
 
 
@@ -191,6 +200,8 @@ FLOAT = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).float() / 255
         (lambda: 3, "3 has no items by number"),
         (lambda: Own, "has no items by number"),
         (lambda: Unknown(pairs()), "the data set Unknown does not know its length: endless"),
+        (lambda: Long(pairs(), 1 << 70), "the data set Long does not know its length: cannot fit 'int'"),
+        (lambda: Long(pairs(), -1), "the data set Long does not know its length: __len__() should return >= 0"),
         (lambda: DataLoader(Own(pairs())), "give its data set, loader.dataset"),
         (lambda: {"train": Own(pairs()), "test": Own([])}, "a dict of train, test is no data set"),
         (lambda: datasets.DatasetDict({"train": table()}), "a DatasetDict of train is no data set"),

@@ -25,6 +25,7 @@ from nfzoo.data.images import ImageFolder
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.train import TrainConfig, trainer
 from nfzoo.train import run as train
+from nfzoo.train.config.recipes import python_options
 from tests.support.loops import each
 from tests.support.pictures import few_digits, write_images
 from tests.support.processes import ROOT, free_ports
@@ -154,10 +155,12 @@ def test_a_given_model_of_other_classes_gets_a_fresh_classifier(
 @each(
     ("options", "message"),
     [
-        ({"epoch": 3}, "there is no option 'epoch'; did you mean 'epochs'?"),
+        ({"epoch": 3}, "there is no option 'epoch'; did you mean 'epochs' or"),
         ({"lr": 0.1}, "there is no option 'lr'; did you mean 'optim.lr'?"),
         ({"optim": {"learning_rate": 0.1}}, "there is no option 'optim.learning_rate'"),
         ({"epochs": 2.5}, "epochs must be a whole number, not 2.5"),
+        ({"epochs": np.float64(2.5)}, "epochs must be a whole number, not 2.5"),
+        ({"teacher": nfzoo.create("nfnet-test")}, "teacher must be text, not an object of the class NFNet"),
         ({"data": "digits"}, "the data are the second argument of fit, train"),
         ({"labels": "labels.csv"}, "labels and class_names are for data by name alone"),
         ({"callbacks": [nfzoo.Callback]}, "the callback Callback is a class; make an object of it"),
@@ -170,6 +173,12 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> N
         nfzoo.fit("nfnet-test", digits(), output=tmp_path / "run", **options)
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_are_options() -> None:
+    found = python_options({"epochs": np.int64(3), "optim": {"lr": np.float64(0.5), "clip": np.float32(0.25)}})
+    assert found == {"epochs": 3, "optim": {"lr": 0.5, "clip": 0.25}}
+    assert [type(value) for value in (found["epochs"], *found["optim"].values())] == [int, float, float]
 
 
 def test_other_ways_in_point_to_fit(tmp_path: Path) -> None:

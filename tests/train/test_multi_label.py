@@ -231,12 +231,15 @@ def test_balanced_weights_are_negatives_by_positives(labels: str) -> None:
     np.testing.assert_allclose(found, (len(split.train) - positives) / positives)
 
 
-def test_held_out_images_without_any_label_have_no_score(tmp_path: Path, run: Callable[..., int]) -> None:
+def test_held_out_images_without_any_label_have_no_score(
+    tmp_path: Path, run: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
     table = tmp_path / "split.csv"
     paths = [p.relative_to(few_digits()).as_posix() for p in sorted(Path(few_digits()).glob("[0-3]/*.png"))]
     parts = [f"{path},{'big|even' if i < 40 else ''},{'train' if i < 60 else 'val'}" for i, path in enumerate(paths)]
     table.write_text("\n".join(["path,label,split", *parts]))
     assert run(tmp_path / "run", "--labels", str(table)) == 0
+    assert "no held-out image has a label, so that there is no mean average precision" in caplog.text
     (row,) = rows(tmp_path / "run")
     assert (row["map"], row["ema_map"]) == (None, None)
     model = nfzoo.from_pretrained(tmp_path / "run")

@@ -11,10 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import yaml
 
 from nfzoo.checkpoint.run_state import newest_options
-from nfzoo.errors import ConfigError, nearest
+from nfzoo.errors import ConfigError, nearest, shown
 from nfzoo.files import nearest_path, read_text
 from nfzoo.runtime import program
 from nfzoo.train.config import strict_yaml
@@ -230,6 +231,8 @@ def _converted(cls: type, content: Fields, prefix: str = "") -> Fields:
 def _value(name: str, kind: Any, value: Any) -> Any:
     optional, kind = kind != _first_kind(kind), _first_kind(kind)
     origin = get_origin(kind) or kind
+    if isinstance(value, np.generic):  # of a Python program, as a search over numbers gives it
+        value = value.item()
     if origin is tuple and get_args(kind)[1:] == (...,) and value not in (None, "null"):
         return _whole_numbers(name, value)
     if isinstance(value, str) and origin not in (str, Literal):
@@ -256,7 +259,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     words[tuple] = f"a list of {len(get_args(kind))} numbers"
     words[Literal] = f"one of {', '.join(map(str, get_args(kind)))}"
-    raise ConfigError(f"{name} must be {words[origin]}, not {value!r}")
+    raise ConfigError(f"{name} must be {words[origin]}, not {shown(value)}")
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:

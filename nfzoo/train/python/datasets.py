@@ -136,7 +136,7 @@ def _refuse(dataset: Any, title: str) -> None:
         )
     try:
         length = len(dataset)
-    except TypeError as error:
+    except Exception as error:  # of the data set's own code, or of a length that is no size
         raise DataError(f"the data set {title} does not know its length: {error}") from error
     if not length:
         raise DataError(f"the data set {title} is empty")
