@@ -232,6 +232,7 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
         raise ConfigError(f"the model cannot be saved: {problem}")
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
     text = _json(description, indent=2) + "\n"
+    _parse(text, "the model's description")  # raises for what could not be loaded again, such as labels of other types
     tensors = {k: v.detach().cpu() for k, v in params.items()}
     metadata = {"nfzoo": _json(description)}
     with replaced_folder(folder) as scratch:

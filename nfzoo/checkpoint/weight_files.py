@@ -35,7 +35,10 @@ MOST_TENSORS = 1 << 16
 """Tensors of one file or model, many times those of the largest; comparing names with every model takes time."""
 
 CHECKSUM = "crc32"
-"""Key in a file's metadata of the CRC-32 of its tensors' bytes, in eight hexadecimal digits."""
+"""Key in a file's metadata of its checksum; see `checksum`."""
+
+DESCRIPTION = "nfzoo"
+"""Key in a file's metadata of the model's description."""
 
 _LENGTH = 8  # bytes before the header, which state its length
 _BLOCK = 1 << 22  # bytes that are read at a time
@@ -58,7 +61,7 @@ def save_tensors(
     except SafetensorError as error:
         raise OSError(f"could not write {path.name}: {error}") from error
     if with_checksum:
-        notes[CHECKSUM] = checksum(path)
+        notes[CHECKSUM] = checksum(path, notes)
     _finish_metadata(path, notes)
 
 
@@ -74,18 +77,22 @@ def _finish_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         file.write(text.ljust(length))
 
 
-def checksum(path: Path) -> str:
-    """Return the CRC-32 of the tensors' bytes in a safetensors file, without its header: eight hexadecimal digits."""
+def checksum(path: Path, metadata: Mapping[str, str]) -> str:
+    """Return the CRC-32 of the tensors' bytes in a safetensors file and of the model's description, as 8 hex digits.
+
+    Names and shapes of tensors, which are in the header too, are compared with the description's.
+    """
     value = 0
     with open_regular(path) as file:
         file.seek(int.from_bytes(file.read(_LENGTH), "little"), 1)
         while block := file.read(_BLOCK):
             value = zlib.crc32(block, value)
-    return f"{value:08x}"
+    text = metadata.get(DESCRIPTION, "").encode("utf-8", "surrogatepass")
+    return f"{zlib.crc32(text, value):08x}"
 
 
 def has_checksum(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Compare the tensors of a file with the checksum in its metadata; return whether there is one.
+    """Compare a file with the checksum in its metadata; return whether there is one.
 
     Raises:
         CheckpointError: if they differ.
@@ -96,13 +103,13 @@ def has_checksum(path: Path, metadata: Mapping[str, str]) -> bool:
     if re.fullmatch("[0-9a-f]{8}", stated) is None:
         raise CheckpointError(f"the metadata of {path} state the {CHECKSUM} {shown(stated)}, which is none")
     try:
-        actual = checksum(path)
+        actual = checksum(path, metadata)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if actual != stated:
         raise CheckpointError(
-            f"{path} is damaged: its tensors have the CRC-32 {actual}, and had {stated} when they were saved; fetch or "
-            f"save it again (a program that changes tensors has to leave {CHECKSUM!r} out of the metadata)"
+            f"{path} is damaged: tensors and description have the CRC-32 {actual}, and had {stated} when they were "
+            f"saved; fetch or save it again (a program that changes them has to leave {CHECKSUM!r} out of the metadata)"
         )
     return True
 

@@ -325,15 +325,16 @@ def test_a_flipped_bit_of_a_tensor_is_refused(folder: Path) -> None:
         broken[at] ^= 1
         weights.write_bytes(bytes(broken))
         for path in (folder, weights):
-            with pytest.raises(CheckpointError, match="is damaged: its tensors have the CRC-32"):
+            with pytest.raises(CheckpointError, match="is damaged: tensors and description have the CRC-32"):
                 load(path)
 
 
-def test_the_checksum_is_zlibs_of_what_follows_the_header(folder: Path) -> None:
+def test_the_checksum_is_zlibs_of_tensors_and_description(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert file.metadata()["crc32"] == f"{zlib.crc32(data[start:]):08x}"
+        metadata = file.metadata()
+    assert metadata["crc32"] == f"{zlib.crc32(data[start:] + metadata['nfzoo'].encode()):08x}"
 
 
 def test_weights_without_a_checksum_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
