@@ -105,7 +105,7 @@ def test_images_grow_and_held_out_images_do_not(
     assert held_out == {20}
     assert sizes(tmp_path / "run") == [8, 8, 12, 16]
     printed = capsys.readouterr().out
-    assert "10 classes, 8, 12, 16 pixels; 1 process(es)" in printed
+    assert "10 classes, 8, 12, 16 pixels (held out at 20); 1 process(es)" in printed
     assert "epoch   3/4  12 pixels  train loss" in printed
     assert nfzoo.from_pretrained(tmp_path / "run").preprocessing.train_size == 16
     assert (
