@@ -332,7 +332,7 @@ class TrainConfig:
         if (sizes := self.progressive_sizes) is not None:
             if not sizes or not all(is_int(size, 1) for size in sizes) or list(sizes) != sorted(set(sizes)):
                 raise ConfigError(f"progressive_sizes must be rising numbers of pixels, not {list(sizes)!r}")
-            if self.epochs <= len(sizes):
+            if self.epochs is not None and self.epochs <= len(sizes):
                 raise ConfigError(
                     f"{self.epochs} epochs are too few for {len(sizes) + 1} sizes, {len(sizes)} of them in "
                     "progressive_sizes; train for more, or leave sizes out"
