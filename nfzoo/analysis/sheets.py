@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,7 +163,8 @@ def _shares(target: Tensor, classes: Sequence[str] | None) -> list[tuple[str, fl
 
 def _text(draw: ImageDraw.ImageDraw, left: tuple[int, int], text: str, *, size: int, fill: str, room: float) -> None:
     """Draw one line with its left end and vertical middle at `left`; in one too long, `…` replaces the middle."""
-    font, text = _font(size), escaped(text)
+    text = escaped(text)
+    font = _font(size) if text.isascii() else _wide_font(size)
     if font.getlength(text) > room:
         text = text[:400]  # no sheet has room for more
         while len(text) > 2 and font.getlength(_elided(text)) > room:
@@ -176,3 +179,13 @@ def _elided(text: str) -> str:
 
 def _font(size: int) -> Any:
     return ImageFont.load_default(size=size)
+
+
+def _wide_font(size: int) -> Any:
+    """Return DejaVu Sans, of matplotlib or the system; Pillow's own font, which has no accented letters, without it."""
+    found = find_spec("matplotlib")
+    folders = found.submodule_search_locations or () if found else ()
+    for path in (*(f"{folder}/mpl-data/fonts/ttf/DejaVuSans.ttf" for folder in folders), "DejaVuSans.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(path, size)
+    return _font(size)

@@ -87,11 +87,13 @@ class Report:
         """Return a sentence for each kind of fault; none for clean data."""
         found = list(self.warnings)
         if self.unreadable:
-            found.append(f"{_number(self.unreadable, 'image')} cannot be read")
+            remedy = f"mend or remove {'it' if self.unreadable == 1 else 'them'}, or train with --max-broken"
+            found.append(f"{_number(self.unreadable, 'image')} cannot be read; {remedy} {self.unreadable}")
         copies = self.facts.copies
         if copies:
             surplus = sum(len(group) - 1 for group in copies)
-            found.append(f"{_number(surplus, 'image')} repeat the bytes of others, in {_number(len(copies), 'group')}")
+            repeat = "repeats the bytes of another" if surplus == 1 else "repeat the bytes of others"
+            found.append(f"{_number(surplus, 'image')} {repeat}, in {_number(len(copies), 'group')}")
         if across := int(self.across.sum()):
             parts = " and ".join(self.facts.parts)
             found.append(f"{parts} share {_number(across, 'group')} of copies, so that an accuracy on them is too good")

@@ -238,9 +238,11 @@ def _read(table: Table, root: Path, files: LabelFiles) -> tuple[dict[str, _Row],
             names, numbers["label"] = set(read.numbers), -1
         for key in ("path", "label"):
             if numbers[key] is None:
+                columns = ", or ?labels=* for columns of 0 and 1" if key == "label" else ""
+                hint = columns and columns + ("" if files.multi_label else f"; {ASK}")
                 raise DataError(
                     f"the labels {table} have no column of {key}s with a usual name; {listed(header)}; {_REMEDY}, or "
-                    f"add ?{key}=COLUMN"
+                    f"add ?{key}=COLUMN{hint}"
                 )
         for where, row in cells:
             at = table.at(where)

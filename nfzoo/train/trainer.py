@@ -194,10 +194,14 @@ class Trainer:
         parameters = f"{sum(p.numel() for p in self.learner.live.values()):,} parameters"
         if config.tune != "all":
             parameters += f" ({sum(p.numel() for p in self.learner.trainable):,} of them trained)"
+        sizes, held_out = self.pipeline.sizes, self.preprocessing.test_size
+        pixels = (
+            ", ".join(map(str, sizes)) + " pixels" + (f" (held out at {held_out})" if held_out != sizes[-1] else "")
+        )
         say(
             f"{config.model}: {parameters}, {origin} weights; "
             f"{len(split.train):,} images to train on, {len(split.validation):,} held out, "
-            f"{len(split.train.classes)} classes, {', '.join(map(str, self.pipeline.sizes))} pixels; "
+            f"{len(split.train.classes)} classes, {pixels}; "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"peak learning rate {self.peak_lr:g}"
         )

@@ -61,6 +61,16 @@ def test_odd_names_are_drawn(tmp_path: Path) -> None:
         prediction_sheet([SheetEntry(RED, text, [(text, 0.5)])], tmp_path / "s.png", title=text)
 
 
+def test_accented_letters_differ(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")  # for its font
+    drawn = set()
+    for label in ("Käse", "Kåse", "Kéfir", "Kèfir", "Кот", "Кит"):
+        prediction_sheet([SheetEntry(RED, "a.png", [(label, 0.5)])], tmp_path / "s.png")
+        with Image.open(tmp_path / "s.png") as image:
+            drawn.add(image.tobytes())
+    assert len(drawn) == 6
+
+
 def test_thumbnails_keep_the_aspect() -> None:
     assert thumbnail(Image.new("L", (10, 20))).size == (128, 256)
     assert thumbnail(Image.new("RGB", (4000, 3))).size == (256, 1)

@@ -50,7 +50,13 @@ def test_each_fault_is_found(pets: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["few_images"] == {"dog": 3}
     assert found["in_one_part"] == {"train": ["fish"], "val": ["bird"]}
     text = "\n".join(found["findings"])
-    for words in ("1 .psd", "1 image cannot", "3 images repeat", "train and val share 1 group", "more than one class"):
+    for words in (
+        "1 .psd",
+        "1 image cannot be read; mend or remove it, or train with --max-broken 1",
+        "3 images repeat",
+        "train and val share 1 group",
+        "more than one class",
+    ):
         assert words in text
     assert len(found["findings"]) == 8
 
@@ -175,6 +181,7 @@ def test_sets_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "more than one set of labels has copies of the same image, in 1 group" in said
     found = json.loads(target.read_text())
     assert (found["images"], found["classes"]) == (30, {"all": {"cat": 14, "dog": 23}})
+    assert "1 image repeats the bytes of another, in 1 group" in found["findings"]
     assert [one["class"] for one in found["copies"]["listed"][0]] == ["cat", "cat|dog"]
     assert sorted(path.name for path in sheets.iterdir()) == ["000-cat.png", "001-dog.png"]
     cards = []

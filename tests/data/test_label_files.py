@@ -173,6 +173,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         r"no column of paths with a usual name; the columns are 'a/0.png', 'cat'; .* first line",
     ),
     "no label": ("path,breed\na/0.png,cat\n", r"no column of labels .* 'path', 'breed'; .*add \?label=COLUMN"),
+    "columns of 0 and 1": (
+        "path,cat,dog\na/0.png,1,0\n",
+        r"or \?labels=\* for columns of 0 and 1; .*--task multi-label",
+    ),
     "a column twice": ("path,label,label\n", "two columns 'label'"),
     "no rows": ("path,label\n", "no rows but the first"),
     "a label is missing": ("path,label\na/0.png,cat\na/1.png,\n", r"line 3 of .* has no label; fill it in"),

@@ -210,9 +210,7 @@ def test_files_without_a_hash_are_named_or_refused(hub, files, model, caplog):
     """A mirror or a proxy may state none, so that no damage would be noticed."""
     hub.hashless = True
     hub.add("org/flipped", flipped(files))
-    with pytest.raises(
-        CheckpointError, match="damaged: tensors and description have the CRC-32"
-    ):  # which nfzoo's files state
+    with pytest.raises(CheckpointError, match="damaged: tensors and description have the CRC-32"):
         nfzoo.from_pretrained("org/flipped")
     hub.add(REPO, files)
     refusal = "config.json of the Hub repository 'org/small' cannot be checked: the server states no hash"

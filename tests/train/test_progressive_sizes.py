@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from nfzoo.train import run as train
 from nfzoo.train import trainer
 from nfzoo.train.batches import epoch_size
 from nfzoo.train.config import TrainConfig, recipes
+from nfzoo.train.config.defaults import chosen
 from tests.support.pictures import few_digits
 from tests.support.processes import together
 
@@ -105,7 +107,7 @@ def test_images_grow_and_held_out_images_do_not(
     assert held_out == {20}
     assert sizes(tmp_path / "run") == [8, 8, 12, 16]
     printed = capsys.readouterr().out
-    assert "10 classes, 8, 12, 16 pixels; 1 process(es)" in printed
+    assert "10 classes, 8, 12, 16 pixels (held out at 20); 1 process(es)" in printed
     assert "epoch   3/4  12 pixels  train loss" in printed
     assert nfzoo.from_pretrained(tmp_path / "run").preprocessing.train_size == 16
     assert (
@@ -219,6 +221,15 @@ def test_sizes_that_do_not_rise_are_refused(tmp_path: Path, capsys: pytest.Captu
     assert recipes.parse(["--recipe", str(tmp_path / "sizes.yaml")]).progressive_sizes == (8, 12)
     with pytest.raises(ConfigError, match="progressive_sizes must be rising numbers of pixels"):
         TrainConfig(model="nfnet-test", data="digits", output="x", progressive_sizes=())
+
+
+def test_epochs_need_not_be_given() -> None:
+    config = TrainConfig(model="nfnet-test", data="digits", output="x", progressive_sizes=(8, 12))
+    assert config.epochs is None
+    assert chosen(config, images=400, processes=1).config.epochs == 15
+    many = dataclasses.replace(config, progressive_sizes=tuple(range(8, 23)))
+    with pytest.raises(ConfigError, match="15 epochs are too few for 16 sizes"):
+        chosen(many, images=400, processes=1)
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ See `nfzoo.data.label_files` for the ways in which a table gives sets.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nfzoo.data.images import class_name
+from nfzoo.data.images import class_name, logger
 from nfzoo.errors import DataError
 
 SEPARATOR = "|"
@@ -170,6 +171,9 @@ def check_cells(table: Table, labels: Mapping[str, int], *, multi_label: bool, s
         if multi_label:
             raise DataError(f"{at} has {found!r}, and no cell has {SEPARATOR!r}; add ?separator={sign}")
         raise DataError(f"{at} has the label {found!r}, which are several; {ASK}; if it is one, rename it")
+    if not multi_label and (crossed := _crossed(labels)) is not None:
+        at = table.at(labels[crossed])
+        logger.warning("%s has the label %r, which is read as one class; %s", at, crossed, ASK)
 
 
 def indicators(sets: Sequence[frozenset[str]], known: dict[str, int], classes: int, table: Table) -> np.ndarray:
@@ -199,3 +203,13 @@ def several_labels(cells: Collection[str], sign: str) -> str | None:
             if part and first[0] != place:
                 return cell if place else first[1]
     return None
+
+
+def _crossed(cells: Collection[str]) -> str | None:
+    """Return a cell like `cat|big` beside `cat|small` and `dog|big`, each part of which other cells share; or `None`.
+
+    In a hierarchy the last part seldom recurs.
+    """
+    parts = {cell: list(enumerate(cell.split(SEPARATOR))) for cell in cells if SEPARATOR in cell}
+    counts = Counter(part for cell in parts.values() for part in cell)
+    return next((cell for cell, its in parts.items() if all(counts[part] > 1 for part in its)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,23 @@ def test_names_of_one_class_may_have_bars(tmp_path: Path, folder: Path) -> None:
         images = open_label_files(str(folder), LabelFiles(str(table))).first
         assert images.classes == (first, second)
         assert images.labels.dtype == np.int64
+
+
+def test_parts_that_combine_freely_are_told(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for labels, told in (
+        (
+            ["cat|big", "cat|small", "dog|big"],
+            "line 2 of .*'cat.big', which is read as one class; .*--task multi-label",
+        ),
+        (["pet|cat", "pet|dog", "wild|emu"], None),
+        (["cat|big", "dog", "emu"], None),
+    ):
+        caplog.clear()
+        rows = [f"{name},{label}" for name, label in zip(("a/0.png", "a/1.png", "a/2.png"), labels, strict=True)]
+        table = lines(tmp_path / "l.csv", "path,label", *rows)
+        assert open_label_files(str(folder), LabelFiles(str(table))).first.classes == tuple(labels)
+        said = [record.getMessage() for record in caplog.records]
+        assert not [line for line in said if "one class" in line] if told is None else re.search(told, said[0])
 
 
 def test_the_sets_fit_into_memory(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
