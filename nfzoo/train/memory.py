@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from nfzoo.config import ModelConfig
+from nfzoo.errors import ConfigError
 from nfzoo.model import apply, specs
 from nfzoo.optim.fine_tuning import tuned_names
 from nfzoo.runtime.device import AUTOCAST, precision
@@ -114,7 +115,10 @@ def divided(
     if counted and share * processes == config.batch_size:
         unit = 2 if (config.augment or default_augment(config.data)).mixes and share % 2 == 0 else 1
         numbers = [n for n in range(1, share + 1) if share % n == 0 and (share // n) % unit == 0]
-        each, fixed = step_bytes(cfg, config, size)
+        try:
+            each, fixed = step_bytes(cfg, config, size)
+        except ValueError as error:  # for more stages than there are
+            raise ConfigError(str(error)) from error
         room = USABLE * min(known) - fixed
         parts = next((n for n in numbers if share // n * each <= room), numbers[-1])
         if parts > 1:

@@ -1,5 +1,6 @@
 """Model folders, recipes and interrupted runs that an earlier nfzoo wrote load and resume."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -37,7 +38,8 @@ def test_recipes_keep_their_meaning(folder: Path) -> None:
     by_hand, of_run = (
         recipes.parse(["--recipe", name, "--output", "run"]) for name in ("recipe.yaml", "run/train.yaml")
     )
-    assert by_hand == of_run
+    assert by_hand.accumulation is None  # chosen by the free memory since, with the same figures
+    assert dataclasses.replace(by_hand, accumulation=1) == of_run
 
 
 @pytest.mark.parametrize("recipe", ["recipe.yaml", "run/train.yaml"])

@@ -155,7 +155,7 @@ def test_a_given_model_of_other_classes_gets_a_fresh_classifier(
 @each(
     ("options", "message"),
     [
-        ({"epoch": 3}, "there is no option 'epoch'; did you mean 'epochs' or"),
+        ({"epoch": 3}, "there is no option 'epoch'; did you mean 'epochs'?"),
         ({"lr": 0.1}, "there is no option 'lr'; did you mean 'optim.lr'?"),
         ({"optim": {"learning_rate": 0.1}}, "there is no option 'optim.learning_rate'"),
         ({"epochs": 2.5}, "epochs must be a whole number, not 2.5"),

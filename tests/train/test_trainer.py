@@ -38,6 +38,7 @@ def test_ten_frames_lie_between_the_command_line_and_a_convolution(
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
     options = ["--model", "nfnet-test", "--data", "digits", "--batch-size", "16", "--workers", "0"]
+    options += ["--accumulation", "1"]  # which the run would otherwise choose by a pass on the meta device
     with pytest.raises(EnoughError):
         main(["train", *options, "--output", str(tmp_path / "run")])
     assert {len({name for name in stack if name.startswith("trainer.")}) for stack in stacks} == {3}
