@@ -1,4 +1,4 @@
-"""Whether a range test finds the learning rate and the AGC threshold of short trainings.
+"""Measure whether a range test finds the learning rate and the AGC threshold of short trainings.
 
     python -m benchmarks.claims.learning_rates --output benchmarks/results
 

@@ -1,4 +1,4 @@
-"""Whether the batch size and the epochs that `nfzoo train` chooses for small data sets train better than constants.
+"""Measure whether the batch size and epochs that `nfzoo train` chooses for little data are better than constants.
 
     python -m benchmarks.claims.run_lengths --output benchmarks/results
 

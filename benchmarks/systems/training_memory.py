@@ -1,4 +1,4 @@
-"""What a training step takes of a CPU's memory, beside what `nfzoo.train.memory` estimates.
+"""Measure what a training step takes of a CPU's memory, beside what `nfzoo.train.memory` estimates.
 
 Each case is a process of its own, which trains two steps, while a thread reads how much memory it has.
 """

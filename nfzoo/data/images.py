@@ -88,7 +88,7 @@ class Images(ABC, Generic[_Source_co]):
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image has a set of labels."""
+        """Return whether an image has a set of labels."""
         return self.labels.ndim == 2
 
     def relabelled(self, index: Indices, outputs: int | None = None) -> Self:

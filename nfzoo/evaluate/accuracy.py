@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +196,6 @@ class Evaluator:
         indices: list[int] | None = None,
         corruption: Corruption | None = None,
     ) -> Evaluation:
-        from nfzoo import __version__
 
         images, model = self.labelled.images, self.model
         if model.multi_label:
@@ -209,22 +208,30 @@ class Evaluator:
         if not np.isfinite(result.loss):
             raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
         return Evaluation(
-            model=self.name,
-            dataset=self.labelled.dataset,
-            split=self.labelled.split,
-            matched_by=self.labelled.matched_by,
-            classes=len(images.classes),
+            **self.facts(),
             images=result.images,
             skipped=len(problems),
             top1=result.top1,
             top5=result.top5,
             loss=result.loss,
-            size=self.size,
-            resize=resize_rule(model.preprocessing),
-            nfzoo=__version__,
-            torch=str(torch.__version__),
-            date=self.date,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what every evaluation says of its model, data and input."""
+        from nfzoo import __version__
+
+        return {
+            "model": self.name,
+            "dataset": self.labelled.dataset,
+            "split": self.labelled.split,
+            "matched_by": self.labelled.matched_by,
+            "classes": len(self.labelled.images.classes),
+            "size": self.size,
+            "resize": resize_rule(self.model.preprocessing),
+            "nfzoo": __version__,
+            "torch": str(torch.__version__),
+            "date": self.date,
+        }
 
     def _batches(
         self, broken: list[str], indices: list[int] | None = None, corruption: Corruption | None = None
@@ -338,14 +345,19 @@ def _with_bar(
 
 def table(result: Evaluation) -> str:
     """Return an evaluation as lines of text."""
-    rows = [
-        ("model", result.model),
-        ("data", result.dataset if result.split is None else f"{result.dataset}, {result.split}"),
-        ("images", f"{result.images:,}" + (f" ({result.skipped:,} cannot be read)" if result.skipped else "")),
-        ("classes", f"{result.classes:,}, matched by {result.matched_by}"),
-        ("input", f"{result.size} x {result.size} pixels ({result.resize})"),
-        ("top-1", f"{result.top1:7.2%}"),
-        ("top-5", f"{result.top5:7.2%}"),
-        ("loss", f"{result.loss:7.4f}"),
-    ]
-    return "\n".join(f"{key + ':':<9} {escaped(value)}" for key, value in rows)
+    scores = {"top-1": result.top1, "top-5": result.top5}
+    return "\n".join(lines_of(result, {name: f"{value:7.2%}" for name, value in scores.items()}))
+
+
+def lines_of(result: Any, figures: Mapping[str, str]) -> list[str]:
+    """Return the lines that every evaluation has, with its own figures before the loss."""
+    rows = {
+        "model": result.model,
+        "data": result.dataset if result.split is None else f"{result.dataset}, {result.split}",
+        "images": f"{result.images:,}" + (f" ({result.skipped:,} cannot be read)" if result.skipped else ""),
+        "classes": f"{result.classes:,}, matched by {result.matched_by}",
+        "input": f"{result.size} x {result.size} pixels ({result.resize})",
+        **figures,
+        "loss": f"{result.loss:7.4f}",
+    }
+    return [f"{key + ':':<9} {escaped(value)}" for key, value in rows.items()]

@@ -15,14 +15,14 @@ from torch import Tensor
 from nfzoo.analysis import multi_label as measures
 from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.errors import CheckpointError
-from nfzoo.evaluate.accuracy import Evaluator, Outputs, resize_rule
+from nfzoo.evaluate.accuracy import Evaluator, Outputs, lines_of
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather
 from nfzoo.runtime.output import escaped
 
 
 class SetScore(NamedTuple):
-    """What functions from images to logits are worth on multi-label data.
+    """Hold the scores of a function from images to logits on multi-label data.
 
     Attributes:
         images: number of images.
@@ -135,9 +135,7 @@ def evaluate_sets(evaluator: Evaluator) -> tuple[SetEvaluation, Outputs]:
         DataError: if the images cannot be read.
         CheckpointError: if the outputs are not finite.
     """
-    from nfzoo import __version__
-
-    model, labelled = evaluator.model, evaluator.labelled
+    model = evaluator.model
     outputs, skipped = evaluator.logits()
     logits, targets = outputs.logits, outputs.labels
     if not np.isfinite(logits).all():
@@ -146,23 +144,14 @@ def evaluate_sets(evaluator: Evaluator) -> tuple[SetEvaluation, Outputs]:
     found = measures.summarize_sets(logits, targets, limits)
     names = model.labels or [f"class {i}" for i in range(model.config.num_classes)]
     return SetEvaluation(
-        model=evaluator.name,
-        dataset=labelled.dataset,
-        split=labelled.split,
-        matched_by=labelled.matched_by,
-        classes=len(labelled.images.classes),
+        **evaluator.facts(),
         images=len(logits),
         skipped=skipped,
         map=found.map,
         f1=found.f1,
         micro_f1=found.micro_f1,
         loss=found.loss,
-        size=evaluator.size,
-        resize=resize_rule(model.preprocessing),
-        nfzoo=__version__,
-        torch=str(torch.__version__),
         per_class=_per_class(logits, targets, limits, names),
-        date=evaluator.date,
     ), outputs
 
 
@@ -195,18 +184,8 @@ def _per_class(
 
 def set_table(result: SetEvaluation) -> str:
     """Return an evaluation as lines of text, with a row for each class."""
-    rows = [
-        ("model", result.model),
-        ("data", result.dataset if result.split is None else f"{result.dataset}, {result.split}"),
-        ("images", f"{result.images:,}" + (f" ({result.skipped:,} cannot be read)" if result.skipped else "")),
-        ("classes", f"{result.classes:,}, matched by {result.matched_by}"),
-        ("input", f"{result.size} x {result.size} pixels ({result.resize})"),
-        ("mAP", f"{result.map:7.2%}"),
-        ("macro F1", f"{result.f1:7.2%}"),
-        ("micro F1", f"{result.micro_f1:7.2%}"),
-        ("loss", f"{result.loss:7.4f}"),
-    ]
-    lines = [f"{key + ':':<9} {escaped(value)}" for key, value in rows]
+    scores = {"mAP": result.map, "macro F1": result.f1, "micro F1": result.micro_f1}
+    lines = lines_of(result, {name: f"{value:7.2%}" for name, value in scores.items()})
     shown = [escaped(row["label"]) for row in result.per_class]
     width = min(max(map(len, [*shown, "class"])), 40)
     lines += ["", f"{'class':<{width}}      AP  precision  recall      F1  threshold  images"]

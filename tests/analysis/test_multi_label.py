@@ -1,15 +1,11 @@
 """Measures of sets of labels: scikit-learn's numbers, also where scores are equal; thresholds; intervals."""
 
-from typing import Any
-
 import numpy as np
 import pytest
-from sklearn import metrics
 
 from nfzoo.analysis import multi_label
+from tests.support.label_sets import SK
 from tests.support.loops import each
-
-SK: Any = metrics  # whose stubs know less than it takes
 
 EXACT = 1e-12
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn import metrics
 
 import nfzoo
 from nfzoo.checkpoint.model_folder import MULTI_LABEL
@@ -23,10 +22,9 @@ from nfzoo.evaluate.multi_label_report import set_page
 from nfzoo.nn import NFNet
 from tests.evaluate.test_accuracy import LABELS, make_model
 from tests.support.forks import run_in_group
+from tests.support.label_sets import SK
 from tests.support.loops import each
 from tests.support.pictures import write_images
-
-SK: Any = metrics  # whose stubs know less than it takes
 
 ALONE = ["--workers", "0", "--device", "cpu"]
 # A batch of another size adds a convolution's terms in another order; logits are of order one.

@@ -1,8 +1,14 @@
 """A table of sets of labels for the few digits of `tests.support.pictures`."""
 
 from pathlib import Path
+from typing import Any
+
+from sklearn import metrics
 
 from tests.support.pictures import few_digits
+
+SK: Any = metrics
+"""scikit-learn's measures, without the types of its stubs, which refuse arguments that it documents."""
 
 SETS = {
     digit: tuple(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import nfzoo
+from benchmarks.timing import saved_bytes
 from nfzoo.model import apply
 from nfzoo.optim.fine_tuning import freeze_
 from nfzoo.train import memory
@@ -26,16 +27,8 @@ def run(**options: object) -> TrainConfig:
 
 def kept_on_a_cpu(model: nfzoo.NFNet, images: int) -> int:
     """Bytes of all tensors that autograd packs in a real pass."""
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = apply(model.config, dict(model.named_parameters()), torch.randn(images, 3, 32, 32))
-    assert outputs.requires_grad or not any(p.requires_grad for p in model.parameters())
-    return sum(count for count, _ in kept.values())
+    params = dict(model.named_parameters())
+    return saved_bytes(lambda: apply(model.config, params, torch.randn(images, 3, 32, 32)), list(params.values()))
 
 
 @pytest.mark.parametrize("tune", ["all", "stages:1", "head"])

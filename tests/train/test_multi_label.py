@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn import metrics
 
 import nfzoo
 from nfzoo.checkpoint.model_folder import MULTI_LABEL
@@ -25,11 +24,9 @@ from nfzoo.errors import ConfigError
 from nfzoo.train import run as train
 from nfzoo.train import trainer
 from nfzoo.train.config import TrainConfig
-from tests.support.label_sets import CLASSES, write_sets
+from tests.support.label_sets import CLASSES, SK, write_sets
 from tests.support.loops import each
 from tests.support.pictures import few_digits
-
-SK: Any = metrics  # whose stubs know less than it takes
 
 QUICK = ["--model", "nfnet-test", "--epochs", "1", "--batch_size", "16", "--train-size", "16", "--test-size", "16"]
 QUICK += ["--workers", "0", "--data", few_digits(), "--optim.ema_decay", "0.9", "--optim.warmup_epochs", "0"]

@@ -16,7 +16,7 @@ from nfzoo.data.images import class_name, logger
 from nfzoo.errors import DataError
 
 SEPARATOR = "|"
-"""What separates labels in a cell by default."""
+"""The default sign between the labels of a cell."""
 ASK = "sets of labels are for --task multi-label, and models trained with it"
 MOST_LABELS = 1 << 33
 """The most images times classes of multi-label data, each of which takes a byte of memory."""

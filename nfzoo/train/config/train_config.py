@@ -397,7 +397,7 @@ class TrainConfig:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image has a set of labels."""
+        """Return whether an image has a set of labels."""
         return self.task == "multi-label"
 
     @property
