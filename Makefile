@@ -19,8 +19,9 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 XLA := .venv-xla
 TPU := .venv-tpu
 GPU := .venv-gpu
+INTEGRATIONS := .venv-integrations
 
-.PHONY: help demo test test-slow test-long test-xla test-tpu test-gpu lint format clean
+.PHONY: help demo test test-slow test-long test-xla test-tpu test-gpu test-integrations lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +32,7 @@ help:
 	@echo "make test-xla   run the tests under torch-xla, in $(XLA); ARGS='-m slow' for the training runs"
 	@echo "make test-tpu   compile for TPUs that are not here, in $(TPU)"
 	@echo "make test-gpu   run Triton kernels in its interpreter and compile them for GPUs that are not here, in $(GPU)"
+	@echo "make test-integrations  load nfzoo's folders by transformers, timm, OpenVINO and others, in $(INTEGRATIONS)"
 	@echo "make lint       check format, lint rules and types"
 	@echo "make format     rewrite the sources in the house format"
 	@echo "make clean      remove the environments, build products and caches"
@@ -56,6 +58,9 @@ test-tpu: $(TPU)/.installed
 test-gpu: $(GPU)/.installed
 	$(GPU)/bin/python -m pytest tests/gpu $(ARGS)
 
+test-integrations: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -66,7 +71,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(XLA) $(TPU) $(GPU) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA) $(TPU) $(GPU) $(INTEGRATIONS) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made anew, so that a dependency which was dropped does not linger; the stamp goes with the old one
@@ -115,4 +120,12 @@ $(GPU)/.installed: pyproject.toml tests/gpu/requirements.txt
 	@echo "installing Triton into $(GPU); this takes minutes, once"
 	$(GPU)/bin/python -m pip install --quiet --requirement tests/gpu/requirements.txt
 	$(GPU)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt tests/integrations/requirements.txt
+	rm -rf $(INTEGRATIONS)
+	"$(PYTHON)" -m venv $(INTEGRATIONS)
+	@echo "installing transformers, timm and OpenVINO into $(INTEGRATIONS); this takes minutes, once"
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+		--requirement tests/integrations/requirements.txt
 	touch $@

@@ -42,10 +42,11 @@ SEAMS = {
     "gradio": ("nfzoo.hub.space.app",),
     "jax": ("nfzoo.conversion.verify", "nfzoo.export.tpu_worker"),
     "haiku": ("nfzoo.conversion.verify",),
-    "timm": ("nfzoo.conversion.verify", "benchmarks.peer"),
+    "timm": ("nfzoo.conversion.verify", "nfzoo.integrations.timm", "benchmarks.peer"),
+    "transformers": ("nfzoo.integrations.transformers",),
     "tensorflow": ("nfzoo.conversion.verify",),
 }
-APART = ("tests.reference", "tests.xla", "tests.tpu", "tests.gpu")
+APART = ("tests.reference", "tests.xla", "tests.tpu", "tests.gpu", "tests.integrations")
 
 
 class Module(NamedTuple):
