@@ -18,8 +18,7 @@ from typing import Any
 from nfzoo import from_pretrained
 from nfzoo.checkpoint.model_folder import CONFIG_FILE
 from nfzoo.errors import ConfigError, DataError, NfzooError
-from nfzoo.hub.pretrained import repository_of
-from nfzoo.hub.registry import PUBLIC
+from nfzoo.hub.registry import PUBLIC, repository_of
 from nfzoo.nn import NFNet
 from nfzoo.predict import classify
 from nfzoo.runtime.output import escaped

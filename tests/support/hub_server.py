@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin", ".png")  # what the Hub keeps as large files, by sha256
+LARGE = (".safetensors", ".bin", ".npz", ".png")  # what the Hub keeps as large files, by sha256
 Fault = Literal["cut", "silence", "corrupt", "short", "503", "404", "slow"]
 
 
