@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import NamedTuple, TypedDict, Unpack
 
@@ -51,13 +52,7 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
         HubError: for a name that no repository can have.
     """
     folder = Path(folder)
-    try:
-        validate_repo_id(repo_id)
-        organised = "/" in repo_id
-    except HFValidationError:
-        organised = False
-    if not organised:
-        raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
+    check_name(repo_id)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r}{nearest_path(folder)}")
     description, params = load_checkpoint(folder)
@@ -86,6 +81,35 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
     return Bundle({**files, CARD_FILE: card.encode()}, card)
+
+
+def check_name(repo_id: str) -> None:
+    """Raise a `HubError` for a name that no repository can have."""
+    try:
+        validate_repo_id(repo_id)
+        organised = "/" in repo_id
+    except HFValidationError:
+        organised = False
+    if not organised:
+        raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
+
+
+@contextmanager
+def refusals(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub's client raises while it writes a repository into a `HubError`."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = "; log in with `hf auth login`, with a token that may write there" if status in (401, 403) else ""
+        raise HubError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())}{hint}") from error
+    except (HTTP_ERROR, HFValidationError, OSError, ValueError, RuntimeError) as error:
+        # The client wraps what goes wrong while a large file is sent in a RuntimeError.
+        reasons = dict.fromkeys(str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None)
+        raise HubError(
+            f"{repo_id!r} could not be published: {' '.join(' '.join(reasons).split())}; "
+            "check the connection and try again"
+        ) from error
 
 
 def _public_run(path: Path) -> bytes:
@@ -162,7 +186,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
         for name, file in content.files.items()
     ]
-    try:
+    with refusals(repo_id):
         api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -173,17 +197,6 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
             revision=revision,
             create_pr=create_pr,
         )
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        hint = "; log in with `hf auth login`, with a token that may write there" if status in (401, 403) else ""
-        raise HubError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())}{hint}") from error
-    except (HTTP_ERROR, HFValidationError, OSError, ValueError, RuntimeError) as error:
-        # The client wraps what goes wrong while a large file is sent in a RuntimeError.
-        reasons = dict.fromkeys(str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None)
-        raise HubError(
-            f"{repo_id!r} could not be published: {' '.join(' '.join(reasons).split())}; "
-            "check the connection and try again"
-        ) from error
     return str(commit.commit_url)
 
 

@@ -145,19 +145,22 @@ class Exchange:
         self.send(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
 
     def answer(self) -> None:
-        repo = r"(?P<repo>[^/]+/[^/]+)"
+        repo, kind = r"(?P<repo>[^/]+/[^/]+)", "(?P<kind>models|spaces)"
         for pattern, method in (
             ("/api/repos/create", self.create),
             ("/api/validate-yaml", self.validate),
-            (rf"/api/models/{repo}/branch/(?P<branch>.+)", self.branch),
-            (rf"/api/models/{repo}/preupload/.+", self.preupload),
-            (rf"/{repo}\.git/info/lfs/objects/batch", self.batch),
+            (rf"/api/{kind}/{repo}/branch/(?P<branch>.+)", self.branch),
+            (rf"/api/{kind}/{repo}/preupload/.+", self.preupload),
+            (rf"/(?:(?P<kind>spaces)/)?{repo}\.git/info/lfs/objects/batch", self.batch),
             ("/lfs/(?P<oid>[0-9a-f]{64})", self.upload),
-            (rf"/api/models/{repo}/commit/(?P<revision>.+)", self.commit),
+            (rf"/api/{kind}/{repo}/commit/(?P<revision>.+)", self.commit),
+            (rf"/api/{kind}/{repo}/tree/(?P<revision>[^/]+)", self.tree),
             (rf"/{repo}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", self.resolve),
         ):
             if match := re.fullmatch(pattern, self.path):
                 found = match.groupdict()
+                if found.pop("kind", None) == "spaces":
+                    found["repo"] = f"spaces/{found['repo']}"
                 return None if self.forbidden(found.get("repo")) else method(**found)
         return self.refuse(404, "NotFound", f"no such page {self.path}")
 
@@ -178,6 +181,10 @@ class Exchange:
     def create(self) -> None:
         wanted = json.loads(self.body)
         name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") != "gradio":
+                return self.refuse(400, "BadRequest", "a Space needs an sdk")
+            name = f"spaces/{name}"
         if self.token == "bad":
             return self.refuse(403, "Forbidden", f"You don't have the rights to create a model under {name}")
         if self.token is None:
@@ -220,21 +227,31 @@ class Exchange:
         return self.send(200)
 
     def commit(self, repo: str, revision: str) -> None:
-        files = {}
+        files, removed = {}, []
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                removed.append(value["path"])
         request = "create_pr" in self.query
         sha = self.hub.add(repo, files, "refs/pr/1" if request else revision)
+        for path in removed:
+            del self.hub.repos[repo].commits[sha][path]
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"}
         if request:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/1"
         self.send(200, answer)
 
     # ---------------------------------------------------------------- reading
+
+    def tree(self, repo: str, revision: str) -> None:
+        repository = self.hub.repos[repo]
+        files = repository.commits[repository.branches[revision]]
+        listed = [{"type": "file", "path": p, "size": len(c), "oid": object_id("", c)} for p, c in files.items()]
+        self.send(200, listed, Content_Type="application/json")
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         repository = self.hub.repos[repo]
