@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -21,6 +21,7 @@ from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.files import nearest_path, read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
+from nfzoo.hub.results import emissions, eval_results
 from nfzoo.train.config import strict_yaml
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, public_data, public_model
 
@@ -61,26 +62,33 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     except ConversionError as error:
         raise CheckpointError(f"the weights in {folder} are not to be published: {error}") from error
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
+    evaluation = _evaluation(folder / EVALUATION_FILE) if EVALUATION_FILE in extras else None
+    results = {} if evaluation is None else eval_results(repo_id, description, evaluation)
     if (folder / CARD_FILE).is_file():
         try:
             card = read_text(folder / CARD_FILE)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / CARD_FILE} is not text: {error}") from error
     else:
-        evaluation = None
-        if EVALUATION_FILE in extras:
-            try:
-                evaluation = read_json(folder / EVALUATION_FILE)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{folder / EVALUATION_FILE} is not JSON: {error}") from error
-            if not isinstance(evaluation, dict):
-                raise CheckpointError(f"{folder / EVALUATION_FILE} must hold a JSON object")
-        card = model_card(description, repo_id, license=license, evaluation=evaluation, files=extras)
+        carbon = emissions(folder, description)
+        options = {"license": license, "evaluation": evaluation, "emissions": carbon}
+        card = model_card(description, repo_id, files=extras, **options)
     _check_card(card, folder / CARD_FILE)
     files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), CONFIG_FILE, *extras)}
+    files |= results
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
     return Bundle({**files, CARD_FILE: card.encode()}, card)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        evaluation = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(evaluation, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return evaluation
 
 
 def check_name(repo_id: str) -> None:

@@ -180,6 +180,11 @@ def _known(repo_id: str) -> Repository:
     return next(known, Repository(repo_id))
 
 
+def is_repository(name: str) -> bool:
+    """Return whether a name could be one of a repository of the Hub, `ORG/NAME`."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
 def is_file_name(name: str) -> bool:
     """Return whether a name ends as those of weight files do."""
     return Path(name).suffix in _SUFFIXES
