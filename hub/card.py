@@ -19,7 +19,7 @@ from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.hub.registry import HUB, PUBLIC, is_repository
 from nfzoo.hub.results import IMAGENET, measured, trained, training_data
 from nfzoo.model import mac_count, parameter_count
-from nfzoo.runtime.output import escaped
+from nfzoo.runtime.output import escaped, markdown_text
 from nfzoo.train.run_folder import CURVES_FILE, RUN_FILE
 from nfzoo.variants import VARIANTS
 
@@ -31,8 +31,6 @@ _SHOWN = {"top1": "top-1", "top5": "top-5", "map": "mean average precision", "f1
 # Pictures of ImageNet's classes for the Hub's page, which the cards of many models of others show too.
 _PICTURES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"
 _WIDGET = [{"src": f"{_PICTURES}/{name.lower()}.jpg", "example_title": name} for name in ("Tiger", "Teapot")]
-
-_MARKDOWN = frozenset(r"\`*_{}[]<>()#+-.!|~&$:@^=")
 
 _CITATION = """\
 @inproceedings{brock2021characterizing,
@@ -116,7 +114,9 @@ def model_card(
         parts += ["## Training", f"![training curves]({CURVES_FILE})"]
     if description.provenance:
         known = {key: value for key, value in description.provenance.items() if value is not None}
-        rows = [(_cell(key), _cell(json.dumps(value, ensure_ascii=False))) for key, value in known.items()]
+        rows = [
+            (markdown_text(key), markdown_text(json.dumps(value, ensure_ascii=False))) for key, value in known.items()
+        ]
         parts += ["## Where the weights come from", _table(("", ""), rows)]
     commands = _reproduction(repo_id, description, evaluation, files)
     if commands:
@@ -172,7 +172,7 @@ def _classes(description: Description) -> str:
     if labels == imagenet():
         return "1,000, those of ImageNet"
     more = ", …" if len(labels) > 10 else ""
-    return f"{len(labels):,}: " + ", ".join(map(_cell, labels[:10])) + more
+    return f"{len(labels):,}: " + ", ".join(map(markdown_text, labels[:10])) + more
 
 
 def _install() -> str:
@@ -230,7 +230,7 @@ def _sh(sentence: str, *commands: str) -> str:
 
 
 def _versions(evaluation: Mapping[str, Any]) -> str:
-    known = [f"{name} {_cell(str(evaluation[name]))}" for name in ("nfzoo", "torch") if evaluation.get(name)]
+    known = [f"{name} {markdown_text(str(evaluation[name]))}" for name in ("nfzoo", "torch") if evaluation.get(name)]
     return f" ({', '.join(known)})" if known else ""
 
 
@@ -253,8 +253,8 @@ def _of_imagenet(description: Description) -> bool:
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
-    data = _cell(str(evaluation["dataset"])) + (
-        f", {_cell(str(evaluation['split']))}" if evaluation.get("split") else ""
+    data = markdown_text(str(evaluation["dataset"])) + (
+        f", {markdown_text(str(evaluation['split']))}" if evaluation.get("split") else ""
     )
     rows = [
         ("data", data),
@@ -268,8 +268,3 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """Escape text that would be Markdown, HTML, a formula or a link in a table, and characters that cannot be seen."""
-    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in escaped(text))
