@@ -111,7 +111,9 @@ def _sources(name: str, options: Options) -> Iterator[tuple[str, Callable[[], Fo
     """Yield what to look at for a name, the best first: in words, and a function that fetches it."""
     first = repository_of(name)
     if name not in PUBLIC:
-        chosen = first if options.layout is None else first._replace(layout=options.layout)
+        chosen = first
+        if options.layout not in (None, first.layout):  # another file than that which the table knows
+            chosen = Repository(first.repo_id, first.revision, options.layout)
         yield _hub(name, chosen.at(options.revision), options)
         return
     if options.layout == "nfzoo" or (options.layout == "haiku" and name not in COPIES):

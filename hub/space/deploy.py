@@ -28,6 +28,7 @@ MOST_TITLE = 60
 
 _HERE = Path(__file__).parent
 _PACKAGES = ("nfzoo", "nfzoo.hub", "nfzoo.conversion", "nfzoo.recipes")  # these lie apart in a clone
+_SUFFIXES = (".py", ".json", ".yaml", ".txt", ".npz", ".md", ".c")
 _INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"  # torch without CUDA
 _OWN = (".gitattributes", CARD_FILE)  # what a new Space of the Hub holds
 
@@ -137,7 +138,8 @@ def _sources() -> Iterator[tuple[str, Path]]:
         root = Path(next(iter(spec.submodule_search_locations)))
         for path in root.rglob("*"):
             inside = path.relative_to(root)
-            if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in inside.parts):
+            hidden = any(part.startswith((".", "__pycache__")) for part in inside.parts)
+            if path.is_file() and not hidden and (path.suffix in _SUFFIXES or path.name == "py.typed"):
                 yield "/".join([*package.split(".")[1:], *inside.parts]), path
 
 

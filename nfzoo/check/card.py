@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nfzoo.check.report import Report
-from nfzoo.data.images import ImageFolder
+from nfzoo.data.images import ImageFolder, Images
 from nfzoo.data.source import HUB, split_options
 from nfzoo.runtime.output import escaped, markdown_text
 
@@ -22,8 +22,8 @@ _UPPER = ((10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7,
 def data_card(report: Report, *, name: str | None = None, license: str | None = None) -> str:
     """Return the card of checked data, as Markdown after a YAML header.
 
-    Of a folder of images for each class, the header also has the names of the labels and the number of images of each
-    split, which the `datasets` library compares with what it finds.
+    Of a folder of images for each class, without folders in them, the header also has the names of the labels and the
+    number of images of each split, which the `datasets` library compares with what it finds.
 
     Args:
         report: what `nfzoo.check.report.check` found.
@@ -46,14 +46,15 @@ def data_card(report: Report, *, name: str | None = None, license: str | None = 
         size_categories=[size_category(images)],
         dataset_info=_info(report),
     )
-    facts = [("images", f"{images:,}"), ("classes", f"{len(_classes(report)):,}"), ("layout", report.layout)]
+    layout = report.layout.partition(",")[0]  # what follows is about training
+    facts = [("images", f"{images:,}"), ("classes", f"{len(_classes(report)):,}"), ("layout", layout)]
     facts += [(side, f"{low:,} to {high:,} pixels, median {mid:,g}") for side, (low, mid, high) in report.sides.items()]
     facts += [("modes", ", ".join(f"{mode} {count:,}" for mode, count in report.facts.modes.items()))]
     if report.unreadable:
         facts.append(("cannot be read", f"{report.unreadable:,} images"))
     parts = list(report.counts)
     rows = [(label, *(f"{report.counts[part].get(label, 0):,}" for part in parts)) for label in _classes(report)]
-    totals = ("images", *(f"{len(report.facts.parts[part]):,}" for part in parts))
+    totals = ("in all", *(f"{len(report.facts.parts[part]):,}" for part in parts))
     said = (
         f"`{license}`" if license else "To be filled in by whoever publishes the data: `license:` in the header above."
     )
@@ -62,7 +63,7 @@ def data_card(report: Report, *, name: str | None = None, license: str | None = 
         f"Images for {kind} classification.",
         _table(("", ""), facts),
         "## Labels",
-        _table(("label", *parts), [*rows, totals]),
+        _table(("label", *("images" if part == "all" else part for part in parts)), [*rows, totals]),
         "## Licence",
         said,
     ]
@@ -94,7 +95,7 @@ def _info(report: Report) -> dict[str, Any] | None:
 
     The numbers are left out where nfzoo left out files, which `datasets` may read.
     """
-    if not all(isinstance(part, ImageFolder) and part.root == Path() for part in report.facts.parts.values()):
+    if not all(map(_in_folders, report.facts.parts.values())):
         return None
     names = {str(i): label for i, label in enumerate(_classes(report))}
     label = {"name": "label", "dtype": {"class_label": {"names": names}}}
@@ -103,6 +104,13 @@ def _info(report: Report) -> dict[str, Any] | None:
     if None not in splits and len(splits) == len(report.facts.parts) and not report.warnings:
         info["splits"] = [{"name": name, "num_examples": count} for name, count in splits.items()]
     return info
+
+
+def _in_folders(images: Images) -> bool:
+    """Return whether the folder that each image lies in is its class, as `datasets` takes it; not one further below."""
+    if not isinstance(images, ImageFolder) or images.root != Path():
+        return False
+    return all(Path(images.name(i)).parent.name == images.classes[images.labels[i]] for i in range(len(images)))
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]] | list[tuple[str, str]]) -> str:

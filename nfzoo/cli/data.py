@@ -107,8 +107,8 @@ def _card(options: argparse.Namespace) -> None:
         with replaced(output) as scratch:
             scratch.write_text(card, encoding="utf-8")
         print(f"wrote {escaped(str(output))}")
-    if found := len(report.findings()):
-        print(f"`nfzoo data check` has {found} findings about these data", file=sys.stderr)
+    if report.findings():
+        print("`nfzoo data check` finds faults in these data", file=sys.stderr)
 
 
 def _report(options: argparse.Namespace) -> Report:

@@ -30,7 +30,7 @@ def test_a_folder_of_classes(pets: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert nfzoo(["data", "card", str(pets), "--output", str(readme), "--workers", "0", "--license", "mit"]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"wrote {readme}\n"
-    assert "nfzoo data check` has 2 findings" in shown.err  # one class in each part alone
+    assert "`nfzoo data check` finds faults" in shown.err  # one class in each part alone
     card = DatasetCard.load(readme)
     assert card.data.to_dict() == {
         "license": "mit",
@@ -46,7 +46,7 @@ def test_a_folder_of_classes(pets: Path, capsys: pytest.CaptureFixture[str]) -> 
             "splits": [{"name": "train", "num_examples": 22}, {"name": "validation", "num_examples": 3}],
         },
     }
-    for line in ("| label | train | val |", "| bird | 0 | 1 |", "| cat | 12 | 2 |", "| images | 22 | 3 |"):
+    for line in ("| label | train | val |", "| bird | 0 | 1 |", "| cat | 12 | 2 |", "| in all | 22 | 3 |"):
         assert line in card.text
     assert "| width | 24 to 24 pixels, median 24 |" in card.text
     assert str(pets.parent) not in card.content
@@ -85,7 +85,7 @@ def test_other_layouts_have_their_labels_in_the_text(pets: Path, tmp_path: Path)
     card = DatasetCard(data_card(several))
     assert card.data.to_dict()["task_ids"] == ["multi-label-image-classification"]
     assert "dataset_info" not in card.data.to_dict()
-    assert "| a | 1 |\n| b | 2 |\n| images | 3 |" in card.text
+    assert "| label | images |\n| --- | --- |\n| a | 1 |\n| b | 2 |\n| in all | 3 |" in card.text
     write_shard(tmp_path / "x.tar", {"a": 2, "b": 1})
     card = DatasetCard(data_card(check(str(tmp_path / "x.tar")), name="Shards"))
     assert "dataset_info" not in card.data.to_dict()
@@ -100,6 +100,14 @@ def test_numbers_that_others_may_count_differently_are_left_out(pets: Path) -> N
     info = DatasetCard(data_card(check(str(pets)))).data.to_dict()["dataset_info"]
     assert "features" in info
     assert "splits" not in info
+
+
+def test_folders_in_a_class_are_no_labels(pets: Path) -> None:
+    """`datasets` takes the folder that an image lies in for its label, and would not know it."""
+    write_images(pets / "val" / "cat", {"more": 1}, seed=2)
+    card = DatasetCard(data_card(check(str(pets))))
+    assert "| cat | 12 | 3 |" in card.text
+    assert "dataset_info" not in card.data.to_dict()
 
 
 @each("label", ["<b>x", "a|b", "`x`", "# x", "[a](b)", "no", "1", "null", "a: b", "\x1b[2J", "{{x}}"])

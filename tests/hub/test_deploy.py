@@ -112,6 +112,20 @@ def test_the_requirements_are_those_of_the_package():
     assert not {"nfzoo", "gradio", "pytest", "jax"} & names
 
 
+def test_the_sources_are_those_that_git_has():
+    """No file that happens to lie among them, such as weights, a picture or compiled code, goes with them."""
+    root = Path(__file__).resolve().parents[2]
+    listed = subprocess.run(
+        ["git", "ls-files", "nfzoo", "hub", "conversion", "recipes"], cwd=root, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("this is no clone")
+    tracked = {name if name.startswith("nfzoo/") else f"nfzoo/{name}" for name in listed.stdout.splitlines()}
+    sent = {name for name in space_files(SPACE, ["nfnet-f0"]).files if name.startswith("nfzoo/")}
+    assert tracked <= sent
+    assert {Path(name).suffix for name in sent} == {Path(name).suffix for name in tracked}
+
+
 @each(
     ("models", "options", "told"),
     [

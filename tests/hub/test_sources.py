@@ -148,6 +148,8 @@ def test_what_is_asked_for_by_revision_is_taken_as_it_is(zoo, npz, params):
     other = pickle.dumps(to_haiku(VARIANTS[ZOO].config, random_params(VARIANTS[ZOO].config, seed=5)), 4)
     zoo.add(COPY, {"model.npz": other})
     assert_same(nfzoo.from_pretrained(f"hub:{COPY}").state_dict(), params)
+    with pytest.raises(CheckpointError, match="lacks config"):  # what is known of one file is not of another
+        nfzoo.from_pretrained(f"hub:{COPY}", layout="timm")
     moved = nfzoo.from_pretrained(f"hub:{COPY}", layout="haiku", revision="main")
     assert moved.provenance is not None
     assert moved.provenance["sha256"] == hashlib.sha256(other).hexdigest()
