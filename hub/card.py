@@ -206,11 +206,11 @@ def _reproduction(
     origin = {key: provenance.get(key) for key in ("url", "repository", "revision", "format")}
     published = re.fullmatch(re.escape(PUBLISHED) + r"/(F[0-6])_haiku\.npz", str(origin["url"]))
     if published:
-        parts.append(_sh("The weights, converted:", f"nfzoo convert dm:{published[1]} {title}"))
+        parts.append(_sh("The published weights, converted:", f"nfzoo convert dm:{published[1]} {title}"))
     elif is_repository(str(origin["repository"])) and re.fullmatch("[0-9a-f]{40}", str(origin["revision"])):
         layout = ', layout="haiku"' if str(origin["format"]).startswith("haiku") else ""
         call = f'nfzoo.from_pretrained("{HUB}{origin["repository"]}", revision="{origin["revision"]}"{layout})'
-        parts.append(f'The weights, converted:\n\n```py\n{call}.save_pretrained("{title}")\n```')
+        parts.append(f'The published weights, converted:\n\n```py\n{call}.save_pretrained("{title}")\n```')
     if RUN_FILE in files:
         data = provenance.get("data")
         known = isinstance(data, str) and (data == DIGITS or data.startswith(HUB))

@@ -23,7 +23,7 @@ from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError, nearest, without_credentials
 from nfzoo.files import nearest_path, read_json
 from nfzoo.hub.download import Source, UnreachableError
-from nfzoo.hub.registry import COPIES, ORIGINALS, PUBLIC, Layout, Repository, repository_of
+from nfzoo.hub.registry import COPIES, HUB, ORIGINALS, PUBLIC, Layout, Repository, repository_of
 
 logger = logging.getLogger("nfzoo")
 
@@ -122,14 +122,16 @@ def _sources(name: str, options: Options) -> Iterator[tuple[str, Callable[[], Fo
         yield _hub(name, first.at(options.revision), options)
     if options.layout == "timm" or name not in COPIES:
         return
-    # A revision is one of a certain repository, and a forced download asks that repository for what is new.
-    certain = options.revision is not None or options.force_download
-    if options.layout == "haiku" and certain:
-        yield _hub(name, COPIES[name].at(options.revision), options)
-    elif not certain:
-        if COPIES[name].sha256 is not None:
-            yield _hub(name, COPIES[name], options)
-        yield _original(name, options)
+    if options.revision is not None or options.force_download:  # which concern a certain repository
+        if options.layout == "haiku":
+            raise CheckpointError(
+                f"revision and force_download concern a repository: name it, {HUB}{COPIES[name].repo_id} instead of "
+                f"{name}"
+            )
+        return
+    if COPIES[name].sha256 is not None:
+        yield _hub(name, COPIES[name], options)
+    yield _original(name, options)
 
 
 def _hub(name: str, repository: Repository, options: Options) -> tuple[str, Callable[[], Found]]:

@@ -56,7 +56,9 @@ def data_card(report: Report, *, name: str | None = None, license: str | None = 
     rows = [(label, *(f"{report.counts[part].get(label, 0):,}" for part in parts)) for label in _classes(report)]
     totals = ("in all", *(f"{len(report.facts.parts[part]):,}" for part in parts))
     said = (
-        f"`{license}`" if license else "To be filled in by whoever publishes the data: `license:` in the header above."
+        markdown_text(license)
+        if license
+        else "To be filled in by whoever publishes the data: `license:` in the header above."
     )
     sections = [
         f"# {markdown_text(title)}",
@@ -108,7 +110,7 @@ def _info(report: Report) -> dict[str, Any] | None:
 
 def _in_folders(images: Images) -> bool:
     """Return whether the folder that each image lies in is its class, as `datasets` takes it; not one further below."""
-    if not isinstance(images, ImageFolder) or images.root != Path():
+    if not isinstance(images, ImageFolder) or images.multi_label or images.root != Path():
         return False
     return all(Path(images.name(i)).parent.name == images.classes[images.labels[i]] for i in range(len(images)))
 
