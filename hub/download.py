@@ -127,7 +127,13 @@ class Source:
                 f"{self} asks for consent: accept its terms on its page, then log in with `hf auth login`",
                 "it asks for consent",
             ) from error
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        except RevisionNotFoundError as error:
+            raise UnreachableError(
+                f'{self} does not exist; revision="main" takes the newest (there is also no such folder here'
+                f"{self._instead})",
+                "it has no such revision",
+            ) from error
+        except RepositoryNotFoundError as error:
             raise UnreachableError(
                 f"{self} does not exist, or is private: check its name, or log in with `hf auth login` (there is also "
                 f"no such folder here{self._instead})",
