@@ -46,6 +46,7 @@ FASHION_CLASSES = (
 _NAME = re.compile(r"(.*?)(train|t10k|test)-(images-idx3|labels-idx1)-ubyte(\.gz)?")
 _FASHION_FOLDERS = ("fashion-mnist", "fashionmnist", "fashion_mnist")
 _LARGEST = 1 << 31  # bytes of pixels
+_CHUNK = 1 << 20
 
 
 class IDXFiles(NamedTuple):
@@ -141,7 +142,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             opened = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
             shape = _shape(cast(BinaryIO, opened), path, dimensions)
             count = math.prod(shape)
-            content = opened.read(count + 1)
+            content = bytearray()  # which grows with what is there, not with what the header promises
+            while len(content) <= count and (chunk := opened.read(min(_CHUNK, count + 1 - len(content)))):
+                content += chunk
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{str(path)!r} cannot be read ({error}); fetch it anew") from error
     if not count:
@@ -149,7 +152,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     if len(content) != count:
         more = "more" if len(content) > count else f"only {len(content):,}"
         raise DataError(f"{str(path)!r} promises {count:,} bytes and has {more}; fetch it anew")
-    return np.frombuffer(content, np.uint8).reshape(shape)
+    numbers = np.frombuffer(content, np.uint8).reshape(shape)
+    numbers.setflags(write=False)  # images share their memory
+    return numbers
 
 
 def _shape(file: BinaryIO, path: Path, dimensions: int) -> tuple[int, ...]:
