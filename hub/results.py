@@ -30,6 +30,7 @@ VALIDATION_IMAGES = 50_000  # of ImageNet
 
 EVAL_FOLDER = ".eval_results"
 EMISSIONS_FILE = "emissions.csv"
+LONGEST_PLACE = 200
 MOST_EMISSIONS = 1 << 20  # bytes; a run adds a row of some 500
 
 _METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy")}
@@ -153,7 +154,8 @@ def emissions(folder: Path, description: Description) -> dict[str, Any] | None:
     if not rows or not (math.isfinite(grams) and grams >= 0):
         logger.warning("%s is left out of the card: it is no file that CodeCarbon writes", path)
         return None
-    last = {key: value.strip() for key, value in rows[-1].items() if isinstance(key, str) and isinstance(value, str)}
+    texts = {key: value for key, value in rows[-1].items() if isinstance(key, str) and isinstance(value, str)}
+    last = {key: " ".join(value.split())[:LONGEST_PLACE] for key, value in texts.items()}
     provenance = description.provenance or {}
     started = provenance.get("trained_from")
     count = re.sub(r"\.0+$", "", last.get("gpu_count", ""))

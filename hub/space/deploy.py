@@ -19,6 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Sp
 
 from nfzoo import __version__
 from nfzoo.errors import ConfigError, HubError
+from nfzoo.files import read_text
 from nfzoo.hub.publish import CARD_FILE, check_name, refusals
 from nfzoo.hub.registry import HUB, repository_of
 
@@ -35,12 +36,12 @@ _OWN = (".gitattributes", CARD_FILE)  # what a new Space of the Hub holds
 _APP = '''\
 """Run the Space; `nfzoo space deploy` wrote it, and nfzoo-space.json holds its models."""
 
-import json
 from pathlib import Path
 
+from nfzoo.files import read_json
 from nfzoo.hub.space.app import main
 
-main(json.loads(Path(__file__).with_name("nfzoo-space.json").read_text(encoding="utf-8"))["models"])
+main(read_json(Path(__file__).with_name("nfzoo-space.json"))["models"])
 '''
 
 
@@ -105,7 +106,7 @@ def space_files(
 
 def _card(title: str, repositories: Sequence[str]) -> str:
     """Return the Space's card: the settings of nfzoo's own, with this title and these models."""
-    own = SpaceCard((_HERE / CARD_FILE).read_text(encoding="utf-8")).data.to_dict()
+    own = SpaceCard(read_text(_HERE / CARD_FILE)).data.to_dict()
     settings = {**own, "title": title, "models": list(repositories), "tags": ["nfzoo", "image-classification"]}
     listed = "\n".join(f"- [{name}](https://huggingface.co/{name})" for name in repositories)
     text = f"""\

@@ -110,7 +110,7 @@ def test_folders_in_a_class_are_no_labels(pets: Path) -> None:
     assert "dataset_info" not in card.data.to_dict()
 
 
-@each("label", ["<b>x", "a|b", "`x`", "# x", "[a](b)", "no", "1", "null", "a: b", "\x1b[2J", "{{x}}"])
+@each("label", ["<b>x", "a|b", "`x`", "# x", "[a](b)", "no", "1", "null", "a: b", "\x1b[2J", "a\n---\nb", "{{x}}"])
 def test_labels_are_text(label: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "d", ignore_errors=True)
     folder = write_images(tmp_path / "d", {"zebra": 1})

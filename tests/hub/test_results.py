@@ -157,6 +157,11 @@ def test_emissions_that_codecarbon_measured(model, tmp_path, caplog):
     found = emissions(folder, scratch)
     assert found is not None
     assert (found["training_type"], found["hardware_used"]) == ("pre-training", "AMD EPYC")
+    place = '"que\n---\nlicense: x\n---\nbec"'
+    (folder / "emissions.csv").write_text(CARBON.replace("bavaria", place))
+    found = ModelCard(bundle(folder, REPO).card).data.to_dict()
+    assert found["co2_eq_emissions"]["geographical_location"] == "que --- license: x --- bec, Germany"
+    assert found["license"] == "apache-2.0"
     assert not caplog.messages
     header = CARBON.splitlines()[0]
     for text in (
