@@ -146,12 +146,12 @@ def read(
     name = str(source)
     if name.startswith("dm:"):
         path = fetch(name, progress=progress, require_hash=require_hash)
-        return _read_haiku(path, model, progress, {"url": published_url(name, PUBLISHED)})
+        return read_haiku(path, model=model, progress=progress, origin={"url": published_url(name, PUBLISHED)})
     path = Path(source)
     form = _form(path)
     if form == "haiku":
         _refuse_foreign(path)
-        return _read_haiku(path, model, progress, {})
+        return read_haiku(path, model=model, progress=progress)
     if form == "timm":
         description, params = read_timm(path, model=model, allow_pickle=allow_pickle)
         return Weights(description, params, (description.provenance or {})["format"])
@@ -170,7 +170,7 @@ def read(
 
 def is_name(source: str) -> bool:
     """Return whether `source` names no file here and nothing of DeepMind's, so that only the Hub can know it."""
-    return not source.startswith("dm:") and _form(Path(source)) == "name"
+    return source.startswith("hub:") or (not source.startswith("dm:") and _form(Path(source)) == "name")
 
 
 def _form(path: Path) -> Literal["nfzoo", "haiku", "timm", "checkpoint", "name"]:
@@ -211,7 +211,20 @@ def _describes_itself(path: Path) -> bool:
     return True
 
 
-def _read_haiku(path: Path, model: str | None, progress: bool, origin: Mapping[str, str]) -> Weights:
+def read_haiku(
+    path: Path, *, model: str | None = None, progress: bool = False, origin: Mapping[str, str] | None = None
+) -> Weights:
+    """Read a file of Haiku parameters, of which nothing is executed.
+
+    Args:
+        path: the file.
+        model: the zoo's name, where names and shapes do not tell the model, or to insist on one.
+        progress: show a bar on standard error.
+        origin: more facts for the provenance.
+
+    Raises:
+        ConversionError: for a file that is refused, or holds another model.
+    """
     with open_source(path) as source:
         row, config = recognize({name: array.shape for name, array in source.arrays.items()}, model)
         total = sum(array.dtype.itemsize * math.prod(array.shape) for array in source.arrays.values())
@@ -222,7 +235,7 @@ def _read_haiku(path: Path, model: str | None, progress: bool, origin: Mapping[s
         "source": path.name,
         "sha256": file_sha256(path),
         "bytes": path.stat().st_size,
-        **origin,
+        **(origin or {}),
     }
     # DeepMind published its files under these names; whoever trains on other classes does not.
     published = config.num_classes == 1000 and path.name == f"{row.name.removeprefix('nfnet-').upper()}_haiku.npz"

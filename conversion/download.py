@@ -51,7 +51,15 @@ def published_url(name: str, base: str | None = None) -> str:
     return f"{base.rstrip('/')}/{match[1].upper()}_haiku.npz"
 
 
-def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> Path:
+def fetch(
+    name: str,
+    *,
+    progress: bool = False,
+    require_hash: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    attempts: int = ATTEMPTS,
+) -> Path:
     """Return the file of `dm:F0` … `dm:F6` from the cache, downloading it first if it is not there.
 
     The length is checked, and the MD5 where the server states it (Google's does); where it does not, a warning says so.
@@ -60,23 +68,27 @@ def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> P
     Args:
         progress: show a bar on standard error.
         require_hash: ask the server for the MD5 of a file from the cache too, and refuse one that it states none of.
+        cache_dir: where downloads are kept, in the folder `nfzoo`; the Hub's by default.
+        local_files_only: raise an error rather than download.
+        attempts: how often to try.
 
     Raises:
         ConversionError: if there is no such file, or it cannot be downloaded, with the reason.
     """
     url = published_url(name)
     shown = without_credentials(url)
-    folder = Path(constants.HF_HOME) / "nfzoo" / hashlib.sha256(url.encode()).hexdigest()[:8]
+    folder = Path(cache_dir or constants.HF_HOME) / "nfzoo" / hashlib.sha256(url.encode()).hexdigest()[:8]
     target = folder / url.rpartition("/")[2]
     if target.is_file():
         if require_hash:
             _check_again(url, target)
         return target
-    if constants.HF_HUB_OFFLINE:
-        raise ConversionError(f"{shown} is not in the cache, {folder}, and HF_HUB_OFFLINE forbids to fetch it")
+    if constants.HF_HUB_OFFLINE or local_files_only:
+        reason = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only"
+        raise ConversionError(f"{shown} is not in the cache, {folder}, and {reason} forbids to fetch it")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(target, wait=True):
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             if target.is_file():  # downloaded by another process while this one waited
                 break
             try:
@@ -84,9 +96,9 @@ def fetch(name: str, *, progress: bool = False, require_hash: bool = False) -> P
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if isinstance(error, ConversionError):
                     raise
-                if attempt == ATTEMPTS or not _may_pass(error):
+                if attempt == attempts or not _may_pass(error):
                     raise ConversionError(
-                        f"{shown} could not be fetched (attempt {attempt} of {ATTEMPTS}): "
+                        f"{shown} could not be fetched (attempt {attempt} of {attempts}): "
                         f"{str(error) or type(error).__name__}. Check the connection, or name a mirror in "
                         "NFZOO_DM_URL; another call resumes the download"
                     ) from error

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
+import shlex
 from collections.abc import Collection, Mapping
-from pathlib import PurePath
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from nfzoo.checkpoint.model_folder import Description
+from nfzoo.conversion.download import PUBLISHED
+from nfzoo.data.images import DIGITS
 from nfzoo.data.labels import imagenet
-from nfzoo.errors import CheckpointError
 from nfzoo.evaluate import EVALUATION_FILE
+from nfzoo.hub.registry import HUB, PUBLIC, is_repository
+from nfzoo.hub.results import IMAGENET, measured, trained, training_data
 from nfzoo.model import mac_count, parameter_count
-from nfzoo.runtime.output import escaped
-from nfzoo.train.run_folder import CURVES_FILE
+from nfzoo.runtime.output import escaped, markdown_text
+from nfzoo.train.run_folder import CURVES_FILE, RUN_FILE
 from nfzoo.variants import VARIANTS
-
-IMAGENET = "imagenet-1k"
 
 _FAMILY = {"nfnet": "NFNet", "nf_resnet": "NF-ResNet", "nf_regnet": "NF-RegNet"}
 _RULES = {"deepmind": "DeepMind's released code", "timm": "timm"}
 
-_METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy")}
-_SET_METRICS = {
-    "map": ("mean_average_precision", "mean average precision"),
-    "f1": ("f1", "macro F1"),
-    "micro_f1": ("f1", "micro F1"),
-}
 _SHOWN = {"top1": "top-1", "top5": "top-5", "map": "mean average precision", "f1": "macro F1", "micro_f1": "micro F1"}
 
-_MARKDOWN = frozenset(r"\`*_{}[]<>()#+-.!|~&$:@^=")
+# Pictures of ImageNet's classes for the Hub's page, which the cards of many models of others show too.
+_PICTURES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"
+_WIDGET = [{"src": f"{_PICTURES}/{name.lower()}.jpg", "example_title": name} for name in ("Tiger", "Teapot")]
 
 _CITATION = """\
 @inproceedings{brock2021characterizing,
@@ -58,6 +57,7 @@ def model_card(
     license: str = "apache-2.0",
     evaluation: Mapping[str, Any] | None = None,
     files: Collection[str] = (),
+    emissions: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the card of a model, as Markdown after a YAML header.
 
@@ -66,21 +66,27 @@ def model_card(
         license: the Hub's identifier of the licence of the weights.
         evaluation: what `nfzoo evaluate --json` wrote.
         files: names of the other files in the repository; the card shows the training curves if they are among them.
+        emissions: see `nfzoo.hub.results.emissions`.
 
     Source: https://huggingface.co/docs/hub/model-cards
     """
     config, preprocessing = description.config, description.preprocessing
     title = repo_id.rpartition("/")[2]
-    results = _trained(description) if evaluation is None else _results(description, evaluation)
+    results = trained(description) if evaluation is None else measured(description, evaluation)
+    base, data = _base_model(description), training_data(description)
     metadata = ModelCardData(
         license=license,
         library_name="nfzoo",
         tags=["nfzoo", "pytorch", "image-classification", "normalizer-free", config.family.replace("_", "-")],
         pipeline_tag="image-classification",
-        datasets=[IMAGENET] if _of_imagenet(description) else None,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=[data] if data else [IMAGENET] if _of_imagenet(description) else None,
         metrics=[results[0].metric_type] if results else None,
         model_name=title if results else None,
         eval_results=results or None,
+        co2_eq_emissions=None if emissions is None else dict(emissions),
+        widget=_WIDGET if description.labels == imagenet() else None,
     )
     size = preprocessing.test_size
     facts = [
@@ -108,8 +114,13 @@ def model_card(
         parts += ["## Training", f"![training curves]({CURVES_FILE})"]
     if description.provenance:
         known = {key: value for key, value in description.provenance.items() if value is not None}
-        rows = [(_cell(key), _cell(json.dumps(value, ensure_ascii=False))) for key, value in known.items()]
+        rows = [
+            (markdown_text(key), markdown_text(json.dumps(value, ensure_ascii=False))) for key, value in known.items()
+        ]
         parts += ["## Where the weights come from", _table(("", ""), rows)]
+    commands = _reproduction(repo_id, description, evaluation, files)
+    if commands:
+        parts += ["## Reproduce", *commands]
     parts += ["## Citation", f"```bibtex\n{_CITATION}\n```"]
     return f"---\n{metadata.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -117,9 +128,7 @@ def model_card(
 def _usage(repo_id: str, description: Description) -> str:
     if description.problem_type is not None:
         return f"""\
-```sh
-pip install nfzoo
-```
+{_install()}
 
 ```python
 import nfzoo
@@ -131,9 +140,7 @@ for label, probability in model.predict("photo.jpg"):  # the labels that reach t
     classes = description.config.num_classes
     logits = "model(image[None])" if description.temperature is None else "(model(image[None]) / model.temperature)"
     return f"""\
-```sh
-pip install nfzoo
-```
+{_install()}
 
 ```python
 import nfzoo
@@ -165,7 +172,78 @@ def _classes(description: Description) -> str:
     if labels == imagenet():
         return "1,000, those of ImageNet"
     more = ", …" if len(labels) > 10 else ""
-    return f"{len(labels):,}: " + ", ".join(map(_cell, labels[:10])) + more
+    return f"{len(labels):,}: " + ", ".join(map(markdown_text, labels[:10])) + more
+
+
+def _install() -> str:
+    """Return the commands that install nfzoo: from the address that the package names, else from a clone."""
+    try:
+        addresses = importlib.metadata.metadata("nfzoo").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        addresses = []
+    for address in addresses:
+        name, _, url = address.partition(", ")
+        if name.lower() in ("repository", "source", "source code"):
+            return f"```sh\npip install git+{url}\n```"
+    return "nfzoo is not on PyPI yet. In a clone of its repository:\n\n```sh\npip install .\n```"
+
+
+def _base_model(description: Description) -> str | None:
+    """Return the repository of the weights that the training began with, if it is one of the Hub."""
+    source = (description.provenance or {}).get("trained_from")
+    if not isinstance(source, str):
+        return None
+    source = PUBLIC[source].repo_id if source in PUBLIC else source.removeprefix(HUB)
+    return source if is_repository(source) else None
+
+
+def _reproduction(
+    repo_id: str, description: Description, evaluation: Mapping[str, Any] | None, files: Collection[str]
+) -> list[str]:
+    """Return what makes the weights and the evaluation anew, as far as it is known: sentences and commands."""
+    title, provenance = shlex.quote(repo_id.rpartition("/")[2]), description.provenance or {}
+    parts = []
+    origin = {key: provenance.get(key) for key in ("url", "repository", "revision", "format")}
+    published = re.fullmatch(re.escape(PUBLISHED) + r"/(F[0-6])_haiku\.npz", str(origin["url"]))
+    if published:
+        parts.append(_sh("The published weights, converted:", f"nfzoo convert dm:{published[1]} {title}"))
+    elif is_repository(str(origin["repository"])) and re.fullmatch("[0-9a-f]{40}", str(origin["revision"])):
+        layout = ', layout="haiku"' if str(origin["format"]).startswith("haiku") else ""
+        call = f'nfzoo.from_pretrained("{HUB}{origin["repository"]}", revision="{origin["revision"]}"{layout})'
+        parts.append(f'The published weights, converted:\n\n```py\n{call}.save_pretrained("{title}")\n```')
+    if RUN_FILE in files:
+        data = provenance.get("data")
+        known = isinstance(data, str) and (data == DIGITS or data.startswith(HUB))
+        where = "" if known else ", beside the folder of the data, or with `--data FOLDER`"
+        fetch = f"hf download {shlex.quote(repo_id)} {RUN_FILE} --local-dir ."
+        train = f"nfzoo train --recipe {RUN_FILE} --output runs/{title}"
+        parts.append(_sh(f"The training{where}:", fetch, train))
+    if evaluation is not None:
+        parts.append(
+            _sh(f"The evaluation{_versions(evaluation)}:", _evaluate_command(repo_id, description, evaluation))
+        )
+    return parts
+
+
+def _sh(sentence: str, *commands: str) -> str:
+    return f"{sentence}\n\n```sh\n" + "\n".join(map(escaped, commands)) + "\n```"
+
+
+def _versions(evaluation: Mapping[str, Any]) -> str:
+    known = [f"{name} {markdown_text(str(evaluation[name]))}" for name in ("nfzoo", "torch") if evaluation.get(name)]
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _evaluate_command(repo_id: str, description: Description, evaluation: Mapping[str, Any]) -> str:
+    data = evaluation["dataset"]
+    words = ["nfzoo", "evaluate", repo_id, "--data", HUB + data if is_repository(data.partition(":")[0]) else data]
+    if description.problem_type is not None:
+        words += ["--labels", "labels.csv"]
+    if evaluation["size"] != description.preprocessing.test_size:
+        words += ["--size", str(evaluation["size"])]
+    if evaluation.get("skipped"):
+        words += ["--skip-broken"]
+    return shlex.join([*words, "--json", EVALUATION_FILE])
 
 
 def _of_imagenet(description: Description) -> bool:
@@ -174,51 +252,9 @@ def _of_imagenet(description: Description) -> bool:
     return description.labels == imagenet() and "trained_from" not in provenance
 
 
-def _results(description: Description, evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    measured = _METRICS if description.problem_type is None else _SET_METRICS
-    for key, kind in (("dataset", str), ("images", int), *((key, float | int) for key in measured), ("size", int)):
-        if not isinstance(evaluation.get(key), kind):
-            raise CheckpointError(
-                f"{EVALUATION_FILE} lacks {key!r}, or it is of another type; write it with `nfzoo evaluate --json`"
-            )
-    whole = description.labels == imagenet() and evaluation.get("classes") == 1000
-    return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=IMAGENET if whole else "imagefolder",
-            dataset_name=evaluation["dataset"],
-            dataset_split=evaluation.get("split"),
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(float(evaluation[key]), 6),
-        )
-        for key, (kind, name) in measured.items()
-    ]
-
-
-def _trained(description: Description) -> list[EvalResult]:
-    """Return the accuracy, or mean average precision, on held-out images that `nfzoo train` notes in the provenance."""
-    provenance = description.provenance or {}
-    kind, name = ("accuracy", "top-1 accuracy") if description.problem_type is None else _SET_METRICS["map"]
-    accuracy, data = provenance.get("accuracy" if description.problem_type is None else "map"), provenance.get("data")
-    if not isinstance(accuracy, float) or not isinstance(data, str):
-        return []
-    return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type="imagefolder",
-            dataset_name=PurePath(data).name or data,
-            dataset_split="validation",
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(accuracy, 6),
-        )
-    ]
-
-
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
-    data = _cell(str(evaluation["dataset"])) + (
-        f", {_cell(str(evaluation['split']))}" if evaluation.get("split") else ""
+    data = markdown_text(str(evaluation["dataset"])) + (
+        f", {markdown_text(str(evaluation['split']))}" if evaluation.get("split") else ""
     )
     rows = [
         ("data", data),
@@ -232,8 +268,3 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """Escape text that would be Markdown, HTML, a formula or a link in a table, and characters that cannot be seen."""
-    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in escaped(text))

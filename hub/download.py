@@ -9,12 +9,11 @@ no hash. A warning then says that nothing was checked, or the file is refused if
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
@@ -40,17 +39,46 @@ from nfzoo.checkpoint.weight_files import read_index
 from nfzoo.conversion.timm import PICKLED_FILE
 from nfzoo.conversion.timm_config import is_timm
 from nfzoo.data.hf_datasets import is_unreachable
-from nfzoo.errors import CheckpointError
-from nfzoo.files import open_regular, read_json
-from nfzoo.hub.registry import Repository
+from nfzoo.errors import CheckpointError, without_credentials
+from nfzoo.files import read_json
+from nfzoo.hub.cached import as_hash, file_hash, other_file, remove, stated_hash
+from nfzoo.hub.registry import HAIKU_FILE, Layout, Repository
 
 logger = logging.getLogger("nfzoo")
 
-# What the Hub's client raises when a connection fails: the base class of its HTTP library (httpx, httpx2), which is no
-# OSError.
 RETRY_SECONDS = 1.0
 
+# What the Hub's client raises when a connection fails: the base class of its HTTP library (httpx, httpx2), which is no
+# OSError.
 HTTP_ERROR: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+
+
+class UnreachableError(CheckpointError):
+    """A repository from which no model can be had now: it, its file or the Hub is not there, or refuses to answer.
+
+    Attributes:
+        reason: why, in a few words.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = without_credentials(reason)
+
+
+class Fetched(NamedTuple):
+    """The files of a model in the cache.
+
+    Attributes:
+        path: the snapshot folder, with `config.json` and a weight file; of the layout `haiku` the file.
+        layout: whose files they are.
+        commit: of the repository.
+        sha256: of the weight file, if it is known.
+    """
+
+    path: Path
+    layout: Layout
+    commit: str
+    sha256: str | None
 
 
 class Source:
@@ -84,38 +112,54 @@ class Source:
         at = "" if revision == "main" else f" at revision {revision!r}"
         return f"the Hub repository {self.repository.repo_id!r}{at}"
 
-    def fetch(self) -> tuple[Path, str | None]:
-        """Return the snapshot folder, with `config.json` and a weight file, and the latter's sha256 if it is known.
+    def fetch(self) -> Fetched:
+        """Return the files of the model, fetched if the cache lacks them, and checked.
 
         Raises:
-            CheckpointError: for a missing or private repository, a failed connection, and damaged files; with
-                `require_hash` also for files that no hash is known of.
+            UnreachableError: for a missing or private repository or file, and a connection or server that fails.
+            CheckpointError: for damaged files, and those of other libraries; with `require_hash` also for files that no
+                hash is known of.
         """
         try:
-            folder, sha256 = self._fetch()
+            fetched = self._fetch()
         except GatedRepoError as error:
-            raise CheckpointError(
-                f"{self} asks for consent: accept its terms on its page, then log in with `hf auth login`"
+            raise UnreachableError(
+                f"{self} asks for consent: accept its terms on its page, then log in with `hf auth login`",
+                "it asks for consent",
             ) from error
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise CheckpointError(
+        except RevisionNotFoundError as error:
+            raise UnreachableError(
+                f'{self} does not exist; revision="main" takes the newest (there is also no such folder here'
+                f"{self._instead})",
+                "it has no such revision",
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise UnreachableError(
                 f"{self} does not exist, or is private: check its name, or log in with `hf auth login` (there is also "
-                f"no such folder here{self._instead})"
+                f"no such folder here{self._instead})",
+                "it does not exist, or is private",
             ) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             reason = f" ({error.__cause__})" if str(error.__cause__ or "") else ""
             why = f"the Hub cannot be reached{reason}: check the connection, then call again"
             if self.local:
                 why = "offline mode or local_files_only keeps it from being fetched"
-            raise CheckpointError(f"{self} is not whole in the cache, and {why}{self._instead}") from error
+            raise UnreachableError(
+                f"{self} is not whole in the cache, and {why}{self._instead}",
+                "it is not whole in the cache, and must not be fetched" if self.local else "the Hub cannot be reached",
+            ) from error
         except EntryNotFoundError as error:
-            raise CheckpointError(
-                f"{self} lacks {CONFIG_FILE} or {WEIGHTS_FILE}: it holds no nfzoo model (if it was mended since, "
-                "force_download=True looks again)"
+            raise UnreachableError(
+                f"{self} lacks {self._lacking}: it holds no nfzoo model (if it was mended since, "
+                "force_download=True looks again)",
+                f"it lacks {self._lacking}",
             ) from error
         except (HFValidationError, HTTP_ERROR, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{self} could not be read: {reason}; call again to try again") from error
+            message = f"{self} could not be read: {reason}; call again to try again"
+            if isinstance(error, HTTP_ERROR | ConnectionError | TimeoutError):
+                raise UnreachableError(message, reason) from error
+            raise CheckpointError(message) from error  # a body of another length, a disk that is full
         if self._unchecked:
             logger.warning(
                 "%s of %s could not be checked: the server states no hash, as a mirror or a proxy may; "
@@ -123,10 +167,26 @@ class Source:
                 " and ".join(self._unchecked),
                 self,
             )
-        return folder, sha256
+        return fetched
 
-    def _fetch(self) -> tuple[Path, str | None]:
-        config = self._file(CONFIG_FILE, self.repository.revision)
+    @property
+    def _lacking(self) -> str:
+        return HAIKU_FILE if self.repository.layout == "haiku" else f"{CONFIG_FILE} or {WEIGHTS_FILE}"
+
+    def _fetch(self) -> Fetched:
+        if self.repository.layout == "haiku":
+            return self._fetch_haiku()
+        try:
+            config = self._file(CONFIG_FILE, self.repository.revision)
+        except EntryNotFoundError as error:
+            if self.repository.layout is not None or not self._may_hold_haiku(error):
+                raise
+            try:
+                return self._fetch_haiku()
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                raise error from None
         names = [WEIGHTS_FILE]  # the first that is there counts
         try:
             fields = read_json(config)
@@ -158,8 +218,19 @@ class Source:
             else:
                 if name == INDEX_FILE:
                     self._fetch_shards(weights, commit)
-                return config.parent, _stated_hash(weights)
+                return Fetched(config.parent, layout, commit, stated_hash(weights))
         raise AssertionError("the loop returns or raises")
+
+    def _may_hold_haiku(self, error: EntryNotFoundError) -> bool:
+        """Return whether DeepMind's file may be where `config.json` is not; without a Hub, whether the cache has it."""
+        if not isinstance(error, LocalEntryNotFoundError):
+            return True
+        repo, revision = self.repository.repo_id, self.repository.revision
+        return isinstance(try_to_load_from_cache(repo, HAIKU_FILE, self.cache_dir, revision), str)
+
+    def _fetch_haiku(self) -> Fetched:
+        weights = self._file(HAIKU_FILE, self.repository.revision)
+        return Fetched(weights, "haiku", weights.parent.name, stated_hash(weights))
 
     def _fetch_shards(self, index: Path, commit: str) -> None:
         for name in sorted(set(read_index(index).values())):
@@ -180,15 +251,15 @@ class Source:
         if self.require_hash and not linked and not self.local:
             path = None  # a cache without links states no hash: the Hub has to
         if path is not None:
-            damage = self._damage(path, _stated_hash(path))
+            damage = self._damage(path, stated_hash(path))
             if damage is None:
-                return self._accepted(path, _stated_hash(path)) if linked or self.require_hash else path
+                return self._accepted(path, stated_hash(path)) if linked or self.require_hash else path
             if self.local:
                 raise CheckpointError(
                     f"{damage}; with a connection, and without offline mode or local_files_only, it is fetched again"
                 )
             logger.warning("%s; fetching it again", damage)
-            _remove(path)
+            remove(path)
         for last in (False, True):
             try:
                 path, stated = self._download(name, revision)
@@ -201,7 +272,7 @@ class Source:
             damage = self._damage(path, stated)
             if damage is None:
                 return self._accepted(path, stated)
-            _remove(path)
+            remove(path)
             if last:
                 raise CheckpointError(f"{damage}. It was so twice and was deleted; a proxy or mirror may be at fault")
             logger.warning("%s; fetching it again", damage)
@@ -209,7 +280,7 @@ class Source:
 
     def _accepted(self, path: Path, stated: str | None) -> Path:
         """Return a file that is not damaged; note it if no hash is known of it, or refuse it if one is required."""
-        if stated is None and (self.repository.sha256 is None or path.name != WEIGHTS_FILE):
+        if stated is None and (self.repository.sha256 is None or path.name != self.repository.weights_file):
             if self.require_hash:
                 raise CheckpointError(
                     f"{path.name} of {self} cannot be checked: the server states no hash, as a mirror or a proxy may; "
@@ -219,10 +290,14 @@ class Source:
         return path
 
     def _damage(self, path: Path, stated: str | None) -> str | None:
-        """Return the difference between a file's hash and those that are known for it, `None` if there is none."""
-        known = self.repository.sha256 if path.name == WEIGHTS_FILE else None
+        """Return how a file differs from what is known of it, in size or hash; `None` if it does not."""
+        repository, known = self.repository, None
+        if path.name == repository.weights_file:
+            known, size = repository.sha256, path.stat().st_size
+            if repository.size not in (None, size):
+                return f"{path.name} of {self} is damaged: it has {size:,} bytes, not {repository.size:,}"
         for expected in dict.fromkeys((known, stated)):
-            if expected is not None and (actual := _hash(path, expected)) != expected:
+            if expected is not None and (actual := file_hash(path, expected)) != expected:
                 return f"{path.name} of {self} is damaged: its hash is {actual}, not {expected}"
         return None
 
@@ -239,22 +314,27 @@ class Source:
     def _download(self, name: str, revision: str) -> tuple[Path, str | None]:
         """Return a file after asking the Hub for it, and the hash that the Hub states."""
         repo = self.repository.repo_id
-        if self.force or not self._reached:
+        pinned = name == self.repository.weights_file and self.repository.sha256 is not None
+        if self.force or pinned or not self._reached:
             # Where the Hub does not answer, its client falls back to the cache without a word, or tries for half a
             # minute.
             try:
-                get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=self.token)
+                metadata = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=self.token)
             except (HTTP_ERROR, OSError) as error:
                 if is_unreachable(error):
                     raise LocalEntryNotFoundError("the Hub cannot be reached") from error
                 if self.force:
                     raise
+            else:
+                known = self.repository
+                if pinned and (other := other_file(metadata, known.size, known.sha256)):
+                    raise CheckpointError(f"{name} of {self} is another file than nfzoo knows: {other}")
             self._reached = True
         path = Path(hf_hub_download(repo, name, revision=revision, cache_dir=self.cache_dir, token=self.token))
-        stated = _stated_hash(path)
+        stated = stated_hash(path)
         if stated is None:  # a cache without links, as on Windows: only the Hub knows
             url = hf_hub_url(repo, name, revision=path.parent.name)
-            stated = _as_hash(get_hf_file_metadata(url, token=self.token).etag)
+            stated = as_hash(get_hf_file_metadata(url, token=self.token).etag)
         return path, stated
 
 
@@ -265,29 +345,3 @@ def _may_pass(error: Exception) -> bool:
         return response is not None and response.status_code >= 500
     # The client's words for a body of the wrong length.
     return isinstance(error, HTTP_ERROR) or "Consistency check failed" in str(error)
-
-
-def _as_hash(name: str | None) -> str | None:
-    """Return `name` if it is a sha256 (64 hexadecimal digits) or git's sha1 (40); `None` for others."""
-    return name if name is not None and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name) else None
-
-
-def _stated_hash(path: Path) -> str | None:
-    """Return the hash that the cache states for a file of a snapshot: the name of the blob that it links to."""
-    return _as_hash(Path(os.readlink(path)).name) if path.is_symlink() else None
-
-
-def _hash(path: Path, like: str) -> str:
-    """Return the sha256 of a file, or git's hash of it: the sha1 of a header and the content."""
-    with open_regular(path) as file:
-        if len(like) == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _remove(path: Path) -> None:
-    blob = path.parent / os.readlink(path) if path.is_symlink() else None
-    path.unlink(missing_ok=True)
-    if blob is not None:
-        blob.unlink(missing_ok=True)

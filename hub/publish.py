@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -20,6 +21,7 @@ from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.files import nearest_path, read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
+from nfzoo.hub.results import emissions, eval_results
 from nfzoo.train.config import strict_yaml
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, public_data, public_model
 
@@ -51,13 +53,7 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
         HubError: for a name that no repository can have.
     """
     folder = Path(folder)
-    try:
-        validate_repo_id(repo_id)
-        organised = "/" in repo_id
-    except HFValidationError:
-        organised = False
-    if not organised:
-        raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
+    check_name(repo_id)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r}{nearest_path(folder)}")
     description, params = load_checkpoint(folder)
@@ -66,26 +62,62 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     except ConversionError as error:
         raise CheckpointError(f"the weights in {folder} are not to be published: {error}") from error
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
+    evaluation = _evaluation(folder / EVALUATION_FILE) if EVALUATION_FILE in extras else None
+    results = {} if evaluation is None else eval_results(repo_id, description, evaluation)
     if (folder / CARD_FILE).is_file():
         try:
             card = read_text(folder / CARD_FILE)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / CARD_FILE} is not text: {error}") from error
     else:
-        evaluation = None
-        if EVALUATION_FILE in extras:
-            try:
-                evaluation = read_json(folder / EVALUATION_FILE)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{folder / EVALUATION_FILE} is not JSON: {error}") from error
-            if not isinstance(evaluation, dict):
-                raise CheckpointError(f"{folder / EVALUATION_FILE} must hold a JSON object")
-        card = model_card(description, repo_id, license=license, evaluation=evaluation, files=extras)
+        carbon = emissions(folder, description)
+        options = {"license": license, "evaluation": evaluation, "emissions": carbon}
+        card = model_card(description, repo_id, files=extras, **options)
     _check_card(card, folder / CARD_FILE)
     files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), CONFIG_FILE, *extras)}
+    files |= results
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
     return Bundle({**files, CARD_FILE: card.encode()}, card)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        evaluation = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(evaluation, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return evaluation
+
+
+def check_name(repo_id: str) -> None:
+    """Raise a `HubError` for a name that no repository can have."""
+    try:
+        validate_repo_id(repo_id)
+        organised = "/" in repo_id
+    except HFValidationError:
+        organised = False
+    if not organised:
+        raise HubError(f"{repo_id!r} is no name of a repository: write ORGANISATION/NAME")
+
+
+@contextmanager
+def refusals(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub's client raises while it writes a repository into a `HubError`."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = "; log in with `hf auth login`, with a token that may write there" if status in (401, 403) else ""
+        raise HubError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())}{hint}") from error
+    except (HTTP_ERROR, HFValidationError, OSError, ValueError, RuntimeError) as error:
+        # The client wraps what goes wrong while a large file is sent in a RuntimeError.
+        reasons = dict.fromkeys(str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None)
+        raise HubError(
+            f"{repo_id!r} could not be published: {' '.join(' '.join(reasons).split())}; "
+            "check the connection and try again"
+        ) from error
 
 
 def _public_run(path: Path) -> bytes:
@@ -162,7 +194,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
         for name, file in content.files.items()
     ]
-    try:
+    with refusals(repo_id):
         api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -173,17 +205,6 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
             revision=revision,
             create_pr=create_pr,
         )
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        hint = "; log in with `hf auth login`, with a token that may write there" if status in (401, 403) else ""
-        raise HubError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())}{hint}") from error
-    except (HTTP_ERROR, HFValidationError, OSError, ValueError, RuntimeError) as error:
-        # The client wraps what goes wrong while a large file is sent in a RuntimeError.
-        reasons = dict.fromkeys(str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None)
-        raise HubError(
-            f"{repo_id!r} could not be published: {' '.join(' '.join(reasons).split())}; "
-            "check the connection and try again"
-        ) from error
     return str(commit.commit_url)
 
 

@@ -1,1 +1,1 @@
-"""A Gradio Space over the zoo. The folder is the Space: push its app.py, README.md and requirements.txt."""
+"""A Gradio Space over the zoo, on this machine by `nfzoo space`, and on the Hub by `nfzoo space deploy`."""

@@ -18,8 +18,7 @@ from typing import Any
 from nfzoo import from_pretrained
 from nfzoo.checkpoint.model_folder import CONFIG_FILE
 from nfzoo.errors import ConfigError, DataError, NfzooError
-from nfzoo.hub.pretrained import repository_of
-from nfzoo.hub.registry import PUBLIC
+from nfzoo.hub.registry import HUB, PUBLIC, repository_of
 from nfzoo.nn import NFNet
 from nfzoo.predict import classify
 from nfzoo.runtime.output import escaped
@@ -124,7 +123,13 @@ def named(sources: Sequence[str]) -> dict[str, str]:
 
 def _last_part(source: str) -> str:
     path = Path(source)
-    return path.resolve().name if path.is_dir() else source if not path.exists() else f"{path.parent.name}/{path.name}"
+    return (
+        path.resolve().name
+        if path.is_dir()
+        else source.removeprefix(HUB)
+        if not path.exists()
+        else f"{path.parent.name}/{path.name}"
+    )
 
 
 def offered(environment: str | None) -> list[str]:

@@ -83,6 +83,11 @@ class Report:
         classes = [len({self.facts.class_of(i) for i in group.tolist()}) for group in self.facts.copies]
         return np.array(classes, int) > 1
 
+    @property
+    def sides(self) -> dict[str, tuple[int, float, int]]:
+        """Least, median and greatest width and height of the images that can be read; none if there are none."""
+        return _sides(self.facts)
+
     def findings(self) -> list[str]:
         """Return a sentence for each kind of fault; none for clean data."""
         found = list(self.warnings)

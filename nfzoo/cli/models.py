@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nfzoo import from_pretrained
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, read_description
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, read_description
 from nfzoo.cli.tables import giga, millions, print_json, print_table
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.conversion import convert as conversion
 from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.files import read_json
-from nfzoo.hub.pretrained import is_file_name
+from nfzoo.hub.registry import is_file_name
+from nfzoo.hub.sources import Options, locate, read_foreign
 from nfzoo.model import BlockCost, costs, parameter_count
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
@@ -152,6 +153,7 @@ def convert(argv: list[str] | None = None) -> int:
         "examples:\n"
         "  nfzoo convert F1_haiku.npz models/f1           DeepMind's file, which is a pickle\n"
         "  nfzoo convert dm:F1 models/f1                  the same, fetched from DeepMind's server (dm:F0 to dm:F6)\n"
+        "  nfzoo convert hub:ethanluoyc/dm-nfnet-f3-in1k models/f3    the same file on the Hub, as model.npz\n"
         "  nfzoo convert dm_nfnet_f1/ models/f1           a folder of timm's, or its weight file\n"
         "  nfzoo convert --to haiku models/f1 F1.npz      a pickle for DeepMind's code\n"
         "  nfzoo convert --to timm models/f1 timm_f1/     a folder for timm",
@@ -195,6 +197,10 @@ def _from_hub(name: str, model: str | None, **options: Any) -> conversion.Weight
     """Load a zoo name or a Hub repository, which says itself what model it is."""
     if model is not None:
         raise ConversionError(f"{name} says itself what model it is; leave out --model")
-    loaded = from_pretrained(name, **options)
-    origin = (loaded.provenance or {}).get("format")
-    return conversion.Weights(loaded.description, dict(loaded.state_dict()), "timm" if origin == "timm" else "nfzoo")
+    found = locate(name, Options(**options))
+    if found.layout == "nfzoo":
+        return conversion.Weights(*load_checkpoint(found.path, hashed=True), found.layout)
+    try:
+        return read_foreign(found, allow_pickle=options["allow_pickle"])
+    except ConversionError as error:
+        raise CheckpointError(f"{name}: {error}") from error

@@ -1,14 +1,16 @@
-"""Commands that publish models: `nfzoo push`, `nfzoo space`."""
+"""Commands that publish models: `nfzoo push`, `nfzoo space`, `nfzoo space deploy`."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from nfzoo.cli.tables import print_table
 from nfzoo.errors import ConfigError
 from nfzoo.hub import publish
-from nfzoo.hub.space import app
+from nfzoo.hub.space import app, deploy
 from nfzoo.model import parameter_count
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
@@ -79,11 +81,17 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def space(argv: list[str] | None = None) -> int:
-    """Serve the web page."""
+    """Serve the web page, or deploy it."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["deploy"]:
+        return _deploy_command(arguments[1:])
     parser = program.Parser(
         prog="nfzoo space",
-        description="Serve a web page on this machine: a picture in, the five most probable labels of a model out.\n\n"
-        "example: nfzoo space --model runs/digits --model nfnet-f0",
+        description="Serve a web page on this machine: a picture in, the five most probable labels of a model out.\n"
+        "`nfzoo space deploy` puts such a page on the Hub.\n\n"
+        "examples:\n"
+        "  nfzoo space --model runs/digits --model nfnet-f0\n"
+        "  nfzoo space deploy me/digits --model me/nfnet-digits --dry-run",
     )
     parser.add_argument(
         "--model",
@@ -100,6 +108,55 @@ def space(argv: list[str] | None = None) -> int:
 
 def _space(options: argparse.Namespace) -> None:
     app.main(options.model, port=options.port, **program.source_options(options))
+
+
+def _deploy_command(argv: list[str]) -> int:
+    parser = program.Parser(
+        prog="nfzoo space deploy",
+        description="Create or update a Space of the Hub, on which models label pictures, as one commit. The models\n"
+        "are the zoo's or repositories of the Hub; `nfzoo push` publishes one. nfzoo's own source files go with it.\n"
+        "Log in first, with `hf auth login` or HF_TOKEN.\n\n"
+        "example: nfzoo space deploy me/digits --model me/nfnet-digits --private",
+    )
+    add = parser.add_argument
+    add("repository", metavar="ORG/NAME", help="the Space")
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a zoo name or a Hub repository; may be given again (default: as of nfzoo space)",
+    )
+    add("--title", metavar="TEXT", help="of the page (default: NAME)")
+    text = "what pip installs as nfzoo in the Space, such as nfzoo==1.0 (default: the files of this nfzoo are sent)"
+    add("--package", metavar="SPEC", help=text)
+    add("--private", action="store_const", const=True, help="make a new Space private")
+    add("--overwrite", action="store_true", help="take a Space that holds files of others")
+    add("--message", metavar="TEXT", help="the commit message")
+    add("--dry-run", action="store_true", help="print the files, their sizes and the card; nothing is sent")
+    return program.run(parser.prog, lambda: _deploy(parser.parse_args(argv)))
+
+
+def _deploy(options: argparse.Namespace) -> None:
+    models = options.model or app.offered(os.environ.get(app.MODELS_VARIABLE))
+    page = {"title": options.title, "package": options.package}
+    if options.dry_run:
+        files = deploy.space_files(options.repository, models, **page)
+        print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
+        for name in (publish.CARD_FILE, "requirements.txt"):
+            content = files.files[name]
+            assert isinstance(content, bytes)
+            print(f"\n{content.decode()}", end="")
+        return
+    url = deploy.deploy(
+        options.repository,
+        models,
+        **page,
+        private=options.private,
+        overwrite=options.overwrite,
+        commit_message=options.message,
+    )
+    print(f"deployed {escaped(url)}")
 
 
 def _port(text: str) -> int:

@@ -22,6 +22,9 @@ from nfzoo.errors import without_credentials
 _MOVES = re.compile(r"\r|(?:\x1b\[A)+\Z")
 
 
+_MARKDOWN = frozenset(r"\`*_{}[]<>()#+-.!|~&$:@^=")
+
+
 def escaped(text: str) -> str:
     r"""Return a text in which the characters that `repr` escapes are escaped in the same way.
 
@@ -35,6 +38,11 @@ def escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def markdown_text(text: str) -> str:
+    """Escape text that would be Markdown, HTML, a formula or a link in a table, and characters that cannot be seen."""
+    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in escaped(text))
 
 
 def json_text(value: Any) -> str:

@@ -85,7 +85,7 @@ def test_clean_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["check", "{empty}"], "has no subfolders"),
         (["check"], "arguments are required: PATH"),
         ([], "arguments are required: VERB"),
-        (["chek", "x"], "there is no 'chek' but check; did you mean 'check'?"),
+        (["chek", "x"], "there is no 'chek' but check, card; did you mean 'check'?"),
         (["check", "{data}", "--sheet", "{data}/sheets"], "among the data"),
         (["check", "{data}", "--json", "{data}"], "is a folder; give a file"),
         (["check", "{data}", "--workers", "x"], "not a whole number"),

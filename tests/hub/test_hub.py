@@ -14,7 +14,7 @@ import nfzoo
 from nfzoo import CheckpointError, NFNet, NfzooError, UnknownModelError
 from nfzoo.checkpoint.model_folder import Description, save_checkpoint
 from nfzoo.conversion.timm import ARCHITECTURES, IMAGENET_TAG, write_timm
-from nfzoo.hub import download
+from nfzoo.hub import download, sources
 from nfzoo.hub.download import HTTP_ERROR
 from nfzoo.hub.registry import PUBLIC
 from nfzoo.variants import VARIANTS
@@ -27,6 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         raise AssertionError(f"a test without a network asked the Hub for {args}")
 
     monkeypatch.setattr(download, "hf_hub_download", refuse)
+    monkeypatch.setattr(sources, "fetch", refuse)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 

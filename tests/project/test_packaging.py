@@ -33,6 +33,7 @@ def sources() -> list[Path]:
     assets = [path for path in (ROOT / "nfzoo/assets").glob("*") if path.is_file()]
     assets += (ROOT / "recipes").glob("*.yaml")
     assets += (ROOT / "nfzoo/drill").glob("*.c")
+    assets += [ROOT / "hub/pins.json", ROOT / "hub/space/README.md", ROOT / "hub/space/requirements.txt"]
     found = [ROOT / "nfzoo/py.typed", *python, *assets]
     return sorted(path.relative_to(ROOT) for path in found)
 

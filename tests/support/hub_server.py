@@ -10,11 +10,12 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin", ".png")  # what the Hub keeps as large files, by sha256
+LARGE = (".safetensors", ".bin", ".npz", ".png")  # what the Hub keeps as large files, by sha256
 Fault = Literal["cut", "silence", "corrupt", "short", "503", "404", "slow"]
 
 
@@ -35,8 +36,10 @@ class Repo:
         self.commits: dict[str, dict[str, bytes]] = {}
         self.branches: dict[str, str] = {}
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        tree = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
+    def commit(self, files: Mapping[str, bytes | None], branch: str = "main") -> str:
+        """Add a commit of files, in which `None` deletes one; return its hash."""
+        changed = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
+        tree = {path: content for path, content in changed.items() if content is not None}
         sha = hashlib.sha1(repr((len(self.commits), sorted(tree))).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = tree, sha
         return sha
@@ -98,7 +101,7 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def add(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
+    def add(self, name: str, files: Mapping[str, bytes | None], branch: str = "main") -> str:
         return self.repos.setdefault(name, Repo()).commit(files, branch)
 
     def fail(self, path: str, fault: Fault, times: int = 1, method: str = "GET") -> None:
@@ -145,19 +148,22 @@ class Exchange:
         self.send(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
 
     def answer(self) -> None:
-        repo = r"(?P<repo>[^/]+/[^/]+)"
+        repo, kind = r"(?P<repo>[^/]+/[^/]+)", "(?P<kind>models|spaces)"
         for pattern, method in (
             ("/api/repos/create", self.create),
             ("/api/validate-yaml", self.validate),
-            (rf"/api/models/{repo}/branch/(?P<branch>.+)", self.branch),
-            (rf"/api/models/{repo}/preupload/.+", self.preupload),
-            (rf"/{repo}\.git/info/lfs/objects/batch", self.batch),
+            (rf"/api/{kind}/{repo}/branch/(?P<branch>.+)", self.branch),
+            (rf"/api/{kind}/{repo}/preupload/.+", self.preupload),
+            (rf"/(?:(?P<kind>spaces)/)?{repo}\.git/info/lfs/objects/batch", self.batch),
             ("/lfs/(?P<oid>[0-9a-f]{64})", self.upload),
-            (rf"/api/models/{repo}/commit/(?P<revision>.+)", self.commit),
+            (rf"/api/{kind}/{repo}/commit/(?P<revision>.+)", self.commit),
+            (rf"/api/{kind}/{repo}/tree/(?P<revision>[^/]+)", self.tree),
             (rf"/{repo}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", self.resolve),
         ):
             if match := re.fullmatch(pattern, self.path):
                 found = match.groupdict()
+                if found.pop("kind", None) == "spaces":
+                    found["repo"] = f"spaces/{found['repo']}"
                 return None if self.forbidden(found.get("repo")) else method(**found)
         return self.refuse(404, "NotFound", f"no such page {self.path}")
 
@@ -178,6 +184,10 @@ class Exchange:
     def create(self) -> None:
         wanted = json.loads(self.body)
         name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") != "gradio":
+                return self.refuse(400, "BadRequest", "a Space needs an sdk")
+            name = f"spaces/{name}"
         if self.token == "bad":
             return self.refuse(403, "Forbidden", f"You don't have the rights to create a model under {name}")
         if self.token is None:
@@ -220,13 +230,15 @@ class Exchange:
         return self.send(200)
 
     def commit(self, repo: str, revision: str) -> None:
-        files = {}
+        files: dict[str, bytes | None] = {}
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                files[value["path"]] = None
         request = "create_pr" in self.query
         sha = self.hub.add(repo, files, "refs/pr/1" if request else revision)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"}
@@ -235,6 +247,12 @@ class Exchange:
         self.send(200, answer)
 
     # ---------------------------------------------------------------- reading
+
+    def tree(self, repo: str, revision: str) -> None:
+        repository = self.hub.repos[repo]
+        files = repository.commits[repository.branches[revision]]
+        listed = [{"type": "file", "path": p, "size": len(c), "oid": object_id("", c)} for p, c in files.items()]
+        self.send(200, listed, Content_Type="application/json")
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         repository = self.hub.repos[repo]
