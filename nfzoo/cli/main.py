@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": ("nfzoo.cli.models", "convert", "weights of other frameworks to nfzoo's, and back"),
     "drill": ("nfzoo.drill.run", "main", "whether a run survives kills, full disks and power cuts, on this machine"),
     "push": ("nfzoo.cli.publish", "push", "a trained model onto the Hugging Face Hub"),
+    "serve": ("nfzoo.serve.run", "main", "a model over HTTP: labels and features of images"),
     "space": ("nfzoo.cli.publish", "space", "a web page on which models label pictures"),
     "export": ("nfzoo.export.run", "main", "a model for other runtimes: ONNX, AOTInductor, torch.export, StableHLO"),
     "tpu-check": ("nfzoo.export.tpu_check", "main", "whether a model compiles for a TPU and fits it, without one"),
