@@ -8,12 +8,13 @@ import importlib.util
 import signal
 import socket
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 
-from nfzoo.errors import ConfigError
+from nfzoo import from_pretrained
+from nfzoo.errors import ConfigError, Stopped
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
 from nfzoo.serve.app import Limits, Service, build
@@ -69,8 +70,14 @@ def _serve(options: argparse.Namespace) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'nfzoo[serve]'")
-    from nfzoo import from_pretrained
+    before = signal.signal(signal.SIGTERM, _stop)  # a container's first process gets no signal that it does not handle
+    try:
+        _load_and_answer(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
+
+def _load_and_answer(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     limit_pixels(options.max_megapixels * 1_000_000)
@@ -91,12 +98,19 @@ def _serve(options: argparse.Namespace) -> None:
             f"{escaped(about['model'] or 'a model without name')}: {about['classes']:,} {kind}, "
             f"{about['image_size']} pixels, on {inference.device} with {torch.get_num_threads()} thread(s)"
         )
-        listener.listen(CONNECTIONS)
+        try:
+            listener.listen(CONNECTIONS)
+        except OSError as error:  # another server was bound to the same port, and listens by now
+            raise cannot_listen(error, options.host, options.port) from error
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"serving on {address}; Ctrl-C ends", flush=True)
         answer_until_signal(build(Service(inference, limits, Metrics())), listener, limits.seconds + _SLACK)
     print("all requests are answered")
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    raise Stopped("stopped before it answered requests", number)
 
 
 def limit_pixels(most: int) -> None:
@@ -121,14 +135,19 @@ def bound(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"port {port} of {host} is in use; choose another with --port, or 0 for a free one",
-            errno.EACCES: f"port {port} needs privileges; choose one from 1024 on with --port",
-            errno.EADDRNOTAVAIL: f"{host} is no address of this machine; take --host 127.0.0.1 or 0.0.0.0",
-        }
-        plain = f"cannot listen at {host!r}: {error.strerror or error}; take --host 127.0.0.1 or 0.0.0.0"
-        raise ConfigError(reasons.get(error.errno or 0, plain)) from error
+        raise cannot_listen(error, host, port) from error
     return listener
+
+
+def cannot_listen(error: OSError, host: str, port: int) -> ConfigError:
+    """Return the error for an address, with the remedy."""
+    reasons = {
+        errno.EADDRINUSE: f"port {port} of {host} is in use; choose another with --port, or 0 for a free one",
+        errno.EACCES: f"port {port} needs privileges; choose one from 1024 on with --port",
+        errno.EADDRNOTAVAIL: f"{host} is no address of this machine; take --host 127.0.0.1 or 0.0.0.0",
+    }
+    plain = f"cannot listen at {host!r}: {error.strerror or error}; take --host 127.0.0.1 or 0.0.0.0"
+    return ConfigError(reasons.get(error.errno or 0, plain))
 
 
 def answer_until_signal(app: Any, listener: socket.socket, patience: float) -> None:

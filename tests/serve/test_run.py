@@ -22,6 +22,7 @@ from nfzoo.cli.main import main
 from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet
 from nfzoo.serve import run
+from tests.project.test_packaging import PACKAGE_DIRS, ROOT
 from tests.serve.test_metrics import values
 from tests.support.asgi import form
 from tests.support.loops import each
@@ -135,6 +136,8 @@ def test_load_and_bad_clients(model: NFNet, folder: Path, photos: list[Path]) ->
             assert [future.result(60) for future in wrong] == [[status for _, status in bad]] * 2
 
         assert server.ask("GET", "/health")[0] == 200
+        check = health_check().replace("8000", str(server.port))
+        assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
         found = values(server.ask("GET", "/metrics")[1])
         assert found['nfzoo_requests_total{endpoint="/predict",status="200"}'] == 200
         assert found['nfzoo_requests_total{endpoint="/predict",status="413"}'] == 4
@@ -150,6 +153,7 @@ def test_load_and_bad_clients(model: NFNet, folder: Path, photos: list[Path]) ->
         assert server.ask("POST", "/predict", bodies[0], JPEG)[0] == 200
 
         status, printed = server.end(signal.SIGTERM)
+        assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 1
         assert status == 0, printed
         assert "Traceback" not in printed
         assert printed.splitlines()[-1] == "all requests are answered"
@@ -182,12 +186,61 @@ def test_the_end_waits_for_answers(folder: Path, photos: list[Path]) -> None:
         assert (found, "Traceback" in printed) == (status, False), printed
 
 
+@pytest.mark.slow
+def test_a_signal_before_the_model_is_loaded(folder: Path) -> None:
+    code = (
+        "import os, signal, nfzoo.serve.run as run\n"
+        "run.from_pretrained = lambda *_, **options: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"raise SystemExit(run.main([{str(folder)!r}, '--port', '0']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "nfzoo serve: stopped before it answered requests\n")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the instructions of the Dockerfile."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    lines = [line.strip() for line in text.splitlines() if line and not line.startswith("#")]
+    return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def health_check() -> str:
+    """Return the Python code that the Dockerfile's health check runs."""
+    (check,) = (rest for name, rest in instructions() if name == "HEALTHCHECK")
+    command = json.loads(check.partition("CMD ")[2])
+    assert command[:2] == ["python", "-c"]
+    return command[2]
+
+
+def test_the_image_holds_the_package_and_starts_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    found = instructions()
+    copied = [word for name, rest in found if name == "COPY" and "--from" not in rest for word in rest.split()[:-1]]
+    assert set(PACKAGE_DIRS) <= set(copied)
+    assert {"pyproject.toml", "README.md", "LICENSE", "constraints.txt"} <= set(copied)
+    sent = (ROOT / ".dockerignore").read_text().split()
+    assert sorted(line[1:] for line in sent if line.startswith("!")) == sorted(copied)
+    assert sent[0] == "*"
+    (entry,) = (json.loads(rest) for name, rest in found if name == "ENTRYPOINT")
+    assert entry[:2] == ["nfzoo", "serve"]
+    assert ("EXPOSE", entry[-1]) in found
+    assert main([*entry[1:], "no-such-folder", "--port", "0"]) == 2  # its options are known
+    assert "no-such-folder" in capsys.readouterr().err
+    last = [i for i, (name, _) in enumerate(found) if name == "FROM"][-1]
+    (user,) = (rest for name, rest in found[last:] if name == "USER")
+    assert int(user) > 0
+
+
 def test_addresses_that_cannot_be_listened_at() -> None:
     with run.bound("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 is in use; choose another with --port"):
             run.bound("127.0.0.1", port)
+    with run.bound("127.0.0.1", 0) as one, run.bound("127.0.0.1", one.getsockname()[1]) as other:  # not listening yet
+        one.listen()
+        with pytest.raises(OSError, match="in use") as caught:
+            other.listen()
+        assert "choose another with --port" in str(run.cannot_listen(caught.value, "127.0.0.1", 80))
     with pytest.raises(ConfigError, match=r"203\.0\.113\.7 is no address of this machine"):  # of RFC 5737
         run.bound("203.0.113.7", 0)
     with pytest.raises(ConfigError, match="cannot listen at 'no host'"):
@@ -214,6 +267,22 @@ def test_options_that_are_refused(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_options_by_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    asked: list[tuple[str, int]] = []
+
+    def bound(host: str, port: int) -> socket.socket:
+        asked.append((host, port))
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setattr(run, "bound", bound)
+    assert main(["serve", str(folder)]) == 2
+    assert asked == [("127.0.0.1", 8000)]
+    assert Image.MAX_IMAGE_PIXELS == 25_000_000  # Pillow refuses twice as many
 
 
 def test_without_the_packages(
