@@ -70,6 +70,12 @@ def test_answers_are_those_of_predict(model: NFNet, inference: Inference, photos
         np.testing.assert_allclose(answer.json["embedding"], row, rtol=1e-4, atol=1e-4)
 
 
+def test_labels_where_a_request_does_not_say_how_many(inference: Inference, photos: list[Path]) -> None:
+    photo = photos[0].read_bytes()
+    for limits, address, count in ((Limits(topk=1), "", 1), (Limits(topk=1), "?topk=3", 3), (Limits(), "", 4)):
+        assert len(one(inference, "POST", f"/predict{address}", photo, limits=limits).json["predictions"]) == count
+
+
 def test_labels_are_text_whatever_they_hold(inference: Inference, model: NFNet, photos: list[Path]) -> None:
     answer = one(inference, "POST", "/predict", photos[0].read_bytes())
     assert answer.body.isascii()
