@@ -41,6 +41,7 @@ SEAMS = {
     "torchax": ("nfzoo.export.tpu_worker",),
     "gradio": ("nfzoo.hub.space.app",),
     "jax": ("nfzoo.conversion.verify", "nfzoo.export.tpu_worker"),
+    "openvino": ("nfzoo.benchmark.contenders",),
     "starlette": ("nfzoo.serve.app", "nfzoo.serve.body", "tests.serve.test_body"),
     "uvicorn": ("nfzoo.serve.run",),
     "python_multipart": ("nfzoo.serve.body",),
