@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare the ways to run a model: `nfzoo benchmark`."""
     parser = program.Parser(
         prog="nfzoo benchmark",
-        description="Run a model on the CPU in every way that is installed here, and compare time, accuracy and size.\n\n"
+        description="Run a model on the CPU in every way that is installed, and compare time, accuracy and size.\n\n"
         "formats, each in float32 and, where it has them, in bf16 and int8:\n"
         "  eager      the model as it was trained; its float32 is what the others are compared with\n"
         "  folded     for_inference(), plain convolutions\n"
