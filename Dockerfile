@@ -26,7 +26,7 @@ WORKDIR /home/nfzoo
 EXPOSE 8000
 # Until the model is loaded nothing listens; one from the Hub is downloaded first.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python", "-c", "import http.client as c; h = c.HTTPConnection('127.0.0.1', 8000, timeout=4); h.request('GET', '/health'); exit(h.getresponse().status != 200)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["nfzoo", "serve", "--host", "0.0.0.0", "--port", "8000"]
 # A folder of a model is mounted at /model. Or name one of the Hub, or add options: docker run … nfzoo-serve /model --threads 2

@@ -84,7 +84,9 @@ def compare(
     model.config.check_classifier()
     p = next(model.parameters())
     if p.dtype != torch.float32 or p.device.type != "cpu":
-        raise ConfigError(f"the model is compared in float32 on the CPU; this one has {p.dtype} on {p.device}")
+        raise ConfigError(
+            f"the model is compared in float32 on the CPU; this one has {p.dtype} on {p.device}: .float().cpu()"
+        )
     own = NFNet.from_params(model.description, {name: p.detach() for name, p in model.named_parameters()}).eval()
     calibration = [] if data.calibration is None else list(data.calibration.split(32))
     with tempfile.TemporaryDirectory(prefix="nfzoo-benchmark-") as folder, warnings.catch_warnings():

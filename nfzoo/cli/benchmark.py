@@ -73,7 +73,7 @@ def _main(options: argparse.Namespace) -> None:
     contenders = chosen(options.formats, options.precisions)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = from_pretrained(options.model, **program.source_options(options))
+    model = from_pretrained(options.model, **program.source_options(options)).float()
     data = random_images(model, _RANDOM) if options.data is None else images_of(model, options.data, options.images)
 
     def say(text: str) -> None:

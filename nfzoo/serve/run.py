@@ -22,7 +22,7 @@ from nfzoo.serve.inference import Inference
 from nfzoo.serve.metrics import Metrics
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
-CONNECTIONS = 1024
+CONNECTIONS = 512  # a process often may open 1024 files
 """Connections beyond which uvicorn itself answers 503; idle ones count."""
 
 _SLACK = 5  # seconds for answers to be sent, after the last request has run out of time
