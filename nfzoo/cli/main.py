@@ -22,7 +22,7 @@ COMMANDS = {
     "train": ("nfzoo.train", "main", "train or fine-tune a model"),
     "find-lr": ("nfzoo.tuner.run", "main", "a learning rate for a training, by a short test"),
     "evaluate": ("nfzoo.evaluate", "main", "top-1 and top-5 accuracy on a folder of images"),
-    "benchmark": ("nfzoo.cli.benchmark", "main", "all ways to run a model here: time, accuracy, size"),
+    "benchmark": ("nfzoo.benchmark.run", "main", "all ways to run a model here: time, accuracy, size"),
     "predict": ("nfzoo.cli.predict", "main", "what a model sees in a few images"),
     "bulk": ("nfzoo.bulk", "main", "labels or embeddings of very many images, as files"),
     "plot": ("nfzoo.cli.plot", "main", "the signal-propagation plot of a model, the curves of a run"),

@@ -16,9 +16,8 @@ from nfzoo.benchmark.contenders import CONTENDERS, PRECISIONS, chosen
 from nfzoo.benchmark.figures import times_figure
 from nfzoo.benchmark.images import images_of, random_images
 from nfzoo.benchmark.measure import Result, compare, facts
-from nfzoo.cli.tables import table
 from nfzoo.runtime import program
-from nfzoo.runtime.output import escaped
+from nfzoo.runtime.output import escaped, table
 
 FORMATS = tuple(dict.fromkeys(contender.format for contender in CONTENDERS))
 _RANDOM = 8  # images
