@@ -32,8 +32,8 @@ class Question(NamedTuple):
 class Inference:
     """A folded copy of a model, which several threads may give images, and one of them batches.
 
-    On a CPU a second form of it has its weights laid out for one image at a time, which is a fifth faster for single
-    images. (One form for all sizes of batches would lay them out anew for each.) Both share their parameters.
+    On a CPU a second form of it has its weights laid out for one image at a time, which is faster for single images.
+    (One form for all sizes of batches would lay them out anew for each.) Both share their parameters.
 
     Raises:
         ConfigError: for a device that is not available.
