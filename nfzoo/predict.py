@@ -67,14 +67,21 @@ def classify(
             logits = model(x, None if model.config.folded else {}).float()  # no noise
             if not logits.isfinite().all():
                 raise CheckpointError("the model's outputs are not finite; its weights are damaged, or overflow")
-            classes, probabilities = _answers(model, logits, topk)
-        for indices, values in zip(classes, probabilities, strict=True):
-            results.append([(_label(model, i), value) for i, value in zip(indices, values, strict=True)])
+        results += top_labels(model, logits, topk)
     return results
 
 
+def top_labels(model: NFNet, logits: Tensor, topk: int | None = None) -> list[list[tuple[str, float]]]:
+    """Return the labels of each image, with probabilities, from its logits `(n, classes)`: see `classify`."""
+    classes, probabilities = _answers(model, logits, topk)
+    return [
+        [(_label(model, i), value) for i, value in zip(indices, values, strict=True)]
+        for indices, values in zip(classes, probabilities, strict=True)
+    ]
+
+
 def _answers(model: NFNet, logits: Tensor, topk: int | None) -> tuple[list[list[int]], list[list[float]]]:
-    """Return numbers and probabilities of the labels of each image: see `classify`."""
+    """Return numbers and probabilities of the labels of each image."""
     if model.multi_label:
         return label_sets(logits, thresholds(model), topk)
     top = (logits / (model.temperature or 1.0)).softmax(1).topk(min(topk or TOPK, logits.shape[1]), dim=1)

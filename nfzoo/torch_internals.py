@@ -111,6 +111,13 @@ def sizes_of_one_are_general() -> contextlib.AbstractContextManager[Any]:
     return config.patch(backed_size_oblivious=True)
 
 
+def frozen_graphs() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which inductor takes parameters for constants, as int8 kernels need it."""
+    import torch._inductor.config
+
+    return torch._inductor.config.patch(freezing=True)
+
+
 def onednn_convolution_dtypes() -> tuple[torch.dtype, ...]:
     """Return the dtypes that `onednn_convolution` supports; none if torch was built without oneDNN."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):

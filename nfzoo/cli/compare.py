@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from nfzoo.analysis.figures import METRICS, compared_curves, held_out_curve, metric_of, new_figure, read_metrics
 from nfzoo.analysis.style import check_png
-from nfzoo.cli.tables import table
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.files import read_text
 from nfzoo.runtime import program
-from nfzoo.runtime.output import escaped
+from nfzoo.runtime.output import escaped, table
 from nfzoo.train.config import default_augment, strict_yaml
 from nfzoo.train.run_folder import METRICS_FILE, RUN_FILE
 

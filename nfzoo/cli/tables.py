@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nfzoo.runtime.output import escaped, json_text
+from nfzoo.runtime.output import json_text, table
 
 
 def print_json(value: object) -> None:
     """Print a value as indented JSON."""
     print(json_text(value), end="")
-
-
-def table(rows: Sequence[Sequence[str]], alignment: str) -> str:
-    """Return rows of cells as lines of text, with one of `<` and `>` for each column."""
-    rows = [[escaped(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
-    lines = ("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def print_table(rows: Sequence[Sequence[str]], alignment: str) -> None:

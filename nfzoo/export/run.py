@@ -321,7 +321,9 @@ def _main(options: argparse.Namespace) -> None:
             size=options.size,
             batch=options.batch,
             device=options.device,
-            int8=None if options.int8 is None else _calibration(model, options.int8, options.size, options.batch),
+            int8=None
+            if options.int8 is None
+            else calibration_batches(model, options.int8, options.size, options.batch),
         )
         written = [path, path.with_name(SHEET)]
     for path in written:
@@ -330,7 +332,8 @@ def _main(options: argparse.Namespace) -> None:
         print(escaped(accuracy_of_int8(model, written[0], options.int8, options.size, options.batch)))
 
 
-def _calibration(model: NFNet, source: str, size: int | None, batch: int | None) -> list[Tensor]:
+def calibration_batches(model: NFNet, source: str, size: int | None = None, batch: int | None = None) -> list[Tensor]:
+    """Return prepared images that training sees, in batches of 32 or `batch`, for the ranges of int8."""
     images = open_split(source).train
     count = batch or 32
     batches = evaluation_batches(images, model.preprocessing, batch_size=count, rank=0, world=1, size=size, workers=0)

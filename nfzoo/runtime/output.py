@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from nfzoo.errors import without_credentials
@@ -111,6 +111,14 @@ def escape_log() -> None:
 def _escape_record(record: logging.LogRecord) -> bool:
     record.msg, record.args = escaped(without_credentials(record.getMessage())), ()
     return True
+
+
+def table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Return rows of cells as lines of text, with one of `<` and `>` for each column."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
+    lines = ("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def csv_cell(text: str) -> str:

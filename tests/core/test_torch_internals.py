@@ -23,6 +23,7 @@ NAMES = (
     "_dynamo.config.recompile_limit",
     "_dynamo.config.accumulated_recompile_limit",
     "_dynamo.config.optimize_ddp",
+    "_inductor.config.freezing",
     "fx.experimental._config.backed_size_oblivious",
     "ops.mkldnn._convolution_pointwise",
     "ops.mkldnn._is_mkldnn_bf16_supported",
@@ -45,6 +46,7 @@ PRIVATE = re.compile(
 
 def test_torch_has_every_private_name() -> None:
     import torch._dynamo
+    import torch._inductor.config
     import torch.fx.experimental._config
 
     missing = []

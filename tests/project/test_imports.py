@@ -33,14 +33,19 @@ ARROWS = arrows((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
 # where users look for them.
 DOORS = {("nfzoo", "hub"), ("nfzoo", "train"), ("nn", "hub"), ("nn", "predict")}
 
-# External package -> the modules that may import it, inside a function. torch-xla pins torch, gradio brings a web
-# server; the others are compilers and reference frameworks, which nobody needs to use the library. What stands APART
-# runs in an environment of its own, or by hand, beside such a package.
+# External package -> the modules that may import it, inside a function. torch-xla pins torch; gradio, starlette and
+# uvicorn bring web servers; the others are compilers and reference frameworks, which nobody needs to use the library.
+# What stands APART runs in an environment of its own, or by hand, beside such a package.
 SEAMS = {
     "torch_xla": ("nfzoo.runtime.device", "nfzoo.export.stablehlo"),
     "torchax": ("nfzoo.export.tpu_worker",),
     "gradio": ("nfzoo.hub.space.app",),
     "jax": ("nfzoo.conversion.verify", "nfzoo.export.tpu_worker"),
+    "openvino": ("nfzoo.benchmark.contenders",),
+    "starlette": ("nfzoo.serve.app", "nfzoo.serve.body", "tests.serve.test_body"),
+    "uvicorn": ("nfzoo.serve.run",),
+    "python_multipart": ("nfzoo.serve.body",),
+    "prometheus_client": ("nfzoo.serve.metrics",),
     "haiku": ("nfzoo.conversion.verify",),
     "timm": ("nfzoo.conversion.verify", "nfzoo.integrations.timm", "benchmarks.peer"),
     "transformers": ("nfzoo.integrations.transformers",),

@@ -55,6 +55,18 @@ def picture(seed: int, ending: str = "png") -> bytes:
     return file.getvalue()
 
 
+def bomb_png(width: int, height: int) -> bytes:
+    """Return a PNG file of a kilobyte whose header states a size of which decoders make gigabytes."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(1 << 20))),
+    ]
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (*chunks, (b"IEND", b"")):
+        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return file
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:

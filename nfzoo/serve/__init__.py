@@ -1,0 +1,1 @@
+"""Answer requests over HTTP: `nfzoo serve`, by Starlette on uvicorn."""
