@@ -36,26 +36,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", choices=("single-label", "multi-label"), default="single-label", help=text)
     add("--validation-labels", metavar="FILE", help="another such file, of the images that are held out")
     add("--sheet", type=Path, metavar="DIR", help=f"write a PNG there for each class, with up to {PICTURES} images")
-    add("--json", metavar="FILE", help="write the result there as JSON too; - prints it instead")
     add(
         "--workers",
         type=program.nonnegative_int,
         metavar="N",
         help="processes that read (default: the processors, up to 8)",
     )
+    program.add_output_options(sub, word_is_file=True)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command: 0 if nothing was found, 1 for findings, 2 if the data cannot be read or a result written."""
-    return program.run("nfzoo data", lambda: _check(_parser().parse_args(argv)))
+    return program.run_parsed(_parser(), argv, _check)
 
 
 def _check(options: argparse.Namespace) -> int:
     if options.sheet is not None:
         program.check_writable(options.sheet, folder=True)
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
     workers = options.workers
     if workers is None:
         workers = 0 if options.data == DIGITS else default_workers(1)
@@ -64,14 +62,13 @@ def _check(options: argparse.Namespace) -> int:
     try:
         report = check(options.data, workers=workers, labels=files)
         sheets = 0 if options.sheet is None else write_sheets(report, options.sheet, workers=workers)
-        program.write_result(options.json, report.to_dict(), report.text())
+        program.write_result(options, report.to_dict(), report.text())
     except BrokenPipeError:
         raise
     except (OSError, LostError) as error:  # whose status would be that of findings
         raise DataError(f"the check came to no end: {error}") from error
     if options.sheet is not None:
-        stream = sys.stderr if options.json == "-" else sys.stdout
-        print(f"wrote {sheets:,} sheets to {escaped(str(options.sheet))}", file=stream)
+        print(f"wrote {sheets:,} sheets to {escaped(str(options.sheet))}")
     return 1 if report.findings() else 0
 
 

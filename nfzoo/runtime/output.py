@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from nfzoo.errors import without_credentials
@@ -68,6 +68,30 @@ def guarded() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Let standard error be no terminal in the block, so that nothing draws a progress bar there."""
+    before = sys.stderr
+    sys.stderr = None if before is None else _NoTerminal(before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+class _NoTerminal:
+    """A stream that is no terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _guard(stream: Any) -> Any:
     return stream if stream is None or isinstance(stream, _Guard) else _Guard(stream)
 
@@ -115,3 +139,21 @@ def csv_cell(text: str) -> str:
     """
     text = escaped(text)
     return f"'{text}" if text.lstrip()[:1] in tuple("=+-@") else text
+
+
+def table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Return rows of cells as lines of text, with one of `<` and `>` for each column."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
+    lines = ("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def millions(count: int) -> str:
+    """Return `71.5 M` for 71 489 284."""
+    return f"{count / 1e6:.1f} M"
+
+
+def giga(count: int) -> str:
+    """Return `12.38 G`, or below a tenth of that unit `12.38 M`."""
+    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.2f} M"

@@ -34,7 +34,7 @@ from nfzoo.runtime.distributed import elastic_launcher, gather
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.defaults import chosen
-from nfzoo.train.config.recipes import parse
+from nfzoo.train.config.recipes import parse_command
 from nfzoo.train.distillation import check_taught, open_teacher
 from nfzoo.train.learner import copied, fit_head, head_for, problem_type
 from nfzoo.train.memory import divided
@@ -388,8 +388,13 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says, and return the exit status; see the module for its meaning."""
     try:
-        with prepared(parse(argv)) as trainer:
-            trainer.fit()
+        config, options = parse_command(argv)
+        with program.speaking(options):
+            with prepared(config) as trainer:
+                result = trainer.fit()
+            if program.is_first_process():
+                fields = {name: value for name, value in vars(result).items() if name != "folder"}
+                program.write_result(options, {"output": str(result.folder), "epochs": trainer.epoch, **fields})
         return 0
     except (NfzooError, OSError, KeyboardInterrupt) as error:
         return program.report("nfzoo train", error)
