@@ -21,6 +21,9 @@ from nfzoo.errors import without_credentials
 # How progress bars move: back to the start of a line before they write it anew, and up by whole lines.
 _MOVES = re.compile(r"\r|(?:\x1b\[A)+\Z")
 
+_BAR_SWITCHES = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Variables by which libraries draw no bars, also where there is no terminal."""
+
 
 def escaped(text: str) -> str:
     r"""Return a text in which the characters that `repr` escapes are escaped in the same way.
@@ -70,13 +73,22 @@ def guarded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
-    """Let standard error be no terminal in the block, so that nothing draws a progress bar there."""
-    before = sys.stderr
+    """Let nothing draw a progress bar in the block: standard error is no terminal there, and libraries are told so.
+
+    A library that was imported before may not look at its variable any more.
+    """
+    before, told = sys.stderr, {name: os.environ.get(name) for name in _BAR_SWITCHES}
     sys.stderr = None if before is None else _NoTerminal(before)  # type: ignore[assignment]
+    os.environ |= dict.fromkeys(_BAR_SWITCHES, "1")
     try:
         yield
     finally:
         sys.stderr = before
+        for name, value in told.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _NoTerminal:

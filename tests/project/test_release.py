@@ -158,7 +158,7 @@ def test_what_does_not_agree_is_no_release(tree: Path) -> None:
 def test_the_notes_are_the_section_of_the_version() -> None:
     command = [sys.executable, ROOT / ".ci" / "check_release.py", f"v{PROJECT['version']}", "--notes"]
     notes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert notes.startswith("### ")
+    assert "\n### Added\n" in notes
     assert "## [" not in notes
 
 
