@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         print(found[1] if found else "")
         return 0
     wrong = problems(ROOT, options.tag, options.repository)
-    print("\n".join(wrong), file=sys.stderr)
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
     return 1 if wrong else 0
 
 
