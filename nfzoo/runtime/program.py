@@ -245,6 +245,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         raise ConfigError(f"{str(path)!r} is a file; give a folder")
     if not folder and target.is_dir():
         raise ConfigError(f"{str(path)!r} is a folder; give a file in it")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # which a rename would replace
+        raise ConfigError(f"{str(path)!r} is a device or a pipe; give a {'folder' if folder else 'file'}")
     parent = next(p for p in ((target, *target.parents) if folder else target.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"{str(path)!r} cannot be written: {str(parent)!r} is no folder that takes files")

@@ -9,6 +9,7 @@ The module is long because all that a run refuses before it begins is here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -394,8 +395,9 @@ def main(argv: list[str] | None = None) -> int:
             with prepared(config) as trainer:
                 result = trainer.fit()
             if program.is_first_process():
-                fields = {name: value for name, value in vars(result).items() if name != "folder"}
-                program.write_result(options, {"output": str(result.folder), "epochs": trainer.epoch, **fields})
+                fields = {"output": str(result.folder), "epochs": trainer.epoch, **dataclasses.asdict(result)}
+                del fields["folder"]
+                program.write_result(options, fields)
         return 0
     except (NfzooError, OSError, KeyboardInterrupt) as error:
         return program.report("nfzoo train", error)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -88,6 +89,10 @@ def test_outputs_are_looked_at_before_the_work(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(ConfigError, match="is a folder; give a file"):
         command.check_writable(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ConfigError, match="is a device or a pipe; give a file"):
+            command.check_writable(path)
     with pytest.raises(ConfigError, match="is a file; give a folder"):
         command.check_writable(file, folder=True)
     for folder in (True, False):
