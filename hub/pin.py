@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare the table with the Hub, and write nothing")
     parser.add_argument("--file", type=Path, default=PINS, metavar="JSON", help=f"the table (default: {PINS})")
-    return program.run(parser.prog, lambda: _pin(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _pin)
 
 
 def _pin(options: argparse.Namespace) -> int:
@@ -121,7 +122,8 @@ def _pin(options: argparse.Namespace) -> int:
     if changed and not options.check:
         write_pins(options.file, {**before, **answers.pins})
     counts = f"{len(changed)} {'differ' if options.check else 'were changed'} and {len(answers.failures)} failed"
-    print(f"of {len(rows)} repositories, {counts}: {escaped(str(options.file))}")
+    fields = {"repositories": len(rows), "changed": changed, "failed": dict(answers.failures)}
+    program.write_result(options, fields, f"of {len(rows)} repositories, {counts}: {escaped(str(options.file))}")
     return 1 if answers.failures or (options.check and changed) else 0
 
 

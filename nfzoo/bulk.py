@@ -341,15 +341,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     program.add_source_options(parser)
     add("--overwrite", action="store_true", help="replace the results that DIR holds")
+    program.add_output_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 if all parts are written, 2 for bad input, 1 for a disk error, 130 for Ctrl-C."""
     started: list[bool] = []  # filled when this process begins its parts; it then reports its own errors
-    return program.run(
-        "nfzoo bulk",
-        lambda: _main(_parser().parse_args(argv), lambda: started.append(True)),
+    return program.run_parsed(
+        _parser(),
+        argv,
+        lambda options: _main(options, lambda: started.append(True)),
         reports=lambda error: not isinstance(error, _ElsewhereError) and (bool(started) or program.is_first_process()),
     )
 
@@ -357,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace, on_start: Callable[[], None]) -> None:
     from nfzoo import from_pretrained
 
-    keywords = dict(vars(options))
+    keywords = {name: value for name, value in vars(options).items() if name not in ("json", "quiet", "results")}
     source = {name: keywords.pop(name) for name in program.source_options(options)}
     model = from_pretrained(keywords.pop("model"), **source)
     summary = predict_all(model, keywords.pop("data"), keywords.pop("output"), on_start=on_start, **keywords)
@@ -375,6 +377,7 @@ def _main(options: argparse.Namespace, on_start: Callable[[], None]) -> None:
         print(f"all {summary.parts:,} parts are in {output} already")
     if summary.broken:
         print(f"{summary.broken:,} images cannot be read; {part_files.MANIFEST} names them")
+    program.write_result(options, {"output": options.output, **summary._asdict()})
 
 
 if __name__ == "__main__":

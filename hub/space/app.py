@@ -175,7 +175,12 @@ def build(gallery: Gallery) -> Any:
 
 
 def main(
-    models: Sequence[str] = (), *, port: int | None = None, require_hash: bool = False, allow_pickle: bool = False
+    models: Sequence[str] = (),
+    *,
+    port: int | None = None,
+    require_hash: bool = False,
+    allow_pickle: bool = False,
+    on_start: Callable[[str, list[str]], None] | None = None,
 ) -> None:
     """Serve the page until it is interrupted, on 127.0.0.1 or where `GRADIO_SERVER_NAME` says.
 
@@ -183,10 +188,16 @@ def main(
         models: sources to choose from; by default see `offered`.
         port: by default the first free one from 7860 on.
         require_hash, allow_pickle: see `nfzoo.from_pretrained`.
+        on_start: takes the page's address and the names of the models, once it answers.
     """
     load = functools.partial(from_pretrained, require_hash=require_hash, allow_pickle=allow_pickle)
     gallery = Gallery(list(models) or offered(os.environ.get(MODELS_VARIABLE)), load=load)
-    build(gallery).launch(server_port=port, footer_links=[], max_file_size=MAX_UPLOAD)
+    page, how = build(gallery), {"server_port": port, "footer_links": [], "max_file_size": MAX_UPLOAD}
+    if on_start is None:
+        page.launch(**how)
+    else:
+        on_start(page.launch(**how, prevent_thread_lock=True)[1], gallery.choices)
+        page.block_thread()
 
 
 if __name__ == "__main__":

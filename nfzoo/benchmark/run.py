@@ -56,15 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=program.positive_int, default=20, metavar="N", help=text)
     text = "processor threads of each (default: torch's choice)"
     parser.add_argument("--threads", type=program.positive_int, metavar="N", help=text)
-    parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the times; needs matplotlib")
     program.add_source_options(parser)
-    return program.run(parser.prog, lambda: _main(parser.parse_args(argv)), failures=(OSError, RuntimeError))
+    program.add_output_options(parser, word_is_file=True)
+    return program.run_parsed(parser, argv, _main, failures=(OSError, RuntimeError))
 
 
 def _main(options: argparse.Namespace) -> None:
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
     if options.plot is not None:
         check_png(options.plot)
         program.check_writable(options.plot)
@@ -76,7 +74,8 @@ def _main(options: argparse.Namespace) -> None:
     data = random_images(model, _RANDOM) if options.data is None else images_of(model, options.data, options.images)
 
     def say(text: str) -> None:
-        print(f"… {text}", file=sys.stderr, flush=True)
+        if not options.quiet:
+            print(f"… {text}", file=sys.stderr, flush=True)
 
     run = {"batch": options.batch_size, "rounds": options.rounds}
     results = compare(model, contenders, data, **run, said=say)
@@ -85,10 +84,10 @@ def _main(options: argparse.Namespace) -> None:
         f"{name}, {data.images.shape[-1]} pixels, batches of {options.batch_size}, {torch.get_num_threads()} thread(s)"
     )
     about = f"{title}; {len(data.images):,} images: {escaped(data.about)}"
-    program.write_result(options.json, facts(model, data, **run, results=results), f"{about}\n{report(results)}")
+    program.write_result(options, facts(model, data, **run, results=results), f"{about}\n{report(results)}")
     if options.plot is not None:
         times_figure(results, title, options.plot)
-        print(f"wrote {escaped(str(options.plot))}", file=sys.stderr if options.json == "-" else sys.stdout)
+        print(f"wrote {escaped(str(options.plot))}")
 
 
 def report(results: Sequence[Result]) -> str:

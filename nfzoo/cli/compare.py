@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a training run; at least two")
     parser.add_argument("--output", type=Path, metavar="PNG", help="draw loss and accuracy of the runs over each other")
-    parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
-    return program.run(parser.prog, lambda: _compare(parser.parse_args(argv)))
+    program.add_output_options(parser, word_is_file=True)
+    return program.run_parsed(parser, argv, _compare)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -108,8 +108,8 @@ def _compare(options: argparse.Namespace) -> None:
         check_png(options.output)
         program.check_writable(options.output)
         new_figure(1, 1)
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
+    if options.json is not None and Path(options.json).name == METRICS_FILE:
+        raise ConfigError(f"--json {options.json!r} would replace a run's figures; give --json=FILE, or --json last")
     last = [folder.resolve().name for folder in folders]
     counts = Counter(last)
     runs = [
@@ -132,9 +132,9 @@ def _compare(options: argparse.Namespace) -> None:
             for i, run in enumerate(runs)
         ]
     }
-    program.write_result(options.json, fields, _text(runs, different, figures, metric))
+    program.write_result(options, fields, _text(runs, different, figures, metric))
     if options.output is not None:
-        print(f"wrote {escaped(str(options.output))}", file=sys.stderr if options.json == "-" else sys.stdout)
+        print(f"wrote {escaped(str(options.output))}")
 
 
 def _text(

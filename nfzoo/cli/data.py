@@ -31,10 +31,10 @@ def _parser() -> argparse.ArgumentParser:
         "  nfzoo data check photos --sheet sheets\n"
         "  nfzoo data check 'shards/{000..146}.tar' --json findings.json",
     )
-    add = sub.add_argument
     _add_data(sub)
-    add("--sheet", type=Path, metavar="DIR", help=f"write a PNG there for each class, with up to {PICTURES} images")
-    add("--json", metavar="FILE", help="write the result there as JSON too; - prints it instead")
+    text = f"write a PNG there for each class, with up to {PICTURES} images"
+    sub.add_argument("--sheet", type=Path, metavar="DIR", help=text)
+    program.add_output_options(sub, word_is_file=True)
     card = commands.add_parser(
         "card",
         help="the card of a data set for the Hub",
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     card.add_argument("--name", metavar="TEXT", help="of the data (default: the folder's)")
     card.add_argument("--license", metavar="ID", help="the Hub's identifier of the licence, such as cc-by-4.0")
+    program.add_output_options(card)
     return parser
 
 
@@ -63,7 +64,7 @@ def _add_data(sub: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command: 0 if nothing was found, 1 for findings, 2 if the data cannot be read or a result written."""
-    return program.run("nfzoo data", lambda: _main(_parser().parse_args(argv)))
+    return program.run_parsed(_parser(), argv, _main)
 
 
 def _main(options: argparse.Namespace) -> int | None:
@@ -73,20 +74,17 @@ def _main(options: argparse.Namespace) -> int | None:
 def _check(options: argparse.Namespace) -> int:
     if options.sheet is not None:
         program.check_writable(options.sheet, folder=True)
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
     workers = _workers(options)
     try:
         report = _report(options)
         sheets = 0 if options.sheet is None else write_sheets(report, options.sheet, workers=workers)
-        program.write_result(options.json, report.to_dict(), report.text())
+        program.write_result(options, report.to_dict(), report.text())
     except BrokenPipeError:
         raise
     except (OSError, LostError) as error:  # whose status would be that of findings
         raise DataError(f"the check came to no end: {error}") from error
     if options.sheet is not None:
-        stream = sys.stderr if options.json == "-" else sys.stdout
-        print(f"wrote {sheets:,} sheets to {escaped(str(options.sheet))}", file=stream)
+        print(f"wrote {sheets:,} sheets to {escaped(str(options.sheet))}")
     return 1 if report.findings() else 0
 
 
@@ -101,12 +99,12 @@ def _card(options: argparse.Namespace) -> None:
             raise ConfigError(f"{output} is there already; --overwrite replaces it")
     report = _report(options)
     card = data_card(report, name=options.name, license=options.license)
-    if output is None:
-        print(card, end="")
-    else:
+    if output is not None:
         with replaced(output) as scratch:
             scratch.write_text(card, encoding="utf-8")
         print(f"wrote {escaped(str(output))}")
+    text = card.removesuffix("\n") if output is None else None
+    program.write_result(options, {"card": card, "output": None if output is None else str(output)}, text)
     if report.findings():
         print("`nfzoo data check` finds faults in these data", file=sys.stderr)
 

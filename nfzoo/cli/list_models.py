@@ -6,8 +6,8 @@ import argparse
 import json
 from importlib.resources import files
 
-from nfzoo.cli.tables import millions, print_json, print_table
 from nfzoo.runtime import program
+from nfzoo.runtime.output import millions, table
 from nfzoo.variants import VARIANTS
 
 COUNTS = "assets/parameter_counts.json"
@@ -21,8 +21,8 @@ def list_models(argv: list[str] | None = None) -> int:
         description="List the models of the zoo: parameters, side of the square input in pixels when trained and when\n"
         "tested, the ImageNet top-1 accuracy in percent that the source reports, and the source.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return program.run(parser.prog, lambda: _list(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _list)
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -39,9 +39,6 @@ def _list(options: argparse.Namespace) -> None:
         }
         for v in VARIANTS.values()
     ]
-    if options.json:
-        print_json(rows)
-        return
     header = ("name", "family", "parameters", "train", "test", "top-1", "source")
     cells = [
         (
@@ -55,4 +52,4 @@ def _list(options: argparse.Namespace) -> None:
         )
         for row in rows
     ]
-    print_table([header, *cells], "<<>>>><")
+    program.write_result(options, rows, table([header, *cells], "<<>>>><"))

@@ -1,7 +1,6 @@
 """The `nfzoo` command: its help, and the way to its commands.
 
-Exit status: 0 done; 2 for bad input and 1 for a failure such as a full disk, with one line on standard error; 130 after
-Ctrl-C; 141 when the reader of the output went away.
+Exit statuses are those of `nfzoo.runtime.program.EXIT_STATUSES`.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ COMMANDS = {
     "space": ("nfzoo.cli.publish", "space", "a web page on which models label pictures"),
     "export": ("nfzoo.export.run", "main", "a model for other runtimes: ONNX, AOTInductor, torch.export, StableHLO"),
     "tpu-check": ("nfzoo.export.tpu_check", "main", "whether a model compiles for a TPU and fits it, without one"),
+    "completion": ("nfzoo.cli.completion", "main", "completion of commands and options by the Tab key, for a shell"),
 }
 
 _EXAMPLES = """
@@ -46,7 +46,7 @@ examples:
   nfzoo push runs/pets me/pets
   nfzoo export runs/pets --format onnx --output pets-onnx
 
-`nfzoo COMMAND --help` says more about each.
+`nfzoo COMMAND --help` says more about each. All take --json and --quiet.
 """
 
 
@@ -71,7 +71,7 @@ def _help(arguments: list[str]) -> int:
         prog="nfzoo",
         usage="nfzoo [-h] [--version] COMMAND ...",
         description="Normalizer-Free networks in PyTorch: NFNet, NF-ResNet and NF-RegNet.",
-        epilog=f"commands:\n{summaries}\n{_EXAMPLES}",
+        epilog=f"commands:\n{summaries}\n{_EXAMPLES}{program.EXIT_STATUSES}",
     )
     parser.add_argument("--version", action="version", version=f"nfzoo {__version__}")
     _, words = parser.parse_known_args(arguments)

@@ -10,7 +10,6 @@ from typing import Any
 
 from nfzoo import from_pretrained
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, read_description
-from nfzoo.cli.tables import giga, millions, print_json, print_table
 from nfzoo.config import ModelConfig, Preprocessing
 from nfzoo.conversion import convert as conversion
 from nfzoo.errors import CheckpointError, ConversionError
@@ -19,7 +18,7 @@ from nfzoo.hub.registry import is_file_name
 from nfzoo.hub.sources import Options, locate, read_foreign
 from nfzoo.model import BlockCost, costs, parameter_count
 from nfzoo.runtime import program
-from nfzoo.runtime.output import escaped
+from nfzoo.runtime.output import escaped, giga, millions, table
 from nfzoo.variants import variant
 
 
@@ -34,54 +33,48 @@ def info(argv: list[str] | None = None) -> int:
         "model", metavar="MODEL", help="a name from `nfzoo list`, a checkpoint folder or its weight file"
     )
     program.add_source_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    return program.run(parser.prog, lambda: _info(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _info)
 
 
 def _info(options: argparse.Namespace) -> None:
     config, preprocessing, facts = _lookup(options.model, **program.source_options(options))
     size = preprocessing.test_size
-    table = costs(config, size)
+    blocks = costs(config, size)
     train_macs = sum(c.macs for c in costs(config, preprocessing.train_size))
-    stages = _stages(table)
-    macs = sum(c.macs for c in table)
-    parameters = sum(c.parameters for c in table)
-    if options.json:
-        print_json(
-            {
-                **facts,
-                "parameters": parameters,
-                "macs": {"train": train_macs, "test": macs},
-                "architecture": config.to_dict(),
-                "preprocessing": preprocessing.to_dict(),
-                "stages": [
-                    {"name": n, "blocks": b, "output": list(c.output), "parameters": c.parameters, "macs": c.macs}
-                    for n, b, c in stages
-                ],
-            }
-        )
-        return
+    stages = _stages(blocks)
+    macs = sum(c.macs for c in blocks)
+    parameters = sum(c.parameters for c in blocks)
+    fields = {
+        **facts,
+        "parameters": parameters,
+        "macs": {"train": train_macs, "test": macs},
+        "architecture": config.to_dict(),
+        "preprocessing": preprocessing.to_dict(),
+        "stages": [
+            {"name": n, "blocks": b, "output": list(c.output), "parameters": c.parameters, "macs": c.macs}
+            for n, b, c in stages
+        ],
+    }
     path = Path(options.model)
     unread = " (weights not read)" if path.exists() and not _is_foreign(path) else ""
-    for key, value in facts.items():
-        if value is not None:
-            print(f"{key + ':':<22}{escaped(_in_words(value))}")
+    lines = [f"{key + ':':<22}{escaped(_in_words(value))}" for key, value in facts.items() if value is not None]
     resize = f"{preprocessing.resize}, margin {preprocessing.margin} pixels"
     if preprocessing.resize == "shortest-edge":
         resize = f"{preprocessing.resize}, crop {preprocessing.crop:g}"
-    print(f"{'family:':<22}{config.family}, {config.activation}, {config.rules} rules")
-    print(f"{'classes:':<22}{config.num_classes}")
-    print(f"{'parameters:':<22}{parameters:,}{unread}")
+    lines.append(f"{'family:':<22}{config.family}, {config.activation}, {config.rules} rules")
+    lines.append(f"{'classes:':<22}{config.num_classes}")
+    lines.append(f"{'parameters:':<22}{parameters:,}{unread}")
     for use, side, count in (
         ("train", preprocessing.train_size, train_macs),
         ("test", size, macs),
     ):
-        print(f"{use + ' input:':<22}{side} x {side} pixels, {giga(count)} multiply-accumulates")
-    print(f"{'evaluation resize:':<22}{resize}")
-    print()
+        lines.append(f"{use + ' input:':<22}{side} x {side} pixels, {giga(count)} multiply-accumulates")
+    lines.append(f"{'evaluation resize:':<22}{resize}")
     total = ("total", str(sum(b for _, b, _ in stages)), "", f"{parameters:,}", giga(macs))
     cells = [(n, str(b), " x ".join(map(str, c.output)), f"{c.parameters:,}", giga(c.macs)) for n, b, c in stages]
-    print_table([("stage", "blocks", f"output at {size}", "parameters", "MACs"), *cells, total], "<>>>>")
+    rows = [("stage", "blocks", f"output at {size}", "parameters", "MACs"), *cells, total]
+    program.write_result(options, fields, "\n".join([*lines, "", table(rows, "<>>>>")]))
 
 
 def _lookup(source: str, **options: Any) -> tuple[ModelConfig, Preprocessing, dict[str, Any]]:
@@ -131,10 +124,10 @@ def _is_foreign(folder: Path) -> bool:
         return False  # `read_description` says what is wrong
 
 
-def _stages(table: Sequence[BlockCost]) -> list[tuple[str, int, BlockCost]]:
+def _stages(blocks: Sequence[BlockCost]) -> list[tuple[str, int, BlockCost]]:
     """Return (name, number of blocks, costs) of stem, stages, final convolution, and head with pooling."""
     groups: dict[str, list[BlockCost]] = {}
-    for cost in table:
+    for cost in blocks:
         parts = cost.name.split(".")
         name = ".".join(parts[:2]) if parts[0] == "stages" else "head" if parts[0] == "pool" else parts[0]
         groups.setdefault(name, []).append(cost)
@@ -171,7 +164,8 @@ def convert(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", metavar="NAME", help="the model that the weights are of, if they do not tell")
     program.add_source_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is at OUT")
-    return program.run(parser.prog, lambda: _convert(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _convert)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -188,9 +182,20 @@ def _convert(options: argparse.Namespace) -> None:
         **program.source_options(options),
     )
     description = weights.description
+    parameters = parameter_count(description.config)
     summary = f"{description.name or description.config.family}, {description.config.num_classes} classes, "
-    summary += f"{millions(parameter_count(description.config))} parameters, read as {weights.form}"
+    summary += f"{millions(parameters)} parameters, read as {weights.form}"
     print(f"wrote {escaped(str(options.target))}: {escaped(summary)}")
+    fields = {
+        "output": str(options.target),
+        "to": options.to,
+        "name": description.name,
+        "family": description.config.family,
+        "classes": description.config.num_classes,
+        "parameters": parameters,
+        "read_as": weights.form,
+    }
+    program.write_result(options, fields)
 
 
 def _from_hub(name: str, model: str | None, **options: Any) -> conversion.Weights:

@@ -15,14 +15,13 @@ from torch import Tensor
 from nfzoo.analysis.figures import compared_curves, held_out_curve, read_metrics, signal_propagation, training_curves
 from nfzoo.analysis.signal_propagation import SignalMetrics, open_branches, signal_metrics
 from nfzoo.analysis.style import check_png
-from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import ConfigError
 from nfzoo.model import init
 from nfzoo.nn import NFNet, create
 from nfzoo.predict import image_files
 from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
-from nfzoo.runtime.output import escaped, json_text
+from nfzoo.runtime.output import escaped
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE
 from nfzoo.variants import VARIANTS
 
@@ -156,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--output", type=Path, default=Path("signal.png"), metavar="PNG", help="the picture (default: signal.png)"
     )
-    sub.add_argument("--json", metavar="PATH", help="write the numbers there, too; - prints them")
+    program.add_output_options(sub, word_is_file=True)
     sub = commands.add_parser(
         "curves",
         help="loss and accuracy over the epochs of a training run",
@@ -169,23 +168,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"the folder of a run, or its {METRICS_FILE}")
     text = f"the picture (default: {CURVES_FILE} in the folder of the run, of several here)"
     sub.add_argument("--output", type=Path, metavar="PNG", help=text)
+    program.add_output_options(sub)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command: 0 when the picture is drawn, 2 for bad input, 1 when the disk gave out."""
 
-    def work() -> None:
-        options = _parser().parse_args(argv)
+    def work(options: argparse.Namespace) -> None:
         (_signal if options.command == "signal" else _curves)(options)
 
-    return program.run("nfzoo plot", work)
+    return program.run_parsed(_parser(), argv, work)
 
 
 def _signal(options: argparse.Namespace) -> None:
     check_png(options.output)
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
     signal = measure(
         options.model,
         trained=options.trained,
@@ -198,14 +195,8 @@ def _signal(options: argparse.Namespace) -> None:
         **program.source_options(options),
     )
     signal_propagation(signal.blocks, options.output, title=signal.title())
-    text = json_text(signal.to_dict())
-    if options.json == "-":
-        print(text, end="")
-    elif options.json is not None:
-        with replaced(options.json) as scratch:
-            scratch.write_text(text, encoding="utf-8")
-    written = [str(options.output), *([options.json] if options.json not in (None, "-") else [])]
-    print(f"wrote {escaped(' and '.join(written))}", file=sys.stderr if options.json == "-" else sys.stdout)
+    print(f"wrote {escaped(str(options.output))}")
+    program.write_result(options, signal.to_dict())
 
 
 def _curves(options: argparse.Namespace) -> None:
@@ -217,6 +208,7 @@ def _curves(options: argparse.Namespace) -> None:
     else:
         compared_curves([(name, held_out_curve(read_metrics(path))) for name, path in files.items()], output)
     print(f"wrote {escaped(str(output))}")
+    program.write_result(options, {"output": str(output), "runs": list(files)})
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nfzoo import from_pretrained
 from nfzoo.analysis.explanations import METHODS
-from nfzoo.cli.tables import print_json
 from nfzoo.errors import ConfigError
 from nfzoo.predict import Prediction, image_files, predict
 from nfzoo.runtime import program
@@ -50,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         "--batch-size", type=program.positive_int, default=32, metavar="N", help="images at a time (default: 32)"
     )
     program.add_source_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    program.add_output_options(parser)
     parser.add_argument("--data", action=_UseBulk, help=argparse.SUPPRESS)
-    return program.run(parser.prog, lambda: _predict(parser.parse_args(argv)))
+    return program.run_parsed(parser, argv, _predict)
 
 
 class _UseBulk(argparse.Action):
@@ -76,21 +74,22 @@ def _predict(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         device=options.device,
     )
-    if options.json:
-        print_json([_as_json(p) for p in predictions])
-    else:
-        width = max((len(escaped(label)) for p in predictions for label, _ in p.top), default=0)
-        for prediction in predictions:
-            print(escaped(str(prediction.path)))
-            for label, probability in prediction.top:
-                bar = "#" * round(30 * probability)
-                print(f"  {100 * probability:5.1f} %  {escaped(label):<{min(width, 40)}}  {bar}".rstrip())
-            if not prediction.top:
-                print("  no label")
+    program.write_result(options, [_as_json(p) for p in predictions], "\n".join(_lines(predictions)))
     for line in () if model.multi_label else _of_classes(options, predictions, model.labels or ()):
-        print(line, file=sys.stderr if options.json else sys.stdout)
+        print(line)
     if options.sheet is not None:
-        print(f"wrote {escaped(str(options.sheet))}", file=sys.stderr if options.json else sys.stdout)
+        print(f"wrote {escaped(str(options.sheet))}")
+
+
+def _lines(predictions: Sequence[Prediction]) -> Iterator[str]:
+    width = max((len(escaped(label)) for p in predictions for label, _ in p.top), default=0)
+    for prediction in predictions:
+        yield escaped(str(prediction.path))
+        for label, probability in prediction.top:
+            bar = "#" * round(30 * probability)
+            yield f"  {100 * probability:5.1f} %  {escaped(label):<{min(width, 40)}}  {bar}".rstrip()
+        if not prediction.top:
+            yield "  no label"
 
 
 def _of_classes(options: argparse.Namespace, predictions: list[Prediction], labels: Sequence[str]) -> Iterator[str]:

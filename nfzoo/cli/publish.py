@@ -7,13 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-from nfzoo.cli.tables import print_table
 from nfzoo.errors import ConfigError
 from nfzoo.hub import publish
 from nfzoo.hub.space import app, deploy
 from nfzoo.model import parameter_count
 from nfzoo.runtime import program
-from nfzoo.runtime.output import escaped
+from nfzoo.runtime.output import escaped, table
 from nfzoo.variants import VARIANTS
 
 
@@ -43,7 +42,8 @@ def push(argv: list[str] | None = None) -> int:
         "--license", default="apache-2.0", metavar="ID", help="the licence of the weights (default: apache-2.0)"
     )
     parser.add_argument("--all-deepmind", metavar="ORG", help="publish DeepMind's F0 to F6 there instead of a folder")
-    return program.run(parser.prog, lambda: _push(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _push)
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -59,25 +59,28 @@ def _push(options: argparse.Namespace) -> None:
     }
     if options.all_deepmind is not None:
         if options.dry_run:
-            print_table(
-                [
-                    ("source", "repository", "parameters"),
-                    *(
-                        (source, repo_id, f"{parameter_count(VARIANTS[name].config):,}")
-                        for source, name, repo_id in publish.deepmind_repositories(options.all_deepmind)
-                    ),
-                ],
-                "<<>",
-            )
+            planned = [
+                {"source": source, "repository": repo_id, "parameters": parameter_count(VARIANTS[name].config)}
+                for source, name, repo_id in publish.deepmind_repositories(options.all_deepmind)
+            ]
+            rows = [(str(row["source"]), str(row["repository"]), f"{row['parameters']:,}") for row in planned]
+            text = table([("source", "repository", "parameters"), *rows], "<<>")
+            program.write_result(options, {"repositories": planned}, text)
             return
+        published = []
         for url in publish.push_deepmind(options.all_deepmind, **send):
+            published.append(url)
             print(f"published {escaped(url)}", flush=True)
+        program.write_result(options, {"published": published})
     elif options.dry_run:
         files = publish.bundle(options.folder, options.repository, license=options.license)
-        print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
-        print(f"\n{files.card}", end="")
+        text = table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
+        fields = {"repository": options.repository, "files": files.sizes(), "card": files.card}
+        program.write_result(options, fields, f"{text}\n\n{files.card.removesuffix(chr(10))}")
     else:
-        print(f"published {escaped(publish.push(options.folder, options.repository, **send))}")
+        url = publish.push(options.folder, options.repository, **send)
+        print(f"published {escaped(url)}")
+        program.write_result(options, {"published": [url]})
 
 
 def space(argv: list[str] | None = None) -> int:
@@ -103,11 +106,16 @@ def space(argv: list[str] | None = None) -> int:
     )
     program.add_source_options(parser)
     parser.add_argument("--port", type=_port, metavar="P", help="port (default: the first free one from 7860 on)")
-    return program.run(parser.prog, lambda: _space(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _space)
 
 
 def _space(options: argparse.Namespace) -> None:
-    app.main(options.model, port=options.port, **program.source_options(options))
+    def write(url: str, models: list[str]) -> None:
+        program.write_result(options, {"url": url, "models": models})
+
+    on_start = None if options.json is None else write
+    app.main(options.model, port=options.port, on_start=on_start, **program.source_options(options))
 
 
 def _deploy_command(argv: list[str]) -> int:
@@ -134,7 +142,8 @@ def _deploy_command(argv: list[str]) -> int:
     add("--overwrite", action="store_true", help="take a Space that holds files of others")
     add("--message", metavar="TEXT", help="the commit message")
     add("--dry-run", action="store_true", help="print the files, their sizes and the card; nothing is sent")
-    return program.run(parser.prog, lambda: _deploy(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _deploy)
 
 
 def _deploy(options: argparse.Namespace) -> None:
@@ -142,11 +151,15 @@ def _deploy(options: argparse.Namespace) -> None:
     page = {"title": options.title, "package": options.package}
     if options.dry_run:
         files = deploy.space_files(options.repository, models, **page)
-        print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
+        texts = {}
         for name in (publish.CARD_FILE, "requirements.txt"):
             content = files.files[name]
             assert isinstance(content, bytes)
-            print(f"\n{content.decode()}", end="")
+            texts[name] = content.decode()
+        rows = table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
+        card, requirements = texts.values()
+        fields = {"repository": options.repository, "files": files.sizes(), "card": card, "requirements": requirements}
+        program.write_result(options, fields, f"{rows}\n\n{card}\n{requirements.removesuffix(chr(10))}")
         return
     url = deploy.deploy(
         options.repository,
@@ -157,6 +170,7 @@ def _deploy(options: argparse.Namespace) -> None:
         commit_message=options.message,
     )
     print(f"deployed {escaped(url)}")
+    program.write_result(options, {"deployed": url})
 
 
 def _port(text: str) -> int:

@@ -148,7 +148,7 @@ def _write_digits(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `nfzoo drill` command and return its exit status."""
-    return program.run("nfzoo drill", lambda: _main(_parser().parse_args(argv)))
+    return program.run_parsed(_parser(), argv, _main)
 
 
 def _parser() -> program.Parser:
@@ -163,7 +163,7 @@ def _parser() -> program.Parser:
     parser.add_argument("--folder", default=".", help="where to train, on the disk to be tried (default: here)")
     parser.add_argument("--seed", type=program.nonnegative_int, default=0, help="of the choice of faults (default: 0)")
     parser.add_argument("--workers", type=program.positive_int, help="runs at a time (default: one for each processor)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures of each fault as JSON; - for standard output")
+    program.add_output_options(parser, word_is_file=True)
     return parser
 
 
@@ -172,8 +172,6 @@ def _main(options: argparse.Namespace) -> int:
         raise ConfigError("--sharding fsdp2 needs several processes: pass --processes 2")
     parent = Path(options.folder)
     program.check_writable(parent, folder=True)
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="nfzoo-drill-", dir=parent))
     so_far: list[Verdict] = []
@@ -197,7 +195,7 @@ def _main(options: argparse.Namespace) -> int:
     kept = _kept(folder, verdicts).removeprefix("; ")
     if kept:
         text += f"\n{kept}"
-    program.write_result(options.json, {"verdicts": [verdict._asdict() for verdict in verdicts]}, text)
+    program.write_result(options, {"verdicts": [verdict._asdict() for verdict in verdicts]}, text)
     return 1 if kept else 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 from pathlib import Path
 
 from nfzoo.analysis.classification_figures import corruption_figure
@@ -51,7 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     workers = "loader processes per process (default: the processors, up to 8)"
     add("--workers", type=program.nonnegative_int, metavar="N", help=workers)
     add("--device", help="where to compute: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    add("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
     add(
         "--report",
         type=Path,
@@ -84,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-broken", action="store_true", help="leave images out that cannot be read, and name and count them")
     program.add_source_options(parser)
     add("--date", type=_date, metavar="YYYY-MM-DD", help="the day to note in the result (default: none)")
+    program.add_output_options(parser, word_is_file=True)
     return parser
 
 
@@ -96,14 +95,12 @@ def _date(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 for a result, 2 for bad input, 1 for a disk error."""
-    return program.run("nfzoo evaluate", lambda: _main(_parser().parse_args(argv)))
+    return program.run_parsed(_parser(), argv, _main)
 
 
 def _main(options: argparse.Namespace) -> None:
     from nfzoo import from_pretrained
 
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
     if options.report is not None:
         check_folder(options.report, options.data)
     if options.curves is not None:
@@ -157,12 +154,11 @@ def _main(options: argparse.Namespace) -> None:
         text += f"\n\n{robustness_table(corruptions)}"
         if options.curves is not None:
             corruption_figure(corruptions, options.curves)
-    program.write_result(options.json, fields, text)
-    notes = sys.stderr if options.json == "-" else sys.stdout
+    program.write_result(options, fields, text)
     if options.curves is not None:
-        print(f"wrote {escaped(str(options.curves))}", file=notes)
+        print(f"wrote {escaped(str(options.curves))}")
     if options.report is not None:
-        print(f"wrote {escaped(str(options.report / PAGE_FILE))}", file=notes)
+        print(f"wrote {escaped(str(options.report / PAGE_FILE))}")
     if options.save_temperature is not None and found is not None:
         if found.temperature is None:
             raise DataError(
@@ -172,7 +168,7 @@ def _main(options: argparse.Namespace) -> None:
         model.temperature = found.temperature
         with locked(options.save_temperature):
             model.save_pretrained(options.save_temperature)
-        print(f"wrote {escaped(str(options.save_temperature))}, with temperature {model.temperature:.4f}", file=notes)
+        print(f"wrote {escaped(str(options.save_temperature))}, with temperature {model.temperature:.4f}")
 
 
 def _check_sets(options: argparse.Namespace) -> None:
@@ -192,10 +188,9 @@ def _sets(options: argparse.Namespace, evaluator: Evaluator) -> None:
         return
     if options.report is not None:
         write_set_report(options.report, evaluator, evaluation, outputs, data=options.data)
-    program.write_result(options.json, evaluation.to_dict(), set_table(evaluation))
+    program.write_result(options, evaluation.to_dict(), set_table(evaluation))
     if options.report is not None:
-        notes = sys.stderr if options.json == "-" else sys.stdout
-        print(f"wrote {escaped(str(options.report / PAGE_FILE))}", file=notes)
+        print(f"wrote {escaped(str(options.report / PAGE_FILE))}")
 
 
 def _check_model_folder(folder: Path, source: str) -> None:

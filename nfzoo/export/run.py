@@ -286,12 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     program.add_source_options(parser)
     parser.add_argument("--training", action="store_true", help="stablehlo: write the training step as well")
+    program.add_output_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if the program is written, 2 for bad input, 1 if the disk or a compiler fails."""
-    return program.run("nfzoo export", lambda: _main(_parser().parse_args(argv)), failures=(OSError, RuntimeError))
+    return program.run_parsed(_parser(), argv, _main, failures=(OSError, RuntimeError))
 
 
 def _main(options: argparse.Namespace) -> None:
@@ -328,8 +329,11 @@ def _main(options: argparse.Namespace) -> None:
         written = [path, path.with_name(SHEET)]
     for path in written:
         print(f"wrote {escaped(str(path))}")
+    said = None
     if options.int8 is not None:
-        print(escaped(accuracy_of_int8(model, written[0], options.int8, options.size, options.batch)))
+        said = accuracy_of_int8(model, written[0], options.int8, options.size, options.batch)
+    fields = {"format": options.format, "written": list(map(str, written)), "int8": said}
+    program.write_result(options, fields, said and escaped(said))
 
 
 def calibration_batches(model: NFNet, source: str, size: int | None = None, batch: int | None = None) -> list[Tensor]:

@@ -243,8 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--multiple", type=program.positive_int, metavar="N", help=text)
     text = f"for each compilation (default: {TIMEOUT:g})"
     parser.add_argument("--timeout", type=_minutes, default=TIMEOUT, metavar="MINUTES", help=text)
-    parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
     parser.add_argument("--log", type=Path, metavar="PATH", help="write there what the compiler prints")
+    program.add_output_options(parser, word_is_file=True)
     return parser
 
 
@@ -275,7 +275,7 @@ def _topology(text: str) -> tuple[str, tuple[int, ...]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0 if it compiles, 1 if it does not or time or disk ran out, 2 for bad input."""
-    return program.run("nfzoo tpu-check", lambda: _main(_parser().parse_args(argv)))
+    return program.run_parsed(_parser(), argv, _main)
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -299,9 +299,10 @@ def _main(options: argparse.Namespace) -> int:
 
     def check(batch: int) -> Check:
         title = f"{escaped(name)}, {'train' if request.train else 'forward'}, batch {batch}, {request.topology}"
-        print(f"{title}: compiling", file=sys.stderr, flush=True)
+        if not options.quiet:
+            print(f"{title}: compiling", file=sys.stderr, flush=True)
         answer = compile_in_process(dataclasses.replace(request, batch=batch), timeout=options.timeout, log=options.log)
-        if options.largest:
+        if options.largest and not options.quiet:
             print(f"{title}: {_result(answer)}", file=sys.stderr, flush=True)
         return answer
 
@@ -316,7 +317,7 @@ def _main(options: argparse.Namespace) -> int:
         fields |= {"largest": largest and largest["batch"], "tried": tried}
     searched = tried if options.largest else ()
     text = report(chosen, name=name, parameters=parameter_count(config), tried=searched)
-    program.write_result(options.json, fields, text)
+    program.write_result(options, fields, text)
     return 0 if largest and all(c["outcome"] in ("compiles", "too big") for c in tried) else 1
 
 

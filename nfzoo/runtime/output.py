@@ -21,6 +21,9 @@ from nfzoo.errors import without_credentials
 # How progress bars move: back to the start of a line before they write it anew, and up by whole lines.
 _MOVES = re.compile(r"\r|(?:\x1b\[A)+\Z")
 
+_BAR_SWITCHES = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Variables by which libraries draw no bars, also where there is no terminal."""
+
 
 _MARKDOWN = frozenset(r"\`*_{}[]<>()#+-.!|~&$:@^=")
 
@@ -76,6 +79,39 @@ def guarded() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Let nothing draw a progress bar in the block: standard error is no terminal there, and libraries are told so.
+
+    A library that was imported before may not look at its variable any more.
+    """
+    before, told = sys.stderr, {name: os.environ.get(name) for name in _BAR_SWITCHES}
+    sys.stderr = None if before is None else _NoTerminal(before)  # type: ignore[assignment]
+    os.environ |= dict.fromkeys(_BAR_SWITCHES, "1")
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        for name, value in told.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _NoTerminal:
+    """A stream that is no terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _guard(stream: Any) -> Any:
     return stream if stream is None or isinstance(stream, _Guard) else _Guard(stream)
 
@@ -113,14 +149,6 @@ def _escape_record(record: logging.LogRecord) -> bool:
     return True
 
 
-def table(rows: Sequence[Sequence[str]], alignment: str) -> str:
-    """Return rows of cells as lines of text, with one of `<` and `>` for each column."""
-    rows = [[escaped(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
-    lines = ("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def csv_cell(text: str) -> str:
     """Return a text as it may stand in a cell of a CSV file: escaped, and no formula of a spreadsheet.
 
@@ -131,3 +159,21 @@ def csv_cell(text: str) -> str:
     """
     text = escaped(text)
     return f"'{text}" if text.lstrip()[:1] in tuple("=+-@") else text
+
+
+def table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Return rows of cells as lines of text, with one of `<` and `>` for each column."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
+    lines = ("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def millions(count: int) -> str:
+    """Return `71.5 M` for 71 489 284."""
+    return f"{count / 1e6:.1f} M"
+
+
+def giga(count: int) -> str:
+    """Return `12.38 G`, or below a tenth of that unit `12.38 M`."""
+    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.2f} M"

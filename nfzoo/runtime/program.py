@@ -6,34 +6,63 @@ import argparse
 import contextlib
 import difflib
 import gc
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import MAX_SIZE
 from nfzoo.errors import ConfigError, NfzooError, nearest
-from nfzoo.runtime.output import escaped, guarded, json_text
+from nfzoo.runtime.output import escaped, guarded, json_text, without_bars
+
+PRINTED = "-"
+"""The value of `--json` for standard output."""
+
+EXIT_STATUSES = """
+exit status:
+  0    done
+  1    a failure, such as a full disk; a result that says no: findings of `data check`, a model that does
+       not fit of `tpu-check`, runs that did not survive of `drill`, no rate of `find-lr`
+  2    bad input, such as an option, a file or a name; one line on standard error says what to do
+  130  Ctrl-C
+  141  the reader of the output went away
+  143  SIGTERM; other signals that end a command add their number to 128 too
+"""
+
+_wanted: ContextVar[bool] = ContextVar("_wanted", default=False)  # see `parser_of`
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser with the conventions of all commands.
 
     Bad arguments raise a `ConfigError`. Options cannot be abbreviated. `--batch_size` means `--batch-size`. Help texts
-    keep their line breaks.
+    keep their line breaks. `add_output_options` adds `--json` and `--quiet`.
     """
+
+    json_takes_a_word = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
         self.color = False  # newer Pythons colour help, by characters that `guarded` would show
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        if _wanted.get():
+            raise _FoundError(self)
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(_with_dashes, words[:end]), *words[end:]], namespace)
+        words[:end] = map(_with_dashes, words[:end])
+        if not self.json_takes_a_word:
+            after = [*words[1:], ""]
+            words[:end] = [
+                f"--json={PRINTED}" if word == "--json" and after[i] != PRINTED else word
+                for i, word in enumerate(words[:end])
+            ]
+        return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         options, unknown = self.parse_known_args(args, namespace)
@@ -69,6 +98,26 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+class _FoundError(BaseException):
+    """The parser that `parser_of` looks for; no command catches it."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+def parser_of(command: Callable[[list[str]], int]) -> Parser:
+    """Return the parser of a command, which is called up to the point where it would read its arguments."""
+    token = _wanted.set(True)
+    try:
+        command([])
+    except _FoundError as found:
+        return found.parser
+    finally:
+        _wanted.reset(token)
+    raise TypeError(f"{command!r} reads its arguments by no Parser")
+
+
 def _with_dashes(word: str) -> str:
     option, equals, value = word.partition("=")
     return option.replace("_", "-") + equals + value if option.startswith("--") else word
@@ -86,6 +135,22 @@ def positive_int(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_SIZE}")
     return int(text)
+
+
+def add_output_options(parser: argparse.ArgumentParser, *, word_is_file: bool = False) -> None:
+    """Add `--json` and `--quiet`, options of all commands.
+
+    Args:
+        word_is_file: whether the word after `--json` is its file, as in `--json FILE`. Elsewhere the word may be a
+            model or an image, which would be overwritten, and a file is given as in `--json=FILE` alone.
+    """
+    assert isinstance(parser, Parser)
+    parser.json_takes_a_word = word_is_file
+    metavar = "FILE" if word_is_file else "=FILE"
+    text = f"print the result as JSON, and nothing else; with {'' if word_is_file else '='}FILE, write it there as well"
+    parser.add_argument("--json", nargs="?", const=PRINTED, default=None, metavar=metavar, help=text)
+    text = "print results, warnings and errors alone: no progress, and not what was written"
+    parser.add_argument("--quiet", action="store_true", default=False, help=text)
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -180,19 +245,81 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         raise ConfigError(f"{str(path)!r} is a file; give a folder")
     if not folder and target.is_dir():
         raise ConfigError(f"{str(path)!r} is a folder; give a file in it")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # which a rename would replace
+        raise ConfigError(f"{str(path)!r} is a device or a pipe; give a {'folder' if folder else 'file'}")
     parent = next(p for p in ((target, *target.parents) if folder else target.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"{str(path)!r} cannot be written: {str(parent)!r} is no folder that takes files")
 
 
-def write_result(target: str | None, fields: Mapping[str, Any], text: str) -> None:
-    """Print a result as text, and write it as JSON to the file `target`. For `-`, print the JSON instead."""
-    written = json_text(fields)
-    if target == "-":
-        print(written, end="")
+@contextlib.contextmanager
+def speaking(options: argparse.Namespace) -> Iterator[None]:
+    """Send what a command says besides its result to where `--json` and `--quiet` want it.
+
+    In the block, standard output is for notes. They go to standard error where the result is printed as JSON, and
+    nowhere with `--quiet`, which hides progress bars too. `write_result` prints to the standard output of before.
+
+    Raises:
+        ConfigError: if the file of `--json` cannot be written.
+    """
+    if options.json not in (None, PRINTED):
+        check_writable(Path(options.json))
+    options.results = sys.stdout
+    with contextlib.ExitStack() as stack:
+        if options.quiet:
+            stack.enter_context(without_bars())
+            notes = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(notes))
+        elif options.json == PRINTED:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def run_parsed(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    work: Callable[[argparse.Namespace], int | None],
+    **options: Any,
+) -> int:
+    """Read the arguments, call `work` with them within `speaking`, and return the exit status.
+
+    Args:
+        options: those of `run`.
+    """
+
+    def parsed() -> int | None:
+        namespace = parser.parse_args(argv)
+        with speaking(namespace):
+            return work(namespace)
+
+    return run(parser.prog, parsed, **options)
+
+
+def write_result(options: argparse.Namespace, fields: Any, text: str | None = None) -> None:
+    """Print a result as text, or as JSON where `--json` says so, or write the JSON to a file besides.
+
+    With `--quiet` and a file nothing is printed. JSON has `null` for numbers that are not finite.
+
+    Args:
+        options: those of `add_output_options`, within `speaking`.
+        fields: ready for JSON.
+        text: `None` where notes have said it all.
+    """
+    target = options.json
+    if target == PRINTED:
+        print(json_text(_finite(fields)), end="", file=options.results, flush=True)
         return
-    print(text)
+    if text is not None and not (options.quiet and target is not None):
+        print(text, file=options.results)
     if target is not None:
         with replaced(target) as scratch:
-            scratch.write_text(written, encoding="utf-8")
+            scratch.write_text(json_text(_finite(fields)), encoding="utf-8")
         print(f"wrote {escaped(target)}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     text = "labels where a request does not say how many (default: 5; of a multi-label model all that reach their "
     parser.add_argument("--topk", type=count, metavar="K", help=f"{text}thresholds)")
     program.add_source_options(parser)
-    return program.run(parser.prog, lambda: _serve(parser.parse_args(argv)))
+    program.add_output_options(parser)
+    return program.run_parsed(parser, argv, _serve)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -105,6 +106,8 @@ def _load_and_answer(options: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"serving on {address}; Ctrl-C ends", flush=True)
+        if options.json is not None:
+            program.write_result(options, {"url": address, **about})
         answer_until_signal(build(Service(inference, limits, Metrics())), listener, limits.seconds + _SLACK)
     print("all requests are answered")
 

@@ -9,6 +9,7 @@ The module is long because all that a run refuses before it begins is here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from nfzoo.runtime.distributed import elastic_launcher, gather
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.defaults import chosen
-from nfzoo.train.config.recipes import parse
+from nfzoo.train.config.recipes import parse_command
 from nfzoo.train.distillation import check_taught, open_teacher
 from nfzoo.train.learner import copied, fit_head, head_for, problem_type
 from nfzoo.train.memory import divided
@@ -389,8 +390,14 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says, and return the exit status; see the module for its meaning."""
     try:
-        with prepared(parse(argv)) as trainer:
-            trainer.fit()
+        config, options = parse_command(argv)
+        with program.speaking(options):
+            with prepared(config) as trainer:
+                result = trainer.fit()
+            if program.is_first_process():
+                fields = {"output": str(result.folder), "epochs": trainer.epoch, **dataclasses.asdict(result)}
+                del fields["folder"]
+                program.write_result(options, fields)
         return 0
     except (NfzooError, OSError, KeyboardInterrupt) as error:
         return program.report("nfzoo train", error)

@@ -30,7 +30,7 @@ _NOT_OF_A_TEST = ("--resume", "--resume-from", "--print-config")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 when a rate is found, 2 for bad input, 1 when none lowers the loss or the disk gave out."""
-    return program.run("nfzoo find-lr", lambda: _find(list(sys.argv[1:] if argv is None else argv)))
+    return program.run("nfzoo find-lr", lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _parser() -> program.Parser:
@@ -58,7 +58,7 @@ def _parser() -> program.Parser:
     parser.add_argument("--output", type=Path, metavar="YAML", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a recipe that is at YAML")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the loss over the rate")
-    parser.add_argument("--json", metavar="PATH", help="write the result there as JSON too; - prints it instead")
+    program.add_output_options(parser, word_is_file=True)
     return parser
 
 
@@ -79,25 +79,30 @@ def _clips(text: str) -> list[float | None]:
     return clips
 
 
-def _find(arguments: list[str]) -> None:
+def _main(arguments: list[str]) -> None:
     options, rest = _parser().parse_known_args(arguments)
+    with program.speaking(options):
+        _find(options, rest)
+
+
+def _find(options: argparse.Namespace, rest: list[str]) -> None:
     for word in rest:
         if (name := word.partition("=")[0].replace("_", "-")) in _NOT_OF_A_TEST:
             raise ConfigError(f"{name} is of nfzoo train; a range test begins anew and writes no run; leave it out")
     _check_targets(options)
     config = parse([*rest, "--output", "a test writes none"])
     clips = options.clips or [config.optim.clip]
-    _say(options, f"{config.model} on {config.data}: {options.steps} steps for each of {len(clips)} threshold(s)")
+    _say(f"{config.model} on {config.data}: {options.steps} steps for each of {len(clips)} threshold(s)")
     config, curves = find_rates(
         config,
         clips,
         start=options.start_lr,
         end=options.end_lr,
         steps=options.steps,
-        report=lambda curve: _say(options, _line(curve)),
+        report=lambda curve: _say(_line(curve)),
     )
     found = suggest(curves)
-    _say(options, f"batch size {config.batch_size}, which the rate goes with")
+    _say(f"batch size {config.batch_size}, which the rate goes with")
     if program.is_first_process():
         _write(options, config, curves, found)
     gather([found])  # a launcher ends all processes as soon as one has failed
@@ -119,13 +124,11 @@ def _check_targets(options: argparse.Namespace) -> None:
         check_png(options.plot)
         program.check_writable(options.plot)
         new_figure(1, 1)
-    if options.json not in (None, "-"):
-        program.check_writable(Path(options.json))
 
 
-def _say(options: argparse.Namespace, text: str) -> None:
+def _say(text: str) -> None:
     if program.is_first_process():
-        print(escaped(text), flush=True, file=sys.stderr if options.json == "-" else sys.stdout)
+        print(escaped(text), flush=True)
 
 
 def _line(curve: Curve) -> str:
@@ -149,9 +152,9 @@ def _write(options: argparse.Namespace, config: TrainConfig, curves: Sequence[Cu
         rate_curves(curves, found, options.plot)
         written.append(str(options.plot))
     text = "nothing found" if found is None else f"found: --optim.lr {found.lr:g} --optim.clip {in_words(found.clip)}"
-    program.write_result(options.json, as_dict(config, curves, found), text)
+    program.write_result(options, as_dict(config, curves, found), text)
     for path in written:
-        _say(options, f"wrote {path}")
+        _say(f"wrote {path}")
 
 
 def recipe(config: TrainConfig, found: Suggestion) -> str:

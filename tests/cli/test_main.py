@@ -1,12 +1,17 @@
 """The command: what it prints, where it writes, and how it fails."""
 
+import argparse
+import contextlib
+import importlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +20,15 @@ from PIL import Image
 
 import nfzoo.cli.list_models
 import nfzoo.cli.main
+import nfzoo.train
 from nfzoo.cli.main import main
 from nfzoo.model import mac_count, parameter_count
 from nfzoo.nn import create
+from nfzoo.runtime import program
 from nfzoo.variants import VARIANTS
+from tests.support.forks import run_in_group
 from tests.support.helpers import DEEPMIND_COUNTS, REFERENCE
+from tests.support.loops import each
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +264,128 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nfzoo.cli.list_models, "print_table", interrupted)
+    monkeypatch.setattr(nfzoo.cli.list_models, "table", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+# -- what all commands have in common
+
+
+def parsers(name: str) -> Iterator[argparse.ArgumentParser]:
+    """Yield the parser of a command, or those of its subcommands."""
+    module, function, _ = nfzoo.cli.main.COMMANDS[name]
+    parser = program.parser_of(getattr(importlib.import_module(module), function))
+    inner = parser._inner()
+    yield from inner or [parser]
+
+
+@each("name", nfzoo.cli.main.COMMANDS)
+def test_every_command_takes_json_and_quiet(name: str) -> None:
+    for parser in parsers(name):
+        assert {"--json", "--quiet"} <= parser._option_string_actions.keys()
+
+
+def check_output(cases: Iterable[tuple[str, Sequence[str], str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Run commands with `--json` and with `--quiet`. A case has the keys of the JSON, and what --quiet leaves."""
+    for command, keys, left in cases:
+        status = 1 if command.startswith("data check") else 0
+        assert main([*shlex.split(command), "--json"]) == status, command
+        found = json.loads(capsys.readouterr().out, parse_constant=lambda text: pytest.fail(text))
+        assert all(key in found for key in keys), command
+        assert main([*shlex.split(command), "--quiet"]) == status, command
+        out, err = capsys.readouterr()
+        assert left in out if left else out == "", command
+        assert "wrote" not in out, command
+        assert err == "", command
+
+
+@pytest.fixture
+def pets(images: Path) -> Path:
+    for name in ("cat", "dog"):
+        shutil.copytree(images, images.parent / "pets" / name)
+    return images.parent / "pets"
+
+
+def test_json_is_all_that_is_printed_and_quiet_leaves_results_alone(
+    checkpoint: Path, pets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        ("list", (), "nfnet-f0"),
+        ("info nfnet-test", ("name", "parameters", "stages"), "parameters:"),
+        (f"predict {checkpoint} pets --sheet sheet.png", (), "%"),
+        (f"convert --to haiku {checkpoint} haiku.npz --overwrite", ("output", "parameters"), ""),
+        (f"push {checkpoint} me/pets --dry-run", ("files", "card"), "model.safetensors"),
+        ("push --all-deepmind me --dry-run", ("repositories",), "me/nfnet-f6"),
+    ]
+    check_output(cases, capsys)
+
+
+@pytest.mark.slow
+def test_json_and_quiet_of_commands_that_take_long(
+    checkpoint: Path, pets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = "--data pets --workers 0 --device cpu"
+    small = "--epochs 1 --validation-fraction 0.8 --train-size 16 --test-size 16 --overwrite true --workers 0"
+    train = f"train --model nfnet-test --data digits {small}"
+    search = small.partition(" --overwrite")[0].removeprefix("--epochs 1")
+    cases = [
+        ("data check pets --workers 0 --sheet sheets", ("findings", "classes"), "finding:"),
+        (f"evaluate {checkpoint} {alone}", ("top1", "images"), "top-1"),
+        (f"bulk {checkpoint} {alone} --output out --overwrite", ("output", "images", "parts"), ""),
+        ("plot signal nfnet-test --batch-size 2 --size 16", ("blocks",), ""),
+        (f"{train} --output runs/a", ("output", "epochs", "accuracy", "training_seconds"), ""),
+        ("plot curves runs/a", ("output", "runs"), ""),
+        (
+            f"find-lr --model nfnet-test --data digits {search} --steps 20 --plot lr.png",
+            ("found", "tests"),
+            "found: --optim.lr",
+        ),
+        (f"export {checkpoint} --format torch --output exported --size 32", ("format", "written"), ""),
+        ("completion bash", ("shell", "script"), "complete"),
+    ]
+    check_output(cases, capsys)
+
+
+@pytest.mark.slow
+def test_the_first_of_two_processes_prints_for_both(tmp_path: Path) -> None:
+    small = "--epochs 1 --validation-fraction 0.8 --train-size 16 --test-size 16 --workers 0"
+    arguments = f"--model nfnet-test --data digits {small} --output {tmp_path}/run --quiet --json".split()
+    (status, out, err), other = run_in_group(nfzoo.train.main, arguments, tmp_path)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["epochs"] == 1
+    assert other == (0, "", "")
+
+
+def test_the_options_of_a_run_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--model", "nfnet-test", "--optim.lr", "0.3", "--print-config", "--json"])
+    assert caught.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["optim"]["lr"], found["data"]) == ("nfnet-test", 0.3, None)
+
+
+def test_nothing_is_coloured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which argparse of newer Pythons obeys
+    for arguments in (["--help"], ["plot", "signal", "--help"], ["nonsense"]):
+        with contextlib.suppress(SystemExit):
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert out + err
+        assert "x1b" not in repr(out + err).replace("\\\\", "\\")
+
+
+def test_the_help_and_the_page_tell_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = re.findall(r"^  (\d+) {2,}\w", capsys.readouterr().out, re.MULTILINE)
+    assert told == ["0", "1", "2", "130", "141", "143"]
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == told
+    commands = re.findall(r"^\| `nfzoo ([a-z-]+)", page, re.MULTILINE)
+    assert list(dict.fromkeys(commands)) == list(nfzoo.cli.main.COMMANDS)
 
 
 # -- as a process

@@ -146,7 +146,7 @@ def test_signal_draws_and_writes_numbers(tmp_path: Path, capsys: pytest.CaptureF
     out, numbers = tmp_path / "s.png", tmp_path / "s.json"
     arguments = ["signal", "nfnet-test", "--batch-size", "2", "--output", str(out)]
     assert main([*arguments, "--json", str(numbers)]) == 0
-    assert capsys.readouterr().out == f"wrote {out} and {numbers}\n"
+    assert capsys.readouterr().out == f"wrote {out}\nwrote {numbers}\n"
     found = json.loads(numbers.read_text())
     assert found["model"] == "nfnet-test"
     assert found["weights"] == "random"

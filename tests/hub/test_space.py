@@ -1,6 +1,7 @@
 """What the Space shows and says, without Gradio; tests/browser/check_space.py looks at the page itself."""
 
 import builtins
+import json
 import os
 import subprocess
 import sys
@@ -321,3 +322,24 @@ def test_the_app_runs_as_a_script(tmp_path: Path) -> None:
         timeout=120,
     )
     assert "reached gradio.Blocks" in done.stderr
+
+
+def test_the_address_is_told_as_json(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[str] = []
+
+    class Page:
+        def launch(self, **how: object) -> tuple[None, str, None]:
+            assert how["prevent_thread_lock"]
+            print("* Running on local URL")  # as Gradio does
+            return None, "http://127.0.0.1:7860/", None
+
+        def block_thread(self) -> None:
+            called.append("block")
+
+    monkeypatch.setattr(app, "build", lambda gallery: Page())
+    assert cli(["space", "--model", str(models), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"url": "http://127.0.0.1:7860/", "models": ["letters", "pets"]}
+    assert (err, called) == ("* Running on local URL\n", ["block"])

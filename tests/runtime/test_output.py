@@ -18,7 +18,7 @@ from tqdm import tqdm
 import nfzoo
 from nfzoo.cli.main import COMMANDS, main
 from nfzoo.data.images import DIGITS
-from nfzoo.runtime.output import csv_cell, escape_log, escaped, guarded, json_text
+from nfzoo.runtime.output import csv_cell, escape_log, escaped, guarded, json_text, without_bars
 from tests.support.loops import each
 from tests.support.pictures import write_images
 
@@ -198,7 +198,7 @@ def test_every_program_is_guarded_and_there_is_one_log() -> None:
             whole = ast.unparse(node) if isinstance(node, ast.FunctionDef) else ""
             if re.search(r"^def \w+\(argv: .*\) -> int:", whole, re.MULTILINE):
                 programs += 1
-                if "program.run(" not in whole and "@guarded()" not in whole:
+                if not re.search(r"program\.run(_parsed)?\(|@guarded\(\)", whole):
                     bare.append(path.name)
     assert bare == ["tpu_worker.py"]  # which answers another program, in JSON
     assert programs > len(COMMANDS)
@@ -249,3 +249,17 @@ def test_names_of_files_and_labels_in_every_command(
             assert {p["label"] for p in json.loads(out)[0]["predictions"]} == {"dog", EVIL}
     assert "left out" in caplog.text
     assert harmless(caplog.text), ascii(caplog.text)
+
+
+def test_no_bars_are_drawn_in_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    with without_bars():
+        assert not sys.stderr.isatty()
+        assert tqdm(range(3), disable=None).disable
+        code = "import datasets, os; print(datasets.are_progress_bars_disabled())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "True\n"
+    assert sys.stderr.isatty()
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"
+    assert "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ

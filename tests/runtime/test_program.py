@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,10 @@ def test_outputs_are_looked_at_before_the_work(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(ConfigError, match="is a folder; give a file"):
         command.check_writable(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ConfigError, match="is a device or a pipe; give a file"):
+            command.check_writable(path)
     with pytest.raises(ConfigError, match="is a file; give a folder"):
         command.check_writable(file, folder=True)
     for folder in (True, False):
@@ -94,15 +100,84 @@ def test_outputs_are_looked_at_before_the_work(tmp_path: Path):
             command.check_writable(file / "below", folder=folder)
 
 
+def never(options: argparse.Namespace) -> None:
+    raise AssertionError("the work was not to begin")
+
+
+def spoken(words: list[str], fields: object = None, text: str | None = "text", *, word_is_file: bool = False) -> None:
+    """Do as a command that notes something, and has this result."""
+    parser = command.Parser(prog="prog")
+    parser.add_argument("names", nargs="*")
+    command.add_output_options(parser, word_is_file=word_is_file)
+
+    def work(options: argparse.Namespace) -> None:
+        print("a note")
+        command.write_result(options, {"a": "é"} if fields is None else fields, text)
+
+    assert command.run_parsed(parser, words, work) == 0
+
+
 def test_a_result_is_printed_or_written(tmp_path: Path, capsys):
-    command.write_result(None, {"a": "é"}, "text")
-    assert capsys.readouterr().out == "text\n"
-    command.write_result("-", {"a": "é"}, "text")
-    assert capsys.readouterr().out == '{\n  "a": "é"\n}\n'
     target = tmp_path / "new" / "a.json"
-    command.write_result(str(target), {"a": "é"}, "text")
-    assert capsys.readouterr().out == f"text\nwrote {target}\n"
-    assert json.loads(target.read_text("utf-8")) == {"a": "é"}
+    printed = '{\n  "a": "é"\n}\n'
+    for words, out, err in (
+        ([], "a note\ntext\n", ""),
+        (["--quiet"], "text\n", ""),
+        (["--json"], printed, "a note\n"),
+        (["--json=-"], printed, "a note\n"),
+        (["--json", "-"], printed, "a note\n"),
+        (["--quiet", "--json"], printed, ""),
+        ([f"--json={target}"], f"a note\ntext\nwrote {target}\n", ""),
+        ([f"--json={target}", "--quiet"], "", ""),
+    ):
+        target.unlink(missing_ok=True)
+        spoken(words)
+        assert capsys.readouterr() == (out, err), words
+        if str(target) in out or "--quiet" in words[1:]:
+            assert json.loads(target.read_text("utf-8")) == {"a": "é"}, words
+    spoken(["--json"], {"a": [float("nan"), -float("inf"), 1.5], "b": {"c": (float("inf"),)}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, None, 1.5], "b": {"c": [None]}}
+    spoken(["--quiet"], text=None)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_word_after_json(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cat.jpg").write_text("a cat")
+    spoken(["--json", "cat.jpg"])
+    assert json.loads(capsys.readouterr().out) == {"a": "é"}
+    assert Path("cat.jpg").read_text() == "a cat"
+    spoken(["--json", "out.json", "name"], word_is_file=True)
+    assert json.loads(Path("out.json").read_text("utf-8")) == {"a": "é"}
+    capsys.readouterr()
+    parser = command.Parser(prog="prog")
+    command.add_output_options(parser)
+    assert command.run_parsed(parser, [f"--json={tmp_path}"], never) == 2  # before the work
+    assert "is a folder; give a file" in capsys.readouterr().err
+
+
+def test_quiet_hides_progress_bars_and_no_errors(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    parser = command.Parser(prog="prog")
+    command.add_output_options(parser)
+
+    def work(options: argparse.Namespace) -> None:
+        shown.append(sys.stderr.isatty())
+        print("a warning", file=sys.stderr)
+        raise ConfigError("no")
+
+    for words in ([], ["--quiet"], ["--json"]):
+        assert command.run_parsed(parser, words, work) == 2
+        assert capsys.readouterr() == ("", "a warning\nprog: error: no\n")
+    assert shown == [True, False, True]
+
+
+def test_the_parser_of_a_command_is_found_without_its_work():
+    parser = command.Parser(prog="prog")
+    assert command.parser_of(lambda argv: command.run_parsed(parser, argv, never)) is parser
+    with pytest.raises(TypeError, match="by no Parser"):
+        command.parser_of(lambda argv: 0)
 
 
 def test_a_misspelt_option_has_its_nearest():

@@ -37,6 +37,11 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     Raises:
         ConfigError: for an unknown option or recipe, and for a value that does not fit; names the recipe it comes from.
     """
+    return parse_command(argv)[0]
+
+
+def parse_command(argv: list[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:
+    """Read a training run as `parse` does, and the options that are of the command and not of the run: `--json`."""
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser(arguments).parse_args(arguments, argparse.Namespace(fields={}, recipes=[]))
     fields: Fields = options.fields
@@ -47,12 +52,14 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         if options.print_config:
             config = _train_config({**dict.fromkeys(missing, "x"), **fields}, options.allow_import)
             recipe = yaml.safe_load(config.to_yaml())
-            print(yaml.safe_dump({**recipe, **dict.fromkeys(missing)}, sort_keys=False), end="")
+            recipe |= dict.fromkeys(missing)
+            with program.speaking(options):
+                program.write_result(options, recipe, yaml.safe_dump(recipe, sort_keys=False).removesuffix("\n"))
             raise SystemExit(0)
         if missing:
             options_missing = ", ".join(f"--{name}" for name in missing)
             raise ConfigError(f"missing {options_missing}; give what is missing as an option or in a recipe")
-        return _train_config(fields, options.allow_import)
+        return _train_config(fields, options.allow_import), options
     except ConfigError as error:
         for name, content in options.recipes:  # that which is refused for the same reason when it is read alone
             try:
@@ -135,6 +142,7 @@ def _parser(arguments: list[str]) -> program.Parser:
     parser.add_argument("--print-config", action="store_true", default=False, help=text)
     text = "import the module of an optimizer that is not torch's, which runs it"
     parser.add_argument("--allow-import", action="store_true", default=False, help=text)
+    program.add_output_options(parser, word_is_file=True)
     for name, kind in get_type_hints(TrainConfig).items():
         group = _GROUPS.get(name)
         for inner, inner_kind in ({"": kind} if group is None else {"": dict, **get_type_hints(group)}).items():
