@@ -259,7 +259,7 @@ def test_arrays_and_tensors(folder: Path, model: NFNet) -> None:
     assert processor(array, return_tensors="pt", size=24).pixel_values.shape == (2, 3, 24, 24)
     for images, message in (
         (array / 255.0, "must be uint8"),
-        (torch.rand(3, 8, 8), "must be uint8"),
+        (torch.rand(3, 8, 8, dtype=torch.bfloat16), "must be uint8.*not torch.bfloat16"),
         ([], "there are no images"),
         ("missing.jpg", "missing.jpg does not exist"),
         ("https://host/a.jpg", "is an address"),
@@ -374,9 +374,11 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, model
         ({key: value for key, value in weights.items() if key != first}, f"1 missing, such as '{first}'"),
         ({**weights, "other.weight": torch.zeros(2)}, "1 unknown, such as 'other.weight'"),
         ({**weights, first: torch.zeros(2)}, f"1 of another shape, such as '{first}'"),
+        ({**weights, "head.bias": torch.zeros(2)}, "1 of another shape, such as 'head.bias'"),
+        ({key: value for key, value in weights.items() if "head" not in key}, "2 missing, such as 'head.bias'"),
     ):
         save_file(changed, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-        for auto in (AutoModelForImageClassification, AutoBackbone):
+        for auto in (AutoModelForImageClassification, AutoBackbone)[: 1 if "head" in message else 2]:
             with pytest.raises(CheckpointError, match=message):
                 auto.from_pretrained(tmp_path / "m", ignore_mismatched_sizes=True)
 

@@ -176,7 +176,12 @@ def _flat(images: Any, data_format: str | None) -> list[Any]:
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
         return [one for image in images for one in _flat(image, data_format)]
     if isinstance(images, Tensor):
-        images = images.detach().cpu().numpy()
+        if images.dtype != torch.uint8:
+            raise DataError(
+                f"an image tensor must be uint8 with values from 0 to 255, not {images.dtype}; "
+                "if yours runs from 0 to 1, pass (255 * tensor).round().byte()"
+            )
+        images = images.cpu().numpy()
     if isinstance(images, str) and images.startswith(("http://", "https://")):
         raise DataError(f"{images} is an address: fetch the file first, or call a pipeline with the address")
     if not isinstance(images, np.ndarray):

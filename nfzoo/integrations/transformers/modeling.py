@@ -102,13 +102,14 @@ class NFZooPreTrainedModel(PreTrainedModel):
         """Load a model in evaluation mode: see the base class.
 
         Raises:
-            CheckpointError: where weights other than the classifier's are missing, unknown or of another shape.
-                transformers itself would only print a report.
+            CheckpointError: where weights are missing, unknown or of another shape, of which transformers itself would
+                only print a report. Those of a classifier for another number of classes may be.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
+        drawn = "head." if model.network.config.num_classes != model.config.architecture["num_classes"] else " "
         wrong = {
-            words: sorted(name for name in names if words == "unknown" or not name.startswith("head."))
+            words: sorted(name for name in names if words == "unknown" or not name.startswith(drawn))
             for words, names in (
                 ("missing", info["missing_keys"]),
                 ("unknown", info["unexpected_keys"]),
