@@ -36,6 +36,7 @@ from nfzoo.checkpoint.description import describe as describe
 from nfzoo.checkpoint.run_state import STATE_FILE
 from nfzoo.checkpoint.weight_files import (
     FLOATS,
+    Weights,
     open_tensors,
     open_weights,
     read_index,
@@ -195,14 +196,8 @@ def load_checkpoint(
     with open_tensors(weights, str(device or "cpu")) as tensors:
         if not hashed:
             warn_unchecked(*tensors.unchecked)
-        for file_path, file in tensors.files.items() if path.is_dir() else ():
-            text = (file.metadata() or {}).get("nfzoo")
-            own = description if text is None else _parse(text, f"the metadata of {file_path}")
-            if any(getattr(own, key) != getattr(description, key) for key in _SHARED):
-                raise CheckpointError(
-                    f"{CONFIG_FILE} and {file_path.name} in {path} describe different models, perhaps after an "
-                    f"interrupted save or an edit; load {weights} alone and save it anew, or restore the pair"
-                )
+        if path.is_dir():
+            _check_descriptions(description, tensors, path)
         check_params(description.config, tensors.shapes, str(weights))
         params = {}
         for key, (_, kind) in specs(description.config).items():
@@ -213,6 +208,24 @@ def load_checkpoint(
                 raise CheckpointError(f"{key} in {weights} is {value.dtype}, not floating point")
             params[key] = value
     return description, params
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a `CheckpointError` unless a folder's weights are whole, and of the model of its `config.json`."""
+    description = read_description(folder / CONFIG_FILE)
+    with open_tensors(folder / weight_files(folder)[0]) as tensors:
+        _check_descriptions(description, tensors, folder)
+
+
+def _check_descriptions(description: Description, tensors: Weights, folder: Path) -> None:
+    for path, file in tensors.files.items():
+        text = (file.metadata() or {}).get("nfzoo")
+        own = description if text is None else _parse(text, f"the metadata of {path}")
+        if any(getattr(own, key) != getattr(description, key) for key in _SHARED):
+            raise CheckpointError(
+                f"{CONFIG_FILE} and {path.name} in {folder} describe different models, perhaps after an interrupted "
+                f"save or an edit; load {folder / weight_files(folder)[0]} alone and save it anew, or restore the pair"
+            )
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:

@@ -387,6 +387,20 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, model
                 auto.from_pretrained(tmp_path / "m", ignore_mismatched_sizes=True)
 
 
+def test_a_folder_that_nfzoo_refuses_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (tmp_path / "m" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "m")
+    made(labels=tuple("vwxyz")).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "m")
+    for load in (AutoModelForImageClassification.from_pretrained, nfzoo.from_pretrained):
+        with pytest.raises(CheckpointError, match="describe different models"):
+            load(tmp_path / "m")
+
+
 def test_random_weights_are_those_of_nfzoo() -> None:
     torch.manual_seed(3)
     drawn = AutoModelForImageClassification.from_config(NFZooConfig(name="nfnet-test", num_labels=4))

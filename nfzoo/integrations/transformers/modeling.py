@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (  # pyright: ignore[reportMissingImpo
 from transformers.utils.generic import can_return_tuple  # pyright: ignore[reportMissingImports]
 
 from nfzoo.checkpoint.description import Description
-from nfzoo.checkpoint.model_folder import save_checkpoint
+from nfzoo.checkpoint.model_folder import check_folder, save_checkpoint
 from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.integrations.transformers.configuration import NFZooConfig
 from nfzoo.model import sample_masks
@@ -98,14 +98,20 @@ class NFZooPreTrainedModel(PreTrainedModel):
                 parameter.copy_(spec.init(spec.shape, generator=None, **options))
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Load a model in evaluation mode: see the base class.
 
         Raises:
             CheckpointError: where weights are missing, unknown or of another shape, of which transformers itself would
-                only print a report. Those of a classifier for another number of classes may be.
+                only print a report. Those of a classifier for another number of classes may be. Also for a folder whose
+                weights are damaged, or of another model than its `config.json` describes.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        source = pretrained_model_name_or_path
+        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+            check_folder(Path(source, kwargs.get("subfolder") or ""))
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         drawn = "head." if model.network.config.num_classes != model.config.architecture["num_classes"] else " "
         wrong = {
