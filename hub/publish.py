@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, weight_files
+from nfzoo.checkpoint.model_folder import load_checkpoint, texts, weight_files
 from nfzoo.checkpoint.state_dicts import check_values
 from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError
 from nfzoo.evaluate import EVALUATION_FILE
@@ -74,7 +74,8 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
         options = {"license": license, "evaluation": evaluation, "emissions": carbon}
         card = model_card(description, repo_id, files=extras, **options)
     _check_card(card, folder / CARD_FILE)
-    files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), CONFIG_FILE, *extras)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), *extras)}
+    files |= {name: text.encode() for name, text in texts(description).items()}  # folders of old versions lack some
     files |= results
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)

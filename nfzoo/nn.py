@@ -455,7 +455,7 @@ class NFNet(TimmInterface):
                 compile_blocks(new, old.fn.options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `config.json` and `model.safetensors` into `folder`, atomically.
+        """Write `config.json` and `model.safetensors` into `folder`, and what transformers needs, atomically.
 
         Raises:
             ConfigError: for a head that `config` does not tell of, or a temperature that is not between 0.001 and 1000.
