@@ -13,7 +13,14 @@ from pathlib import Path
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Description, check_params
+from nfzoo.checkpoint.model_folder import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Description,
+    check_params,
+    replaceable_onnx,
+)
 from nfzoo.checkpoint.state_dicts import StateDict, check_values, is_torch_file, open_state_dict
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
@@ -334,7 +341,7 @@ def write_timm(folder: Path, description: Description, params: Mapping[str, Tens
     folder = Path(folder)
     arch = timm_architecture(description.config)
     state = {key: value.cpu().contiguous() for key, value in to_timm(description.config, params).items()}
-    with replaced_folder(folder) as scratch:
+    with replaced_folder(folder, subfolders=replaceable_onnx(folder, renewed=False)) as scratch:
         save_tensors(scratch / WEIGHTS_FILE, state)
         text = json_text(timm_config(arch, description))
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")

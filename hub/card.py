@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from nfzoo.checkpoint.model_folder import Description
+from nfzoo.checkpoint.model_folder import ONNX_FILE, ONNX_FOLDER, Description
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError
 from nfzoo.evaluate import EVALUATION_FILE
@@ -19,6 +19,8 @@ from nfzoo.train.run_folder import CURVES_FILE
 from nfzoo.variants import VARIANTS
 
 IMAGENET = "imagenet-1k"
+
+_ONNX = f"{ONNX_FOLDER}/{ONNX_FILE}"
 
 _FAMILY = {"nfnet": "NFNet", "nf_resnet": "NF-ResNet", "nf_regnet": "NF-RegNet"}
 _RULES = {"deepmind": "DeepMind's released code", "timm": "timm"}
@@ -75,7 +77,10 @@ def model_card(
     metadata = ModelCardData(
         license=license,
         library_name="nfzoo",
-        tags=["nfzoo", "pytorch", "image-classification", "normalizer-free", config.family.replace("_", "-")],
+        tags=[
+            *("nfzoo", "pytorch", "image-classification", "normalizer-free", config.family.replace("_", "-")),
+            *(["onnx"] if _ONNX in files else []),
+        ],
         pipeline_tag="image-classification",
         datasets=[IMAGENET] if _of_imagenet(description) else None,
         metrics=[results[0].metric_type] if results else None,
@@ -95,6 +100,9 @@ def model_card(
         facts.append(("temperature of the probabilities", f"{description.temperature:.4g}"))
     if description.problem_type is not None:
         facts.append(("labels", "several an image, or none: those whose sigmoids reach their thresholds"))
+    if _ONNX in files:
+        shape = f"(N, {config.in_channels}, {size}, {size})"
+        facts.append(("ONNX", f"`{_ONNX}`, from `pixel_values` {shape} to `logits`"))
     parts = [
         f"# {title}",
         f"A Normalizer-Free network for nfzoo{_zoo(description)}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,13 +14,16 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, load_checkpoint, weight_files
+from nfzoo.checkpoint.model_folder import CONFIG_FILE, ONNX_FOLDER, WEIGHTS_FILE, load_checkpoint, weight_files
 from nfzoo.checkpoint.state_dicts import check_values
+from nfzoo.checkpoint.weight_files import stated_checksum
 from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError
 from nfzoo.evaluate import EVALUATION_FILE
+from nfzoo.export.onnx_folder import onnx_files, write_onnx_folder
 from nfzoo.files import nearest_path, read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
+from nfzoo.nn import NFNet
 from nfzoo.train.config import strict_yaml
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, public_data, public_model
 
@@ -41,13 +45,19 @@ class Bundle(NamedTuple):
         return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in self.files.items()}
 
 
-def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICENSE) -> Bundle:
+def bundle(
+    folder: str | os.PathLike[str], repo_id: str, *, license: str = LICENSE, onnx: str | Path | None = None
+) -> Bundle:
     """Collect the files that `push` uploads.
 
     A `README.md` in the folder is the card; otherwise one is written.
 
+    Args:
+        onnx: an empty folder, in which an ONNX program is written for the repository; by default it gets the one of
+            `folder`, if there is one.
+
     Raises:
-        CheckpointError: for a folder that holds no sound model.
+        CheckpointError: for a folder that holds no sound model, or an ONNX program of other weights.
         HubError: for a name that no repository can have.
     """
     folder = Path(folder)
@@ -65,6 +75,12 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
         check_values(params)
     except ConversionError as error:
         raise CheckpointError(f"the weights in {folder} are not to be published: {error}") from error
+    if onnx is None:
+        programs = {name: folder / name for name in onnx_files(folder)}
+    else:
+        checksum = stated_checksum(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else None
+        write_onnx_folder(NFNet.from_params(description, params), Path(onnx), checksum)
+        programs = {f"{ONNX_FOLDER}/{path.name}": path for path in sorted(Path(onnx).iterdir())}
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
     if (folder / CARD_FILE).is_file():
         try:
@@ -80,12 +96,12 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
                 raise CheckpointError(f"{folder / EVALUATION_FILE} is not JSON: {error}") from error
             if not isinstance(evaluation, dict):
                 raise CheckpointError(f"{folder / EVALUATION_FILE} must hold a JSON object")
-        card = model_card(description, repo_id, license=license, evaluation=evaluation, files=extras)
+        card = model_card(description, repo_id, license=license, evaluation=evaluation, files=[*extras, *programs])
     _check_card(card, folder / CARD_FILE)
     files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), CONFIG_FILE, *extras)}
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
-    return Bundle({**files, CARD_FILE: card.encode()}, card)
+    return Bundle({**files, **programs, CARD_FILE: card.encode()}, card)
 
 
 def _public_run(path: Path) -> bytes:
@@ -128,6 +144,8 @@ class PushOptions(TypedDict, total=False):
         create_pr: open a pull request instead of committing to the branch.
         commit_message: "Upload NAME with nfzoo" by default.
         license: the Hub's identifier of the licence of the weights; `apache-2.0` by default.
+        with_onnx: also publish `onnx/model.onnx`, made for the repository: see `nfzoo.export.onnx_folder`. One in the
+            folder is published in any case, and refused if it was made from other weights.
     """
 
     private: bool | None
@@ -136,6 +154,7 @@ class PushOptions(TypedDict, total=False):
     create_pr: bool
     commit_message: str | None
     license: str
+    with_onnx: bool
 
 
 def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOptions]) -> str:
@@ -148,15 +167,35 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
         options: see `PushOptions`.
 
     Raises:
-        CheckpointError: for a folder that holds no sound model; nothing is sent.
+        CheckpointError: for a folder that holds no sound model, or an ONNX program of other weights; nothing is sent.
+        ConfigError: for `with_onnx` without the packages of `nfzoo[export]`, or of a model without classifier.
         HubError: where the Hub refuses or cannot be reached.
         TypeError: for an unknown option; nothing is sent.
     """
     unknown = sorted(options.keys() - PushOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"push has no option {unknown[0]!r}; it has {', '.join(PushOptions.__annotations__)}")
+    with collected(
+        folder, repo_id, license=options.get("license", LICENSE), with_onnx=options.get("with_onnx", False)
+    ) as (content):
+        return _send(content, repo_id, options)
+
+
+@contextlib.contextmanager
+def collected(
+    folder: str | os.PathLike[str], repo_id: str, *, license: str = LICENSE, with_onnx: bool = False
+) -> Iterator[Bundle]:
+    """Yield the `bundle` of a folder; an ONNX program that is made for it is removed when the block ends."""
+    if not with_onnx:
+        yield bundle(folder, repo_id, license=license)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield bundle(folder, repo_id, license=license, onnx=scratch)
+
+
+def _send(content: Bundle, repo_id: str, options: PushOptions) -> str:
+    """Publish files as one commit; return its URL."""
     revision, create_pr = options.get("revision"), options.get("create_pr", False)
-    content = bundle(folder, repo_id, license=options.get("license", LICENSE))
     api = HfApi(token=options.get("token"))
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))

@@ -7,7 +7,8 @@ of two different saves is refused. Folders of shards, as other libraries write t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +23,23 @@ from nfzoo.checkpoint.weight_files import (
     open_weights,
     read_index,
     save_tensors,
+    stated_checksum,
     warn_unchecked,
 )
 from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
-from nfzoo.errors import CheckpointError, ConfigError, nearest
+from nfzoo.errors import CheckpointError, ConfigError, nearest, shown
 from nfzoo.files import parse_json, read_text
 from nfzoo.model import reparametrized_hint, specs
 from nfzoo.types import Params
 
+logger = logging.getLogger("nfzoo")
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
+ONNX_FOLDER = "onnx"  # programs made from the weights, where transformers.js looks for them
+ONNX_FILE, ONNX_DATA = "model.onnx", "model.onnx_data"
+SHEET_FILE = "nfzoo.json"  # beside a program: its input and output
 FORMAT = 1
 _KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
 _KEYS |= {"problem_type", "thresholds"}
@@ -208,11 +215,20 @@ def _parse(text: str, source: str) -> Description:
     return describe(fields, source)
 
 
-def save_checkpoint(folder: str | Path, description: Description, params: Mapping[str, Tensor]) -> Path:
+def save_checkpoint(
+    folder: str | Path,
+    description: Description,
+    params: Mapping[str, Tensor],
+    *,
+    write_onnx: Callable[[Path, str | None], None] | None = None,
+) -> Path:
     """Write a checkpoint folder, whole or not at all.
 
     A new folder appears by one rename. In an existing folder the two files are replaced one after the other, the
-    weights first; other files stay.
+    weights first; other files stay, but for `onnx/`, which is made from the weights: see `replaceable_onnx`.
+
+    Args:
+        write_onnx: `write_onnx(folder, checksum)`, which fills the new folder `onnx` from weights of this checksum.
 
     Raises:
         CheckpointError: if the parameters do not fit the configuration, or `folder` is a file.
@@ -235,10 +251,34 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
     _parse(text, "the model's description")  # raises for what could not be loaded again, such as labels of other types
     tensors = {k: v.detach().cpu() for k, v in params.items()}
     metadata = {"nfzoo": _json(description)}
-    with replaced_folder(folder) as scratch:
+    with replaced_folder(folder, subfolders=replaceable_onnx(folder, renewed=write_onnx is not None)) as scratch:
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
         save_tensors(scratch / WEIGHTS_FILE, tensors, metadata)
+        if write_onnx is not None:
+            (scratch / ONNX_FOLDER).mkdir()
+            write_onnx(scratch / ONNX_FOLDER, stated_checksum(scratch / WEIGHTS_FILE))
     return folder
+
+
+def replaceable_onnx(folder: Path, *, renewed: bool) -> tuple[str, ...]:
+    """Return the subfolders for `replaced_folder` where new weights are written: `onnx`, or none.
+
+    An `onnx` that nfzoo wrote goes with the weights that it was made from, of which a warning tells unless it is
+    `renewed`. One that holds other files stays, with a warning.
+
+    Raises:
+        ConfigError: if it is to be renewed and holds other files.
+    """
+    old = folder / ONNX_FOLDER
+    others = [] if not old.is_dir() else sorted({p.name for p in old.iterdir()} - {ONNX_FILE, ONNX_DATA, SHEET_FILE})
+    if others and renewed:
+        raise ConfigError(f"{old} holds {others[0]!r}, which nfzoo did not write; move it away, or give another folder")
+    if others:
+        logger.warning("%s stays, and is of the weights that were there before: it holds %s", old, shown(others[0]))
+        return ()
+    if old.is_dir() and not renewed:
+        logger.warning("removing %s, which was made from the weights that were there before", old)
+    return (ONNX_FOLDER,)
 
 
 def _json(description: Description, *, indent: int | None = None) -> str:

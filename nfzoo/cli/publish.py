@@ -21,8 +21,8 @@ def push(argv: list[str] | None = None) -> int:
         prog="nfzoo push",
         description="Publish a model with a model card as one commit of a Hub repository, which is made if need be.\n"
         "What training and evaluation left in the folder goes with it: curves.png, metrics.jsonl, train.yaml,\n"
-        "evaluation.json. A README.md in the folder is taken as the card. Log in first, with `hf auth login` or\n"
-        "HF_TOKEN.\n\n"
+        "evaluation.json, and onnx/. A README.md in the folder is taken as the card. Log in first, with\n"
+        "`hf auth login` or HF_TOKEN.\n\n"
         "examples:\n"
         "  nfzoo push runs/pets me/pets --dry-run     what would be published\n"
         "  nfzoo push runs/pets me/pets --private\n"
@@ -40,6 +40,11 @@ def push(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--license", default="apache-2.0", metavar="ID", help="the licence of the weights (default: apache-2.0)"
     )
+    parser.add_argument(
+        "--with-onnx",
+        action="store_true",
+        help="also publish onnx/model.onnx, made anew, for transformers.js and others; needs nfzoo[export]",
+    )
     parser.add_argument("--all-deepmind", metavar="ORG", help="publish DeepMind's F0 to F6 there instead of a folder")
     return program.run(parser.prog, lambda: _push(parser.parse_args(argv)))
 
@@ -54,6 +59,7 @@ def _push(options: argparse.Namespace) -> None:
         "create_pr": options.create_pr,
         "commit_message": options.message,
         "license": options.license,
+        "with_onnx": options.with_onnx,
     }
     if options.all_deepmind is not None:
         if options.dry_run:
@@ -71,9 +77,10 @@ def _push(options: argparse.Namespace) -> None:
         for url in publish.push_deepmind(options.all_deepmind, **send):
             print(f"published {escaped(url)}", flush=True)
     elif options.dry_run:
-        files = publish.bundle(options.folder, options.repository, license=options.license)
-        print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
-        print(f"\n{files.card}", end="")
+        content = {"license": options.license, "with_onnx": options.with_onnx}
+        with publish.collected(options.folder, options.repository, **content) as files:
+            print_table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
+            print(f"\n{files.card}", end="")
     else:
         print(f"published {escaped(publish.push(options.folder, options.repository, **send))}")
 
