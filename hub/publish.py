@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,11 +11,20 @@ from pathlib import Path, PurePath
 from typing import NamedTuple, TypedDict, Unpack
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, ONNX_FOLDER, WEIGHTS_FILE, load_checkpoint, weight_files
+from nfzoo.checkpoint.model_folder import (
+    CONFIG_FILE,
+    ONNX_DATA,
+    ONNX_FILE,
+    ONNX_FOLDER,
+    SHEET_FILE,
+    WEIGHTS_FILE,
+    load_checkpoint,
+    weight_files,
+)
 from nfzoo.checkpoint.state_dicts import check_values
 from nfzoo.checkpoint.weight_files import stated_checksum
 from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError
@@ -26,6 +36,8 @@ from nfzoo.hub.download import HTTP_ERROR
 from nfzoo.nn import NFNet
 from nfzoo.train.config import strict_yaml
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, public_data, public_model
+
+logger = logging.getLogger("nfzoo")
 
 CARD_FILE = "README.md"
 LICENSE = "apache-2.0"
@@ -160,7 +172,7 @@ class PushOptions(TypedDict, total=False):
 def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOptions]) -> str:
     """Publish a checkpoint folder as one commit of a Hub repository; return the commit's URL.
 
-    A repository that does not exist is created.
+    A repository that does not exist is created. The ONNX program of an earlier push is replaced or deleted.
 
     Args:
         repo_id: `organisation/name`.
@@ -197,7 +209,7 @@ def _send(content: Bundle, repo_id: str, options: PushOptions) -> str:
     """Publish files as one commit; return its URL."""
     revision, create_pr = options.get("revision"), options.get("create_pr", False)
     api = HfApi(token=options.get("token"))
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
         for name, file in content.files.items()
     ]
@@ -205,6 +217,7 @@ def _send(content: Bundle, repo_id: str, options: PushOptions) -> str:
         api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations += [CommitOperationDelete(name) for name in _stale_onnx(api, repo_id, content, revision)]
         commit = api.create_commit(
             repo_id,
             operations,
@@ -224,6 +237,17 @@ def _send(content: Bundle, repo_id: str, options: PushOptions) -> str:
             "check the connection and try again"
         ) from error
     return str(commit.commit_url)
+
+
+def _stale_onnx(api: HfApi, repo_id: str, content: Bundle, revision: str | None) -> list[str]:
+    """Return the files of nfzoo's ONNX program in the repository that new weights leave behind, to be deleted."""
+    names = [f"{ONNX_FOLDER}/{name}" for name in (ONNX_FILE, ONNX_DATA, SHEET_FILE)]
+    there = [n for n in names if n not in content.files and api.file_exists(repo_id, n, revision=revision)]
+    if f"{ONNX_FOLDER}/{SHEET_FILE}" in (*there, *content.files):
+        return there
+    if there:
+        logger.warning("%s of %s stays, which nfzoo did not write, and may be of other weights", there[0], repo_id)
+    return []
 
 
 def deepmind_repositories(organisation: str) -> list[tuple[str, str, str]]:

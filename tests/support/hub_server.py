@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -35,8 +36,10 @@ class Repo:
         self.commits: dict[str, dict[str, bytes]] = {}
         self.branches: dict[str, str] = {}
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        tree = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
+    def commit(self, files: Mapping[str, bytes | None], branch: str = "main") -> str:
+        """Add a commit of files, in which `None` deletes one; return its hash."""
+        changed = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
+        tree = {path: content for path, content in changed.items() if content is not None}
         sha = hashlib.sha1(repr((len(self.commits), sorted(tree))).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = tree, sha
         return sha
@@ -98,7 +101,7 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def add(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
+    def add(self, name: str, files: Mapping[str, bytes | None], branch: str = "main") -> str:
         return self.repos.setdefault(name, Repo()).commit(files, branch)
 
     def fail(self, path: str, fault: Fault, times: int = 1, method: str = "GET") -> None:
@@ -220,13 +223,15 @@ class Exchange:
         return self.send(200)
 
     def commit(self, repo: str, revision: str) -> None:
-        files = {}
+        files: dict[str, bytes | None] = {}
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                files[value["path"]] = None
         request = "create_pr" in self.query
         sha = self.hub.add(repo, files, "refs/pr/1" if request else revision)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"}
