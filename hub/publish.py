@@ -16,13 +16,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from nfzoo.checkpoint.model_folder import (
-    CONFIG_FILE,
     ONNX_DATA,
     ONNX_FILE,
     ONNX_FOLDER,
     SHEET_FILE,
     WEIGHTS_FILE,
     load_checkpoint,
+    texts,
     weight_files,
 )
 from nfzoo.checkpoint.state_dicts import check_values
@@ -110,7 +110,8 @@ def bundle(
                 raise CheckpointError(f"{folder / EVALUATION_FILE} must hold a JSON object")
         card = model_card(description, repo_id, license=license, evaluation=evaluation, files=[*extras, *programs])
     _check_card(card, folder / CARD_FILE)
-    files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), CONFIG_FILE, *extras)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), *extras)}
+    files |= {name: text.encode() for name, text in texts(description).items()}  # folders of old versions lack some
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
     return Bundle({**files, **programs, CARD_FILE: card.encode()}, card)

@@ -455,7 +455,7 @@ class NFNet(TimmInterface):
                 compile_blocks(new, old.fn.options)
 
     def save_pretrained(self, folder: str | Path, *, with_onnx: bool = False) -> Path:
-        """Write `config.json` and `model.safetensors` into `folder`, atomically.
+        """Write `config.json` and `model.safetensors` into `folder`, and what transformers needs, atomically.
 
         Args:
             with_onnx: also write `onnx/model.onnx`, for transformers.js and other runtimes: see

@@ -1,7 +1,8 @@
 """Checkpoints on disk: a folder of `config.json` and `model.safetensors`, written atomically and read strictly.
 
 The weight file repeats the configuration in its metadata. A weight file alone therefore loads, and a folder with files
-of two different saves is refused. Folders of shards, as other libraries write them, are read as well.
+of two different saves is refused. Folders of shards, as other libraries write them, are read as well. What transformers
+needs besides is written too: see `model_fields` and `processor_fields` of `description`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,27 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.description import (
+    CODE,
+    CODE_FILE,
+    DERIVED_KEYS,
+    PROCESSOR_FILE,
+    TEMPERATURES,
+    is_temperature,
+    model_fields,
+    processor_fields,
+    sets_problem,
+)
+from nfzoo.checkpoint.description import LABEL_KEYS as LABEL_KEYS
+from nfzoo.checkpoint.description import MULTI_LABEL as MULTI_LABEL
+from nfzoo.checkpoint.description import Description as Description
+from nfzoo.checkpoint.description import describe as describe
 from nfzoo.checkpoint.run_state import STATE_FILE
 from nfzoo.checkpoint.weight_files import (
     FLOATS,
@@ -26,8 +42,8 @@ from nfzoo.checkpoint.weight_files import (
     stated_checksum,
     warn_unchecked,
 )
-from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
-from nfzoo.errors import CheckpointError, ConfigError, nearest, shown
+from nfzoo.config import ModelConfig
+from nfzoo.errors import CheckpointError, ConfigError, shown
 from nfzoo.files import parse_json, read_text
 from nfzoo.model import reparametrized_hint, specs
 from nfzoo.types import Params
@@ -40,147 +56,9 @@ INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
 ONNX_FOLDER = "onnx"  # programs made from the weights, where transformers.js looks for them
 ONNX_FILE, ONNX_DATA = "model.onnx", "model.onnx_data"
 SHEET_FILE = "nfzoo.json"  # beside a program: its input and output
-FORMAT = 1
-_KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
-_KEYS |= {"problem_type", "thresholds"}
 
 _SHARED = ("config", "preprocessing", "labels", "temperature", "problem_type", "thresholds")
 """Fields in which the files of a folder have to agree."""
-
-MULTI_LABEL = "multi_label_classification"
-"""The problem type, as transformers names it, of a model of which each output is a label by itself."""
-
-_TEMPERATURES = "0.001 to 1000"
-
-LABEL_KEYS = ("id2label", "label2id", "num_labels")
-"""Keys in which transformers repeats the labels."""
-
-FOREIGN_KEYS = {
-    *("architectures", "auto_map", "base_model", "datasets", "dtype", "language", "license", "metrics", "model_type"),
-    *("pipeline_tag", "tags", "task_specific_params", "torch_dtype", "torchscript"),
-    *("transformers_version", *LABEL_KEYS),
-}
-"""Keys that other tools add to `config.json`, besides all that begin with `_`. They are kept, and mean nothing here.
-
-So is a `problem_type` other than `MULTI_LABEL`.
-"""
-
-
-class Description(NamedTuple):
-    """The content of `config.json`.
-
-    Attributes:
-        config: the architecture.
-        preprocessing: the transform from an image to the model's input.
-        name: the zoo's name, if the model has one.
-        labels: class names, in the order of the logits.
-        provenance: origin of the weights, free-form JSON.
-        foreign: what other tools added, under their keys: see `FOREIGN_KEYS`.
-        temperature: probabilities are `softmax(logits / temperature)`; 1 if it is `None`, and then no key of the file.
-        problem_type: `MULTI_LABEL`, where probabilities are the sigmoids of the logits; else `None`, and no key.
-        thresholds: of such a model's probabilities, from which on an image has a label; 0.5 if it is `None`.
-    """
-
-    config: ModelConfig
-    preprocessing: Preprocessing
-    name: str | None = None
-    labels: tuple[str, ...] | None = None
-    provenance: Mapping[str, Any] | None = None
-    foreign: Mapping[str, Any] | None = None
-    temperature: float | None = None
-    problem_type: str | None = None
-    thresholds: tuple[float, ...] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields of `config.json`, ready for JSON."""
-        return {
-            "format": FORMAT,
-            "library_name": "nfzoo",
-            "name": self.name,
-            "architecture": self.config.to_dict(),
-            "preprocessing": self.preprocessing.to_dict(),
-            "labels": None if self.labels is None else list(self.labels),
-            "provenance": None if self.provenance is None else dict(self.provenance),
-            **({} if self.temperature is None else {"temperature": self.temperature}),
-            **({} if self.problem_type is None else {"problem_type": self.problem_type}),
-            **({} if self.thresholds is None else {"thresholds": list(self.thresholds)}),
-            **{k: v for k, v in (self.foreign or {}).items() if k != "problem_type" or self.problem_type is None},
-        }
-
-
-def describe(fields: object, source: str | Path) -> Description:
-    """Check the fields of `config.json` and return its description; `source` is named in errors."""
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{source} must hold a JSON object, not {type(fields).__name__}")
-    if fields.get("library_name") != "nfzoo" or "architecture" not in fields:
-        raise CheckpointError(
-            f"{source} is not an nfzoo configuration: it needs 'library_name' nfzoo and an 'architecture'"
-        )
-    foreign = {key: value for key, value in fields.items() if key in FOREIGN_KEYS or key.startswith("_")}
-    problem_type = fields.get("problem_type")
-    if problem_type != MULTI_LABEL and "problem_type" in fields:
-        foreign["problem_type"], problem_type = problem_type, None
-    unknown = sorted(set(fields) - _KEYS - set(foreign))
-    if unknown:
-        hint = nearest(unknown[0], _KEYS) or f"; known: {', '.join(sorted(_KEYS))}, and those that begin with '_'"
-        raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}{hint}")
-    if fields.get("format") != FORMAT:
-        raise CheckpointError(f"{source} has format {fields.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
-    if "preprocessing" not in fields:
-        raise CheckpointError(f"{source} lacks preprocessing")
-    for key in ("architecture", "preprocessing"):
-        if not isinstance(fields[key], dict):
-            raise CheckpointError(f"{source}: {key!r} must be a JSON object, not {fields[key]!r}")
-    try:
-        config = config_from_dict(fields["architecture"])
-        preprocessing = Preprocessing.from_dict(fields["preprocessing"])
-        preprocessing.check_channels(config)
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    labels = fields.get("labels")
-    if labels is not None:
-        if not isinstance(labels, list) or not all(isinstance(v, str) for v in labels):
-            raise CheckpointError(f"{source}: 'labels' must be a list of strings")
-        if len(labels) != config.num_classes:
-            raise CheckpointError(f"{source}: {len(labels)} labels for {config.num_classes} classes")
-        labels = tuple(labels)
-    name, provenance = fields.get("name"), fields.get("provenance")
-    if name is not None and not isinstance(name, str):
-        raise CheckpointError(f"{source}: 'name' must be a string, not {name!r}")
-    if provenance is not None and not isinstance(provenance, dict):
-        raise CheckpointError(f"{source}: 'provenance' must be a JSON object, not {provenance!r}")
-    temperature = fields.get("temperature")
-    if not is_temperature(temperature):
-        raise CheckpointError(f"{source}: 'temperature' must be a number from {_TEMPERATURES}, not {temperature!r}")
-    thresholds = fields.get("thresholds")
-    problem = sets_problem(problem_type, thresholds, temperature, config.num_classes)
-    if problem is not None:
-        raise CheckpointError(f"{source}: {problem}")
-    about = config, preprocessing, name, labels, provenance, foreign or None, temperature, problem_type
-    return Description(*about, None if thresholds is None else tuple(map(float, thresholds)))
-
-
-def sets_problem(problem_type: object, thresholds: object, temperature: object, classes: int) -> str | None:
-    """Return what is wrong with problem type, thresholds and temperature of a model; `None` if nothing is."""
-    if problem_type not in (None, MULTI_LABEL):
-        return f"'problem_type' must be {MULTI_LABEL!r} or None, not {problem_type!r}"
-    if problem_type is not None and temperature is not None:
-        return f"'temperature' is of a softmax, which a model of the problem type {MULTI_LABEL!r} does not have"
-    if thresholds is None:
-        return None
-    if problem_type is None:
-        return f"'thresholds' are of a model of the problem type {MULTI_LABEL!r}, which this one is not"
-    if not isinstance(thresholds, list | tuple) or len(thresholds) != classes:
-        return f"'thresholds' must be a list of {classes} numbers, one for each class"
-    odd = [t for t in thresholds if isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= 1]
-    return f"'thresholds' must be numbers from 0 to 1, not {odd[0]!r}" if odd else None
-
-
-def is_temperature(value: object) -> bool:
-    """Return whether logits can be divided by a value, or it is `None`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is None
-    return 1e-3 <= value <= 1e3
 
 
 def read_description(path: Path) -> Description:
@@ -222,10 +100,10 @@ def save_checkpoint(
     *,
     write_onnx: Callable[[Path, str | None], None] | None = None,
 ) -> Path:
-    """Write a checkpoint folder, whole or not at all.
+    """Write a checkpoint folder, whole or not at all: `config.json`, `model.safetensors`, and transformers' two files.
 
-    A new folder appears by one rename. In an existing folder the two files are replaced one after the other, the
-    weights first; other files stay, but for `onnx/`, which is made from the weights: see `replaceable_onnx`.
+    A new folder appears by one rename. In an existing folder the files are replaced one after the other, the weights
+    before `config.json`; other files stay, but for `onnx/`, which is made from the weights: see `replaceable_onnx`.
 
     Args:
         write_onnx: `write_onnx(folder, checksum)`, which fills the new folder `onnx` from weights of this checksum.
@@ -240,19 +118,20 @@ def save_checkpoint(
         raise CheckpointError(f"{folder} is a file; a checkpoint needs a folder")
     if not is_temperature(description.temperature):
         raise ConfigError(
-            f"the model's temperature must be None or a number from {_TEMPERATURES}, not {description.temperature!r}"
+            f"the model's temperature must be None or a number from {TEMPERATURES}, not {description.temperature!r}"
         )
     about = description.problem_type, description.thresholds, description.temperature
     problem = sets_problem(*about, description.config.num_classes)
     if problem is not None:
         raise ConfigError(f"the model cannot be saved: {problem}")
     check_params(description.config, {k: tuple(v.shape) for k, v in params.items()}, "the model")
-    text = _json(description, indent=2) + "\n"
-    _parse(text, "the model's description")  # raises for what could not be loaded again, such as labels of other types
     tensors = {k: v.detach().cpu() for k, v in params.items()}
-    metadata = {"nfzoo": _json(description)}
+    description = _without_stale(description, tensors)
+    metadata = {"nfzoo": _json(description.to_dict())}
+    files = texts(description)
     with replaced_folder(folder, subfolders=replaceable_onnx(folder, renewed=write_onnx is not None)) as scratch:
-        (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name, text in files.items():
+            (scratch / name).write_text(text, encoding="utf-8")
         save_tensors(scratch / WEIGHTS_FILE, tensors, metadata)
         if write_onnx is not None:
             (scratch / ONNX_FOLDER).mkdir()
@@ -281,9 +160,46 @@ def replaceable_onnx(folder: Path, *, renewed: bool) -> tuple[str, ...]:
     return (ONNX_FOLDER,)
 
 
-def _json(description: Description, *, indent: int | None = None) -> str:
+def texts(description: Description) -> dict[str, str]:
+    """Return the content of a folder's files besides its weights: `config.json`, and what transformers needs.
+
+    Raises:
+        CheckpointError: for what could not be loaded again, such as labels of other types.
+    """
+    described = _json(description.to_dict())
+    _parse(described, "the model's description")
+    fields = {**description.to_dict(), **model_fields(description.config, description.labels)}
+    processor = processor_fields(description.preprocessing)
+    return {
+        CONFIG_FILE: _json(fields, indent=2) + "\n",
+        PROCESSOR_FILE: _json(processor, indent=2) + "\n",
+        CODE_FILE: CODE,
+    }
+
+
+def _without_stale(description: Description, params: Mapping[str, Tensor]) -> Description:
+    """Return the description without what other tools noted of another model: names of classes, a dtype.
+
+    A warning names what is lost.
+    """
+    derived = model_fields(description.config, description.labels)
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in params.values()}
+    lost, kept = [], {}
+    for key, value in (description.foreign or {}).items():
+        if key in DERIVED_KEYS:
+            lost += [key] if value != derived.get(key) else []
+        elif key not in ("dtype", "torch_dtype") or dtypes == {value}:
+            kept[key] = value
+    if lost:
+        logger.warning(
+            "%s of another tool are not kept in %s: nfzoo writes its own there", ", ".join(map(repr, lost)), CONFIG_FILE
+        )
+    return description._replace(foreign=kept or None)
+
+
+def _json(fields: Mapping[str, Any], *, indent: int | None = None) -> str:
     """Return JSON that UTF-8 can hold: a lone surrogate in a label is written as its escape, which JSON reads back."""
-    text = json.dumps(description.to_dict(), indent=indent, ensure_ascii=False)
+    text = json.dumps(fields, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode()
 
 

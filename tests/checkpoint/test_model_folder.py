@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import nfzoo
 from nfzoo import CheckpointError, ConfigError, NFNet, NfzooError, Preprocessing
 from nfzoo.checkpoint import weight_files
+from nfzoo.checkpoint.description import CODE_FILE, DERIVED_KEYS, PROCESSOR_FILE
 from nfzoo.checkpoint.model_folder import MULTI_LABEL, Description, load_checkpoint, save_checkpoint
 from nfzoo.nn import load
 from tests.support.helpers import SMALL, assert_same, images, random_params
@@ -136,8 +137,11 @@ def test_modes_follow_the_umask(tmp_path, umask):
         assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask, file
 
 
-def test_a_checkpoint_is_two_files(folder):
-    assert sorted(content(folder)) == ["config.json", "model.safetensors"]
+FILES = ["config.json", "model.safetensors", "nfzoo_transformers.py", "preprocessor_config.json"]
+
+
+def test_a_checkpoint_is_four_files(folder):
+    assert sorted(content(folder)) == FILES
     assert os.listdir(folder.parent) == ["model"]
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert fields["library_name"] == "nfzoo"
@@ -161,7 +165,7 @@ def test_overwriting_keeps_what_is_not_ours(folder):
     description, read = load_checkpoint(folder)
     assert_same(read, other)
     assert description.labels is None
-    assert sorted(content(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(content(folder)) == ["README.md", *FILES]
     assert os.listdir(folder.parent) == ["model"]
 
 
@@ -422,34 +426,53 @@ def test_the_weight_file_alone(folder, tmp_path):
 def more_classes(fields: dict[str, Any]) -> None:
     fields["architecture"]["num_classes"] = 6
     fields["labels"] = None
+    for key in ("id2label", "label2id"):
+        del fields[key]
 
 
 FOREIGN = {
-    "architectures": ["NFNet"],
     "_commit_hash": None,
     "_name_or_path": "org/model",
-    "auto_map": {"AutoModel": "modeling.NFNet"},
     "transformers_version": "5.3.0",
     "torch_dtype": "float32",
     "dtype": "float32",
-    "id2label": {"0": "a", "1": "ü"},
     "_future": [1.5, {"x": True}],
 }
+OLD = {
+    "architectures": ["NFNet"],
+    "auto_map": {"AutoModel": "modeling.NFNet"},
+    "id2label": {"0": "a", "1": "ü"},
+}
+"""What is kept while a model is loaded, and replaced by nfzoo's own in the files that it writes."""
 
 
-def test_what_other_tools_write_into_the_configuration_is_kept(folder, tmp_path):
+def as_written_by_earlier_versions(folder: Path, **other: Any) -> None:
+    """Leave nfzoo's own fields in `config.json`, and no other file but the weights."""
     fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**FOREIGN, **fields}))
+    fields = {k: v for k, v in fields.items() if k not in DERIVED_KEYS}
+    (folder / "config.json").write_text(json.dumps({**other, **fields}))
+    for name in (CODE_FILE, PROCESSOR_FILE):
+        (folder / name).unlink()
+
+
+def test_what_other_tools_write_into_the_configuration_is_kept(folder, tmp_path, caplog):
+    as_written_by_earlier_versions(folder, **FOREIGN, **OLD)
     module = load(folder)
-    assert module.description.foreign == FOREIGN
+    assert module.description.foreign == {**FOREIGN, **OLD}
     for twin in (module, module.for_inference(), copy.deepcopy(module), NFNet.from_pretrained(folder)):
+        caplog.clear()
         saved = twin.save_pretrained(tmp_path / "again")
+        assert "'architectures', 'auto_map', 'id2label' of another tool are not kept" in caplog.text
         written = json.loads((saved / "config.json").read_text())
         assert {key: written[key] for key in FOREIGN} == FOREIGN
         assert load(saved / "model.safetensors").description.foreign == FOREIGN  # the file alone
-        assert load(saved).description == twin.description
+        assert load(saved).description == twin.description._replace(foreign=FOREIGN)
+    half = NFNet.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert load(half).description.foreign == {
+        k: v for k, v in FOREIGN.items() if "dtype" not in k
+    }  # of the old weights
     module.reset_classifier(3)
-    assert module.description.foreign == {k: v for k, v in FOREIGN.items() if k != "id2label"}  # of other classes
+    assert module.description.foreign == {k: v for k, v in {**FOREIGN, **OLD}.items() if k != "id2label"}
     module.reset_classifier(4, labels=list("abcd"))
     assert module.description.to_dict()["labels"] == list("abcd")
 
@@ -712,6 +735,10 @@ def test_an_edited_description_is_noticed(tmp_path: Path, key: str) -> None:
     fields = json.loads((folder / "config.json").read_text())
     fields[key] = ["c", "b", "a"] if key == "labels" else {**fields[key], "test_size": 64}
     (folder / "config.json").write_text(json.dumps(fields))
+    if key == "labels":
+        with pytest.raises(CheckpointError, match="'id2label' has 'a' for class 0, and 'labels' 'c'; change both"):
+            load_checkpoint(folder)
+        as_written_by_earlier_versions(folder)
     with pytest.raises(CheckpointError, match="describe different models"):
         load_checkpoint(folder)
     assert load_checkpoint(folder / "model.safetensors")[0].labels == ("a", "b", "c")

@@ -31,7 +31,7 @@ from tests.support.helpers import assert_same
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 REPO = "org/small"
-FILES = ("config.json", "model.safetensors")
+FILES = ("config.json", "model.safetensors", "nfzoo_transformers.py", "preprocessor_config.json")
 ROOT = Path(__file__).resolve().parents[2]
 
 
