@@ -132,10 +132,6 @@ def create_registered(
     classes = 0 if features_only else num_classes
     if pretrained:
         model = _loaded(name, cfg, num_classes=classes, in_channels=in_chans, cache_dir=cache_dir, **placed)
-        if changes:
-            config = model.config.replace(**changes)
-            params = {key: p.detach() for key, p in model.named_parameters()}
-            model = NFNet.from_params(model.description._replace(config=config), params)
     elif name is None or cfg.source in ("local-dir", "hf-hub"):
         raise ConfigError(
             f"{registered} loads a model that its files describe, with pretrained=True; for random weights give a name "
@@ -143,7 +139,10 @@ def create_registered(
         )
     else:
         sizes = {"num_classes": classes, "in_channels": in_chans}
-        model = create(name, **{k: v for k, v in sizes.items() if v is not None}, **changes, **placed)
+        model = create(name, **{k: v for k, v in sizes.items() if v is not None}, **placed)
+    if changes:  # of a network of the same name, also where the stride is another
+        params = {key: p.detach() for key, p in model.named_parameters()}
+        model = NFNet.from_params(model.description._replace(config=model.config.replace(**changes)), params)
     made = FeatureNet(model, out_indices) if features_only else model
     return made if model.config.folded else made.train()
 
