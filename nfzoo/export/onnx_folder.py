@@ -98,9 +98,8 @@ def onnx_files(folder: Path) -> list[str]:
     if not weights.is_file() or made_from is None or made_from != stated_checksum(weights):
         raise CheckpointError(f"{programs} was made from other weights than those of {folder}{remedy}")
     names = sorted(path.name for path in programs.iterdir())
-    if ONNX_FILE not in names or (others := set(names) - {ONNX_FILE, ONNX_DATA, SHEET_FILE}):
-        what = (
-            f"lacks {ONNX_FILE}" if ONNX_FILE not in names else f"holds {shown(min(others))}, which nfzoo did not write"
-        )
+    others = sorted(set(names) - {ONNX_FILE, ONNX_DATA, SHEET_FILE})
+    if ONNX_FILE not in names or others:
+        what = f"holds {shown(others[0])}, which nfzoo did not write" if ONNX_FILE in names else f"lacks {ONNX_FILE}"
         raise CheckpointError(f"{programs} {what}{remedy}")
     return [f"{ONNX_FOLDER}/{name}" for name in names]

@@ -118,6 +118,7 @@ def test_an_interruption_leaves_no_subfolder_beside_files_that_it_was_not_made_f
         assert sorted(p.name for p in folder.iterdir()) == ["config.json", "kept", "made", "model.safetensors"]
         assert {p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != "kept"} == {"last"}
 
+    folder = tmp_path / "5"
     (folder / "made/program").unlink()
     (folder / "made").rmdir()
     (folder / "made").symlink_to(tmp_path / "0/made")
