@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from PIL import Image
 
 from nfzoo import NFNet
 from nfzoo.variants import VARIANTS
@@ -47,3 +49,14 @@ def test_openvino(model: NFNet, program: Path, count: int) -> None:
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.compile_model(str(program), "CPU", exact)
     assert relative(compiled({"pixel_values": x.numpy()})["logits"], model(x)) < CLOSE
+
+
+def test_the_code_of_the_documentation(model: NFNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/onnx.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 2
+    model.save_pretrained(tmp_path / "published", with_onnx=True)
+    Image.new("RGB", (60, 40), "orange").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {})

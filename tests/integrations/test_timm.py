@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,14 @@ def test_weights_of_another_model_are_refused(digits: NFNet, tmp_path: Path) -> 
         timm.create_model("nfzoo_nfnet_f0", pretrained=True, pretrained_cfg=file)
     with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
         timm.create_model("nfzoo_nfnet_f0.ra2_in1k", pretrained=True)
+
+
+def test_the_code_of_the_documentation(digits: NFNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/timm.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^<!-- not run: needs timm -->\n```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 2
+    digits.save_pretrained(tmp_path / "runs/digits")
+    Image.fromarray(load_sample_image("china.jpg")).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {})
