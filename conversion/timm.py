@@ -178,6 +178,8 @@ def read_timm(
             return _read_own(weights, state, model, sha256)
         own = None if fields is None else _REGISTERED.get(fields["architecture"].partition(".")[0])
         if fields is not None and own is not None:
+            if model not in (None, own):
+                raise ConversionError(f"{path / CONFIG_FILE} says {own!r}, not {model!r}")
             description, params = _read_own(weights, state, own, sha256)
             return described_by(fields, description, VARIANTS[own].preprocessing, path / CONFIG_FILE), params
         stated = None if fields is None else _architecture(fields["architecture"])

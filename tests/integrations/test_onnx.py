@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import openvino
+import openvino  # pyright: ignore[reportMissingImports]
 import pytest
 import torch
 from PIL import Image
