@@ -471,6 +471,7 @@ class NFNet(TimmInterface):
             return save_checkpoint(folder, self.description, self.state_dict())
         from nfzoo.export.onnx_folder import check_onnx, write_onnx_folder
 
+        self._check_foldable()
         check_onnx(self)
         write = functools.partial(write_onnx_folder, self)
         return save_checkpoint(folder, self.description, self.state_dict(), write_onnx=write)

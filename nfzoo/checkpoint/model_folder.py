@@ -149,6 +149,10 @@ def replaceable_onnx(folder: Path, *, renewed: bool) -> tuple[str, ...]:
         ConfigError: if it is to be renewed and holds other files.
     """
     old = folder / ONNX_FOLDER
+    if old.exists() and not old.is_dir():
+        if renewed:
+            raise ConfigError(f"{old} is a file; move it away, or give another folder")
+        return ()
     others = [] if not old.is_dir() else sorted({p.name for p in old.iterdir()} - {ONNX_FILE, ONNX_DATA, SHEET_FILE})
     if others and renewed:
         raise ConfigError(f"{old} holds {others[0]!r}, which nfzoo did not write; move it away, or give another folder")

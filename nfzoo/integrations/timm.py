@@ -6,8 +6,9 @@
     model = timm.create_model("nfzoo_nfnet_f0.dm_in1k", pretrained=True)  # an nfzoo.NFNet, with DeepMind's arithmetic
     model = timm.create_model("nfzoo", pretrained=True, pretrained_cfg={"file": "runs/digits"})  # any folder of nfzoo's
 
-timm refuses names with a slash, which it takes for paths, so the prefix ends in an underscore. Nothing in timm is
-changed, and no name of timm's own is taken.
+timm refuses names with a slash, which it takes for paths, so the prefix ends in an underscore. Versions before 1.0.30
+that drop what stands before the slash are refused: `nfzoo/nfnet_f0` would be timm's own model there. Nothing in timm is
+changed, and no name of its own is taken.
 
 Source: timm 1.0.31, models/_factory.py and models/_builder.py.
 """
@@ -221,6 +222,18 @@ def _entrypoint(name: str | None) -> Callable[..., nn.Module]:
     return make
 
 
+def _check_timm() -> None:
+    """Raise a `ConfigError` for a timm in which `nfzoo/nfnet_f0` is timm's own `nfnet_f0`."""
+    from timm import __version__  # pyright: ignore[reportMissingImports]
+    from timm.models import parse_model_name  # pyright: ignore[reportMissingImports]
+
+    try:
+        parse_model_name(f"{ANY}/nfnet_f0")
+    except ValueError:
+        return
+    raise ConfigError(f"timm {__version__} takes {ANY}/nfnet_f0 for its own nfnet_f0: pip install 'timm>=1.0.30'")
+
+
 def _register() -> None:
     """Make timm know the zoo: names, what their images are like, and the tags of public weights."""
     from timm.models import generate_default_cfgs, register_model  # pyright: ignore[reportMissingImports]
@@ -239,4 +252,5 @@ def _register() -> None:
         globals()[entrypoint.__name__] = register_model(entrypoint)
 
 
+_check_timm()
 _register()

@@ -35,6 +35,11 @@ def small(name: str = "nfnet", dtype: torch.dtype = torch.float32, seed: int = 0
     return model.eval()
 
 
+class Doubled(NFNet):
+    def forward(self, x: torch.Tensor, noise: Any = None) -> torch.Tensor:
+        return 2 * super().forward(x, noise)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a few bytes in the place of a program, which takes seconds to trace."""
@@ -123,6 +128,12 @@ def test_programs_of_others_stay_and_are_not_taken_for_ours(tmp_path: Path, capl
     assert content(folder)["onnx/model_quantized.onnx"] == b"theirs"
     with pytest.raises(CheckpointError, match=r"was made from other weights than those of .*--with-onnx"):
         bundle(folder, "org/m")
+    shutil.rmtree(folder / "onnx")
+    (folder / "onnx").write_text("a file")
+    small().save_pretrained(folder)
+    with pytest.raises(ConfigError, match="onnx is a file; move it away"):
+        small().save_pretrained(folder, with_onnx=True)
+    assert (folder / "onnx").read_text() == "a file"
 
 
 @pytest.mark.usefixtures("quick")
@@ -188,6 +199,8 @@ def test_what_has_no_program_is_refused_before_anything_is_written(
     headless = small()
     headless.reset_classifier(0)
     refused(headless, ConfigError, r"has no classifier \(num_classes 0\)")
+    other = Doubled(small().config)
+    refused(other, ConfigError, "Doubled has a forward of its own")
     damaged = small()
     with torch.no_grad():
         damaged.get_parameter("head.bias")[0] = torch.nan

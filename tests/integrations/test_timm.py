@@ -61,10 +61,14 @@ def test_the_names() -> None:
         )
 
 
-def test_a_slash_never_gives_another_model() -> None:
+def test_a_slash_never_gives_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nfzoo/nfnet_f0", "nfzoo/nfzoo_nfnet_f0"):
         with pytest.raises(ValueError, match="has no source prefix"):
             timm.create_model(name)
+    # As timm 1.0.27 does.
+    monkeypatch.setattr(timm.models, "parse_model_name", lambda name: ("timm", name.rpartition("/")[2]))
+    with pytest.raises(ConfigError, match=r"takes nfzoo/nfnet_f0 for its own nfnet_f0: pip install 'timm>=1\.0\.30'"):
+        registered._check_timm()
 
 
 @torch.no_grad()
