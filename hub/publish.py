@@ -244,7 +244,12 @@ def _stale_onnx(api: HfApi, repo_id: str, content: Bundle, revision: str | None)
     """Return the files of nfzoo's ONNX program in the repository that new weights leave behind, to be deleted."""
     names = [f"{ONNX_FOLDER}/{name}" for name in (ONNX_FILE, ONNX_DATA, SHEET_FILE)]
     there = [n for n in names if n not in content.files and api.file_exists(repo_id, n, revision=revision)]
-    if f"{ONNX_FOLDER}/{SHEET_FILE}" in (*there, *content.files):
+    sheet = f"{ONNX_FOLDER}/{SHEET_FILE}"
+    if sheet in there:
+        logger.warning(
+            "removing %s of %s, which is of earlier weights; with_onnx publishes a new one", names[0], repo_id
+        )
+    if sheet in (*there, *content.files):
         return there
     if there:
         logger.warning("%s of %s stays, which nfzoo did not write, and may be of other weights", there[0], repo_id)

@@ -90,8 +90,8 @@ def replaced_folder(folder: str | Path, *, subfolders: Collection[str] = ()) -> 
                 if error.errno not in _UNSUPPORTED:
                     raise
             folder.mkdir()
-        sweep(folder, "|".join(map(re.escape, subfolders)))
         for name in subfolders:
+            sweep(folder, re.escape(name))
             if (folder / name).is_symlink():
                 (folder / name).unlink()
             elif (folder / name).is_dir():

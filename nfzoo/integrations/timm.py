@@ -168,7 +168,10 @@ def _resolved(registered: str, given: Any, overlay: Mapping[str, Any] | None) ->
     """Return timm's record of the weights; refuse what says more than where they lie, as nothing would act on it."""
     from timm.models import PretrainedCfg, resolve_pretrained_cfg  # pyright: ignore[reportMissingImports]
 
-    fields = given.to_dict() if isinstance(given, PretrainedCfg) else given
+    fields = given
+    if isinstance(given, PretrainedCfg):
+        standard = PretrainedCfg().to_dict()
+        fields = {key: value for key, value in given.to_dict().items() if standard.get(key) != value}
     cfg = resolve_pretrained_cfg(registered, fields, dict(overlay or {}))
     own = resolve_pretrained_cfg(registered).to_dict()
     stated = dict(overlay or {})

@@ -97,9 +97,10 @@ def test_a_program_of_earlier_weights_leaves_the_repository(hub, model, monkeypa
     hub.add(REPO, {"onnx/model.onnx_data": b"of a larger model"})
     model.push_to_hub(REPO, token="good", with_onnx=True)
     assert programs() == {"onnx/model.onnx", "onnx/nfzoo.json"}
+    assert not caplog.records
     model.push_to_hub(REPO, token="good")
     assert programs() == set()
-    assert not caplog.records
+    assert f"removing onnx/model.onnx of {REPO}, which is of earlier weights" in caplog.text
     hub.add(REPO, {"onnx/model.onnx": b"of somebody else"})
     model.push_to_hub(REPO, token="good")
     assert programs() == {"onnx/model.onnx"}

@@ -107,7 +107,11 @@ def test_weights_of_files(digits: NFNet, tmp_path: Path) -> None:
     file = str(folder / "model.safetensors")
     for name in ("nfzoo", "nfzoo_nfnet_test"):
         for source in (str(folder), file):
-            for options in ({"pretrained_cfg": {"file": source}}, {"pretrained_cfg_overlay": {"file": source}}):
+            for options in (
+                {"pretrained_cfg": {"file": source}},
+                {"pretrained_cfg": timm.models.PretrainedCfg(file=source)},
+                {"pretrained_cfg_overlay": {"file": source}},
+            ):
                 model = timm.create_model(name, pretrained=True, **options)
                 assert model.training
                 assert relative(model.eval()(x), digits(x)) == 0
