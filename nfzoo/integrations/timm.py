@@ -202,8 +202,8 @@ def _loaded(name: str | None, cfg: Any, **options: Any) -> NFNet:
     elif name is None:
         raise ConfigError(f"{ANY} needs pretrained_cfg={{'file': FOLDER}} or {{'hf_hub_id': 'ORG/NAME'}}")
     else:
-        repository_of(name)  # raises, and says what can be done
-        raise AssertionError(f"{name} has public weights")
+        repository_of(name)  # says what can be done about a name without public weights
+        raise ConfigError(f"pretrained_cfg names no weights of {name}: give 'file' or 'hf_hub_id', or leave it out")
     model = from_pretrained(source, **options)
     if name is not None and _architecture(model.config) != _architecture(VARIANTS[name].config):
         raise CheckpointError(

@@ -237,6 +237,7 @@ def test_timms_tools(digits: NFNet) -> None:
         ("nfzoo_nfnet_test", {"pretrained_cfg_overlay": {"mean": (0, 0, 0)}}, r"pretrained_cfg says mean=\(0, 0, 0\)"),
         ("nfzoo_nfnet_test", {"pretrained_cfg": {"url": "https://example.org"}}, "pretrained_cfg says url="),
         ("nfzoo_nfnet_test", {"pretrained": True}, "no weights are published for 'nfnet-test'"),
+        ("nfzoo_nfnet_f0", {"pretrained": True, "pretrained_cfg": {"tag": "x"}}, "names no weights of nfnet-f0"),
         ("nfzoo", {}, "with pretrained=True; for random weights give a name"),
         ("nfzoo", {"pretrained": True}, "nfzoo needs pretrained_cfg="),
         (
