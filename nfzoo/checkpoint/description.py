@@ -16,8 +16,8 @@ from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError, nearest
 
 FORMAT = 1
-_KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
-_KEYS |= {"problem_type", "thresholds"}
+KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
+KEYS |= {"problem_type", "thresholds"}
 
 MULTI_LABEL = "multi_label_classification"
 """The problem type, as transformers names it, of a model of which each output is a label by itself."""
@@ -132,9 +132,9 @@ def describe(fields: object, source: str | Path) -> Description:
     problem_type = fields.get("problem_type")
     if problem_type != MULTI_LABEL and "problem_type" in fields:
         foreign["problem_type"], problem_type = problem_type, None
-    unknown = sorted(set(fields) - _KEYS - set(foreign))
+    unknown = sorted(set(fields) - KEYS - set(foreign))
     if unknown:
-        hint = nearest(unknown[0], _KEYS) or f"; known: {', '.join(sorted(_KEYS))}, and those that begin with '_'"
+        hint = nearest(unknown[0], KEYS) or f"; known: {', '.join(sorted(KEYS))}, and those that begin with '_'"
         raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}{hint}")
     if fields.get("format") != FORMAT:
         raise CheckpointError(f"{source} has format {fields.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
@@ -210,6 +210,11 @@ def model_fields(config: ModelConfig, labels: Sequence[str] | None) -> dict[str,
         **({"id2label": {str(i): name for i, name in names.items()}} if names else {}),
         **({"label2id": {name: i for i, name in names.items()}} if names else {}),
     }
+
+
+def config_fields(description: Description) -> dict[str, Any]:
+    """Return the content of `config.json`: nfzoo's own fields, and those of transformers'."""
+    return {**description.to_dict(), **model_fields(description.config, description.labels)}
 
 
 def names_problem(fields: Mapping[str, Any], classes: int, labels: Sequence[str] | None) -> str | None:
