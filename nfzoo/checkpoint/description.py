@@ -256,7 +256,9 @@ def processor_fields(preprocessing: Preprocessing) -> dict[str, Any]:
         resized = {"shortest_edge": math.floor(size / preprocessing.crop)}
     return {
         "image_processor_type": PROCESSOR,
-        "auto_map": {"AutoImageProcessor": _AUTO_MAP["AutoImageProcessor"]},
+        # A list has the classes of transformers' two backends. Of a single name, transformers would derive that of a
+        # video processor, and ask whether it may run the code for it.
+        "auto_map": {"AutoImageProcessor": [_AUTO_MAP["AutoImageProcessor"], None]},
         "preprocessing": preprocessing.to_dict(),
         "do_convert_rgb": channels == 3,
         **({"do_convert_grayscale": True} if channels == 1 else {}),

@@ -16,11 +16,11 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    raise ImportError("this needs transformers 5 or newer: pip install 'nfzoo[transformers]'") from None
+    raise ImportError("this needs transformers 5.4 or newer: pip install 'nfzoo[transformers]'") from None
 
-if int(transformers.__version__.partition(".")[0]) < 5:
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
     raise ImportError(
-        f"this needs transformers 5 or newer, and {transformers.__version__} is installed: "
+        f"this needs transformers 5.4 or newer, and {transformers.__version__} is installed: "
         "pip install --upgrade 'nfzoo[transformers]'"
     )
 

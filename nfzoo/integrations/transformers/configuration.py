@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig  # pyright: ignore[reportMissingImports]
+from transformers.backbone_utils import BackboneConfigMixin  # pyright: ignore[reportMissingImports]
 
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.description import (
@@ -27,11 +28,6 @@ from nfzoo.checkpoint.description import (
 from nfzoo.checkpoint.model_folder import CONFIG_FILE
 from nfzoo.errors import ConfigError
 from nfzoo.variants import VARIANTS
-
-try:
-    from transformers.backbone_utils import BackboneConfigMixin  # pyright: ignore[reportMissingImports]
-except ModuleNotFoundError:  # before transformers 5.2
-    from transformers.utils.backbone_utils import BackboneConfigMixin  # pyright: ignore[reportMissingImports]
 
 SINGLE_LABEL = "single_label_classification"
 STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]

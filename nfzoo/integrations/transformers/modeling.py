@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel  # pyright: ignore[reportMissingImports]
+from transformers.backbone_utils import BackboneMixin  # pyright: ignore[reportMissingImports]
 from transformers.modeling_outputs import (  # pyright: ignore[reportMissingImports]
     BackboneOutput,
     ImageClassifierOutputWithNoAttention,
@@ -28,11 +29,6 @@ from nfzoo.model import sample_masks
 from nfzoo.nn import NFNet
 from nfzoo.runtime.block_module import BlockModule, Classifier, check_input
 from nfzoo.runtime.block_repr import Layer
-
-try:
-    from transformers.backbone_utils import BackboneMixin  # pyright: ignore[reportMissingImports]
-except ModuleNotFoundError:  # before transformers 5.2
-    from transformers.utils.backbone_utils import BackboneMixin  # pyright: ignore[reportMissingImports]
 
 logger = logging.getLogger("nfzoo")
 
@@ -249,8 +245,6 @@ class NFZooBackbone(BackboneMixin, NFZooPreTrainedModel):
 
     def __init__(self, config: NFZooConfig) -> None:
         super().__init__(config)
-        if hasattr(self, "_init_backbone"):  # before transformers 5.2
-            self._init_backbone(config)
         channels = {block.name: block for block in self.network.plan if block.feature}
         self.num_features = [
             (block.specs.get("conv2.bias") or block.specs["bias"]).shape[0] for block in channels.values()

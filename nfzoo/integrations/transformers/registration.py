@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,9 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, NFZooConfig, exist_ok=True)
     AutoModelForImageClassification.register(NFZooConfig, NFZooForImageClassification, exist_ok=True)
     AutoBackbone.register(NFZooConfig, NFZooBackbone, exist_ok=True)
-    if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
-        # Under both names, as transformers warns where it finds none under the first.
-        classes = dict.fromkeys(("torchvision", "pil"), NFZooImageProcessor)
-        AutoImageProcessor.register(NFZooConfig, image_processor_classes=classes, exist_ok=True)
-    else:
-        AutoImageProcessor.register(NFZooConfig, slow_image_processor_class=NFZooImageProcessor, exist_ok=True)
+    # Under both names, as transformers warns where it finds none under the first.
+    classes = dict.fromkeys(("torchvision", "pil"), NFZooImageProcessor)
+    AutoImageProcessor.register(NFZooConfig, image_processor_classes=classes, exist_ok=True)
     if not hasattr(AutoBackbone.from_pretrained, "of_nfzoo"):
         AutoBackbone.from_pretrained = classmethod(_of_folders(AutoBackbone.from_pretrained.__func__))
 
@@ -41,7 +37,8 @@ def register() -> None:
 def _of_folders(original: Any) -> Any:
     """Return `AutoBackbone.from_pretrained` that loads nfzoo's folders, and leaves all else to transformers.
 
-    transformers 5.24 asks the Hub whether there is a repository of this name, and so loads no folder of any model.
+    transformers, up to 5.24 at least, asks the Hub whether there is a repository of this name. So it loads no folder of
+    any model.
     """
 
     @functools.wraps(original)
