@@ -25,7 +25,6 @@ from benchmarks.peer import declare_torchvision
 
 declare_torchvision()
 
-import transformers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoBackbone,
     AutoConfig,
@@ -631,7 +630,7 @@ def test_without_transformers_or_with_an_old_one(tmp_path: Path, monkeypatch: py
     code = BLOCKED.format(name="transformers") + "import nfzoo.integrations.transformers"
     done = run(code, tmp_path)
     assert done.stderr.splitlines()[-1].endswith("needs transformers 5.4 or newer: pip install 'nfzoo[transformers]'")
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     monkeypatch.delitem(sys.modules, "nfzoo.integrations.transformers")
     with pytest.raises(ImportError, match=r"and 4\.57\.6 is installed: pip install --upgrade"):
         importlib.import_module("nfzoo.integrations.transformers")
