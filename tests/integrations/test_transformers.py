@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks.peer import declare_torchvision
 
@@ -361,6 +363,21 @@ def test_a_new_classifier_is_drawn_as_nfzoo_draws_it(folder: Path, model: NFNet,
     assert loaded.description().labels == ("x", "y", "z")
 
 
+def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, model: NFNet) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    first = next(iter(weights))
+    for changed, message in (
+        ({key: value for key, value in weights.items() if key != first}, f"1 missing, such as '{first}'"),
+        ({**weights, "other.weight": torch.zeros(2)}, "1 unknown, such as 'other.weight'"),
+        ({**weights, first: torch.zeros(2)}, f"1 of another shape, such as '{first}'"),
+    ):
+        save_file(changed, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+        for auto in (AutoModelForImageClassification, AutoBackbone):
+            with pytest.raises(CheckpointError, match=message):
+                auto.from_pretrained(tmp_path / "m", ignore_mismatched_sizes=True)
+
+
 def test_random_weights_are_those_of_nfzoo() -> None:
     torch.manual_seed(3)
     drawn = AutoModelForImageClassification.from_config(NFZooConfig(name="nfnet-test", num_labels=4))
@@ -473,6 +490,9 @@ def test_gradients_are_those_of_nfzoo(folder: Path, model: NFNet) -> None:
         loaded(x, labels=labels).loss.backward()
         for name, p in twin.named_parameters():
             torch.testing.assert_close(loaded.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-6)
+    assert nfzoo.clip_grad_agc_(loaded, clip=1e-3) == nfzoo.clip_grad_agc_(twin, clip=1e-3) > 0
+    for name, p in twin.named_parameters():  # the classifier's weight is not clipped
+        torch.testing.assert_close(loaded.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-6)
     loaded.activation_checkpointing_disable()
     assert not loaded.is_activation_checkpointing
 
@@ -542,6 +562,8 @@ def test_options_of_saving(folder: Path, tmp_path: Path, model: NFNet) -> None:
         loaded.save_pretrained(tmp_path / "n", state_dict={})
     with pytest.raises(ConfigError, match="offload"):
         loaded.activation_checkpointing_enable(offload=True)
+    with pytest.raises(ConfigError, match="accelerate launch"):
+        loaded._replicate_for_data_parallel()  # what torch.nn.DataParallel calls, with several GPUs
 
 
 def test_a_second_import_changes_nothing(folder: Path) -> None:

@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple  # pyright: ignore[reportMissing
 
 from nfzoo.checkpoint.description import Description
 from nfzoo.checkpoint.model_folder import save_checkpoint
-from nfzoo.errors import ConfigError
+from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.integrations.transformers.configuration import NFZooConfig
 from nfzoo.model import sample_masks
 from nfzoo.nn import NFNet
@@ -70,6 +70,10 @@ class NFZooPreTrainedModel(PreTrainedModel):
         """Return what nfzoo saves beside the weights."""
         return self.config.description()
 
+    def parameter_kinds(self) -> dict[str, str]:
+        """Return the kind of every parameter, by which AGC spares the classifier: see `NFNet.parameter_kinds`."""
+        return self.network.parameter_kinds()
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         network = self.__dict__.get("network")
@@ -93,11 +97,33 @@ class NFZooPreTrainedModel(PreTrainedModel):
                 parameter.copy_(spec.init(spec.shape, generator=None, **options))
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model in evaluation mode: see the base class."""
-        result = super().from_pretrained(*args, **kwargs)
-        (result[0] if isinstance(result, tuple) else result)._freeze()
-        return result
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a model in evaluation mode: see the base class.
+
+        Raises:
+            CheckpointError: where weights other than the classifier's are missing, unknown or of another shape.
+                transformers itself would only print a report.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = {
+            words: sorted(name for name in names if words == "unknown" or not name.startswith("head."))
+            for words, names in (
+                ("missing", info["missing_keys"]),
+                ("unknown", info["unexpected_keys"]),
+                ("of another shape", [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]),
+            )
+        }
+        problems = [f"{len(names)} {words}, such as {names[0]!r}" for words, names in wrong.items() if names]
+        if problems:
+            raise CheckpointError(f"the weights do not fit the configuration: {'; '.join(problems)}")
+        model._freeze()
+        return (model, info) if output_loading_info else model
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ConfigError(
+            "torch.nn.DataParallel, which Trainer uses where it sees several GPUs, does not replicate a model of nfzoo: "
+            "start a process for each GPU by `accelerate launch`, or let CUDA_VISIBLE_DEVICES name one"
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode.
