@@ -16,8 +16,8 @@ from nfzoo.config import ModelConfig, Preprocessing, config_from_dict
 from nfzoo.errors import CheckpointError, ConfigError, nearest
 
 FORMAT = 1
-_KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
-_KEYS |= {"problem_type", "thresholds"}
+KEYS = {"format", "library_name", "name", "architecture", "preprocessing", "labels", "provenance", "temperature"}
+KEYS |= {"problem_type", "thresholds"}
 
 MULTI_LABEL = "multi_label_classification"
 """The problem type, as transformers names it, of a model of which each output is a label by itself."""
@@ -132,9 +132,9 @@ def describe(fields: object, source: str | Path) -> Description:
     problem_type = fields.get("problem_type")
     if problem_type != MULTI_LABEL and "problem_type" in fields:
         foreign["problem_type"], problem_type = problem_type, None
-    unknown = sorted(set(fields) - _KEYS - set(foreign))
+    unknown = sorted(set(fields) - KEYS - set(foreign))
     if unknown:
-        hint = nearest(unknown[0], _KEYS) or f"; known: {', '.join(sorted(_KEYS))}, and those that begin with '_'"
+        hint = nearest(unknown[0], KEYS) or f"; known: {', '.join(sorted(KEYS))}, and those that begin with '_'"
         raise CheckpointError(f"{source} has unknown keys {', '.join(unknown)}{hint}")
     if fields.get("format") != FORMAT:
         raise CheckpointError(f"{source} has format {fields.get('format')!r}; this nfzoo reads {FORMAT}: upgrade nfzoo")
@@ -212,6 +212,11 @@ def model_fields(config: ModelConfig, labels: Sequence[str] | None) -> dict[str,
     }
 
 
+def config_fields(description: Description) -> dict[str, Any]:
+    """Return the content of `config.json`: nfzoo's own fields, and those of transformers'."""
+    return {**description.to_dict(), **model_fields(description.config, description.labels)}
+
+
 def names_problem(fields: Mapping[str, Any], classes: int, labels: Sequence[str] | None) -> str | None:
     """Return how the names of classes in `config.json` differ from nfzoo's labels; `None` if they do not.
 
@@ -251,7 +256,9 @@ def processor_fields(preprocessing: Preprocessing) -> dict[str, Any]:
         resized = {"shortest_edge": math.floor(size / preprocessing.crop)}
     return {
         "image_processor_type": PROCESSOR,
-        "auto_map": {"AutoImageProcessor": _AUTO_MAP["AutoImageProcessor"]},
+        # A list has the classes of transformers' two backends. Of a single name, transformers would derive that of a
+        # video processor, and ask whether it may run the code for it.
+        "auto_map": {"AutoImageProcessor": [_AUTO_MAP["AutoImageProcessor"], None]},
         "preprocessing": preprocessing.to_dict(),
         "do_convert_rgb": channels == 3,
         **({"do_convert_grayscale": True} if channels == 1 else {}),

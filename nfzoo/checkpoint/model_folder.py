@@ -23,6 +23,7 @@ from nfzoo.checkpoint.description import (
     DERIVED_KEYS,
     PROCESSOR_FILE,
     TEMPERATURES,
+    config_fields,
     is_temperature,
     model_fields,
     processor_fields,
@@ -170,13 +171,10 @@ def texts(description: Description) -> dict[str, str]:
     Raises:
         CheckpointError: for what could not be loaded again, such as labels of other types.
     """
-    described = _json(description.to_dict())
-    _parse(described, "the model's description")
-    fields = {**description.to_dict(), **model_fields(description.config, description.labels)}
-    processor = processor_fields(description.preprocessing)
+    _parse(_json(description.to_dict()), "the model's description")
     return {
-        CONFIG_FILE: _json(fields, indent=2) + "\n",
-        PROCESSOR_FILE: _json(processor, indent=2) + "\n",
+        CONFIG_FILE: _json(config_fields(description), indent=2) + "\n",
+        PROCESSOR_FILE: _json(processor_fields(description.preprocessing), indent=2) + "\n",
         CODE_FILE: CODE,
     }
 

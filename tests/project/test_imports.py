@@ -33,9 +33,14 @@ ARROWS = arrows((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
 # and `save_pretrained(with_onnx=True)` are where users look for them.
 DOORS = {("nfzoo", "hub"), ("nfzoo", "train"), ("nn", "hub"), ("nn", "predict"), ("nn", "export")}
 
+WITH_TRANSFORMERS = tuple(
+    f"nfzoo.integrations.transformers{module}"
+    for module in ("", ".configuration", ".image_processing", ".modeling", ".registration")
+)
 # External package -> the modules that may import it, inside a function. torch-xla pins torch, gradio brings a web
 # server; the others are compilers and reference frameworks, which nobody needs to use the library. What stands APART
-# runs in an environment of its own, or by hand, beside such a package.
+# runs in an environment of its own, or by hand, beside such a package. A package of `integrations` derives its classes
+# from those of such a package, and so imports it at its head.
 SEAMS = {
     "torch_xla": ("nfzoo.runtime.device", "nfzoo.export.stablehlo"),
     "torchax": ("nfzoo.export.tpu_worker",),
@@ -43,7 +48,7 @@ SEAMS = {
     "jax": ("nfzoo.conversion.verify", "nfzoo.export.tpu_worker"),
     "haiku": ("nfzoo.conversion.verify",),
     "timm": ("nfzoo.conversion.verify", "nfzoo.integrations.timm", "benchmarks.peer"),
-    "transformers": ("nfzoo.integrations.transformers",),
+    "transformers": WITH_TRANSFORMERS,
     "tensorflow": ("nfzoo.conversion.verify",),
 }
 APART = ("tests.reference", "tests.xla", "tests.tpu", "tests.gpu", "tests.integrations")
@@ -103,7 +108,7 @@ def objection(module: Module, found: Import) -> str | None:
     if top in SEAMS and not any(module.name == name or module.name.startswith(f"{name}.") for name in APART):
         if module.name not in SEAMS[top]:
             return f"belongs in {' and '.join(SEAMS[top])} alone"
-        return None if lazy else "has to stand inside a function"
+        return None if lazy or module.name in WITH_TRANSFORMERS else "has to stand inside a function"
     here, there = unit(module.name), unit(target)
     if here is None or there is None or here == there:  # tests and benchmarks may import all of the library
         return None
