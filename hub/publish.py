@@ -188,9 +188,8 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
     unknown = sorted(options.keys() - PushOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"push has no option {unknown[0]!r}; it has {', '.join(PushOptions.__annotations__)}")
-    with collected(
-        folder, repo_id, license=options.get("license", LICENSE), with_onnx=options.get("with_onnx", False)
-    ) as (content):
+    license, with_onnx = options.get("license", LICENSE), options.get("with_onnx", False)
+    with collected(folder, repo_id, license=license, with_onnx=with_onnx) as content:
         return _send(content, repo_id, options)
 
 

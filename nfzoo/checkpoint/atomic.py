@@ -92,14 +92,41 @@ def replaced_folder(folder: str | Path, *, subfolders: Collection[str] = ()) -> 
             folder.mkdir()
         for name in subfolders:
             sweep(folder, re.escape(name))
-            if (folder / name).is_symlink():
-                (folder / name).unlink()
-            elif (folder / name).is_dir():
-                remove_folder(folder / name)
-        entries = sorted(scratch.iterdir(), reverse=True)
-        for path in sorted(entries, key=lambda path: path.name in subfolders):
+            _remove(folder / name)
+        made = [path for path in scratch.iterdir() if path.name in subfolders]
+        if subfolders:
+            _sync(folder)
+        for path in sorted({*scratch.iterdir()} - {*made}, reverse=True):
             os.replace(path, folder / path.name)
         _sync(folder)
+        for path in made:
+            _move(path, folder / path.name)
+            _sync(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is there, or the link to one."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            shutil.rmtree(folder)
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Rename a folder, or its files one by one where the file system renames no folders."""
+    try:
+        os.replace(folder, target)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        target.mkdir()
+        for path in sorted(folder.iterdir()):
+            os.replace(path, target / path.name)
 
 
 @contextmanager

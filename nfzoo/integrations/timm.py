@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -227,14 +228,13 @@ def _entrypoint(name: str | None) -> Callable[..., nn.Module]:
 
 def _check_timm() -> None:
     """Raise a `ConfigError` for a timm in which `nfzoo/nfnet_f0` is timm's own `nfnet_f0`."""
-    from timm import __version__  # pyright: ignore[reportMissingImports]
     from timm.models import parse_model_name  # pyright: ignore[reportMissingImports]
 
     try:
         parse_model_name(f"{ANY}/nfnet_f0")
     except ValueError:
         return
-    raise ConfigError(f"timm {__version__} takes {ANY}/nfnet_f0 for its own nfnet_f0: pip install 'timm>=1.0.30'")
+    raise ConfigError(f"timm {version('timm')} takes {ANY}/nfnet_f0 for its own nfnet_f0: pip install 'timm>=1.0.30'")
 
 
 def _register() -> None:

@@ -256,6 +256,11 @@ def test_file_systems_that_rename_no_folders_get_file_after_file(
     write_model(tmp_path / "model")
     assert nfzoo.from_pretrained(tmp_path / "model").config == CFG
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    for text in ("old", "new"):
+        with replaced_folder(tmp_path / "model", subfolders=("made",)) as scratch:
+            (scratch / "made").mkdir()
+            (scratch / "made" / text).write_text(text)
+        assert [path.name for path in (tmp_path / "model/made").iterdir()] == [text]
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
