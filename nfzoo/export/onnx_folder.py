@@ -37,7 +37,7 @@ def write_onnx_folder(model: NFNet, folder: Path, checksum: str | None) -> None:
     """Write the folded model in float32 as `model.onnx` into a folder, for any number of images of the test size.
 
     The input is `pixel_values` `(N, in_channels, S, S)`, as `model.preprocess` returns images, and the output `logits`.
-    Weights of more than 1.5 GB lie in `model.onnx_data`. `nfzoo.json` describes input and output.
+    Weights of more than 1.5 GiB lie in `model.onnx_data`. `nfzoo.json` describes input and output.
 
     Args:
         checksum: of the weight file, which `nfzoo.json` states; `None` if there is none.

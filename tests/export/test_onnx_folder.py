@@ -222,7 +222,7 @@ def test_weights_outside_the_program_have_the_name_that_transformers_js_expects(
         [from_array(value, "w")],
     )
     model = onnx.helper.make_model(made, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
-    # As torch writes it, of more than 1.5 GB.
+    # As torch writes it, of more than 1.5 GiB.
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     onnx_folder._rename_data(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data"]
