@@ -32,7 +32,7 @@ help:
 	@echo "make test-xla   run the tests under torch-xla, in $(XLA); ARGS='-m slow' for the training runs"
 	@echo "make test-tpu   compile for TPUs that are not here, in $(TPU)"
 	@echo "make test-gpu   run Triton kernels in its interpreter and compile them for GPUs that are not here, in $(GPU)"
-	@echo "make test-integrations  load nfzoo's folders by transformers, timm, OpenVINO and others, in $(INTEGRATIONS)"
+	@echo "make test-integrations  load nfzoo's folders by transformers, timm, transformers.js and others, in $(INTEGRATIONS)"
 	@echo "make lint       check format, lint rules and types"
 	@echo "make format     rewrite the sources in the house format"
 	@echo "make clean      remove the environments, build products and caches"
@@ -122,10 +122,17 @@ $(GPU)/.installed: pyproject.toml tests/gpu/requirements.txt
 	$(GPU)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt tests/integrations/requirements.txt
+# transformers.js brings the native libraries that it computes with; an installation script of theirs, which would fetch
+# others, is not run. No lock file is kept, as one names servers.
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt tests/integrations/requirements.txt tests/integrations/package.json
 	rm -rf $(INTEGRATIONS)
 	"$(PYTHON)" -m venv $(INTEGRATIONS)
-	@echo "installing transformers, timm and OpenVINO into $(INTEGRATIONS); this takes minutes, once"
+	@echo "installing transformers, timm, OpenVINO and transformers.js into $(INTEGRATIONS); this takes minutes, once"
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
 		--requirement tests/integrations/requirements.txt
+	mkdir $(INTEGRATIONS)/node
+	cp tests/integrations/package.json $(INTEGRATIONS)/node
+	@command -v npm >/dev/null || echo "npm was not found: the tests of transformers.js are left out" >&2
+	if command -v npm >/dev/null; then npm install --prefix $(INTEGRATIONS)/node --silent --ignore-scripts \
+		--no-package-lock --no-audit --no-fund; fi
 	touch $@

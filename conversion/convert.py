@@ -19,7 +19,6 @@ from nfzoo.checkpoint.model_folder import (
     describe,
     load_checkpoint,
     read_description,
-    save_checkpoint,
 )
 from nfzoo.checkpoint.run_state import STATE_FILE, open_state
 from nfzoo.checkpoint.state_dicts import is_torch_file
@@ -31,6 +30,7 @@ from nfzoo.conversion.timm import PICKLED_FILE, file_sha256, read_timm, write_ti
 from nfzoo.data.labels import imagenet
 from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.files import read_json
+from nfzoo.nn import NFNet
 from nfzoo.types import Params
 
 logger = logging.getLogger("nfzoo")
@@ -77,6 +77,7 @@ def convert(
     progress: bool = False,
     require_hash: bool = False,
     allow_pickle: bool = False,
+    with_onnx: bool = False,
 ) -> Weights:
     """Read weights, and write them in another form: whole, or not at all.
 
@@ -91,12 +92,17 @@ def convert(
         progress: show a bar on standard error.
         require_hash: see `nfzoo.conversion.download.fetch`.
         allow_pickle: read a file of `torch.save`; DeepMind's pickles have a reader of nfzoo's own, and need no leave.
+        with_onnx: also write `onnx/model.onnx` into nfzoo's folder: see `NFNet.save_pretrained`. A model of nfzoo's,
+            which is otherwise refused as there is nothing to convert, is then read as well.
 
     Raises:
+        ConfigError: see `NFNet.save_pretrained`.
         ConversionError: for weights that are refused, unknown or do not fit, and for a model in the way.
         CheckpointError: for a folder or file of nfzoo's that is damaged.
     """
     target = Path(target)
+    if with_onnx and to != "nfzoo":
+        raise ConversionError(f"an ONNX program goes with nfzoo's folder, not with the form {to}")
     _check_target(target, to, overwrite)
     weights = (
         source
@@ -105,9 +111,9 @@ def convert(
     )
     description, params, form = weights
     name = (description.name or description.config.family) if isinstance(source, Weights) else source
-    if form == to == "nfzoo":
+    if form == to == "nfzoo" and not with_onnx:
         raise ConversionError(f"{name} is a model of nfzoo's already; --to haiku and --to timm write others")
-    if description.config.folded:
+    if description.config.folded and not with_onnx:
         raise ConversionError(f"{name} is folded for inference, and only nfzoo reads that; convert the trained model")
     if to != "nfzoo" and description.temperature is not None:
         logger.warning(
@@ -126,7 +132,7 @@ def convert(
     elif to == "timm":
         write_timm(target, description, params)
     else:
-        save_checkpoint(target, description, params)
+        NFNet.from_params(description, params).save_pretrained(target, with_onnx=with_onnx)
     return weights
 
 

@@ -13,12 +13,20 @@ from pathlib import Path
 from torch import Tensor
 
 from nfzoo.checkpoint.atomic import replaced_folder
-from nfzoo.checkpoint.model_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Description, check_params
+from nfzoo.checkpoint.model_folder import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Description,
+    check_params,
+    replaceable_onnx,
+)
 from nfzoo.checkpoint.state_dicts import StateDict, check_values, is_torch_file, open_state_dict
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
     apply_arguments,
+    described_by,
     pretrained_cfg,
     read_config,
     read_labels,
@@ -30,6 +38,7 @@ from nfzoo.errors import CheckpointError, ConversionError, nearest
 from nfzoo.files import nearest_path, open_regular
 from nfzoo.model import specs
 from nfzoo.runtime.output import json_text
+from nfzoo.runtime.timm_interface import timm_name
 from nfzoo.types import Params
 from nfzoo.variants import VARIANTS, variant
 
@@ -48,6 +57,9 @@ ARCHITECTURES: dict[str, str] = {
     **{f"nf_regnet_b{n}": f"timm-nf-regnet-b{n}" for n in range(6)},
 }
 """timm's architecture -> the variant of the zoo. The `dm_` weights are DeepMind's own and run under their rules."""
+
+_REGISTERED = {timm_name(name): name for name in VARIANTS}
+"""The names of `nfzoo.integrations.timm`, under which timm saves a model of nfzoo's with its own parameters' names."""
 
 ANCHORS = ("stem.conv.weight", "stem.conv1.weight", "stem.conv0.weight")
 """The first tensor of every model, in timm's layout and in nfzoo's."""
@@ -141,7 +153,8 @@ def read_timm(
 
     A folder brings the number of classes, the preprocessing and the labels. A file alone brings its shapes; the
     preprocessing is then that of the zoo. Pickled files are read by torch's weights-only reader. What trainers wrap
-    around a state dict is taken off: see `open_state_dict`. A state dict under nfzoo's own names is read as well.
+    around a state dict is taken off: see `open_state_dict`. A state dict under nfzoo's own names is read as well, and a
+    folder that timm wrote of a model of `nfzoo.integrations.timm`.
 
     Args:
         path: a folder, a `.safetensors` file, or a file that torch wrote.
@@ -163,6 +176,12 @@ def read_timm(
         gains = [shape for key, shape in shapes.items() if key.endswith(".gain")]
         if fields is None and gains and all(len(shape) == 1 for shape in gains):
             return _read_own(weights, state, model, sha256)
+        own = None if fields is None else _REGISTERED.get(fields["architecture"].partition(".")[0])
+        if fields is not None and own is not None:
+            if model not in (None, own):
+                raise ConversionError(f"{path / CONFIG_FILE} says {own!r}, not {model!r}")
+            description, params = _read_own(weights, state, own, sha256)
+            return described_by(fields, description, VARIANTS[own].preprocessing, path / CONFIG_FILE), params
         stated = None if fields is None else _architecture(fields["architecture"])
         chosen = None if model is None else _architecture(model)
         if stated and chosen and stated != chosen:
@@ -334,7 +353,7 @@ def write_timm(folder: Path, description: Description, params: Mapping[str, Tens
     folder = Path(folder)
     arch = timm_architecture(description.config)
     state = {key: value.cpu().contiguous() for key, value in to_timm(description.config, params).items()}
-    with replaced_folder(folder) as scratch:
+    with replaced_folder(folder, subfolders=replaceable_onnx(folder, renewed=False)) as scratch:
         save_tensors(scratch / WEIGHTS_FILE, state)
         text = json_text(timm_config(arch, description))
         (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")

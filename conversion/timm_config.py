@@ -51,11 +51,13 @@ def pretrained_cfg(fields: Mapping[str, Any], source: Path) -> Mapping[str, Any]
     return cfg
 
 
-def apply_arguments(config: ModelConfig, fields: Mapping[str, Any], source: Path) -> ModelConfig:
+def apply_arguments(
+    config: ModelConfig, fields: Mapping[str, Any], source: Path, *, exact: bool = False
+) -> ModelConfig:
     """Return `config` with the drop rates and the output stride of `model_args`.
 
     Another network than the weights' is an error. So is an output stride under DeepMind's rules, whose maps differ from
-    those that timm computes.
+    those that timm computes, unless nfzoo computed them (`exact`).
     """
     arguments = fields.get("model_args") or {}
     if not isinstance(arguments, dict):
@@ -63,7 +65,7 @@ def apply_arguments(config: ModelConfig, fields: Mapping[str, Any], source: Path
     if fields.get("global_pool", "avg") not in ("avg", "", None) or arguments.get("global_pool", "avg") != "avg":
         raise ConversionError(f"{source}: only average pooling (global_pool 'avg') is supported")
     stride = arguments.get("output_stride") or 32
-    if stride != 32 and config.rules != "timm":
+    if stride != 32 and config.rules != "timm" and not exact:
         raise ConversionError(
             f"{source}: at output_stride {stride!r} timm computes other maps than DeepMind's rules; leave it out, and "
             "set the model's own after loading"
@@ -99,7 +101,7 @@ def read_preprocessing(
     DeepMind's own weights at their own sizes get DeepMind's preprocessing, which timm approximates by `squash`; weights
     that were trained on from there have the margin that their `crop_pct` says.
     """
-    deepmind = arch.startswith("dm_")
+    deepmind = known.resize == "deepmind"
     mode, interpolation = cfg.get("crop_mode") or "center", cfg.get("interpolation", "bicubic")
     if interpolation != "bicubic":
         raise ConversionError(f"{source}: interpolation {interpolation!r} is not supported, only 'bicubic'")
@@ -159,6 +161,17 @@ def read_labels(value: object, config: ModelConfig, source: Path) -> tuple[str, 
     if len(names) != config.num_classes:
         raise ConversionError(f"{source}: {len(names)} label_names for {config.num_classes} classes")
     return tuple(names)
+
+
+def described_by(
+    fields: Mapping[str, Any], description: Description, known: Preprocessing, source: Path
+) -> Description:
+    """Return the description of a model of nfzoo's with what timm wrote of it: rates, stride, preprocessing, labels."""
+    cfg = pretrained_cfg(fields, source)
+    config = apply_arguments(description.config, fields, source, exact=True)
+    preprocessing = read_preprocessing(fields["architecture"], known, cfg, config, source)
+    labels = read_labels(fields.get("label_names", cfg.get("label_names")), config, source)
+    return description._replace(config=config, preprocessing=preprocessing, labels=labels)
 
 
 def timm_config(arch: str, description: Description) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from nfzoo.checkpoint.model_folder import Description
+from nfzoo.checkpoint.model_folder import ONNX_FILE, ONNX_FOLDER, Description
 from nfzoo.conversion.download import PUBLISHED
 from nfzoo.data.images import DIGITS
 from nfzoo.data.labels import imagenet
@@ -22,6 +22,8 @@ from nfzoo.model import mac_count, parameter_count
 from nfzoo.runtime.output import escaped, markdown_text
 from nfzoo.train.run_folder import CURVES_FILE, RUN_FILE
 from nfzoo.variants import VARIANTS
+
+_ONNX = f"{ONNX_FOLDER}/{ONNX_FILE}"
 
 _FAMILY = {"nfnet": "NFNet", "nf_resnet": "NF-ResNet", "nf_regnet": "NF-RegNet"}
 _RULES = {"deepmind": "DeepMind's released code", "timm": "timm"}
@@ -77,7 +79,10 @@ def model_card(
     metadata = ModelCardData(
         license=license,
         library_name="nfzoo",
-        tags=["nfzoo", "pytorch", "image-classification", "normalizer-free", config.family.replace("_", "-")],
+        tags=[
+            *("nfzoo", "pytorch", "image-classification", "normalizer-free", config.family.replace("_", "-")),
+            *(["onnx"] if _ONNX in files else []),
+        ],
         pipeline_tag="image-classification",
         base_model=base,
         base_model_relation="finetune" if base else None,
@@ -101,6 +106,9 @@ def model_card(
         facts.append(("temperature of the probabilities", f"{description.temperature:.4g}"))
     if description.problem_type is not None:
         facts.append(("labels", "several an image, or none: those whose sigmoids reach their thresholds"))
+    if _ONNX in files:
+        shape = f"(N, {config.in_channels}, {size}, {size})"
+        facts.append(("ONNX", f"`{_ONNX}`, from `pixel_values` {shape} to `logits`"))
     parts = [
         f"# {title}",
         f"A Normalizer-Free network for nfzoo{_zoo(description)}.",

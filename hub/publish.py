@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,20 +12,34 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from nfzoo.checkpoint.model_folder import load_checkpoint, texts, weight_files
+from nfzoo.checkpoint.model_folder import (
+    ONNX_DATA,
+    ONNX_FILE,
+    ONNX_FOLDER,
+    SHEET_FILE,
+    WEIGHTS_FILE,
+    load_checkpoint,
+    texts,
+    weight_files,
+)
 from nfzoo.checkpoint.state_dicts import check_values
+from nfzoo.checkpoint.weight_files import stated_checksum
 from nfzoo.errors import CheckpointError, ConversionError, HubError, NfzooError
 from nfzoo.evaluate import EVALUATION_FILE
+from nfzoo.export.onnx_folder import onnx_files, write_onnx_folder
 from nfzoo.files import nearest_path, read_json, read_text
 from nfzoo.hub.card import model_card
 from nfzoo.hub.download import HTTP_ERROR
 from nfzoo.hub.results import emissions, eval_results
+from nfzoo.nn import NFNet
 from nfzoo.train.config import strict_yaml
 from nfzoo.train.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, public_data, public_model
+
+logger = logging.getLogger("nfzoo")
 
 CARD_FILE = "README.md"
 LICENSE = "apache-2.0"
@@ -43,13 +59,19 @@ class Bundle(NamedTuple):
         return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in self.files.items()}
 
 
-def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICENSE) -> Bundle:
+def bundle(
+    folder: str | os.PathLike[str], repo_id: str, *, license: str = LICENSE, onnx: str | Path | None = None
+) -> Bundle:
     """Collect the files that `push` uploads.
 
     A `README.md` in the folder is the card; otherwise one is written.
 
+    Args:
+        onnx: an empty folder, in which an ONNX program is written for the repository; by default it gets the one of
+            `folder`, if there is one.
+
     Raises:
-        CheckpointError: for a folder that holds no sound model.
+        CheckpointError: for a folder that holds no sound model, or an ONNX program of other weights.
         HubError: for a name that no repository can have.
     """
     folder = Path(folder)
@@ -61,6 +83,12 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
         check_values(params)
     except ConversionError as error:
         raise CheckpointError(f"the weights in {folder} are not to be published: {error}") from error
+    if onnx is None:
+        programs = {name: folder / name for name in onnx_files(folder)}
+    else:
+        checksum = stated_checksum(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else None
+        write_onnx_folder(NFNet.from_params(description, params), Path(onnx), checksum)
+        programs = {f"{ONNX_FOLDER}/{path.name}": path for path in sorted(Path(onnx).iterdir())}
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
     evaluation = _evaluation(folder / EVALUATION_FILE) if EVALUATION_FILE in extras else None
     results = {} if evaluation is None else eval_results(repo_id, description, evaluation)
@@ -72,14 +100,14 @@ def bundle(folder: str | os.PathLike[str], repo_id: str, *, license: str = LICEN
     else:
         carbon = emissions(folder, description)
         options = {"license": license, "evaluation": evaluation, "emissions": carbon}
-        card = model_card(description, repo_id, files=extras, **options)
+        card = model_card(description, repo_id, files=[*extras, *programs], **options)
     _check_card(card, folder / CARD_FILE)
     files: dict[str, Path | bytes] = {name: folder / name for name in (*weight_files(folder), *extras)}
     files |= {name: text.encode() for name, text in texts(description).items()}  # folders of old versions lack some
     files |= results
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
-    return Bundle({**files, CARD_FILE: card.encode()}, card)
+    return Bundle({**files, **programs, CARD_FILE: card.encode()}, card)
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
@@ -161,6 +189,8 @@ class PushOptions(TypedDict, total=False):
         create_pr: open a pull request instead of committing to the branch.
         commit_message: "Upload NAME with nfzoo" by default.
         license: the Hub's identifier of the licence of the weights; `apache-2.0` by default.
+        with_onnx: also publish `onnx/model.onnx`, made for the repository: see `nfzoo.export.onnx_folder`. One in the
+            folder is published in any case, and refused if it was made from other weights.
     """
 
     private: bool | None
@@ -169,29 +199,49 @@ class PushOptions(TypedDict, total=False):
     create_pr: bool
     commit_message: str | None
     license: str
+    with_onnx: bool
 
 
 def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOptions]) -> str:
     """Publish a checkpoint folder as one commit of a Hub repository; return the commit's URL.
 
-    A repository that does not exist is created.
+    A repository that does not exist is created. The ONNX program of an earlier push is replaced or deleted.
 
     Args:
         repo_id: `organisation/name`.
         options: see `PushOptions`.
 
     Raises:
-        CheckpointError: for a folder that holds no sound model; nothing is sent.
+        CheckpointError: for a folder that holds no sound model, or an ONNX program of other weights; nothing is sent.
+        ConfigError: for `with_onnx` without the packages of `nfzoo[export]`, or of a model without classifier.
         HubError: where the Hub refuses or cannot be reached.
         TypeError: for an unknown option; nothing is sent.
     """
     unknown = sorted(options.keys() - PushOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"push has no option {unknown[0]!r}; it has {', '.join(PushOptions.__annotations__)}")
+    license, with_onnx = options.get("license", LICENSE), options.get("with_onnx", False)
+    with collected(folder, repo_id, license=license, with_onnx=with_onnx) as content:
+        return _send(content, repo_id, options)
+
+
+@contextlib.contextmanager
+def collected(
+    folder: str | os.PathLike[str], repo_id: str, *, license: str = LICENSE, with_onnx: bool = False
+) -> Iterator[Bundle]:
+    """Yield the `bundle` of a folder; an ONNX program that is made for it is removed when the block ends."""
+    if not with_onnx:
+        yield bundle(folder, repo_id, license=license)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield bundle(folder, repo_id, license=license, onnx=scratch)
+
+
+def _send(content: Bundle, repo_id: str, options: PushOptions) -> str:
+    """Publish files as one commit; return its URL."""
     revision, create_pr = options.get("revision"), options.get("create_pr", False)
-    content = bundle(folder, repo_id, license=options.get("license", LICENSE))
     api = HfApi(token=options.get("token"))
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
         for name, file in content.files.items()
     ]
@@ -199,6 +249,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
         api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations += [CommitOperationDelete(name) for name in _stale_onnx(api, repo_id, content, revision)]
         commit = api.create_commit(
             repo_id,
             operations,
@@ -207,6 +258,22 @@ def push(folder: str | os.PathLike[str], repo_id: str, **options: Unpack[PushOpt
             create_pr=create_pr,
         )
     return str(commit.commit_url)
+
+
+def _stale_onnx(api: HfApi, repo_id: str, content: Bundle, revision: str | None) -> list[str]:
+    """Return the files of nfzoo's ONNX program in the repository that new weights leave behind, to be deleted."""
+    names = [f"{ONNX_FOLDER}/{name}" for name in (ONNX_FILE, ONNX_DATA, SHEET_FILE)]
+    there = [n for n in names if n not in content.files and api.file_exists(repo_id, n, revision=revision)]
+    sheet = f"{ONNX_FOLDER}/{SHEET_FILE}"
+    if sheet in there:
+        logger.warning(
+            "removing %s of %s, which is of earlier weights; with_onnx publishes a new one", names[0], repo_id
+        )
+    if sheet in (*there, *content.files):
+        return there
+    if there:
+        logger.warning("%s of %s stays, which nfzoo did not write, and may be of other weights", there[0], repo_id)
+    return []
 
 
 def deepmind_repositories(organisation: str) -> list[tuple[str, str, str]]:

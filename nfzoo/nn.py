@@ -454,14 +454,27 @@ class NFNet(TimmInterface):
             if isinstance(old.fn, CompiledBlock):
                 compile_blocks(new, old.fn.options)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, with_onnx: bool = False) -> Path:
         """Write `config.json` and `model.safetensors` into `folder`, and what transformers needs, atomically.
 
+        Args:
+            with_onnx: also write `onnx/model.onnx`, for transformers.js and other runtimes: see
+                `nfzoo.export.onnx_folder`. Without it, an `onnx` of earlier weights is removed, with a warning.
+
         Raises:
-            ConfigError: for a head that `config` does not tell of, or a temperature that is not between 0.001 and 1000.
+            ConfigError: for a head that `config` does not tell of, or a temperature that is not between 0.001 and 1000;
+                with `with_onnx` also for a model without classifier, without the packages of `nfzoo[export]`, and where
+                `onnx` holds files that nfzoo did not write.
         """
         self._check_blocks()
-        return save_checkpoint(folder, self.description, self.state_dict())
+        if not with_onnx:
+            return save_checkpoint(folder, self.description, self.state_dict())
+        from nfzoo.export.onnx_folder import check_onnx, write_onnx_folder
+
+        self._check_foldable()
+        check_onnx(self)
+        write = functools.partial(write_onnx_folder, self)
+        return save_checkpoint(folder, self.description, self.state_dict(), write_onnx=write)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Self:
@@ -499,7 +512,8 @@ class NFNet(TimmInterface):
         from nfzoo.hub import push
 
         with tempfile.TemporaryDirectory() as scratch:
-            return push(self.save_pretrained(Path(scratch) / "model"), repo_id, **options)
+            with_onnx = options.pop("with_onnx", False)
+            return push(self.save_pretrained(Path(scratch) / "model", with_onnx=with_onnx), repo_id, **options)
 
 
 # A graph of torch.fx keeps the types of its inputs, and can be pickled if they are no strings.

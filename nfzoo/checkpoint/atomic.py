@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,12 +54,16 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(folder: str | Path) -> Iterator[Path]:
+def replaced_folder(folder: str | Path, *, subfolders: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder. Its files go to `folder` when the block ends, and are removed if the block fails.
 
     A new folder appears by one rename, or file by file where the file system renames no folders. In an existing folder,
     which may be a mount point, the files are replaced one by one, in the reverse order of their names
     (`model.safetensors` before `config.json`); other files stay.
+
+    Args:
+        subfolders: names of folders whose content is made from the files. Those in `folder` are removed before a file
+            is replaced, and new ones come after the files, so that none is ever beside files of which it was not made.
 
     Raises:
         FileExistsError: if `folder` is a file.
@@ -72,9 +76,9 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     with new_parents(folder), scratch_folder(parent, folder.name) as scratch:
         yield scratch
         mode = scratch.stat().st_mode & 0o666
-        files = sorted(scratch.iterdir(), reverse=True)
-        for path in files:
-            _if_supported("change permissions", functools.partial(path.chmod, mode))  # safetensors writes 0600
+        for path in sorted(scratch.rglob("*"), reverse=True):  # a folder after its files
+            if not path.is_dir():
+                _if_supported("change permissions", functools.partial(path.chmod, mode))  # safetensors writes 0600
             _sync(path)
         _sync(scratch)
         if not folder.exists():
@@ -86,9 +90,43 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
                 if error.errno not in _UNSUPPORTED:
                     raise
             folder.mkdir()
-        for path in files:
+        for name in subfolders:
+            sweep(folder, re.escape(name))
+            _remove(folder / name)
+        made = [path for path in scratch.iterdir() if path.name in subfolders]
+        if subfolders:
+            _sync(folder)
+        for path in sorted({*scratch.iterdir()} - {*made}, reverse=True):
             os.replace(path, folder / path.name)
         _sync(folder)
+        for path in made:
+            _move(path, folder / path.name)
+            _sync(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is there, or the link to one."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            shutil.rmtree(folder)
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Rename a folder, or its files one by one where the file system renames no folders."""
+    try:
+        os.replace(folder, target)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        target.mkdir()
+        for path in sorted(folder.iterdir()):
+            os.replace(path, target / path.name)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,11 @@ from nfzoo.checkpoint.weight_files import (
     open_weights,
     read_index,
     save_tensors,
+    stated_checksum,
     warn_unchecked,
 )
 from nfzoo.config import ModelConfig
-from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.errors import CheckpointError, ConfigError, shown
 from nfzoo.files import parse_json, read_text
 from nfzoo.model import reparametrized_hint, specs
 from nfzoo.types import Params
@@ -54,6 +55,9 @@ logger = logging.getLogger("nfzoo")
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # where the weights are in shards
+ONNX_FOLDER = "onnx"  # programs made from the weights, where transformers.js looks for them
+ONNX_FILE, ONNX_DATA = "model.onnx", "model.onnx_data"
+SHEET_FILE = "nfzoo.json"  # beside a program: its input and output
 
 _SHARED = ("config", "preprocessing", "labels", "temperature", "problem_type", "thresholds")
 """Fields in which the files of a folder have to agree."""
@@ -91,11 +95,20 @@ def _parse(text: str, source: str) -> Description:
     return describe(fields, source)
 
 
-def save_checkpoint(folder: str | Path, description: Description, params: Mapping[str, Tensor]) -> Path:
+def save_checkpoint(
+    folder: str | Path,
+    description: Description,
+    params: Mapping[str, Tensor],
+    *,
+    write_onnx: Callable[[Path, str | None], None] | None = None,
+) -> Path:
     """Write a checkpoint folder, whole or not at all: `config.json`, `model.safetensors`, and transformers' two files.
 
     A new folder appears by one rename. In an existing folder the files are replaced one after the other, the weights
-    before `config.json`; other files stay.
+    before `config.json`; other files stay, but for `onnx/`, which is made from the weights: see `replaceable_onnx`.
+
+    Args:
+        write_onnx: `write_onnx(folder, checksum)`, which fills the new folder `onnx` from weights of this checksum.
 
     Raises:
         CheckpointError: if the parameters do not fit the configuration, or `folder` is a file.
@@ -118,11 +131,39 @@ def save_checkpoint(folder: str | Path, description: Description, params: Mappin
     description = _without_stale(description, tensors)
     metadata = {"nfzoo": _json(description.to_dict())}
     files = texts(description)
-    with replaced_folder(folder) as scratch:
+    with replaced_folder(folder, subfolders=replaceable_onnx(folder, renewed=write_onnx is not None)) as scratch:
         for name, text in files.items():
             (scratch / name).write_text(text, encoding="utf-8")
         save_tensors(scratch / WEIGHTS_FILE, tensors, metadata)
+        if write_onnx is not None:
+            (scratch / ONNX_FOLDER).mkdir()
+            write_onnx(scratch / ONNX_FOLDER, stated_checksum(scratch / WEIGHTS_FILE))
     return folder
+
+
+def replaceable_onnx(folder: Path, *, renewed: bool) -> tuple[str, ...]:
+    """Return the subfolders for `replaced_folder` where new weights are written: `onnx`, or none.
+
+    An `onnx` that nfzoo wrote goes with the weights that it was made from, of which a warning tells unless it is
+    `renewed`. One that holds other files stays, with a warning.
+
+    Raises:
+        ConfigError: if it is to be renewed and holds other files.
+    """
+    old = folder / ONNX_FOLDER
+    if old.exists() and not old.is_dir():
+        if renewed:
+            raise ConfigError(f"{old} is a file; move it away, or give another folder")
+        return ()
+    others = [] if not old.is_dir() else sorted({p.name for p in old.iterdir()} - {ONNX_FILE, ONNX_DATA, SHEET_FILE})
+    if others and renewed:
+        raise ConfigError(f"{old} holds {others[0]!r}, which nfzoo did not write; move it away, or give another folder")
+    if others:
+        logger.warning("%s stays, and is of the weights that were there before: it holds %s", old, shown(others[0]))
+        return ()
+    if old.is_dir() and not renewed:
+        logger.warning("removing %s, which was made from the weights that were there before", old)
+    return (ONNX_FOLDER,)
 
 
 def texts(description: Description) -> dict[str, str]:

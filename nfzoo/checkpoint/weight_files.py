@@ -91,6 +91,12 @@ def checksum(path: Path, metadata: Mapping[str, str]) -> str:
     return f"{zlib.crc32(text, value):08x}"
 
 
+def stated_checksum(path: Path) -> str | None:
+    """Return the checksum in the metadata of a safetensors file, which is not compared here; `None` without one."""
+    with open_weights(path) as file:
+        return (file.metadata() or {}).get(CHECKSUM)
+
+
 def has_checksum(path: Path, metadata: Mapping[str, str]) -> bool:
     """Compare a file with the checksum in its metadata; return whether there is one.
 

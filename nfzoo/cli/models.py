@@ -164,6 +164,11 @@ def convert(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", metavar="NAME", help="the model that the weights are of, if they do not tell")
     program.add_source_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is at OUT")
+    parser.add_argument(
+        "--with-onnx",
+        action="store_true",
+        help="also write onnx/model.onnx, for transformers.js and others; SOURCE may be nfzoo's; needs nfzoo[export]",
+    )
     program.add_output_options(parser)
     return program.run_parsed(parser, argv, _convert)
 
@@ -179,6 +184,7 @@ def _convert(options: argparse.Namespace) -> None:
         model=options.model,
         overwrite=options.overwrite,
         progress=sys.stderr.isatty(),
+        with_onnx=options.with_onnx,
         **program.source_options(options),
     )
     description = weights.description

@@ -22,8 +22,8 @@ def push(argv: list[str] | None = None) -> int:
         prog="nfzoo push",
         description="Publish a model with a model card as one commit of a Hub repository, which is made if need be.\n"
         "What training and evaluation left in the folder goes with it: curves.png, metrics.jsonl, train.yaml,\n"
-        "evaluation.json. A README.md in the folder is taken as the card. Log in first, with `hf auth login` or\n"
-        "HF_TOKEN.\n\n"
+        "evaluation.json, and onnx/. A README.md in the folder is taken as the card. Log in first, with\n"
+        "`hf auth login` or HF_TOKEN.\n\n"
         "examples:\n"
         "  nfzoo push runs/pets me/pets --dry-run     what would be published\n"
         "  nfzoo push runs/pets me/pets --private\n"
@@ -41,6 +41,11 @@ def push(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--license", default="apache-2.0", metavar="ID", help="the licence of the weights (default: apache-2.0)"
     )
+    parser.add_argument(
+        "--with-onnx",
+        action="store_true",
+        help="also publish onnx/model.onnx, made anew, for transformers.js and others; needs nfzoo[export]",
+    )
     parser.add_argument("--all-deepmind", metavar="ORG", help="publish DeepMind's F0 to F6 there instead of a folder")
     program.add_output_options(parser)
     return program.run_parsed(parser, argv, _push)
@@ -56,6 +61,7 @@ def _push(options: argparse.Namespace) -> None:
         "create_pr": options.create_pr,
         "commit_message": options.message,
         "license": options.license,
+        "with_onnx": options.with_onnx,
     }
     if options.all_deepmind is not None:
         if options.dry_run:
@@ -73,9 +79,10 @@ def _push(options: argparse.Namespace) -> None:
             print(f"published {escaped(url)}", flush=True)
         program.write_result(options, {"published": published})
     elif options.dry_run:
-        files = publish.bundle(options.folder, options.repository, license=options.license)
-        text = table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
-        fields = {"repository": options.repository, "files": files.sizes(), "card": files.card}
+        content = {"license": options.license, "with_onnx": options.with_onnx}
+        with publish.collected(options.folder, options.repository, **content) as files:
+            text = table([("file", "bytes"), *((n, f"{size:,}") for n, size in files.sizes().items())], "<>")
+            fields = {"repository": options.repository, "files": files.sizes(), "card": files.card}
         program.write_result(options, fields, f"{text}\n\n{files.card.removesuffix(chr(10))}")
     else:
         url = publish.push(options.folder, options.repository, **send)

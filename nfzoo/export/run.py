@@ -6,37 +6,39 @@ The model is folded first. The file `nfzoo.json` beside the program describes it
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import itertools
-import logging
 import math
-import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
 
-from nfzoo import torch_internals
 from nfzoo.checkpoint.atomic import replaced_folder
+from nfzoo.checkpoint.model_folder import SHEET_FILE as SHEET
 from nfzoo.config import MAX_SIZE, is_int
 from nfzoo.data.loader import evaluation_batches
 from nfzoo.data.source import open_split
-from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.errors import ConfigError
+from nfzoo.export.onnx_program import (
+    INPUT,
+    OUTPUT,
+    PACKAGES,
+    check_finite,
+    check_packages,
+    exported_program,
+    quiet,
+    write_onnx,
+)
 from nfzoo.export.quantize import accuracy_of_int8, quantize_onnx
 from nfzoo.nn import NFNet
 from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
 from nfzoo.runtime.output import escaped, json_text
 
-SHEET = "nfzoo.json"
 _CALIBRATION = 256  # images, the first of the training split; more change the ranges little
-INPUT, OUTPUT = "images", "logits"
 
 
 class Format(NamedTuple):
@@ -53,28 +55,6 @@ class Format(NamedTuple):
     write: Callable[[NFNet, Tensor, int | None, Path], None]
     needs: tuple[str, ...] = ()
     any_size: bool = False
-
-
-def exported_program(
-    model: NFNet, images: Tensor, *, batch: int | None = None, step: int | None = None
-) -> ExportedProgram:
-    """Return the graph of a model in evaluation mode.
-
-    Args:
-        images: example `(N, C, H, W)`.
-        batch: a fixed number of images; by default any number.
-        step: make height and width dynamic, in multiples of this many pixels; by default they are those of `images`.
-    """
-    shape: dict[int, Any] = {} if batch else {0: Dim("batch", min=1, max=MAX_SIZE)}
-    if step:
-        for axis, name in ((2, "height"), (3, "width")):
-            shape[axis] = Dim(name, min=1, max=MAX_SIZE) * step if step > 1 else Dim(name)
-    # The context admits sizes for which some map shrinks to one pixel. The deferred asserts admit sizes that are not a
-    # multiple of the network's stride.
-    with torch_internals.sizes_of_one_are_general():
-        return torch.export.export(
-            model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
-        )
 
 
 def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
@@ -104,45 +84,8 @@ def write_aoti(model: NFNet, images: Tensor, batch: int | None, path: Path) -> N
     aoti_compile_and_package(exported_program(model, images, batch=batch), package_path=str(path))
 
 
-def write_onnx(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
-    """Write an ONNX model with input `images` and output `logits`."""
-    graph = exported_program(model, images, batch=batch)
-    onnx_program = torch.onnx.export(graph, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
-    assert onnx_program is not None
-    onnx_program.save(path)
-    if batch is None:
-        _name_batch(path)
-
-
-def _name_batch(path: Path) -> None:
-    """Call the first axis of images and logits `batch`, whatever symbol torch.export has for it."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    symbol = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param:
-                dimension.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dimension.dim_param)
-    onnx.save(model, path)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence warnings about torchvision's operators, which no model has, and about torch 2.13's own code."""
-    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registry.level
-    registry.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, "copyreg")
-            yield
-    finally:
-        registry.setLevel(level)
-
-
 FORMATS: dict[str, Format] = {
-    "onnx": Format("model.onnx", write_onnx, needs=("onnx", "onnxscript")),
+    "onnx": Format("model.onnx", write_onnx, needs=PACKAGES),
     "aoti": Format("model.pt2", write_aoti),
     "torch": Format("model.pt2", write_torch, any_size=True),
 }
@@ -184,18 +127,14 @@ def export(
     for name, value in (("size", size), ("batch", batch)):
         if value is not None and not is_int(value, 1, MAX_SIZE):
             raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
-    missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"{format} needs {' and '.join(missing)}: pip install 'nfzoo[export]'")
+    check_packages(format, kind.needs)
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; give a folder")
     if others := sorted(p.name for p in _entries(folder) if p.name not in (kind.file, SHEET)):
         raise ConfigError(
             f"{str(folder)!r} holds other files, such as {others[0]!r}; give a folder of the export's own"
         )
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise CheckpointError(f"the weight {name} is not finite; the model is damaged, or its training diverged")
+    check_finite(model)
     if format == "onnx" and next(model.parameters()).dtype == torch.float64:  # onnxruntime has no float64 convolution
         model = NFNet.from_params(model.description, {k: v.detach().float() for k, v in model.named_parameters()})
     folded = model if model.config.folded else model.for_inference()
@@ -207,7 +146,7 @@ def export(
     # torch.export would specialise on an example of one image, even where the number is dynamic.
     images = torch.zeros((batch or 2, folded.config.in_channels, side, side), dtype=p.dtype, device=p.device)
     with replaced_folder(folder) as scratch, torch.no_grad():
-        with _quiet():
+        with quiet():
             kind.write(folded, images, batch, scratch / kind.file)
         if int8 is not None:
             unquantized = (scratch / kind.file).rename(scratch / f"float-{kind.file}")

@@ -74,8 +74,9 @@ class TimmInterface(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """Input size, normalisation, and the names of first convolution and classifier."""
-        return {"architecture": self.name, **pretrained_cfg(self.config, self.preprocessing)}
+        """Input size, normalisation, the names of first convolution and classifier, and the name in timm's registry."""
+        architecture = None if self.name is None else timm_name(self.name)
+        return {"architecture": architecture, **pretrained_cfg(self.config, self.preprocessing)}
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -183,6 +184,11 @@ class TimmInterface(nn.Module):
         """Return the names of the parameters that weight decay leaves out: gains, biases, skip gains."""
         kinds = functional_model.specs(self.config).items()
         return {name for name, (_, kind) in kinds if kind in ("gain", "bias", "skip_gain")}
+
+
+def timm_name(name: str) -> str:
+    """Return the name under which `nfzoo.integrations.timm` registers a model of the zoo: `nfzoo_nfnet_f0`."""
+    return "nfzoo_" + name.replace("-", "_")
 
 
 def feature_info(cfg: ModelConfig) -> FeatureInfo:

@@ -76,6 +76,56 @@ def test_files_are_flushed_before_the_rename_and_the_parent_after_it(
     assert after == [("fsync", tmp_path.stat().st_ino)]
 
 
+def test_an_interruption_leaves_no_subfolder_beside_files_that_it_was_not_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, left = os.replace, 0
+
+    def failing(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.EIO, "the disk fails")
+        replace(source, target)
+
+    def write(folder: Path, text: str) -> None:
+        with replaced_folder(folder, subfolders=("made",)) as scratch:
+            for name in ("config.json", "model.safetensors"):
+                (scratch / name).write_text(text)
+            (scratch / "made").mkdir()
+            (scratch / "made/program").write_text(text)
+
+    monkeypatch.setattr(os, "replace", failing)
+    for count in range(6):
+        folder, left = tmp_path / str(count), 100
+        write(folder, "old")
+        (folder / "kept").write_text("old")
+        left = count
+        if count < 4:  # the subfolder away, two files, the new subfolder
+            with pytest.raises(OSError, match="the disk fails"):
+                write(folder, "new")
+        else:
+            write(folder, "new")
+        files = {p.read_text() for p in folder.glob("*.*") if p.is_file()}
+        made = {p.read_text() for p in folder.glob("made/*")}
+        assert made == (set() if 0 < count < 4 else files), count
+        assert files == ({"old"} if count < 2 else {"old", "new"} if count == 2 else {"new"}), count
+        assert sorted(p.name for p in folder.iterdir() if p.name[0] != ".") == (
+            ["config.json", "kept", *(["made"] if made else []), "model.safetensors"]
+        )
+        left = 100
+        write(folder, "last")
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "kept", "made", "model.safetensors"]
+        assert {p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != "kept"} == {"last"}
+
+    folder = tmp_path / "5"
+    (folder / "made/program").unlink()
+    (folder / "made").rmdir()
+    (folder / "made").symlink_to(tmp_path / "0/made")
+    write(folder, "new")
+    assert (tmp_path / "0/made/program").read_text() == "last"
+
+
 @pytest.mark.parametrize("write", [write_folder, write_model])
 def test_in_a_folder_that_exists_weights_are_replaced_before_config_json(
     tmp_path: Path, write: Callable[[Path], None], calls: list[tuple[str, int]]
@@ -206,6 +256,11 @@ def test_file_systems_that_rename_no_folders_get_file_after_file(
     write_model(tmp_path / "model")
     assert nfzoo.from_pretrained(tmp_path / "model").config == CFG
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    for text in ("old", "new"):
+        with replaced_folder(tmp_path / "model", subfolders=("made",)) as scratch:
+            (scratch / "made").mkdir()
+            (scratch / "made" / text).write_text(text)
+        assert [path.name for path in (tmp_path / "model/made").iterdir()] == [text]
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])

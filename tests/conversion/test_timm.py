@@ -219,6 +219,54 @@ def test_the_form_before_pretrained_cfg(tmp_path):
     assert read_timm(folder)[0].preprocessing == VARIANTS["timm-nf-regnet-b0"].preprocessing
 
 
+def test_a_folder_that_timm_writes_of_a_model_of_nfzoo(tmp_path):
+    """As timm 1.0.31's `save_for_hf` writes it of `create_model("nfzoo_nfnet_test", num_classes=4, in_chans=1)`."""
+    row = VARIANTS["nfnet-test"]
+    config = row.config.replace(num_classes=4, in_channels=1)
+    params = random_params(config)
+    cfg = {
+        "input_size": [1, 32, 32],
+        "test_input_size": [1, 48, 48],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 0.75,
+        "crop_mode": "squash",
+        "mean": [0.4],
+        "std": [0.3],
+        "num_classes": 4,
+        "pool_size": [1, 1],
+        "first_conv": "stem.conv0",
+        "classifier": "head",
+        "custom_load": False,
+    }
+    fields = {
+        "architecture": "nfzoo_nfnet_test",
+        "num_classes": 4,
+        "num_features": 256,
+        "label_names": list("abcd"),
+        "model_args": {"num_classes": 4, "in_chans": 1, "output_stride": 16},
+        "pretrained_cfg": cfg,
+    }
+    save_file(params, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    description, read = read_timm(tmp_path)
+    assert_same(read, params)
+    assert description.config == config.replace(output_stride=16)
+    expected = Preprocessing(train_size=32, test_size=48, margin=16, mean=(0.4,), std=(0.3,))
+    assert description.preprocessing == expected
+    assert (description.name, description.labels) == ("nfnet-test", tuple("abcd"))
+    with pytest.raises(ConversionError, match="says 'nfnet-test', not 'nfnet-f0'"):
+        read_timm(tmp_path, model="nfnet-f0")
+    for key, value, match in (
+        ("num_classes", 5, "num_classes"),
+        ("model_args", {"act_layer": "relu"}, "act_layer"),
+        ("architecture", "nfzoo_nfnet_f0", "is no nfnet-f0"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**fields, key: value}))
+        with pytest.raises(ConversionError, match=match):
+            read_timm(tmp_path)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bilinear": ({"interpolation": "bilinear"}, {}, "interpolation 'bilinear'"),
     "squash": ({"crop_mode": "squash"}, {}, "crop_mode 'squash' is not supported for nf_regnet_b0"),

@@ -19,6 +19,7 @@ from nfzoo import CheckpointError, HubError, NFNet
 from nfzoo.checkpoint.model_folder import MULTI_LABEL, Description
 from nfzoo.cli.main import main
 from nfzoo.data.labels import imagenet
+from nfzoo.export import onnx_folder
 from nfzoo.hub import push
 from nfzoo.hub.card import model_card
 from nfzoo.hub.publish import bundle
@@ -82,6 +83,28 @@ def test_weights_that_are_not_finite_are_not_published(hub, model, tmp_path):
     with pytest.raises(CheckpointError, match=r"not to be published: head\.bias holds numbers that are not finite"):
         push(folder, REPO, token="good")
     assert hub.requests == []
+
+
+def test_a_program_of_earlier_weights_leaves_the_repository(hub, model, monkeypatch, caplog):
+    monkeypatch.setattr(onnx_folder, "write_onnx", lambda model, x, batch, path, **names: path.write_bytes(b"program"))
+
+    def programs() -> set[str]:
+        tree = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]
+        return {path for path in tree if path.startswith("onnx/")}
+
+    model.push_to_hub(REPO, token="good", with_onnx=True)
+    assert programs() == {"onnx/model.onnx", "onnx/nfzoo.json"}
+    hub.add(REPO, {"onnx/model.onnx_data": b"of a larger model"})
+    model.push_to_hub(REPO, token="good", with_onnx=True)
+    assert programs() == {"onnx/model.onnx", "onnx/nfzoo.json"}
+    assert not caplog.records
+    model.push_to_hub(REPO, token="good")
+    assert programs() == set()
+    assert f"removing onnx/model.onnx of {REPO}, which is of earlier weights" in caplog.text
+    hub.add(REPO, {"onnx/model.onnx": b"of somebody else"})
+    model.push_to_hub(REPO, token="good")
+    assert programs() == {"onnx/model.onnx"}
+    assert f"onnx/model.onnx of {REPO} stays, which nfzoo did not write, and may be of other weights" in caplog.text
 
 
 # ---------------------------------------------------------------- the card

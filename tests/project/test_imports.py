@@ -29,9 +29,9 @@ def arrows(text: str) -> dict[str, frozenset[str]]:
 
 ARROWS = arrows((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
 
-# The doors: an import against the arrows, inside a function. `from_pretrained`, `fit`, `push_to_hub` and `predict` are
-# where users look for them.
-DOORS = {("nfzoo", "hub"), ("nfzoo", "train"), ("nn", "hub"), ("nn", "predict")}
+# The doors: an import against the arrows, inside a function. `from_pretrained`, `fit`, `push_to_hub`, `predict`
+# and `save_pretrained(with_onnx=True)` are where users look for them.
+DOORS = {("nfzoo", "hub"), ("nfzoo", "train"), ("nn", "hub"), ("nn", "predict"), ("nn", "export")}
 
 WITH_TRANSFORMERS = tuple(
     f"nfzoo.integrations.transformers{module}"

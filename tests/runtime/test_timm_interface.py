@@ -201,6 +201,7 @@ def test_default_cfg_names_layers_and_sizes(name: str, folded: bool) -> None:
     assert f"{cfg['classifier']}.weight" in keys
     assert keys[f"{cfg['first_conv']}.weight"].shape[1] == 4
     assert cfg == net.pretrained_cfg
+    assert cfg["architecture"] == (None if net.name is None else "nfzoo_" + net.name.replace("-", "_"))
     assert cfg["input_size"] == (4, 224, 224)
     assert net.forward_features(torch.zeros(1, 4, 64, 64)).shape[-2:] == (2, 2)
     assert cfg["pool_size"] == (7, 7)
