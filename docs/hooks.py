@@ -45,7 +45,7 @@ def links(text: str) -> list[str]:
 def destination(page: str, target: str) -> tuple[str, str] | None:
     """Return the file that a link leads to, from the repository's root on, and its anchor; `None` for another site.
 
-    A folder is its README.md.
+    A folder is its README.md, or its `listing` where it has none.
     """
     path, _, anchor = target.partition("#")
     if re.match(r"[a-z]+:", path):
@@ -74,12 +74,31 @@ def relinked(text: str, page: str) -> str:
         if found is None:
             return match[0]
         path, anchor = found
-        if not (ROOT / path).exists():
+        if not exists(path):
             logger.warning("%s links to %s, which does not exist", page, path)
         where = posixpath.relpath(site_path(path), posixpath.dirname(site_path(page)) or ".")
         return where + (f"#{anchor}" if anchor else "")
 
     return without_code(text, lambda part: LINK.sub(change, part))
+
+
+def listing(folder: str) -> str:
+    """Return a page that lists the files of a folder."""
+    found = sorted(path for path in (ROOT / folder).iterdir() if path.suffix in (".md", ".yaml", ".jsonl", ".json"))
+    return f"# {folder}\n\n" + "".join(f"- [{path.name}]({path.name})\n" for path in found)
+
+
+def text_of(page: str) -> str:
+    """Return the text of a page, which for a folder's README.md that is none is the folder's listing."""
+    path = ROOT / page
+    if path.name == "README.md" and not path.exists():
+        return listing(posixpath.dirname(page))
+    return path.read_text(encoding="utf-8")
+
+
+def exists(path: str) -> bool:
+    """Return whether the site has a file: one of the repository, or a listing."""
+    return (ROOT / path).is_file() or (path.endswith("/README.md") and (ROOT / path).parent.is_dir())
 
 
 def linked_files(pages: Iterable[str]) -> Iterator[str]:
@@ -93,8 +112,8 @@ def linked_files(pages: Iterable[str]) -> Iterator[str]:
         if not page.startswith("docs/"):
             yield page
         if page.endswith(".md"):
-            found = (destination(page, target) for target in links((ROOT / page).read_text(encoding="utf-8")))
-            waiting += [path for path, _ in filter(None, found) if (ROOT / path).is_file()]
+            found = (destination(page, target) for target in links(text_of(page)))
+            waiting += [path for path, _ in filter(None, found) if exists(path)]
 
 
 # ---------------------------------------------------------------- navigation
@@ -143,7 +162,10 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File, InclusionLevel
 
     for path in sorted(linked_files([of_repository(file.src_uri) for file in files.documentation_pages()])):
-        file = File.generated(config, site_path(path), abs_src_path=str(ROOT / path))
+        if (ROOT / path).exists():
+            file = File.generated(config, site_path(path), abs_src_path=str(ROOT / path))
+        else:
+            file = File.generated(config, site_path(path), content=text_of(path))
         file.inclusion = InclusionLevel.NOT_IN_NAV
         files.append(file)
     return files
