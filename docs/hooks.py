@@ -1,13 +1,15 @@
 """Hooks of mkdocs: the same pages can be read in the repository and on the site.
 
-Files of the repository that a page links to become files of the site, in its folder `repository`. Entries of the
-navigation with a wildcard stand for the pages there are. Formulas become MathML, which browsers draw without a script.
+Files of the repository that a page links to become files of the site, in its folder `repository`. Notebooks become
+pages. Entries of the navigation with a wildcard stand for the pages there are. Formulas become MathML, which browsers
+draw without a script.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import html
+import json
 import logging
 import posixpath
 import re
@@ -57,13 +59,16 @@ def destination(page: str, target: str) -> tuple[str, str] | None:
 
 
 def site_path(path: str) -> str:
-    """Return where a file of the repository is on the site."""
+    """Return where a file of the repository is on the site; a notebook is a page."""
+    path = re.sub(r"\.ipynb$", ".md", path)
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
 
 
 def of_repository(page: str) -> str:
     """Return the file of the repository that a page of the site is made of."""
-    return page.removeprefix("repository/") if page.startswith("repository/") else f"docs/{page}"
+    path = page.removeprefix("repository/") if page.startswith("repository/") else f"docs/{page}"
+    notebook = re.sub(r"\.md$", ".ipynb", path)
+    return notebook if (ROOT / notebook).is_file() else path
 
 
 def relinked(text: str, page: str) -> str:
@@ -91,6 +96,8 @@ def listing(folder: str) -> str:
 def text_of(page: str) -> str:
     """Return the text of a page, which for a folder's README.md that is none is the folder's listing."""
     path = ROOT / page
+    if path.suffix == ".ipynb":
+        return notebook_page(path)
     if path.name == "README.md" and not path.exists():
         return listing(posixpath.dirname(page))
     return path.read_text(encoding="utf-8")
@@ -111,9 +118,28 @@ def linked_files(pages: Iterable[str]) -> Iterator[str]:
         ready.add(page)
         if not page.startswith("docs/"):
             yield page
-        if page.endswith(".md"):
+        if page.endswith((".md", ".ipynb")):
             found = (destination(page, target) for target in links(text_of(page)))
             waiting += [path for path, _ in filter(None, found) if exists(path)]
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+def notebook_page(path: Path) -> str:
+    """Return a notebook as Markdown: its text, its code, and what the code printed and showed when it was stored."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", [])})
+            if "image/png" in data:
+                parts.append(f"![What the code above shows](data:image/png;base64,{data['image/png'].strip()})")
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+    parts.append(f'<a href="{path.name}" download>Download this notebook</a>')
+    return "\n\n".join(parts) + "\n"
 
 
 # ---------------------------------------------------------------- navigation
@@ -153,13 +179,19 @@ def expanded(nav: Any, pages: list[str]) -> list[Any]:
 def on_config(config: Any) -> Any:
     """Put the pages there are in the place of wildcards."""
     docs = Path(config.docs_dir)
-    config.nav = expanded(config.nav, sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md")))
+    paths = [path.relative_to(docs) for suffix in ("md", "ipynb") for path in docs.rglob(f"*.{suffix}")]
+    found = sorted(path.with_suffix(".md").as_posix() for path in paths)
+    config.nav = expanded(config.nav, found)
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add what pages link to outside docs/."""
+    """Add the pages of notebooks, and what pages link to outside docs/."""
     from mkdocs.structure.files import File, InclusionLevel
+
+    for path in sorted(Path(config.docs_dir).rglob("*.ipynb")):
+        page = site_path(path.relative_to(ROOT).as_posix())
+        files.append(File.generated(config, page, content=notebook_page(path)))
 
     for path in sorted(linked_files([of_repository(file.src_uri) for file in files.documentation_pages()])):
         if (ROOT / path).exists():

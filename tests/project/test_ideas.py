@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from benchmarks.claims import ideas
 from benchmarks.claims.independence import Network
@@ -16,6 +16,7 @@ from tests.support.documents import assert_alike, printed_by, shown_blocks
 from tests.support.loops import each
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "ideas"
+DRAWN_ALIKE = 1.0  # grey levels on average: curves of another machine may move a little, an empty picture costs 6
 PAGES = ("why-no-normalizer", "weight-standardization", "alpha-and-beta", "agc")
 
 
@@ -69,3 +70,12 @@ def test_the_plot_of_clipping_is_drawn(tmp_path: Path) -> None:
     runs = [run for run in load(ideas.STABILITY).values() if run.batch == 256]
     ideas.draw_clipping(ratios, runs, tmp_path / "agc.png", clip=0.04)
     assert (tmp_path / "agc.png").stat().st_size < 60_000
+
+
+@pytest.mark.long
+def test_the_pictures_are_those_of_the_script(tmp_path: Path) -> None:
+    assert ideas.main(["--output", str(tmp_path)]) == 0
+    for page in PAGES:
+        with Image.open(tmp_path / f"{page}.png") as new, Image.open(FOLDER / f"{page}.png") as old:
+            difference = ImageChops.difference(new.convert("L"), old.convert("L"))
+        assert ImageStat.Stat(difference).mean[0] < DRAWN_ALIKE, page

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from types import ModuleType
 
 import pytest
 
@@ -42,6 +44,32 @@ def test_a_notebook_tells_nothing_of_the_machine(name: str) -> None:
         for output in cell["outputs"]:
             shown = "".join(output.get("text", output.get("data", {}).get("text/plain", [])))
             assert not re.search(r"/(home|root|tmp|Users)\b|0x[0-9a-f]{6}|\d images/s|[Ww]arning", shown), shown
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    """Return the site's hooks, a file that is in no package."""
+    spec = importlib.util.spec_from_file_location("hooks", notebooks.FOLDER.parent / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@each("name", NAMES)
+def test_a_notebook_is_a_page_of_the_site(name: str, hooks: ModuleType) -> None:
+    path = f"docs/notebooks/{name}.ipynb"
+    assert hooks.site_path(path) == f"notebooks/{name}.md"
+    assert hooks.of_repository(f"notebooks/{name}.md") == path
+    page = hooks.text_of(path)
+    for cell in read(name)["cells"]:
+        text = source(cell)
+        assert (text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```\n") in page
+    targets = [found[0] for target in hooks.links(page) if (found := hooks.destination(path, target))]
+    assert all(hooks.exists(target) for target in targets), targets
+    assert ".ipynb)" not in hooks.relinked(page, path)
+    assert page.count("](data:image/png;base64,") == (name in ("quick-start", "signal-propagation"))
 
 
 @pytest.mark.slow
