@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"(?:<!-- not run: (.*?) -->\n+)?^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+RUN = ("sh", "python")  # kinds of blocks
 SET_UP = re.compile(r"make |source \.venv/")  # CI runs these
 
 
@@ -46,7 +47,7 @@ def blocks(page: str) -> list[Block]:
 
 def run_blocks(page: str) -> list[Block]:
     """Return the code of a page that has to run."""
-    return [block for block in blocks(page) if block.kind in ("sh", "python") and not block.exempt]
+    return [block for block in blocks(page) if block.kind in RUN and not block.exempt]
 
 
 def without_code(text: str) -> str:
@@ -98,7 +99,7 @@ def small(command: str) -> tuple[str, list[str]]:
     else:
         assert words.pop(0) == "nfzoo", command
     if words[0] in ("train", "find-lr"):
-        words += ["--epochs", "1"]
+        words += ["--epochs", "2" if "--resume" in words else "1"]
         if any(word.endswith("-finetune") for word in words):
             words += ["--model", "nfnet-test", "--pretrained", "null", "--train-size", "32", "--test-size", "32"]
         elif "digits" in words:  # fewer and smaller ones
