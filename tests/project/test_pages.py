@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,14 @@ import torch
 
 import nfzoo
 import nfzoo.data.labels
-from nfzoo.cli.main import COMMANDS
+from nfzoo.cli.main import COMMANDS, main
 from nfzoo.conversion.haiku import to_haiku
 from nfzoo.conversion.timm import write_timm
 from nfzoo.hub.registry import PUBLIC
 from tests.support.hub_server import HubServer
 from tests.support.loops import each
 from tests.support.pages import (
+    FENCE,
     ROOT,
     RUN,
     anchors,
@@ -84,6 +86,27 @@ def test_set_up_is_by_targets_that_exist() -> None:
     assert set(re.findall(r"^make (\S+)", text, re.MULTILINE)) <= set(targets)
 
 
+# Options of launchers and of nfzoo's modules that are no commands, named in the text.
+OTHERS = {"--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nnodes"} | {
+    "--noise",
+    "--clip-norm",
+    "--lr",
+}
+
+
+def test_options_that_are_named_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = [[command] for command in COMMANDS] + [["data", "check"], ["plot", "signal"], ["plot", "curves"]]
+    for words in helps:
+        with suppress(SystemExit):
+            main([*words, "--help"])
+    option = r"(?<![\w-])--[a-zA-Z][\w.-]*"
+    known = set(re.findall(option, capsys.readouterr().out)) | OTHERS
+    for page in pages():
+        for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", (ROOT / page).read_text())):
+            for name in re.findall(option, code):
+                assert name.replace("_", "-") in known, f"{page}: {name} in {code}"
+
+
 def haiku_file(path: Path, network: nfzoo.NFNet) -> None:
     path.write_bytes(pickle.dumps(to_haiku(network.config, dict(network.named_parameters()))))
 
@@ -107,6 +130,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_small(command: str) -> None:
+    command, arrow, target = command.partition(" > ")
     module, words = small(command)
     if module == "nfzoo":
         module, function, _ = COMMANDS[words[0]]
@@ -120,7 +144,8 @@ def run_small(command: str) -> None:
         words = words[1:]
     else:
         function = "main"
-    assert getattr(importlib.import_module(module), function)(words) == 0, command
+    with open(target, "w") if arrow else nullcontext() as file, redirect_stdout(file or sys.stdout):
+        assert getattr(importlib.import_module(module), function)(words) == 0, command
 
 
 @each("page", [page for page in pages() if run_blocks(page)])

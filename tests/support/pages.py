@@ -98,9 +98,11 @@ def small(command: str) -> tuple[str, list[str]]:
         words = [{"nfzoo.tuner": "find-lr"}.get(module, module.removeprefix("nfzoo.")), *words]
     else:
         assert words.pop(0) == "nfzoo", command
+    if words[0] == "find-lr":
+        words += ["--steps", "10"]
     if words[0] in ("train", "find-lr"):
         words += ["--epochs", "2" if "--resume" in words else "1"]
-        if any(word.endswith("-finetune") for word in words):
+        if any(word.endswith("-finetune") or word == "head" for word in words):
             words += ["--model", "nfnet-test", "--pretrained", "null", "--train-size", "32", "--test-size", "32"]
         elif "digits" in words:  # fewer and smaller ones
             words += ["--validation-fraction", "0.8", "--train-size", "16", "--test-size", "16"]
@@ -110,7 +112,7 @@ def small(command: str) -> tuple[str, list[str]]:
 
 
 def new_folder(folder: Path, shared: Path, page: str = "") -> Path:
-    """Make the folder that the code of a page runs in: what is in `shared`, copied where a page may change it.
+    """Make the folder that the code of a page runs in: a copy of what is in `shared`.
 
     README.md trains the model that other pages find in `runs`.
     """
@@ -118,7 +120,7 @@ def new_folder(folder: Path, shared: Path, page: str = "") -> Path:
     for path in shared.iterdir():
         if path.name == "runs" and page == "README.md":
             continue
-        if path.name in ("photos", "photo.jpg", "home"):
+        if path.name == "home":  # what came from the Hub
             (folder / path.name).symlink_to(path)
         elif path.is_dir():
             shutil.copytree(path, folder / path.name)
