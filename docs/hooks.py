@@ -1,8 +1,8 @@
 """Hooks of mkdocs: the same pages can be read in the repository and on the site.
 
-Files of the repository that a page links to become files of the site, in its folder `repository`. Notebooks become
-pages. Entries of the navigation with a wildcard stand for the pages there are. Formulas become MathML, which browsers
-draw without a script.
+Files of the repository that a page links to become files of the site, in its folder `repository`. Entries of the
+navigation with a wildcard stand for the pages there are. Formulas become MathML, which browsers draw without a script.
+Notebooks become pages with the outputs that they hold.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def links(text: str) -> list[str]:
 def destination(page: str, target: str) -> tuple[str, str] | None:
     """Return the file that a link leads to, from the repository's root on, and its anchor; `None` for another site.
 
-    A folder is its README.md, or its `listing` where it has none.
+    A folder is its README.md, or its `listing` where it has none. A notebook is its page.
     """
     path, _, anchor = target.partition("#")
     if re.match(r"[a-z]+:", path):
@@ -55,20 +55,18 @@ def destination(page: str, target: str) -> tuple[str, str] | None:
     found = posixpath.normpath(posixpath.join(posixpath.dirname(page), path)) if path else page
     if (ROOT / found).is_dir():
         found = posixpath.join(found, "README.md")
+    found = re.sub(r"\.ipynb$", ".md", found)
     return found, anchor
 
 
 def site_path(path: str) -> str:
-    """Return where a file of the repository is on the site; a notebook is a page."""
-    path = re.sub(r"\.ipynb$", ".md", path)
+    """Return where a file of the repository is on the site."""
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
 
 
 def of_repository(page: str) -> str:
     """Return the file of the repository that a page of the site is made of."""
-    path = page.removeprefix("repository/") if page.startswith("repository/") else f"docs/{page}"
-    notebook = re.sub(r"\.md$", ".ipynb", path)
-    return notebook if (ROOT / notebook).is_file() else path
+    return page.removeprefix("repository/") if page.startswith("repository/") else f"docs/{page}"
 
 
 def relinked(text: str, page: str) -> str:
@@ -93,19 +91,34 @@ def listing(folder: str) -> str:
     return f"# {folder}\n\n" + "".join(f"- [{path.name}]({path.name})\n" for path in found)
 
 
-def text_of(page: str) -> str:
-    """Return the text of a page, which for a folder's README.md that is none is the folder's listing."""
+def from_notebook(path: Path) -> str:
+    """Return a notebook as a page, with its outputs."""
+    parts = [f'<a href="{path.name}" download>This page is a notebook: download it.</a>']
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```py\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                parts.append(f'<img alt="output" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">')
+            else:
+                parts.append(f"```text\n{''.join(data.get('text/plain', '')).rstrip()}\n```")
+    return "\n\n".join([*parts[1:2], parts[0], *parts[2:]])  # the title first
+
+
+def made(page: str) -> str | None:
+    """Return a page that is made of something else: of a notebook, or of a folder without README.md."""
     path = ROOT / page
-    if path.suffix == ".ipynb":
-        return notebook_page(path)
-    if path.name == "README.md" and not path.exists():
-        return listing(posixpath.dirname(page))
-    return path.read_text(encoding="utf-8")
+    if path.exists():
+        return None
+    if path.with_suffix(".ipynb").exists():
+        return from_notebook(path.with_suffix(".ipynb"))
+    return listing(posixpath.dirname(page)) if path.name == "README.md" and path.parent.is_dir() else None
 
 
 def exists(path: str) -> bool:
-    """Return whether the site has a file: one of the repository, or a listing."""
-    return (ROOT / path).is_file() or (path.endswith("/README.md") and (ROOT / path).parent.is_dir())
+    """Return whether the site has a file: one of the repository, or a page that is made."""
+    return (ROOT / path).is_file() or made(path) is not None
 
 
 def linked_files(pages: Iterable[str]) -> Iterator[str]:
@@ -116,30 +129,13 @@ def linked_files(pages: Iterable[str]) -> Iterator[str]:
         if page in ready:
             continue
         ready.add(page)
-        if not page.startswith("docs/"):
+        if not page.startswith("docs/") or not (ROOT / page).exists():
             yield page
-        if page.endswith((".md", ".ipynb")):
-            found = (destination(page, target) for target in links(text_of(page)))
+        if page.endswith(".md"):
+            found = (
+                destination(page, target) for target in links(made(page) or (ROOT / page).read_text(encoding="utf-8"))
+            )
             waiting += [path for path, _ in filter(None, found) if exists(path)]
-
-
-# ---------------------------------------------------------------- notebooks
-
-
-def notebook_page(path: Path) -> str:
-    """Return a notebook as Markdown: its text, its code, and what the code printed and showed when it was stored."""
-    parts = []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        text = "".join(cell["source"])
-        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
-        for output in cell.get("outputs", []):
-            data = output.get("data", {"text/plain": output.get("text", [])})
-            if "image/png" in data:
-                parts.append(f"![What the code above shows](data:image/png;base64,{data['image/png'].strip()})")
-            else:
-                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
-    parts.append(f'<a href="{path.name}" download>Download this notebook</a>')
-    return "\n\n".join(parts) + "\n"
 
 
 # ---------------------------------------------------------------- navigation
@@ -173,32 +169,34 @@ def expanded(nav: Any, pages: list[str]) -> list[Any]:
     return list(entries(nav))
 
 
+def own_pages() -> list[str]:
+    """Return the pages of docs/, from there on, with those of notebooks."""
+    docs = ROOT / "docs"
+    found = [path for suffix in ("md", "ipynb") for path in docs.rglob(f"*.{suffix}")]
+    return sorted(path.relative_to(docs).with_suffix(".md").as_posix() for path in found)
+
+
 # ---------------------------------------------------------------- what mkdocs calls
 
 
 def on_config(config: Any) -> Any:
     """Put the pages there are in the place of wildcards."""
-    docs = Path(config.docs_dir)
-    paths = [path.relative_to(docs) for suffix in ("md", "ipynb") for path in docs.rglob(f"*.{suffix}")]
-    found = sorted(path.with_suffix(".md").as_posix() for path in paths)
-    config.nav = expanded(config.nav, found)
+    config.nav = expanded(config.nav, own_pages())
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages of notebooks, and what pages link to outside docs/."""
+    """Add notebooks as pages, and what pages link to outside docs/."""
     from mkdocs.structure.files import File, InclusionLevel
 
-    for path in sorted(Path(config.docs_dir).rglob("*.ipynb")):
-        page = site_path(path.relative_to(ROOT).as_posix())
-        files.append(File.generated(config, page, content=notebook_page(path)))
-
-    for path in sorted(linked_files([of_repository(file.src_uri) for file in files.documentation_pages()])):
-        if (ROOT / path).exists():
+    own = [of_repository(page) for page in own_pages()]
+    for path in sorted({*linked_files(own), *(page for page in own if made(page))}):
+        content = made(path)
+        if content is None:
             file = File.generated(config, site_path(path), abs_src_path=str(ROOT / path))
         else:
-            file = File.generated(config, site_path(path), content=text_of(path))
-        file.inclusion = InclusionLevel.NOT_IN_NAV
+            file = File.generated(config, site_path(path), content=content)
+        file.inclusion = InclusionLevel.INCLUDED if path in own else InclusionLevel.NOT_IN_NAV
         files.append(file)
     return files
 

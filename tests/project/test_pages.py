@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,16 @@ import torch
 
 import nfzoo
 import nfzoo.data.labels
-from nfzoo.cli.main import COMMANDS
+from nfzoo.cli.main import COMMANDS, main
 from nfzoo.conversion.haiku import to_haiku
 from nfzoo.conversion.timm import write_timm
 from nfzoo.hub.registry import PUBLIC
 from tests.support.hub_server import HubServer
 from tests.support.loops import each
 from tests.support.pages import (
+    FENCE,
     ROOT,
+    RUN,
     anchors,
     blocks,
     links,
@@ -42,7 +45,13 @@ REPOSITORY = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md
 DIGITS = ["train", "--model", "nfnet-test", "--data", "digits", "--output", "runs/digits"]
 
 # How many blocks of a page say that they are not run. Each gives its reason in the page.
-EXEMPT = {"docs/tasks/detection.md": 1}
+EXEMPT = {
+    "docs/hub.md": 2,
+    "docs/onnx.md": 1,
+    "docs/serve.md": 4,
+    "docs/tasks/detection.md": 1,
+    "docs/timm.md": 3,
+}
 
 
 @each("page", [*pages(), *REPOSITORY])
@@ -54,20 +63,48 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_what_is_not_run() -> None:
-    exempt = Counter(block.page for page in pages() for block in blocks(page) if block.exempt)
+    exempt = Counter(block.page for page in pages() for block in blocks(page) if block.exempt and block.kind in RUN)
     assert dict(exempt) == {page: n for page, n in EXEMPT.items() if (ROOT / page).exists()}
 
 
-def test_no_block_is_of_an_unknown_kind() -> None:
-    # ``` alone, json, yaml and the like show what a program reads or prints; console and py are shown only.
-    kinds = {"sh", "python", "py", "console", "", "text", "yaml", "json", "math", "toml", "csv", "dockerfile", "html"}
-    assert {block.kind for page in pages() for block in blocks(page)} <= kinds
+def test_commands_and_python_stand_under_the_names_that_are_run() -> None:
+    others = {
+        "bash",
+        "shell",
+        "zsh",
+        "python3",
+        "pycon",
+        "shell-session",
+        "ipython",
+    }  # `py` and `console` are shown only
+    assert not others & {block.kind for page in pages() for block in blocks(page)}
 
 
 def test_set_up_is_by_targets_that_exist() -> None:
     text = "".join(block.text for page in pages() for block in blocks(page) if block.kind == "sh")
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"^make (\S+)", text, re.MULTILINE)) <= set(targets)
+
+
+# Options of launchers and of nfzoo's modules that are no commands, named in the text.
+OTHERS = {"--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nnodes"} | {
+    "--noise",
+    "--clip-norm",
+    "--lr",
+}
+
+
+def test_options_that_are_named_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = [[command] for command in COMMANDS] + [["data", "check"], ["plot", "signal"], ["plot", "curves"]]
+    for words in helps:
+        with suppress(SystemExit):
+            main([*words, "--help"])
+    option = r"(?<![\w-])--[a-zA-Z][\w.-]*"
+    known = set(re.findall(option, capsys.readouterr().out)) | OTHERS
+    for page in pages():
+        for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", (ROOT / page).read_text())):
+            for name in re.findall(option, code):
+                assert name.replace("_", "-") in known, f"{page}: {name} in {code}"
 
 
 def haiku_file(path: Path, network: nfzoo.NFNet) -> None:
@@ -93,6 +130,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_small(command: str) -> None:
+    command, arrow, target = command.partition(" > ")
     module, words = small(command)
     if module == "nfzoo":
         module, function, _ = COMMANDS[words[0]]
@@ -106,7 +144,8 @@ def run_small(command: str) -> None:
         words = words[1:]
     else:
         function = "main"
-    assert getattr(importlib.import_module(module), function)(words) == 0, command
+    with open(target, "w") if arrow else nullcontext() as file, redirect_stdout(file or sys.stdout):
+        assert getattr(importlib.import_module(module), function)(words) == 0, command
 
 
 @each("page", [page for page in pages() if run_blocks(page)])

@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"(?:<!-- not run: (.*?) -->\n+)?^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+RUN = ("sh", "python")  # kinds of blocks
 SET_UP = re.compile(r"make |source \.venv/")  # CI runs these
 
 
@@ -46,7 +47,7 @@ def blocks(page: str) -> list[Block]:
 
 def run_blocks(page: str) -> list[Block]:
     """Return the code of a page that has to run."""
-    return [block for block in blocks(page) if block.kind in ("sh", "python") and not block.exempt]
+    return [block for block in blocks(page) if block.kind in RUN and not block.exempt]
 
 
 def without_code(text: str) -> str:
@@ -97,9 +98,11 @@ def small(command: str) -> tuple[str, list[str]]:
         words = [{"nfzoo.tuner": "find-lr"}.get(module, module.removeprefix("nfzoo.")), *words]
     else:
         assert words.pop(0) == "nfzoo", command
+    if words[0] == "find-lr":
+        words += ["--steps", "10"]
     if words[0] in ("train", "find-lr"):
-        words += ["--epochs", "1"]
-        if any(word.endswith("-finetune") for word in words):
+        words += ["--epochs", "2" if "--resume" in words else "1"]
+        if any(word.endswith("-finetune") or word == "head" for word in words):
             words += ["--model", "nfnet-test", "--pretrained", "null", "--train-size", "32", "--test-size", "32"]
         elif "digits" in words:  # fewer and smaller ones
             words += ["--validation-fraction", "0.8", "--train-size", "16", "--test-size", "16"]
@@ -109,7 +112,7 @@ def small(command: str) -> tuple[str, list[str]]:
 
 
 def new_folder(folder: Path, shared: Path, page: str = "") -> Path:
-    """Make the folder that the code of a page runs in: what is in `shared`, copied where a page may change it.
+    """Make the folder that the code of a page runs in: a copy of what is in `shared`.
 
     README.md trains the model that other pages find in `runs`.
     """
@@ -117,7 +120,7 @@ def new_folder(folder: Path, shared: Path, page: str = "") -> Path:
     for path in shared.iterdir():
         if path.name == "runs" and page == "README.md":
             continue
-        if path.name in ("photos", "photo.jpg", "home"):
+        if path.name == "home":  # what came from the Hub
             (folder / path.name).symlink_to(path)
         elif path.is_dir():
             shutil.copytree(path, folder / path.name)
