@@ -1,6 +1,6 @@
 """The plots of docs/ideas: what batch norm couples, and what the parts of an NF-network do in its place.
 
-    python -m benchmarks.claims.ideas --output docs/ideas     # half a minute of one core
+    python -m benchmarks.claims.ideas --output docs/ideas     # a quarter of a minute of one core
 
 Everything is computed on the spot, at initialisation or after a few steps on the digits, but for the accuracies of the
 last plot, which are those of `benchmarks/results/stability.jsonl`.
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.claims.independence import Network, distance, networks
+from benchmarks.claims import batch_norm_twin
+from benchmarks.claims.independence import Network, distance
 from benchmarks.claims.stability import CONFIG, Data, Run, digits, load
 from nfzoo.analysis.figures import dress, new_figure
 from nfzoo.analysis.signal_propagation import open_branches, signal_metrics
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 STABILITY = Path(__file__).resolve().parents[1] / "results" / "stability.jsonl"
 SIZES = (4, 8, 16, 32, 64, 128)  # of batches
-EXAMPLES = 40
-PARTS = (1, 2, 4, 8, 16)  # of the largest
+EXAMPLES = 15
+PARTS = (1, 2, 4, 8)  # of the largest
 GROWTH = GAMMA["relu"] ** 2 / 2  # of the second moment, by a scaled ReLU and a kernel whose rows have a mean
 
 
@@ -66,6 +67,16 @@ class Coupling(NamedTuple):
 
     mates: list[float]
     parts: list[float]
+
+
+def untrained() -> dict[str, Network]:
+    """An NF-ResNet with its branches open, and its batch-normalised twin, both at initialisation."""
+    twin = batch_norm_twin.init(CONFIG, generator=_seeded(0))
+    full = open_branches(CONFIG, init(CONFIG, generator=_seeded(0)))
+    return {
+        "batch norm": Network(twin, *2 * [lambda p, x: batch_norm_twin.apply(CONFIG, p, x)[0]]),
+        "NF-ResNet": Network(full, *2 * [lambda p, x: apply(CONFIG, p, x)]),
+    }
 
 
 def coupling(network: Network, data: Data) -> Coupling:
@@ -251,8 +262,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/ideas"), metavar="FOLDER")
     folder = parser.parse_args(argv).output
     data = digits()
-    trained = networks(data, epochs=2).items()
-    draw_coupling({name: coupling(network, data) for name, network in trained}, folder / "why-no-normalizer.png")
+    draw_coupling(
+        {name: coupling(network, data) for name, network in untrained().items()}, folder / "why-no-normalizer.png"
+    )
     draw_moments(moments(False), moments(True), folder / "weight-standardization.png")
     draw_streams(folder / "alpha-and-beta.png")
     runs = [run for run in load(STABILITY).values() if run.batch == 256]

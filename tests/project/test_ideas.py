@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image, ImageChops, ImageStat
 
 from benchmarks.claims import ideas
-from benchmarks.claims.independence import Network
-from benchmarks.claims.stability import CONFIG, digits, load
-from nfzoo.model import apply, init
+from benchmarks.claims.stability import digits, load
 from tests.support.documents import assert_alike, printed_by, shown_blocks
 from tests.support.loops import each
 
@@ -55,13 +52,14 @@ def test_an_nf_network_couples_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ideas, "SIZES", (4, 8))
     monkeypatch.setattr(ideas, "PARTS", (1, 2))
     monkeypatch.setattr(ideas, "EXAMPLES", 3)
-    network = Network(init(CONFIG, generator=torch.Generator().manual_seed(0)), *2 * [lambda p, x: apply(CONFIG, p, x)])
-    found = ideas.coupling(network, digits())
+    both = ideas.untrained()
+    found = ideas.coupling(both["NF-ResNet"], digits())
     assert found.mates == [0, 0]
     assert found.parts[0] == 0
     assert found.parts[1] < 1e-5  # sums in another order, in float32
-    mixed = network._replace(train=lambda p, x: apply(CONFIG, p, x) * x.mean())
-    assert min(ideas.coupling(mixed, digits()).mates) > 1e-3
+    mixed = ideas.coupling(both["batch norm"], digits())
+    assert min(mixed.mates) > 0.1
+    assert mixed.parts[1] > 0.1
 
 
 def test_the_plot_of_clipping_is_drawn(tmp_path: Path) -> None:
@@ -72,7 +70,7 @@ def test_the_plot_of_clipping_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "agc.png").stat().st_size < 60_000
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_pictures_are_those_of_the_script(tmp_path: Path) -> None:
     assert ideas.main(["--output", str(tmp_path)]) == 0
     for page in PAGES:
