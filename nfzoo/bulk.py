@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="SOURCE",
         help="a folder of images, at any depth; tar or parquet files, by folder or name such as 'x/{000..146}.tar'; "
-        "hub:ORG/NAME; or 'digits'",
+        "a folder of IDX files; hub:ORG/NAME; fashion-mnist or digits",
     )
     add("--output", required=True, metavar="DIR", help="folder to write part-00000-of-….… and manifest.json to")
     add("--part", metavar="NAME", help="of a data set of the Hub that part alone (default: all parts)")

@@ -33,7 +33,7 @@ from benchmarks.report import machine, publish
 from nfzoo.config import Preprocessing, Resize
 from nfzoo.data.images import ImageFolder, Images
 from nfzoo.data.loader import training_batches
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.tar.shards import TarShards
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.mixing import Augment
 from nfzoo.transforms.preprocess import training_crop

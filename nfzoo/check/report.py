@@ -19,7 +19,7 @@ from nfzoo.data.images import ImageFolder, Images
 from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.labels import FEW_IMAGES, class_counts, few_images, listed_counts
 from nfzoo.data.source import open_parts
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.tar.shards import TarShards
 from nfzoo.errors import ConfigError
 from nfzoo.runtime.output import escaped
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nfzoo.analysis.sheets import thumbnail
 from nfzoo.data.images import ImageFolder, Images, ImageSource
 from nfzoo.data.tables.cells import SEPARATOR
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.tar.shards import TarShards
 from nfzoo.data.workers import load
 from nfzoo.errors import DataError
 from nfzoo.files import open_regular

@@ -3,6 +3,8 @@
 A source is one of
 
 - `"digits"`: the embedded handwritten digits;
+- `"fashion-mnist"`: 70,000 photographs of clothing, where a package of Debian put them;
+- a folder of IDX files, as MNIST and its successors have: see `idx`;
 - a folder with a subfolder of images per class, or with a table of labels: see `label_files`;
 - a folder of tar files, or their names with `*` and `{000..146}`: see `TarShards`;
 - a folder of parquet files, or their names;
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 
 from nfzoo.data.hf_datasets import HFDataset, folders_of_hub, open_hub, open_parquet
+from nfzoo.data.idx import FASHION_MNIST, IDXImages, fashion_mnist, find_idx
 from nfzoo.data.images import (
     DIGITS,
     Digits,
@@ -47,7 +50,7 @@ from nfzoo.data.layouts import (
     find_parts,
     is_visible,
 )
-from nfzoo.data.tar_shards import COMPRESSED, TarShards
+from nfzoo.data.tar.shards import COMPRESSED, TarShards
 from nfzoo.errors import ConfigError, DataError, shown
 from nfzoo.files import nearest_path
 from nfzoo.transforms.decode import IMAGE_SUFFIXES
@@ -224,6 +227,8 @@ def open_all(source: str, *, part: str | None = None) -> Images:
         raise DataError(f"{source!r} has no parts to choose from, as {HUB}ORG/NAME has; leave the part {part!r} out")
     if source == DIGITS:
         return Digits.embedded()
+    if source == FASHION_MNIST and not Path(source).exists():
+        source = str(fashion_mnist())
     if source.startswith(HUB):
         path, options, dataset = _hub(source, ("image", "revision"))
         if part is not None and part not in dataset:
@@ -236,6 +241,9 @@ def open_all(source: str, *, part: str | None = None) -> Images:
     # Local files: a folder of images, or the archives that the source names.
     path, options = split_options(source)
     root = Path(path)
+    if root.is_dir() and (idx := find_idx(root)) is not None:
+        _check_options(options, (), source)
+        return IDXImages.unlabelled([files for files in (idx.train, idx.held_out) if files is not None])
     if root.is_dir():
         unread: Counter[str] = Counter()
         images = files_below(root, tuple(IMAGE_SUFFIXES), unread)
@@ -286,10 +294,18 @@ def _parts(source: str, labels: LabelFiles | None = None) -> _Source:
         return _Source(lambda _: first, None if held_out is None else lambda _: held_out, name)
     if source == DIGITS:
         return _Source(lambda _: Digits.embedded())
+    if source == FASHION_MNIST and not Path(source).exists():
+        source = str(fashion_mnist())
     if source.startswith(HUB):
         return _hub_parts(source)
     path, options = split_options(source)
     root = Path(path)
+    if root.is_dir() and (idx := find_idx(root)) is not None:
+        _check_options(options, (), source)
+        first = partial(IDXImages.read, idx.train, idx.classes)
+        if idx.held_out is None:
+            return _Source(first)
+        return _Source(first, partial(IDXImages.read, idx.held_out, idx.classes), idx.held_out.part)
     split = find_parts(root) if root.is_dir() else None
     if split is not None:
         train, held_out = (_open_folder(folder, options) for folder in split)
@@ -449,8 +465,8 @@ def source_text(source: str | os.PathLike[str]) -> str:
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     raise DataError(
-        f"data are a folder, tar or parquet files, {HUB}ORG/NAME or {DIGITS!r}, by name, not {shown(source)}; write "
-        "images of a data set in memory into one folder per class"
+        f"data are a folder, tar or parquet files, {HUB}ORG/NAME, {FASHION_MNIST!r} or {DIGITS!r}, by name, not "
+        f"{shown(source)}; write images of a data set in memory into one folder per class"
     )
 
 

@@ -344,8 +344,8 @@ def _with_bar(
 
 
 def table(result: Evaluation) -> str:
-    """Return an evaluation as lines of text."""
-    scores = {"top-1": result.top1, "top-5": result.top5}
+    """Return an evaluation as lines of text, without the top-5 accuracy of five classes or fewer, which is always 1."""
+    scores = {"top-1": result.top1} | ({"top-5": result.top5} if result.classes > 5 else {})
     return "\n".join(lines_of(result, {name: f"{value:7.2%}" for name, value in scores.items()}))
 
 

@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="FOLDER",
         help="one subfolder of images per class, named as the model's labels (ImageNet's: or by WordNet id); or with "
-        "such folders in train/ and val/, of which val/ is taken; or tar shards, parquet files, hub:ORG/NAME; or "
-        "'digits', those that training holds out",
+        "such folders in train/ and val/, of which val/ is taken; or tar shards, parquet or IDX files, "
+        "hub:ORG/NAME, fashion-mnist; or 'digits', those that training holds out",
     )
     program.add_label_options(parser)
     add("--size", type=program.positive_int, metavar="N", help="side of the input in pixels (default: the model's)")

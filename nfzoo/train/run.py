@@ -195,18 +195,19 @@ def _open_saved(config: TrainConfig) -> Saved | None:
         return saved
     if config.resume and not config.overwrite and any((output / STATES).glob("step_*")):
         raise CheckpointError(
-            f"no checkpoint in {str(output / STATES)!r} is intact; pass --overwrite true to begin anew, or choose "
-            "another output"
+            f"no checkpoint in {str(output / STATES)!r} is intact; choose another output, or begin anew "
+            "with --overwrite true (from Python, overwrite=True)"
         )
     if not config.overwrite:
         if (output / CONFIG_FILE).exists():
             raise ConfigError(
-                f"{config.output!r} holds a model already; choose another output, or pass --overwrite true"
+                f"{config.output!r} holds a model already; choose another output, or replace it with "
+                "--overwrite true (from Python, overwrite=True)"
             )
         if any((output / STATES).glob("step_*")):  # one that cannot be read here may be another nfzoo's
             raise ConfigError(
                 f"{config.output!r} holds an unfinished run; to go on with it: {resume_command(config)}; to replace "
-                "it, pass --overwrite true"
+                "it, pass --overwrite true (from Python, resume=True and overwrite=True)"
             )
     return None
 

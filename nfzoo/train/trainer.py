@@ -33,7 +33,7 @@ from nfzoo.checkpoint.run_state import Saved, rng_state, set_rng_state
 from nfzoo.data.labels import class_counts, class_weights, few_images, histogram, positive_weights
 from nfzoo.data.loader import BrokenImageError, TrainingBatch
 from nfzoo.data.source import Split
-from nfzoo.errors import Stopped, TrainingError
+from nfzoo.errors import DataError, Stopped, TrainingError
 from nfzoo.evaluate.multi_label import SetScore, set_scores
 from nfzoo.evaluate.scores import scores
 from nfzoo.model import apply
@@ -212,8 +212,12 @@ class Trainer:
         if (teacher := self.learner.teacher) is not None and (how := config.distillation) is not None:
             options = f"alpha {how.alpha:g}, temperature {how.temperature:g}"
             say(f"teacher {config.teacher}, which sees them in {teacher.size} pixels; {options}")
-        if split.validation.multi_label and not split.validation.labels.any() and self.accelerator.is_main_process:
-            logger.warning("no held-out image has a label, so that there is no mean average precision; hold others out")
+        if split.validation.multi_label and not split.validation.labels.any():
+            problem = "no held-out image has a label, so that there is no mean average precision; hold others out"
+            if config.keep_best == "map":
+                raise DataError(problem)
+            if self.accelerator.is_main_process:
+                logger.warning("%s", problem)
         if (few := few_images(counts)) and self.accelerator.is_main_process:
             logger.warning("%s", few)
         if config.tune != "all" and origin == "random" and self.accelerator.is_main_process:

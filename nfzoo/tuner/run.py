@@ -97,6 +97,7 @@ def _find(arguments: list[str]) -> None:
         report=lambda curve: _say(options, _line(curve)),
     )
     found = suggest(curves)
+    _say(options, f"batch size {config.batch_size}, which the rate goes with")
     if program.is_first_process():
         _write(options, config, curves, found)
     gather([found])  # a launcher ends all processes as soon as one has failed

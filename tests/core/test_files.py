@@ -21,7 +21,7 @@ from nfzoo.conversion.convert import convert
 from nfzoo.data.hf_datasets import open_parquet
 from nfzoo.data.label_files import LabelFiles, open_label_files
 from nfzoo.data.labels import read_class_names
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.tar.shards import TarShards
 from nfzoo.errors import CheckpointError, NfzooError
 from nfzoo.files import UnreadableFileError, csv_rows, nearest_path, open_regular, parse_json, read_json, read_text
 from nfzoo.train.config import recipes

@@ -20,7 +20,7 @@ from nfzoo.data.loader import (
     load_batches,
     training_batches,
 )
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.tar.shards import TarShards
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.mixing import GENTLE, Augment

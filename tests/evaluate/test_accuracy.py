@@ -308,7 +308,7 @@ def test_json_equals_the_table(
     assert str(tmp_path) not in target.read_text()
     rows = dict(re.split(r":\s+", line, maxsplit=1) for line in text.splitlines()[:-1])
     assert rows["top-1"] == f"{found['top1']:.2%}"
-    assert rows["top-5"] == f"{found['top5']:.2%}"
+    assert "top-5" not in rows  # of three classes
     assert rows["loss"] == f"{found['loss']:.4f}"
     assert rows["images"] == "23"
     assert rows["input"].startswith("32 x 32 pixels (deepmind")

@@ -7,6 +7,7 @@ in a result or the project's error; each has a few seconds.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -36,7 +37,8 @@ from nfzoo.conversion.convert import read
 from nfzoo.conversion.haiku import to_haiku
 from nfzoo.conversion.timm import read_timm
 from nfzoo.data.hf_datasets import HFDataset, open_parquet
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.idx import read_idx
+from nfzoo.data.tar.shards import TarShards
 from nfzoo.errors import NfzooError
 from nfzoo.model import costs
 from nfzoo.train.config import recipes
@@ -75,6 +77,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "timm": ("config.json", _read_timms),
     "recipe": ("r.yaml", lambda path: recipes.parse(["--recipe", str(path)])),
     "tar": ("x.tar", lambda path: _each_image(TarShards.index([path]))),
+    "idx": ("train-images-idx3-ubyte", lambda path: read_idx(path, 3)),
+    "idx.gz": ("train-images-idx3-ubyte.gz", lambda path: read_idx(path, 3)),
     "parquet": ("x.parquet", lambda path: _each_image(HFDataset.labelled(open_parquet([path], "x"), "x"))),
 }
 FORMATS = {"png": "PNG", "jpg": "JPEG", "gif": "GIF", "bmp": "BMP", "ppm": "PPM", "tga": "TGA", "tif": "TIFF"}
@@ -124,6 +128,8 @@ def good(folder: Path) -> dict[str, bytes]:
         "timm": json.dumps(TIMM).encode(),
         "recipe": b"model: nfnet-test\ndata: digits\noutput: run\nepochs: 2\noptim:\n  lr: 1e-3\n  nesterov: true\n",
         "tar": shard.getvalue(),
+        "idx": (numbers := struct.pack(">HBB3I", 0, 8, 3, 2, 24, 36) + picture.tobytes()),
+        "idx.gz": gzip.compress(numbers),
         "parquet": table.getvalue(),
     }
 

@@ -225,6 +225,10 @@ FLOAT = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).float() / 255
         (lambda: pairs(labels=[0, 1, 2, 3, -1, 0]), "item 4 of list has the label -1; those of 4 classes are 0 to 3"),
         (lambda: Own(pairs(), classes=NAMES[:2]), "item 0 of Own has the label 2; those of 2 classes are 0 to 1"),
         (lambda: pairs(labels=[0, 1, 1 << 40, 3, 1, 0]), "list has label 1,099,511,627,776"),
+        (
+            lambda: pairs(labels=["ape", "cat", " ", "cat", "ape", ""]),
+            "item 2 of list has a blank label, ' '; leave the item",
+        ),
         (lambda: pairs(labels=["cat", 1, 2, 0, 1, 2]), "list has numbers and names as labels"),
         (lambda: pairs(labels=[0.5] * 6), "item 0 of list has the label 0.5; a label is a class's number"),
         (lambda: pairs(labels=torch.eye(6)), "has the label a float32 tensor of shape (6,); a label is"),

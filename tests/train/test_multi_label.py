@@ -239,6 +239,7 @@ def test_held_out_images_without_any_label_have_no_score(
     assert "no held-out image has a label, so that there is no mean average precision" in caplog.text
     (row,) = rows(tmp_path / "run")
     assert (row["map"], row["ema_map"]) == (None, None)
+    assert run(tmp_path / "best", "--labels", str(table), "--keep-best", "map") == 2
     model = nfzoo.from_pretrained(tmp_path / "run")
     assert model.provenance is not None
     assert model.provenance["map"] is None

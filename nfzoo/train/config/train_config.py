@@ -206,7 +206,8 @@ class TrainConfig:
     Attributes:
         model: a zoo name, a Hub repository, a checkpoint folder or a weight file.
         data: "digits", the embedded handwritten digits; a folder with one subfolder of images per class, or of tar
-            shards, or of parquet files, or with such folders in train/ and val/; or hub:ORG/NAME, a Hub data set.
+            shards, or of parquet files, or with such folders in train/ and val/; a folder of MNIST's kind of files
+            (IDX); "fashion-mnist", where Debian's package put it; or hub:ORG/NAME, a Hub data set.
         task: "single-label", where each image is of one class; or "multi-label", where labels is a table that gives
             each image a set of them, perhaps empty: in a cell as cat|dog, or in parquet as a list; in a row for each
             label; or in columns of 0 and 1, as in labels.csv?labels=cat,dog. The loss is the binary cross-entropy.

@@ -267,6 +267,14 @@ def _numbers(
     if len(kinds) != 1:
         raise DataError(f"{title} has {'numbers and names' if kinds else 'nothing'} as labels; give one kind of them")
     if str in kinds:
+        if (
+            blank := next(
+                (row for row, label in enumerate(labels) if isinstance(label, str) and not label.strip()), None
+            )
+        ) is not None:
+            raise DataError(
+                f"item {blank} of {title} has a blank label, {labels[blank]!r}; leave the item out, or name its class"
+            )
         known = classes or tuple(sorted({label for label in labels if isinstance(label, str)}))
         number = {name: i for i, name in enumerate(known)}
         for row, label in enumerate(labels):

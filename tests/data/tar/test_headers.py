@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nfzoo.data.tar_headers import list_members
+from nfzoo.data.tar.headers import list_members
 from nfzoo.errors import DataError
 from tests.support.loops import each
 

@@ -18,7 +18,7 @@ from nfzoo.config import is_int
 from nfzoo.data.images import UNLABELLED, Images, Texts, class_name, has_ending
 from nfzoo.data.labels import numbered_classes
 from nfzoo.data.layouts import is_visible
-from nfzoo.data.tar_headers import Member, list_members, read_at
+from nfzoo.data.tar.headers import Member, list_members, read_at
 from nfzoo.errors import DataError
 from nfzoo.files import open_regular, parse_json, read_text
 from nfzoo.transforms.decode import IMAGE_SUFFIXES

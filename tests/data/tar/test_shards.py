@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from nfzoo.data import tar_shards as shards
-from nfzoo.data.tar_headers import Member, list_members
-from nfzoo.data.tar_shards import TarShards
+from nfzoo.data.tar import shards
+from nfzoo.data.tar.headers import Member, list_members
+from nfzoo.data.tar.shards import TarShards
 from nfzoo.errors import DataError
 from nfzoo.evaluate import open_labelled
 from nfzoo.transforms.decode import open_image

@@ -1,0 +1,1 @@
+"""Tar files of images: their index, and the layout of WebDataset."""
