@@ -20,8 +20,9 @@ XLA := .venv-xla
 TPU := .venv-tpu
 GPU := .venv-gpu
 INTEGRATIONS := .venv-integrations
+DOCS := .venv-docs
 
-.PHONY: help demo test test-slow test-long test-xla test-tpu test-gpu test-integrations lint format clean
+.PHONY: help demo test test-slow test-long test-xla test-tpu test-gpu test-integrations docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +34,7 @@ help:
 	@echo "make test-tpu   compile for TPUs that are not here, in $(TPU)"
 	@echo "make test-gpu   run Triton kernels in its interpreter and compile them for GPUs that are not here, in $(GPU)"
 	@echo "make test-integrations  load nfzoo's folders by transformers, timm, transformers.js and others, in $(INTEGRATIONS)"
+	@echo "make docs       build the site into build/site, with warnings as errors, in $(DOCS)"
 	@echo "make lint       check format, lint rules and types"
 	@echo "make format     rewrite the sources in the house format"
 	@echo "make clean      remove the environments, build products and caches"
@@ -61,6 +63,13 @@ test-gpu: $(GPU)/.installed
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/python -m pytest tests/integrations $(ARGS)
 
+# The site's API pages read nfzoo's sources in the tree that a wheel installs, and import nothing.
+docs: $(DOCS)/.installed
+	rm -rf $(DOCS)/sources
+	mkdir -p $(DOCS)/sources/nfzoo
+	@ln -s $(addprefix ../../../,$(wildcard nfzoo/*.py nfzoo/[a-z]*/ hub conversion)) $(DOCS)/sources/nfzoo
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,7 +80,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(XLA) $(TPU) $(GPU) $(INTEGRATIONS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA) $(TPU) $(GPU) $(INTEGRATIONS) $(DOCS) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made anew, so that a dependency which was dropped does not linger; the stamp goes with the old one
@@ -135,4 +144,10 @@ $(INTEGRATIONS)/.installed: pyproject.toml constraints.txt tests/integrations/re
 	@command -v npm >/dev/null || echo "npm was not found: the tests of transformers.js are left out" >&2
 	if command -v npm >/dev/null; then npm install --prefix $(INTEGRATIONS)/node --silent --ignore-scripts \
 		--no-package-lock --no-audit --no-fund; fi
+	touch $@
+
+$(DOCS)/.installed: docs/requirements.txt
+	rm -rf $(DOCS)
+	"$(PYTHON)" -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement docs/requirements.txt
 	touch $@
