@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from nfzoo.config import ModelConfig
 from nfzoo.errors import CheckpointError, ConfigError, nearest
 from nfzoo.files import nearest_path
-from nfzoo.hub.pretrained import HUB, from_pretrained, repository_of
-from nfzoo.hub.registry import PUBLIC
+from nfzoo.hub.pretrained import from_pretrained
+from nfzoo.hub.registry import HUB, PUBLIC, repository_of
 from nfzoo.nn import NFNet, create
 from nfzoo.runtime.timm_interface import check_global_pool, pretrained_cfg, take_indices, timm_name
 from nfzoo.variants import VARIANTS
