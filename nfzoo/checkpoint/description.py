@@ -71,7 +71,9 @@ try:
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("nfzoo"):
         raise
-    raise ImportError("this model needs the package nfzoo, in this or a newer version: pip install nfzoo") from error
+    raise ImportError(
+        "this model needs the package nfzoo, in this or a newer version: `pip install .` in a clone of it"
+    ) from error
 
 __all__ = ["NFZooBackbone", "NFZooConfig", "NFZooForImageClassification", "NFZooImageProcessor"]
 '''

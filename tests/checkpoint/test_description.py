@@ -63,7 +63,7 @@ def test_auto_map_names_what_the_file_imports(tmp_path: Path) -> None:
 
 def test_the_file_says_that_nfzoo_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "nfzoo.integrations", None)
-    with pytest.raises(ImportError, match=r"^this model needs the package nfzoo.*pip install nfzoo$"):
+    with pytest.raises(ImportError, match=r"^this model needs the package nfzoo.*`pip install \.` in a clone of it$"):
         exec(CODE, {})
 
 

@@ -680,7 +680,7 @@ def test_a_process_without_nfzoo(folder: Path, tmp_path: Path) -> None:
     done = run(code, tmp_path, folder, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ImportError: this model needs the package nfzoo, in this or a newer version: pip install nfzoo"
+        "ImportError: this model needs the package nfzoo, in this or a newer version: `pip install .` in a clone of it"
     )
 
 
