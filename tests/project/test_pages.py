@@ -139,7 +139,11 @@ def run_small(command: str) -> None:
         assert getattr(importlib.import_module(module), function)(words) == 0, command
 
 
-@each("page", [page for page in pages() if run_blocks(page)])
+README = "README.md"
+SITE = [page for page in pages() if run_blocks(page) and page != README]
+
+
+@pytest.mark.parametrize("page", [README, *(pytest.param(page, marks=pytest.mark.slow) for page in SITE)])
 def test_commands_and_code_run(
     page: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +196,7 @@ def run(command: list[str], where: Path, environment: dict[str, str]) -> str:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("page", [page for page in pages() if run_blocks(page)])
+@pytest.mark.parametrize("page", [README, *SITE])
 def test_commands_and_code_run_as_written(page: str, user: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     shared, environment = user
     folder = new_folder(tmp_path / "page", shared, page)
@@ -202,7 +206,7 @@ def test_commands_and_code_run_as_written(page: str, user: tuple[Path, dict[str,
             run(["bash", "-c", command], folder, environment)
         if block.kind == "python":
             code += block.text
-            run([sys.executable, "-c", block.text if page == "README.md" else code], folder, environment)
+            run([sys.executable, "-c", block.text if page == README else code], folder, environment)
 
 
 @pytest.mark.long
