@@ -193,8 +193,6 @@ def _plain(value: Any) -> Any:
 def _loaded(name: str | None, cfg: Any, **options: Any) -> NFNet:
     if cfg.source == "hf-hub" or (cfg.hf_hub_id and not cfg.file):
         repo_id, _, revision = cfg.hf_hub_id.partition("@")
-        if name in PUBLIC and not revision and repo_id == PUBLIC[name].repo_id:
-            revision = PUBLIC[name].revision
         source, options = HUB + repo_id, {**options, "revision": revision or None}
     elif cfg.file:
         source = cfg.file

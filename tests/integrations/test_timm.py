@@ -144,7 +144,7 @@ def test_public_weights_come_by_from_pretrained(monkeypatch: pytest.MonkeyPatch,
     other = {"hf_hub_id": "org/mine@v2"}
     timm.create_model("nfzoo_nfnet_f0", pretrained=True, pretrained_cfg_overlay=other)
     timm.create_model("nfzoo", pretrained=True, pretrained_cfg=other)
-    public = ("hub:timm/dm_nfnet_f0.dm_in1k", "main", tmp_path, 7)
+    public = ("hub:timm/dm_nfnet_f0.dm_in1k", None, tmp_path, 7)  # the commit that is pinned
     mine = ("hub:org/mine", "v2", None, None)
     assert asked == [public, public, mine, mine]
 
