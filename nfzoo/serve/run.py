@@ -181,12 +181,15 @@ def answer_until_signal(app: Any, listener: socket.socket, patience: float) -> N
     def end(*_: Any) -> None:
         server.should_exit = True
 
-    # uvicorn raises a signal once more after it has dealt with it; SIGTERM is a good end here.
-    before = signal.signal(signal.SIGTERM, end)
+    # uvicorn raises a signal once more after it has dealt with it; SIGTERM is a good end here, and Ctrl-C a Ctrl-C also
+    # where a shell started the process with that signal ignored.
+    handlers = {signal.SIGTERM: end, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         server.run(sockets=[listener])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _port(text: str) -> int:
