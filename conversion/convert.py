@@ -32,6 +32,7 @@ from nfzoo.errors import CheckpointError, ConversionError
 from nfzoo.files import read_json
 from nfzoo.nn import NFNet
 from nfzoo.types import Params
+from nfzoo.variants import VARIANTS
 
 logger = logging.getLogger("nfzoo")
 
@@ -127,6 +128,8 @@ def convert(
             name,
             "0.5" if description.thresholds is None else "the thresholds of its config.json",
         )
+    if to == "haiku" and (lost := _not_in_haiku(description)):
+        logger.warning("DeepMind's form does not keep the %s of %s; keep that model too", " and ".join(lost), name)
     if to == "haiku":
         write_haiku(target, description.config, params)
     elif to == "timm":
@@ -134,6 +137,13 @@ def convert(
     else:
         NFNet.from_params(description, params).save_pretrained(target, with_onnx=with_onnx)
     return weights
+
+
+def _not_in_haiku(description: Description) -> list[str]:
+    """Return what a model says besides its arrays that is not read from them again."""
+    preprocessing = VARIANTS[description.name].preprocessing if description.name in VARIANTS else None
+    labels = description.labels is not None and description.labels != imagenet()
+    return ["labels"] * labels + ["preprocessing"] * (preprocessing != description.preprocessing)
 
 
 def read(

@@ -18,6 +18,7 @@ Source: the format as `pickletools` of the standard library documents it; global
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -35,6 +36,8 @@ from nfzoo.conversion.arrays import (
     byte_count,
     checked_shape,
 )
+
+logger = logging.getLogger("nfzoo")
 
 MOST_INSTRUCTIONS = 1_000_000  # the largest model of the zoo, pickled with protocol 2, takes 140,000
 LONGEST_NAME = 255  # bytes; longer text can only be the bytes of an array, as protocol 2 writes them
@@ -58,7 +61,7 @@ def read_pickle(file: BinaryIO, size: int) -> PickledTree:
     machine = _Machine(file, size)
     tree = machine.run()
     if not isinstance(tree, dict):
-        raise RefusedError(f"it holds {_kind(tree)}, not a dictionary of parameters")
+        raise RefusedError(f"it holds {_kind(tree)}, not a dictionary of parameters; save these alone")
     return PickledTree(machine.protocol, _lazy_arrays(tree, MOST_SHARING * size))
 
 
@@ -199,6 +202,8 @@ class _Machine:
                 raise RefusedError(f"{what} at byte {at} has no place in a tree of arrays")
             try:
                 if step(self):
+                    if left := self.size - self.position:
+                        logger.warning("%d bytes follow the end of the pickle and are not read", left)
                     return self.pop()
             except RefusedError as error:
                 raise RefusedError(f"{error} ({name} at byte {at} of {self.size})") from None

@@ -266,11 +266,19 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     )
     rows = [
         ("data", data),
-        ("images", f"{evaluation['images']:,}"),
+        ("images", f"{evaluation['images']:,}" + (", most of them trained on" if evaluation.get("trained_on") else "")),
         ("input", f"{evaluation['size']} x {evaluation['size']} pixels"),
-        *((name, f"{evaluation[key]:.2%}") for key, name in _SHOWN.items() if key in evaluation),
+        *(
+            (name, f"{evaluation[key]:.2%}")
+            for key, name in _SHOWN.items()
+            if key in evaluation and _tells(key, evaluation)
+        ),
     ]
     return _table(("", ""), rows)
+
+
+def _tells(key: str, evaluation: Mapping[str, Any]) -> bool:
+    return key != "top5" or evaluation.get("classes", 1000) > 5
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:

@@ -91,6 +91,8 @@ def bundle(
         programs = {f"{ONNX_FOLDER}/{path.name}": path for path in sorted(Path(onnx).iterdir())}
     extras = [name for name in _EXTRAS if (folder / name).is_file()]
     evaluation = _evaluation(folder / EVALUATION_FILE) if EVALUATION_FILE in extras else None
+    if evaluation is not None:
+        _check_evaluation(evaluation, folder)
     results = {} if evaluation is None else eval_results(repo_id, description, evaluation)
     if (folder / CARD_FILE).is_file():
         try:
@@ -108,6 +110,15 @@ def bundle(
     if RUN_FILE in files:
         files[RUN_FILE] = _public_run(folder / RUN_FILE)
     return Bundle({**files, **programs, CARD_FILE: card.encode()}, card)
+
+
+def _check_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
+    """Raise a `CheckpointError` for an evaluation of other weights, such as those of before a run went on."""
+    stated, weights = evaluation.get("weights"), folder / WEIGHTS_FILE
+    if stated is not None and weights.is_file() and stated != stated_checksum(weights):
+        raise CheckpointError(
+            f"{folder / EVALUATION_FILE} is of other weights than those of {folder}; evaluate anew, or remove it"
+        )
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

@@ -61,12 +61,13 @@ def measured(description: Description, evaluation: Mapping[str, Any]) -> list[Ev
             dataset_type=dataset or (IMAGENET if whole else "imagefolder"),
             dataset_name=evaluation["dataset"],
             dataset_config=config,
-            dataset_split=evaluation.get("split"),
+            dataset_split="train" if evaluation.get("trained_on") else evaluation.get("split"),
             metric_type=kind,
             metric_name=name,
             metric_value=round(float(evaluation[key]), 6),
         )
         for key, (kind, name) in metrics.items()
+        if key != "top5" or evaluation.get("classes", 1000) > 5  # of five classes all are among the first five
     ]
 
 
@@ -117,7 +118,7 @@ def eval_results(repo_id: str, description: Description, evaluation: Mapping[str
     dataset, config = _on_hub(evaluation["dataset"])
     if first.dataset_type == IMAGENET and evaluation["images"] == VALIDATION_IMAGES:
         dataset = BENCHMARK
-    if dataset is None:
+    if dataset is None or evaluation.get("trained_on"):
         return {}
     side = f"{evaluation['size']} x {evaluation['size']} pixels"
     date = evaluation.get("date")

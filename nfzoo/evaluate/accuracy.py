@@ -55,6 +55,8 @@ class Evaluation(NamedTuple):
         resize: the rule of the resize, in words.
         nfzoo, torch: versions.
         date: the caller's, never today's, so that a repeated evaluation gives an equal result.
+        trained_on: `True` where most of the images are, by the name of the data, those that the model was trained on.
+        weights: checksum of the weight file, where it states one.
     """
 
     model: str
@@ -72,6 +74,8 @@ class Evaluation(NamedTuple):
     nfzoo: str
     torch: str
     date: str | None = None
+    trained_on: bool | None = None
+    weights: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`, without fields that are `None`."""
@@ -104,6 +108,7 @@ class Evaluator:
         state: this process among the others.
         device: this process's.
         size, batch_size, workers, skip_broken, date: see `evaluate`.
+        trained_on, weights: see `Evaluation`.
     """
 
     model: NFNet
@@ -116,6 +121,8 @@ class Evaluator:
     workers: int
     skip_broken: bool
     date: str | None
+    trained_on: bool
+    weights: str | None
 
     @classmethod
     def prepare(
@@ -131,6 +138,7 @@ class Evaluator:
         skip_broken: bool = False,
         date: str | None = None,
         labels: LabelFiles | None = None,
+        weights: str | None = None,
     ) -> Self:
         """Open the images and move the model to its device: see `evaluate`, which has the same arguments."""
         model.config.check_classifier()
@@ -146,13 +154,18 @@ class Evaluator:
                 f"multi_label={model.multi_label})"
             )
         labelled = open_labelled(data, classes, names, held_out=held_out or HELD_OUT, files=labels)
-        if held_out and data != DIGITS and labelled.split is None and state.is_main_process:
+        trained_on = bool(held_out) and data != DIGITS and labelled.split is None
+        if trained_on and state.is_main_process:
             what = "these are no held-out figures" if model.multi_label else "this is no held-out accuracy"
-            logger.warning("%s was trained on most of these images: %s", name or model.name, what)
+            logger.warning(
+                "%s was trained on most of the images of %s, if these are the same: %s",
+                *(name or model.name, labelled.dataset, what),
+            )
         if workers is None:
             workers = 0 if isinstance(labelled.images, Digits) else default_workers(state.num_processes)
         shown, side = name or model.name or "model", size or model.preprocessing.test_size
-        return cls(model.to(target), shown, labelled, state, target, side, batch_size, workers, skip_broken, date)
+        options = batch_size, workers, skip_broken, date
+        return cls(model.to(target), shown, labelled, state, target, side, *options, trained_on, weights)
 
     def evaluation(self, corruption: Corruption | None = None) -> Evaluation:
         """Score the model, with inputs that are corrupted if asked; all processes return the same."""
@@ -231,6 +244,8 @@ class Evaluator:
             "nfzoo": __version__,
             "torch": str(torch.__version__),
             "date": self.date,
+            "trained_on": self.trained_on or None,
+            "weights": self.weights,
         }
 
     def _batches(
@@ -354,7 +369,9 @@ def lines_of(result: Any, figures: Mapping[str, str]) -> list[str]:
     rows = {
         "model": result.model,
         "data": result.dataset if result.split is None else f"{result.dataset}, {result.split}",
-        "images": f"{result.images:,}" + (f" ({result.skipped:,} cannot be read)" if result.skipped else ""),
+        "images": f"{result.images:,}"
+        + (f" ({result.skipped:,} cannot be read)" if result.skipped else "")
+        + (", most of them trained on" if result.trained_on else ""),
         "classes": f"{result.classes:,}, matched by {result.matched_by}",
         "input": f"{result.size} x {result.size} pixels ({result.resize})",
         **figures,

@@ -95,7 +95,8 @@ class SetEvaluation(NamedTuple):
     A class that the data do not have counts as one that no image has.
 
     Attributes:
-        model, dataset, split, matched_by, classes, images, skipped, size, resize, nfzoo, torch, date: see `Evaluation`.
+        model, dataset, split, matched_by, classes, images, skipped: see `Evaluation`.
+        size, resize, nfzoo, torch, date, trained_on, weights: see `Evaluation`.
         map: mean average precision, over the classes that an image has.
         f1, micro_f1: macro F1, over the classes that occur among labels or predictions, and micro F1, both at the
             thresholds.
@@ -121,6 +122,8 @@ class SetEvaluation(NamedTuple):
     torch: str
     per_class: Sequence[dict[str, Any]]
     date: str | None = None
+    trained_on: bool | None = None
+    weights: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`, without fields that are `None`."""

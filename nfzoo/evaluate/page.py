@@ -132,13 +132,15 @@ def _summary(fields: Mapping[str, Any]) -> str:
     skipped = f", {about['skipped']:,} more cannot be read" if about["skipped"] else ""
     large = [
         (f"{metrics['top1']['value']:.2%}", "top-1 accuracy"),
-        (f"{metrics['top5']['value']:.2%}", "top-5 accuracy"),
+        *([(f"{metrics['top5']['value']:.2%}", "top-5 accuracy")] if about["classes"] > 5 else []),
         (f"{fields['calibration']['as_given']['ece']:.2%}", "expected calibration error"),
         (f"{about['images']:,}", f"images of {about['classes']:,} classes{skipped}"),
     ]
     figures = "".join(f"<div><b>{value}</b>{in_html(name)}</div>" for value, name in large)
     rows = []
     for name, words in _MEASURES.items():
+        if name == "top5" and about["classes"] <= 5:  # of which all are among the first five
+            continue
         numbers = (metrics[name][key] for key in ("value", "low", "high"))
         value, low, high = (f"{v:.2%}" if name in _SHARES else f"{v:.4f}" for v in numbers)
         rows.append((in_html(words), value, f"{low} to {high}"))
@@ -146,6 +148,8 @@ def _summary(fields: Mapping[str, Any]) -> str:
         f"The intervals are those of the percentile bootstrap, {drawn['resamples']:,} resamples of the images. They "
         "tell what other images of the same kind would change, and nothing of another training."
     )
+    if about.get("trained_on"):
+        note = f"The model was trained on most of these images: these are no held-out figures. {note}"
     interval = f"{drawn['level']:.0%} interval"
     return (
         f'<section>\n<div class="figures">{figures}</div>\n'

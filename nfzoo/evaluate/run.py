@@ -11,6 +11,7 @@ from nfzoo.analysis.figures import new_figure
 from nfzoo.analysis.style import check_png
 from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_description
+from nfzoo.checkpoint.weight_files import stated_checksum
 from nfzoo.data.label_files import label_files
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.evaluate.accuracy import Evaluator, Outputs, table
@@ -86,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _checksum(model: str) -> str | None:
+    """Return the checksum that the weights of a local folder state, by which `nfzoo push` knows them again."""
+    file = Path(model) / WEIGHTS_FILE
+    return stated_checksum(file) if file.is_file() else None
+
+
 def _date(text: str) -> str:
     try:
         return datetime.date.fromisoformat(text).isoformat()
@@ -127,6 +134,7 @@ def _main(options: argparse.Namespace) -> None:
         skip_broken=options.skip_broken,
         date=options.date,
         labels=label_files(options.labels, None, options.class_names, multi_label=model.multi_label),
+        weights=_checksum(options.model),
     )
     if model.multi_label:
         _sets(options, evaluator)

@@ -74,7 +74,7 @@ class Learner:
             raise ConfigError(str(error)) from error
         if config.activation_checkpointing:
             model.checkpoint_blocks()
-        model = model.to(accelerator.device)
+        model = model.to(accelerator.device, torch.float32)  # whatever they were saved in
         if self.backend.weights_last and not self.sharded:  # FSDP2 takes contiguous parameters alone
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.sharded:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nfzoo.analysis.figures import read_metrics
 from nfzoo.checkpoint.atomic import replaced_folder, scratch_folder
 from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.model_folder import CONFIG_FILE, Description, describe, read_description
-from nfzoo.checkpoint.run_state import Saved, latest_state
+from nfzoo.checkpoint.run_state import Saved, latest_state, newest_options
 from nfzoo.config import Preprocessing
 from nfzoo.data.labels import class_counts
 from nfzoo.data.loader import share_of_batch
@@ -40,7 +41,7 @@ from nfzoo.train.distillation import check_taught, open_teacher
 from nfzoo.train.learner import copied, fit_head, head_for, problem_type
 from nfzoo.train.memory import divided
 from nfzoo.train.python.callbacks import check_callbacks
-from nfzoo.train.run_folder import LOGS, STATES, best_state, clear, resume_command
+from nfzoo.train.run_folder import LOGS, METRICS_FILE, STATES, best_state, clear, resume_command
 from nfzoo.train.trainer import InitialState, Result, Trainer, loss_weights, split_identity
 from nfzoo.variants import VARIANTS
 
@@ -200,7 +201,7 @@ def _open_saved(config: TrainConfig) -> Saved | None:
             "with --overwrite true (from Python, overwrite=True)"
         )
     if not config.overwrite:
-        if (output / CONFIG_FILE).exists():
+        if (output / CONFIG_FILE).exists() and not _unfinished(output):
             raise ConfigError(
                 f"{config.output!r} holds a model already; choose another output, or replace it with "
                 "--overwrite true (from Python, overwrite=True)"
@@ -211,6 +212,16 @@ def _open_saved(config: TrainConfig) -> Saved | None:
                 "it, pass --overwrite true (from Python, resume=True and overwrite=True)"
             )
     return None
+
+
+def _unfinished(output: Path) -> bool:
+    """Return whether a run has checkpoints, and the figures of fewer epochs than it was to have."""
+    options = newest_options(output / STATES)
+    try:
+        done = read_metrics(output / METRICS_FILE)[-1]["epoch"]
+        return options is not None and done < options["epochs"]
+    except (OSError, NfzooError, LookupError, TypeError, ValueError):
+        return False
 
 
 def _check_writable(output: Path, data: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -98,6 +99,30 @@ def test_to_haiku_and_back(name: str, tmp_path: Path) -> None:
     convert(tmp_path / "model" / "model.safetensors", tmp_path / "out.npz", to="haiku")
     convert(tmp_path / "out.npz", tmp_path / "back")
     assert_same(load_checkpoint(tmp_path / "back")[1], params)
+
+
+def test_what_haiku_does_not_keep_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg, params = model("nfnet-test", tmp_path / "plain")
+    row = VARIANTS["nfnet-test"].preprocessing
+    convert(tmp_path / "plain", tmp_path / "a.npz", to="haiku")
+    assert not caplog.messages
+    labels = tuple(f"label {i}" for i in range(cfg.num_classes))
+    for number, (changes, lost) in enumerate(
+        (({"labels": labels}, "labels"), ({"preprocessing": dataclasses.replace(row, test_size=16)}, "preprocessing"))
+    ):
+        described = Description(cfg, row, "nfnet-test")._replace(**changes)
+        save_checkpoint(tmp_path / lost, described, params)
+        caplog.clear()
+        convert(tmp_path / lost, tmp_path / f"{number}.npz", to="haiku")
+        assert f"does not keep the {lost} of" in caplog.text
+
+
+def test_bytes_behind_a_pickle_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    haiku_file(tmp_path / "F.npz")
+    with open(tmp_path / "F.npz", "ab") as file:
+        file.write(b"junk")
+    convert(tmp_path / "F.npz", tmp_path / "model")
+    assert "4 bytes follow the end of the pickle" in caplog.text
 
 
 def test_a_temperature_is_not_lost_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

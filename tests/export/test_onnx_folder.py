@@ -149,7 +149,7 @@ def test_what_is_published_is_of_the_published_weights(tmp_path: Path) -> None:
             bundle(folder, "org/m")
 
     sheet = (folder / "onnx/nfzoo.json").read_text()
-    for text, match in (("{", "cannot be read"), ("[]", "other weights"), ("{}", "other weights")):
+    for text, match in (("{", "cannot be read"), ("[]", "does not say which"), ("{}", "does not say which")):
         (folder / "onnx/nfzoo.json").write_text(text)
         refused(match)
     (folder / "onnx/nfzoo.json").write_text(sheet)

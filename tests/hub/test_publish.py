@@ -127,7 +127,7 @@ def run(model: NFNet, tmp_path: Path) -> Path:
         "top1": 0.8125,
         "top5": 0.97,
         "size": 32,
-        "classes": 5,
+        "classes": 7,
     }
     (folder / "evaluation.json").write_text(json.dumps(result))
     return folder
@@ -144,6 +144,21 @@ def test_what_is_published(hub, run):
     card = tree["README.md"].decode()
     assert hub.asked("POST", "/api/validate-yaml")  # as the Hub does before it takes a card
     assert "](curves.png)" in card
+
+
+def test_evaluations_of_other_weights_and_of_training_images(run: Path) -> None:
+    path = run / "evaluation.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "weights": "00000000"}))
+    with pytest.raises(CheckpointError, match=r"is of other weights than those of .*; evaluate anew, or remove it"):
+        bundle(run, REPO)
+    with safe_open(run / "model.safetensors", "pt") as file:
+        checksum = file.metadata()["crc32"]
+    path.write_text(json.dumps({**fields, "weights": checksum, "trained_on": True, "split": None, "classes": 5}))
+    card = bundle(run, REPO).card
+    assert "| 1,200, most of them trained on |" in card
+    assert "split: train" in card
+    assert "top-5" not in card  # of five classes
 
 
 def test_the_metadata(hub, run, tmp_path):

@@ -219,7 +219,7 @@ def test_what_a_launcher_starts_anew_goes_on_by_itself(
         with monkeypatch.context() as patch:
             patch.setenv("TORCHELASTIC_RUN_ID", name) if name else patch.delenv("TORCHELASTIC_RUN_ID")
             assert run(tmp_path / "run") == 2
-        assert "holds a model already" in capsys.readouterr().err
+        assert "holds an unfinished run; to go on with it: " in capsys.readouterr().err
     assert run(tmp_path / "run") == 0
     assert "step 8's weights" in capsys.readouterr().out
     assert same(tmp_path / "run", whole)

@@ -356,6 +356,14 @@ def test_more_epochs_go_on_where_a_run_ended(
     assert "pass --epochs 2 or more" in capsys.readouterr().err
 
 
+@each("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_other_types_are_trained_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    source, output = tmp_path / f"{dtype} model", tmp_path / f"{dtype} run"
+    nfzoo.create("nfnet-test", generator=torch.Generator().manual_seed(0)).to(dtype).save_pretrained(source)
+    assert run(output, "--model", str(source), "--epochs", "1", "--batch_size", "140") == 0
+    assert {p.dtype for p in nfzoo.from_pretrained(output).parameters()} == {torch.float32}
+
+
 def test_what_concerns_one_start_is_no_part_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--batch_size", "140", "--epochs", "1"]
     assert run(tmp_path / "out", *options, "--overwrite", "true", "--resume", "true") == 0
