@@ -134,6 +134,8 @@ $(GPU)/.installed: pyproject.toml tests/gpu/requirements.txt
 # transformers.js brings the native libraries that it computes with; an installation script of theirs, which would fetch
 # others, is not run. No lock file is kept, as one names servers.
 $(INTEGRATIONS)/.installed: pyproject.toml constraints.txt tests/integrations/requirements.txt tests/integrations/package.json
+	@command -v node >/dev/null && command -v npm >/dev/null || { \
+		echo "error: transformers.js needs node and npm, which were not found; install Node.js 20 or newer" >&2; exit 1; }
 	rm -rf $(INTEGRATIONS)
 	"$(PYTHON)" -m venv $(INTEGRATIONS)
 	@echo "installing transformers, timm, OpenVINO and transformers.js into $(INTEGRATIONS); this takes minutes, once"
@@ -141,9 +143,7 @@ $(INTEGRATIONS)/.installed: pyproject.toml constraints.txt tests/integrations/re
 		--requirement tests/integrations/requirements.txt
 	mkdir $(INTEGRATIONS)/node
 	cp tests/integrations/package.json $(INTEGRATIONS)/node
-	@command -v npm >/dev/null || echo "npm was not found: the tests of transformers.js are left out" >&2
-	if command -v npm >/dev/null; then npm install --prefix $(INTEGRATIONS)/node --silent --ignore-scripts \
-		--no-package-lock --no-audit --no-fund; fi
+	npm install --prefix $(INTEGRATIONS)/node --silent --ignore-scripts --no-package-lock --no-audit --no-fund
 	touch $@
 
 $(DOCS)/.installed: docs/requirements.txt

@@ -19,7 +19,7 @@ from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.hub.registry import HUB, PUBLIC, is_repository
 from nfzoo.hub.results import IMAGENET, measured, trained, training_data
 from nfzoo.model import mac_count, parameter_count
-from nfzoo.runtime.output import escaped, markdown_text
+from nfzoo.runtime.output import escaped, markdown_table, markdown_text
 from nfzoo.train.run_folder import CURVES_FILE, RUN_FILE
 from nfzoo.variants import VARIANTS
 
@@ -112,7 +112,7 @@ def model_card(
     parts = [
         f"# {title}",
         f"A Normalizer-Free network for nfzoo{_zoo(description)}.",
-        _table(("", ""), facts),
+        markdown_table(("", ""), facts),
         "## Use",
         _usage(repo_id, description),
     ]
@@ -125,7 +125,7 @@ def model_card(
         rows = [
             (markdown_text(key), markdown_text(json.dumps(value, ensure_ascii=False))) for key, value in known.items()
         ]
-        parts += ["## Where the weights come from", _table(("", ""), rows)]
+        parts += ["## Where the weights come from", markdown_table(("", ""), rows)]
     commands = _reproduction(repo_id, description, evaluation, files)
     if commands:
         parts += ["## Reproduce", *commands]
@@ -274,13 +274,8 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
             if key in evaluation and _tells(key, evaluation)
         ),
     ]
-    return _table(("", ""), rows)
+    return markdown_table(("", ""), rows)
 
 
 def _tells(key: str, evaluation: Mapping[str, Any]) -> bool:
     return key != "top5" or evaluation.get("classes", 1000) > 5
-
-
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
-    return "\n".join(lines)

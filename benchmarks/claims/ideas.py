@@ -80,7 +80,7 @@ def untrained() -> dict[str, Network]:
 
 
 def coupling(network: Network, data: Data) -> Coupling:
-    """How far an image's logits depend on its batch mates, and a batch's gradient on its division."""
+    """Return how far an image's logits depend on its batch mates, and a batch's gradient on its division."""
     images, labels = data.held_out
     mates = []
     for size in SIZES:

@@ -30,7 +30,6 @@ MOST_TITLE = 60
 _HERE = Path(__file__).parent
 _PACKAGES = ("nfzoo", "nfzoo.hub", "nfzoo.conversion", "nfzoo.recipes")  # these lie apart in a clone
 _SUFFIXES = (".py", ".json", ".yaml", ".txt", ".npz", ".md", ".c")
-_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"  # torch without CUDA
 _OWN = (".gitattributes", CARD_FILE)  # what a new Space of the Hub holds
 
 _APP = '''\
@@ -97,7 +96,7 @@ def space_files(
         CARD_FILE: _card(title, list(dict.fromkeys(repositories))).encode(),
         "app.py": _APP.encode(),
         RECORD_FILE: (json.dumps(record, indent=2) + "\n").encode(),
-        "requirements.txt": ("\n".join([_INDEX, *(_requirements() if package is None else [package])]) + "\n").encode(),
+        "requirements.txt": ("\n".join(_requirements() if package is None else [package]) + "\n").encode(),
     }
     if package is None:
         files |= {f"{SOURCES}{name}": path for name, path in sorted(_sources())}

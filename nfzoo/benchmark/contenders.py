@@ -80,7 +80,7 @@ class Contender(NamedTuple):
 
     @property
     def missing(self) -> str | None:
-        """What has to be installed, in words, or `None`."""
+        """Return what has to be installed, in words, or `None`."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"needs {', '.join(absent)}: pip install 'nfzoo[{self.extra}]'" if absent else None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nfzoo.check.report import Report
 from nfzoo.data.images import ImageFolder, Images
 from nfzoo.data.source import HUB, split_options
-from nfzoo.runtime.output import escaped, markdown_text
+from nfzoo.runtime.output import escaped, markdown_table, markdown_text
 
 # The names of parts, as the `datasets` library reads them off folders.
 _SPLITS = {
@@ -54,6 +55,7 @@ def data_card(report: Report, *, name: str | None = None, license: str | None = 
         facts.append(("cannot be read", f"{report.unreadable:,} images"))
     parts = list(report.counts)
     rows = [(label, *(f"{report.counts[part].get(label, 0):,}" for part in parts)) for label in _classes(report)]
+    header = ("label", *("images" if part == "all" else part for part in parts))
     totals = ("in all", *(f"{len(report.facts.parts[part]):,}" for part in parts))
     said = (
         markdown_text(license)
@@ -63,9 +65,9 @@ def data_card(report: Report, *, name: str | None = None, license: str | None = 
     sections = [
         f"# {markdown_text(title)}",
         f"Images for {kind} classification.",
-        _table(("", ""), facts),
+        markdown_table(("", ""), map(_escaped, facts)),
         "## Labels",
-        _table(("label", *("images" if part == "all" else part for part in parts)), [*rows, totals]),
+        markdown_table(_escaped(header), map(_escaped, [*rows, totals])),
         "## Licence",
         said,
     ]
@@ -95,7 +97,7 @@ def _classes(report: Report) -> list[str]:
 def _info(report: Report) -> dict[str, Any] | None:
     """Return `dataset_info` of a folder of images for each class, as `datasets` builds it; `None` for other layouts.
 
-    The numbers are left out where nfzoo left out files, which `datasets` may read.
+    The numbers are left out where nfzoo left out files, which `datasets` may read, and where files cannot be read.
     """
     if not all(map(_in_folders, report.facts.parts.values())):
         return None
@@ -103,7 +105,7 @@ def _info(report: Report) -> dict[str, Any] | None:
     label = {"name": "label", "dtype": {"class_label": {"names": names}}}
     info: dict[str, Any] = {"features": [{"name": "image", "dtype": "image"}, label]}
     splits = {_SPLITS.get(part.lower()): len(images) for part, images in report.facts.parts.items()}
-    if None not in splits and len(splits) == len(report.facts.parts) and not report.warnings:
+    if None not in splits and len(splits) == len(report.facts.parts) and not report.warnings and not report.unreadable:
         info["splits"] = [{"name": name, "num_examples": count} for name, count in splits.items()]
     return info
 
@@ -115,6 +117,5 @@ def _in_folders(images: Images) -> bool:
     return all(Path(images.name(i)).parent.name == images.classes[images.labels[i]] for i in range(len(images)))
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]] | list[tuple[str, str]]) -> str:
-    lines = [header, tuple("---" for _ in header), *(tuple(map(markdown_text, row)) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _escaped(cells: Sequence[str]) -> list[str]:
+    return list(map(markdown_text, cells))

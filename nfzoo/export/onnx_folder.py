@@ -9,11 +9,12 @@ import torch
 from nfzoo.checkpoint.model_folder import ONNX_DATA, ONNX_FILE, ONNX_FOLDER, SHEET_FILE, WEIGHTS_FILE
 from nfzoo.checkpoint.weight_files import stated_checksum
 from nfzoo.errors import CheckpointError, ConfigError, shown
-from nfzoo.export.onnx_program import PACKAGES, check_finite, check_packages, quiet, write_onnx
+from nfzoo.export.onnx_program import PACKAGES, check_finite, quiet, write_onnx
 from nfzoo.export.run import sheet
 from nfzoo.files import read_json
 from nfzoo.nn import NFNet
 from nfzoo.runtime.output import json_text
+from nfzoo.runtime.program import check_packages
 
 INPUT = "pixel_values"
 """Name of the program's input, which transformers.js and optimum give images under."""
@@ -24,7 +25,7 @@ _WEIGHTS = "weights_crc32"
 
 def check_onnx(model: NFNet) -> None:
     """Raise a `ConfigError` where no ONNX program can be written for the model's folder."""
-    check_packages("ONNX", PACKAGES)
+    check_packages("ONNX", PACKAGES, "export")
     if not model.config.num_classes:
         raise ConfigError(
             "the ONNX program of a folder returns logits, and the model has no classifier (num_classes 0): "

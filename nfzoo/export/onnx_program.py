@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,12 @@ from torch.export import Dim, ExportedProgram
 
 from nfzoo import torch_internals
 from nfzoo.config import MAX_SIZE
-from nfzoo.errors import CheckpointError, ConfigError
+from nfzoo.errors import CheckpointError
 from nfzoo.nn import NFNet
 
 INPUT, OUTPUT = "images", "logits"
 PACKAGES = ("onnx", "onnxscript")
 """What `write_onnx` imports, of the extra `export`."""
-
-
-def check_packages(format: str, packages: Iterable[str]) -> None:
-    """Raise a `ConfigError` unless the packages that a format needs are installed."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"{format} needs {' and '.join(missing)}: pip install 'nfzoo[export]'")
 
 
 def check_finite(model: NFNet) -> None:

@@ -6,7 +6,6 @@ Both take the range of every activation from a few batches of typical images.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from nfzoo.data.loader import evaluation_batches
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.evaluate import open_labelled
 from nfzoo.nn import NFNet
+from nfzoo.runtime.program import check_packages
 
 
 def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tensor]) -> None:
@@ -36,7 +36,7 @@ def quantize_onnx(source: str | Path, target: str | Path, batches: Iterable[Tens
     Raises:
         ConfigError: without a batch, or without onnxruntime.
     """
-    _check_package("onnxruntime", "export")
+    check_packages("int8", ("onnxruntime",), "export")
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -115,7 +115,7 @@ def quantize_torch(model: NFNet, batches: Iterable[Tensor]) -> nn.Module:
     """
     if not model.config.folded:
         raise ConfigError("quantisation needs the folded model: model.for_inference()")
-    _check_package("torchao", "int8")
+    check_packages("int8", ("torchao",), "int8")
     batches = list(batches)
     _check_batches(batches)
     with _quiet(), torch.no_grad():
@@ -142,11 +142,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is", DeprecationWarning, r"torch\.jit\._script")
         yield
-
-
-def _check_package(package: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"this needs {package}: pip install 'nfzoo[{extra}]'")
 
 
 def _check_batches(batches: list[Any]) -> None:

@@ -27,7 +27,6 @@ from nfzoo.export.onnx_program import (
     OUTPUT,
     PACKAGES,
     check_finite,
-    check_packages,
     exported_program,
     quiet,
     write_onnx,
@@ -127,7 +126,7 @@ def export(
     for name, value in (("size", size), ("batch", batch)):
         if value is not None and not is_int(value, 1, MAX_SIZE):
             raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
-    check_packages(format, kind.needs)
+    program.check_packages(format, kind.needs, "export")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; give a folder")
     if others := sorted(p.name for p in _entries(folder) if p.name not in (kind.file, SHEET)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -50,9 +49,7 @@ outcome but `compiles`. The other keys are those of `tpu_worker.compile_for_tpu`
 
 def check_installed() -> None:
     """Raise a `ConfigError` with the remedy if a package of the extra is missing."""
-    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"this needs {', '.join(missing)}: pip install 'nfzoo[tpu-aot]'")
+    program.check_packages("this", REQUIRED, "tpu-aot")
 
 
 def compile_in_process(request: Request, *, timeout: float = TIMEOUT, log: Path | None = None) -> Check:

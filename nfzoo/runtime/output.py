@@ -48,6 +48,12 @@ def markdown_text(text: str) -> str:
     return "".join(f"\\{c}" if c in _MARKDOWN else c for c in escaped(text))
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; the cells are Markdown already, see `markdown_text`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def json_text(value: Any) -> str:
     """Return a value as lines of JSON whose characters can all be seen; reading them gives the value back."""
     lines = json.dumps(value, indent=2, ensure_ascii=False).split("\n")

@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import difflib
 import gc
+import importlib.util
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
@@ -250,6 +251,18 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     parent = next(p for p in ((target, *target.parents) if folder else target.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"{str(path)!r} cannot be written: {str(parent)!r} is no folder that takes files")
+
+
+def check_packages(what: str, packages: Iterable[str], extra: str) -> None:
+    """Raise a `ConfigError` unless packages are installed.
+
+    Args:
+        what: what needs them, such as `ONNX`.
+        packages: names by which they are imported.
+        extra: the extra of nfzoo that brings them.
+    """
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise ConfigError(f"{what} needs {' and '.join(missing)}: pip install 'nfzoo[{extra}]'")
 
 
 @contextlib.contextmanager

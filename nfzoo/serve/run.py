@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.util
 import signal
 import socket
 import warnings
@@ -68,9 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'nfzoo[serve]'")
+    program.check_packages("serving", NEEDED, "serve")
     before = signal.signal(signal.SIGTERM, _stop)  # a container's first process gets no signal that it does not handle
     try:
         _load_and_answer(options)

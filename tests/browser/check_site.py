@@ -2,7 +2,7 @@
 
     apt-get install chromium
     pip install playwright     # playwright alone: no browsers of its own are needed
-    make docs && python tests/browser/check_site.py --screenshots shots
+    make docs && python -m tests.browser.check_site --screenshots shots
 
 A page asks for nothing beyond its own server, has no error in its scripts, no picture that is missing, and nothing that
 is wider than the screen. The search finds a page. Ends with 0 if all of it held.
@@ -18,17 +18,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.support.chromium import FLAGS
+
 SITE = Path(__file__).resolve().parents[2] / "build/site"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SCREENS = {"screen": (1300, 1000), "telephone": (390, 844)}
 BROKEN = "[...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).map(i => i.src)"
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"

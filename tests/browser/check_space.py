@@ -2,7 +2,7 @@
 
     apt-get install chromium
     pip install -e '.[space]' playwright scikit-learn     # playwright alone: no browsers of its own are needed
-    python tests/browser/check_space.py --screenshot docs/space.png
+    python -m tests.browser.check_space --screenshot docs/space.png
 
 Trains two small models in half a minute, serves them, and does what a visitor does. Ends with 0 if all of it held.
 """
@@ -27,17 +27,8 @@ from sklearn.datasets import load_sample_image
 
 from nfzoo.data.images import Digits
 from nfzoo.train.run import main as train
+from tests.support.chromium import FLAGS
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PHOTOS = ("china", "flower")
 TIMEOUT = 60_000  # milliseconds
 

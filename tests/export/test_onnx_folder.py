@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from nfzoo import CheckpointError, ConfigError, NFNet, Preprocessing
 from nfzoo.cli.main import main
 from nfzoo.conversion.convert import convert
 from nfzoo.conversion.timm import write_timm
-from nfzoo.export import onnx_folder, onnx_program
+from nfzoo.export import onnx_folder
 from nfzoo.export.onnx_folder import INPUT, onnx_files
 from nfzoo.hub.publish import bundle
 from nfzoo.nn import create, load
@@ -205,10 +206,8 @@ def test_what_has_no_program_is_refused_before_anything_is_written(
     with torch.no_grad():
         damaged.get_parameter("head.bias")[0] = torch.nan
     refused(damaged, CheckpointError, r"head\.bias is not finite")
-    find: Any = onnx_program.importlib.util.find_spec
-    monkeypatch.setattr(
-        onnx_program.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
-    )
+    find: Any = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     refused(small(), ConfigError, r"ONNX needs onnxscript: pip install 'nfzoo\[export\]'")
 
 

@@ -105,9 +105,7 @@ def Blocks(*_, **__): return Page()
 def test_the_requirements_are_those_of_the_package():
     lines = space_files(SPACE, ["nfnet-f0"]).files["requirements.txt"]
     assert isinstance(lines, bytes)
-    index, *needed = lines.decode().splitlines()
-    assert index.startswith("--extra-index-url https://download.pytorch.org/")
-    names = {Requirement(line).name for line in needed}
+    names = {Requirement(line).name for line in lines.decode().splitlines()}
     assert {"torch", "numpy", "pillow", "safetensors", "huggingface-hub"} <= names
     assert not {"nfzoo", "gradio", "pytest", "jax"} & names
 
@@ -119,7 +117,7 @@ def test_the_sources_are_those_that_git_has():
         ["git", "ls-files", "nfzoo", "hub", "conversion", "recipes"], cwd=root, capture_output=True, text=True
     )
     if listed.returncode:
-        pytest.skip("this is no clone")
+        pytest.skip("this copy of the sources has no repository whose list of files could be asked for")
     tracked = {name if name.startswith("nfzoo/") else f"nfzoo/{name}" for name in listed.stdout.splitlines()}
     sent = {name for name in space_files(SPACE, ["nfnet-f0"]).files if name.startswith("nfzoo/")}
     assert tracked <= sent

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -24,11 +23,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NODE = Path(sys.prefix) / "node/node_modules"
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-pytestmark = [
-    pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed"),
-    pytest.mark.skipif(not NODE.is_dir(), reason="npm was not there when the environment was made"),
-]
 
 
 def node(script: Path, *arguments: str) -> str:
