@@ -16,6 +16,7 @@ from nfzoo.conversion.download import PUBLISHED
 from nfzoo.data.images import DIGITS
 from nfzoo.data.labels import imagenet
 from nfzoo.evaluate import EVALUATION_FILE
+from nfzoo.evaluate.scores import tells_top5
 from nfzoo.hub.registry import HUB, PUBLIC, is_repository
 from nfzoo.hub.results import IMAGENET, measured, trained, training_data
 from nfzoo.model import mac_count, parameter_count
@@ -271,11 +272,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
         *(
             (name, f"{evaluation[key]:.2%}")
             for key, name in _SHOWN.items()
-            if key in evaluation and _tells(key, evaluation)
+            if key in evaluation and (key != "top5" or tells_top5(evaluation.get("classes", 1000)))
         ),
     ]
     return markdown_table(("", ""), rows)
-
-
-def _tells(key: str, evaluation: Mapping[str, Any]) -> bool:
-    return key != "top5" or evaluation.get("classes", 1000) > 5

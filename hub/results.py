@@ -19,6 +19,7 @@ from nfzoo.data.labels import imagenet
 from nfzoo.data.source import HUB, split_options
 from nfzoo.errors import CheckpointError
 from nfzoo.evaluate import EVALUATION_FILE
+from nfzoo.evaluate.scores import tells_top5
 from nfzoo.files import read_text
 from nfzoo.hub.registry import is_repository
 
@@ -48,7 +49,8 @@ def measured(description: Description, evaluation: Mapping[str, Any]) -> list[Ev
         CheckpointError: for fields that are missing or of another type.
     """
     metrics = _METRICS if description.problem_type is None else _SET_METRICS
-    for key, kind in (("dataset", str), ("images", int), *((key, float | int) for key in metrics), ("size", int)):
+    kinds = {"dataset": str, "images": int, **dict.fromkeys(metrics, float | int), "size": int}
+    for key, kind in (kinds | ({"classes": int} if "classes" in evaluation else {})).items():
         if not isinstance(evaluation.get(key), kind):
             raise CheckpointError(
                 f"{EVALUATION_FILE} lacks {key!r}, or it is of another type; write it with `nfzoo evaluate --json`"
@@ -67,7 +69,7 @@ def measured(description: Description, evaluation: Mapping[str, Any]) -> list[Ev
             metric_value=round(float(evaluation[key]), 6),
         )
         for key, (kind, name) in metrics.items()
-        if key != "top5" or evaluation.get("classes", 1000) > 5  # of five classes all are among the first five
+        if key != "top5" or tells_top5(evaluation.get("classes", 1000))
     ]
 
 

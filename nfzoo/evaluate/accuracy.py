@@ -25,7 +25,7 @@ from nfzoo.data.loader import BrokenImageError, evaluation_batches
 from nfzoo.data.source import HELD_OUT, source_text
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.evaluate.labelled import Labelled, open_labelled
-from nfzoo.evaluate.scores import score
+from nfzoo.evaluate.scores import score, tells_top5
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers, processes, share_of
@@ -360,7 +360,7 @@ def _with_bar(
 
 def table(result: Evaluation) -> str:
     """Return an evaluation as lines of text, without the top-5 accuracy of five classes or fewer, which is always 1."""
-    scores = {"top-1": result.top1} | ({"top-5": result.top5} if result.classes > 5 else {})
+    scores = {"top-1": result.top1} | ({"top-5": result.top5} if tells_top5(result.classes) else {})
     return "\n".join(lines_of(result, {name: f"{value:7.2%}" for name, value in scores.items()}))
 
 

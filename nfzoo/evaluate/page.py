@@ -9,6 +9,7 @@ from typing import Any
 
 from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, PAGE, PAPER, QUIET, RULE
 from nfzoo.evaluate.robustness import robustness_rows
+from nfzoo.evaluate.scores import tells_top5
 from nfzoo.runtime.output import escaped
 
 _ALL, _LOWEST = 30, 20  # classes up to which all are shown at once, and of more, those that are
@@ -132,14 +133,14 @@ def _summary(fields: Mapping[str, Any]) -> str:
     skipped = f", {about['skipped']:,} more cannot be read" if about["skipped"] else ""
     large = [
         (f"{metrics['top1']['value']:.2%}", "top-1 accuracy"),
-        *([(f"{metrics['top5']['value']:.2%}", "top-5 accuracy")] if about["classes"] > 5 else []),
+        *([(f"{metrics['top5']['value']:.2%}", "top-5 accuracy")] if tells_top5(about["classes"]) else []),
         (f"{fields['calibration']['as_given']['ece']:.2%}", "expected calibration error"),
         (f"{about['images']:,}", f"images of {about['classes']:,} classes{skipped}"),
     ]
     figures = "".join(f"<div><b>{value}</b>{in_html(name)}</div>" for value, name in large)
     rows = []
     for name, words in _MEASURES.items():
-        if name == "top5" and about["classes"] <= 5:  # of which all are among the first five
+        if name == "top5" and not tells_top5(about["classes"]):
             continue
         numbers = (metrics[name][key] for key in ("value", "low", "high"))
         value, low, high = (f"{v:.2%}" if name in _SHARES else f"{v:.4f}" for v in numbers)

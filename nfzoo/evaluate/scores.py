@@ -15,6 +15,11 @@ from torch.nn import functional as F
 from nfzoo.runtime.device import backend
 
 
+def tells_top5(classes: int) -> bool:
+    """Return whether a top-5 accuracy says anything; of five classes or fewer it is always 1."""
+    return classes > 5
+
+
 class Score(NamedTuple):
     """Top-1 and top-5 accuracy over `images` images, shares in [0, 1], the mean loss, and the macro F1 if asked for."""
 

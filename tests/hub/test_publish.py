@@ -161,6 +161,13 @@ def test_evaluations_of_other_weights_and_of_training_images(run: Path) -> None:
     assert "top-5" not in card  # of five classes
 
 
+def test_an_evaluation_of_odd_classes_is_refused(run: Path) -> None:
+    path = run / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classes": "many"}))
+    with pytest.raises(CheckpointError, match="lacks 'classes', or it is of another type"):
+        bundle(run, REPO)
+
+
 def test_the_metadata(hub, run, tmp_path):
     push(run, REPO, token="good")
     (tmp_path / "card.md").write_bytes(hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]["README.md"])
