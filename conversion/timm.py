@@ -25,6 +25,8 @@ from nfzoo.checkpoint.state_dicts import StateDict, check_values, is_torch_file,
 from nfzoo.checkpoint.weight_files import save_tensors
 from nfzoo.config import ModelConfig
 from nfzoo.conversion.timm_config import (
+    ARCHITECTURES,
+    REGISTERED,
     apply_arguments,
     described_by,
     pretrained_cfg,
@@ -38,7 +40,6 @@ from nfzoo.errors import CheckpointError, ConversionError, nearest
 from nfzoo.files import nearest_path, open_regular
 from nfzoo.model import specs
 from nfzoo.runtime.output import json_text
-from nfzoo.runtime.timm_interface import timm_name
 from nfzoo.types import Params
 from nfzoo.variants import VARIANTS, variant
 
@@ -47,19 +48,6 @@ PICKLED_FILE = "pytorch_model.bin"
 
 IMAGENET_TAG = "in1k"
 """timm's tags of weights whose 1,000 classes are ImageNet's, such as `ra2_in1k`, end in this."""
-
-ARCHITECTURES: dict[str, str] = {
-    **{f"dm_nfnet_f{n}": f"nfnet-f{n}" for n in range(7)},
-    **{f"nfnet_f{n}": f"timm-nfnet-f{n}" for n in range(8)},
-    "nfnet_l0": "nfnet-l0",
-    **{f"eca_nfnet_l{n}": f"eca-nfnet-l{n}" for n in range(4)},
-    **{f"nf_{kind}resnet{n}": f"timm-nf-{kind}resnet-{n}" for kind in ("", "se", "eca") for n in (26, 50, 101)},
-    **{f"nf_regnet_b{n}": f"timm-nf-regnet-b{n}" for n in range(6)},
-}
-"""timm's architecture -> the variant of the zoo. The `dm_` weights are DeepMind's own and run under their rules."""
-
-_REGISTERED = {timm_name(name): name for name in VARIANTS}
-"""The names of `nfzoo.integrations.timm`, under which timm saves a model of nfzoo's with its own parameters' names."""
 
 ANCHORS = ("stem.conv.weight", "stem.conv1.weight", "stem.conv0.weight")
 """The first tensor of every model, in timm's layout and in nfzoo's."""
@@ -176,7 +164,7 @@ def read_timm(
         gains = [shape for key, shape in shapes.items() if key.endswith(".gain")]
         if fields is None and gains and all(len(shape) == 1 for shape in gains):
             return _read_own(weights, state, model, sha256)
-        own = None if fields is None else _REGISTERED.get(fields["architecture"].partition(".")[0])
+        own = None if fields is None else REGISTERED.get(fields["architecture"].partition(".")[0])
         if fields is not None and own is not None:
             if model not in (None, own):
                 raise ConversionError(f"{path / CONFIG_FILE} says {own!r}, not {model!r}")

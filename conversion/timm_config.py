@@ -17,12 +17,27 @@ from nfzoo.errors import ConfigError, ConversionError
 from nfzoo.files import read_json
 from nfzoo.model import specs
 from nfzoo.runtime.timm_interface import pretrained_cfg as interface_cfg
+from nfzoo.runtime.timm_interface import timm_name
+from nfzoo.variants import VARIANTS
 
 DEEPMIND_TAG = "dm_in1k"
 """timm's tag of DeepMind's own weights."""
 
 # Arguments of timm's create_model, stored in config.json, that leave the arithmetic as it is or that are read here.
 _INERT_ARGUMENTS = {"num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate"}
+
+ARCHITECTURES: dict[str, str] = {
+    **{f"dm_nfnet_f{n}": f"nfnet-f{n}" for n in range(7)},
+    **{f"nfnet_f{n}": f"timm-nfnet-f{n}" for n in range(8)},
+    "nfnet_l0": "nfnet-l0",
+    **{f"eca_nfnet_l{n}": f"eca-nfnet-l{n}" for n in range(4)},
+    **{f"nf_{kind}resnet{n}": f"timm-nf-{kind}resnet-{n}" for kind in ("", "se", "eca") for n in (26, 50, 101)},
+    **{f"nf_regnet_b{n}": f"timm-nf-regnet-b{n}" for n in range(6)},
+}
+"""timm's architecture -> the variant of the zoo. The `dm_` weights are DeepMind's own and run under their rules."""
+
+REGISTERED = {timm_name(name): name for name in VARIANTS}
+"""The names of `nfzoo.integrations.timm`, under which timm saves a model of nfzoo's with its own parameters' names."""
 
 
 def is_timm(fields: object) -> bool:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from nfzoo.checkpoint.model_folder import ONNX_FILE, ONNX_FOLDER, Description
 from nfzoo.conversion.download import PUBLISHED
-from nfzoo.data.images import DIGITS
+from nfzoo.data.digits import DIGITS
 from nfzoo.data.labels import imagenet
 from nfzoo.evaluate import EVALUATION_FILE
 from nfzoo.evaluate.scores import tells_top5

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nfzoo.checkpoint import part_files
 from nfzoo.checkpoint.lock import locked
 from nfzoo.checkpoint.part_files import Parts
-from nfzoo.data.images import DIGITS
+from nfzoo.data.digits import DIGITS
 from nfzoo.data.loader import BrokenImageError, load_batches
 from nfzoo.data.source import fingerprint, open_all, source_text
 from nfzoo.errors import ConfigError, DataError, NfzooError

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.config import ModelConfig
-from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.digits import DIGITS, Digits
 from nfzoo.data.source import open_split
 from nfzoo.errors import ConfigError, NfzooError
 from nfzoo.model import apply, init

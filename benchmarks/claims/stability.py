@@ -40,7 +40,7 @@ from benchmarks.report import machine
 from nfzoo.analysis.style import INK, PAPER, QUIET
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
-from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.digits import DIGITS, Digits
 from nfzoo.data.source import open_split
 from nfzoo.model import apply, init, parameter_count, specs
 from nfzoo.optim.clipping import agc

@@ -9,7 +9,7 @@ from pathlib import Path
 from nfzoo.check.card import data_card
 from nfzoo.check.report import PICTURES, Report, check, write_sheets
 from nfzoo.checkpoint.atomic import replaced
-from nfzoo.data.images import DIGITS
+from nfzoo.data.digits import DIGITS
 from nfzoo.data.label_files import label_files
 from nfzoo.errors import ConfigError, DataError, LostError
 from nfzoo.runtime import program

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nfzoo import from_pretrained
 from nfzoo.analysis.sheets import SheetEntry, prediction_sheet, thumbnail
-from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.digits import DIGITS, Digits
 from nfzoo.data.source import open_split
 from nfzoo.errors import Stopped
 from nfzoo.predict import classify

@@ -1,4 +1,4 @@
-"""Images with random access: the interface of every source, the embedded digits, and folders of image files."""
+"""Images with random access: the interface of every source, and folders of image files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Self, TypeAlias, TypeVar
 
@@ -25,11 +24,8 @@ from nfzoo.transforms.decode import HEIF_REMEDY, HEIF_SUFFIXES, IMAGE_SUFFIXES, 
 
 logger = logging.getLogger("nfzoo")
 
-DIGITS = "digits"
 UNLABELLED = -1
 """The label of an image without one."""
-
-_DIGITS_SIZE = 32
 
 ImageSource: TypeAlias = Path | Image.Image | BinaryIO
 """A source that `open_image` accepts."""
@@ -127,39 +123,6 @@ class Texts(Sequence[str]):
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._bytes[start : int(self._ends[index])])
-
-
-@dataclass(frozen=True, eq=False)
-class Digits(Images[Image.Image]):
-    """The embedded 1,797 handwritten digits, as 32x32 greyscale images with white strokes on black.
-
-    Attributes:
-        pixels: grey levels 0 to 16 of all digits, `(1797, 8, 8)`.
-    """
-
-    pixels: np.ndarray
-
-    @classmethod
-    def embedded(cls) -> Digits:
-        """Return all digits."""
-        with files("nfzoo").joinpath("assets/digits.npz").open("rb") as file, np.load(file) as arrays:
-            labels = arrays["labels"].astype(np.int64)
-            return cls(np.arange(len(labels)), labels, tuple("0123456789"), arrays["images"])
-
-    @property
-    def images(self) -> np.ndarray:
-        """Pixels of the selected digits, `(len, 8, 8)`."""
-        return self.pixels[self.rows]
-
-    def read_row(self, row: int) -> Image.Image:
-        grey = np.round(self.pixels[row] * (255 / 16)).astype(np.uint8)
-        return Image.fromarray(grey).resize((_DIGITS_SIZE, _DIGITS_SIZE), Image.Resampling.BICUBIC)
-
-    def row_name(self, row: int) -> str:
-        return f"digit {row}"
-
-    def stamp(self) -> str:
-        return DIGITS
 
 
 @dataclass(frozen=True, eq=False)

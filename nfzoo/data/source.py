@@ -29,19 +29,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
+from nfzoo.data.digits import DIGITS, Digits
 from nfzoo.data.hf_datasets import HFDataset, folders_of_hub, open_hub, open_parquet
 from nfzoo.data.idx import FASHION_MNIST, IDXImages, fashion_mnist, find_idx
-from nfzoo.data.images import (
-    DIGITS,
-    Digits,
-    ImageFolder,
-    Images,
-    expand,
-    files_below,
-    is_pattern,
-    logger,
-    warn_of_unread,
-)
+from nfzoo.data.images import ImageFolder, Images, expand, files_below, is_pattern, logger, warn_of_unread
 from nfzoo.data.label_files import LabelFiles, has_split, open_label_files, split_query
 from nfzoo.data.layouts import (
     HELD_OUT_NAMES,

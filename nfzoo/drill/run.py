@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nfzoo.data.images import DIGITS
+from nfzoo.data.digits import DIGITS
 from nfzoo.data.source import open_all
 from nfzoo.drill.lane import Lane
 from nfzoo.drill.shim import NoLibraryError, build

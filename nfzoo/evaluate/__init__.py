@@ -1,10 +1,10 @@
 """Measure a model on labelled images: `evaluate(model, "photos/val")`."""
 
-from nfzoo.evaluate.accuracy import EVALUATION_FILE, Evaluation, evaluate, table
+from nfzoo.evaluate.accuracy import EVALUATION_FILE, evaluate
 from nfzoo.evaluate.labelled import open_labelled
 from nfzoo.evaluate.multi_label import SetEvaluation, evaluate_sets
 from nfzoo.evaluate.run import main
-from nfzoo.evaluate.scores import Score, score
+from nfzoo.evaluate.scores import Evaluation, Score, score, table
 
 __all__ = [
     "EVALUATION_FILE",

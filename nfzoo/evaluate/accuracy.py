@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nfzoo.config import Preprocessing
-from nfzoo.data.images import DIGITS, Digits
+from nfzoo.data.digits import DIGITS, Digits
 from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.loader import BrokenImageError, evaluation_batches
 from nfzoo.data.source import HELD_OUT, source_text
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.evaluate.labelled import Labelled, open_labelled
-from nfzoo.evaluate.scores import score, tells_top5
+from nfzoo.evaluate.scores import Evaluation, score
 from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers, processes, share_of
 from nfzoo.runtime.distributed import gather
-from nfzoo.runtime.output import escaped
 from nfzoo.transforms.corruptions import Corruption
 
 if TYPE_CHECKING:
@@ -39,47 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nfzoo")
 
 EVALUATION_FILE = "evaluation.json"
-
-
-class Evaluation(NamedTuple):
-    """The score of a model on a data set, ready for a model card.
-
-    Attributes:
-        model: name of the model, or of its folder.
-        dataset, split, matched_by: see `Labelled`.
-        classes: number of classes in the data.
-        images: number of images that count.
-        skipped: number of unreadable images that were left out.
-        top1, top5, loss: see `Score`.
-        size: side of the input in pixels.
-        resize: the rule of the resize, in words.
-        nfzoo, torch: versions.
-        date: the caller's, never today's, so that a repeated evaluation gives an equal result.
-        trained_on: `True` where most of the images are, by the name of the data, those that the model was trained on.
-        weights: checksum of the weight file, where it states one.
-    """
-
-    model: str
-    dataset: str
-    split: str | None
-    matched_by: str
-    classes: int
-    images: int
-    skipped: int
-    top1: float
-    top5: float
-    loss: float
-    size: int
-    resize: str
-    nfzoo: str
-    torch: str
-    date: str | None = None
-    trained_on: bool | None = None
-    weights: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of `evaluation.json`, without fields that are `None`."""
-        return {key: value for key, value in self._asdict().items() if value is not None}
 
 
 class Outputs(NamedTuple):
@@ -356,25 +314,3 @@ def _with_bar(
         for images, labels in batches:
             yield images, labels
             bar.update(min(len(labels) * state.num_processes, total - bar.n))
-
-
-def table(result: Evaluation) -> str:
-    """Return an evaluation as lines of text, without the top-5 accuracy of five classes or fewer, which is always 1."""
-    scores = {"top-1": result.top1} | ({"top-5": result.top5} if tells_top5(result.classes) else {})
-    return "\n".join(lines_of(result, {name: f"{value:7.2%}" for name, value in scores.items()}))
-
-
-def lines_of(result: Any, figures: Mapping[str, str]) -> list[str]:
-    """Return the lines that every evaluation has, with its own figures before the loss."""
-    rows = {
-        "model": result.model,
-        "data": result.dataset if result.split is None else f"{result.dataset}, {result.split}",
-        "images": f"{result.images:,}"
-        + (f" ({result.skipped:,} cannot be read)" if result.skipped else "")
-        + (", most of them trained on" if result.trained_on else ""),
-        "classes": f"{result.classes:,}, matched by {result.matched_by}",
-        "input": f"{result.size} x {result.size} pixels ({result.resize})",
-        **figures,
-        "loss": f"{result.loss:7.4f}",
-    }
-    return [f"{key + ':':<9} {escaped(value)}" for key, value in rows.items()]

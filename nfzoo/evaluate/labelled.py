@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nfzoo.data.images import DIGITS, ImageFolder, Images
+from nfzoo.data.digits import DIGITS
+from nfzoo.data.images import ImageFolder, Images
 from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.labels import match_classes
 from nfzoo.data.source import HELD_OUT, Part, open_held_out, open_split

@@ -15,7 +15,8 @@ from torch import Tensor
 from nfzoo.analysis import multi_label as measures
 from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.errors import CheckpointError
-from nfzoo.evaluate.accuracy import Evaluator, Outputs, lines_of
+from nfzoo.evaluate.accuracy import Evaluator, Outputs
+from nfzoo.evaluate.scores import lines_of
 from nfzoo.runtime.device import backend
 from nfzoo.runtime.distributed import gather
 from nfzoo.runtime.output import escaped

@@ -21,8 +21,9 @@ from nfzoo.analysis.figures import new_figure
 from nfzoo.analysis.sheets import SheetEntry, prediction_sheet, thumbnail
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.errors import CheckpointError, ConfigError
-from nfzoo.evaluate.accuracy import Evaluation, Evaluator, Outputs
+from nfzoo.evaluate.accuracy import Evaluator, Outputs
 from nfzoo.evaluate.page import page
+from nfzoo.evaluate.scores import Evaluation
 from nfzoo.files import read_json
 from nfzoo.runtime import program
 from nfzoo.runtime.output import csv_cell, json_text

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nfzoo.evaluate.accuracy import Evaluation, Evaluator
+from nfzoo.evaluate.accuracy import Evaluator
+from nfzoo.evaluate.scores import Evaluation
 from nfzoo.transforms.corruptions import KINDS, SEVERITIES, Corruption
 
 

@@ -14,11 +14,12 @@ from nfzoo.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_descri
 from nfzoo.checkpoint.weight_files import stated_checksum
 from nfzoo.data.label_files import label_files
 from nfzoo.errors import ConfigError, DataError
-from nfzoo.evaluate.accuracy import Evaluator, Outputs, table
+from nfzoo.evaluate.accuracy import Evaluator, Outputs
 from nfzoo.evaluate.multi_label import evaluate_sets, set_table
 from nfzoo.evaluate.multi_label_report import write_set_report
 from nfzoo.evaluate.report import PAGE_FILE, check_folder, measure, write_report
 from nfzoo.evaluate.robustness import robustness, robustness_table
+from nfzoo.evaluate.scores import table
 from nfzoo.runtime import program
 from nfzoo.runtime.output import escaped
 from nfzoo.transforms.corruptions import KINDS

@@ -5,19 +5,61 @@ Every image counts once with any number of processes: their integer counts are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nfzoo.runtime.device import backend
+from nfzoo.runtime.output import escaped
 
 
 def tells_top5(classes: int) -> bool:
     """Return whether a top-5 accuracy says anything; of five classes or fewer it is always 1."""
     return classes > 5
+
+
+class Evaluation(NamedTuple):
+    """The score of a model on a data set, ready for a model card.
+
+    Attributes:
+        model: name of the model, or of its folder.
+        dataset, split, matched_by: see `Labelled`.
+        classes: number of classes in the data.
+        images: number of images that count.
+        skipped: number of unreadable images that were left out.
+        top1, top5, loss: see `Score`.
+        size: side of the input in pixels.
+        resize: the rule of the resize, in words.
+        nfzoo, torch: versions.
+        date: the caller's, never today's, so that a repeated evaluation gives an equal result.
+        trained_on: `True` where most of the images are, by the name of the data, those that the model was trained on.
+        weights: checksum of the weight file, where it states one.
+    """
+
+    model: str
+    dataset: str
+    split: str | None
+    matched_by: str
+    classes: int
+    images: int
+    skipped: int
+    top1: float
+    top5: float
+    loss: float
+    size: int
+    resize: str
+    nfzoo: str
+    torch: str
+    date: str | None = None
+    trained_on: bool | None = None
+    weights: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `evaluation.json`, without fields that are `None`."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
 
 
 class Score(NamedTuple):
@@ -106,3 +148,25 @@ class _Sums:
         if not seen:
             return Score(0, float("nan"), float("nan"), float("nan"), f1)
         return Score(seen, right / seen, right5 / seen, total / seen, f1)
+
+
+def table(result: Evaluation) -> str:
+    """Return an evaluation as lines of text, without the top-5 accuracy of five classes or fewer, which is always 1."""
+    scores = {"top-1": result.top1} | ({"top-5": result.top5} if tells_top5(result.classes) else {})
+    return "\n".join(lines_of(result, {name: f"{value:7.2%}" for name, value in scores.items()}))
+
+
+def lines_of(result: Any, figures: Mapping[str, str]) -> list[str]:
+    """Return the lines that every evaluation has, with its own figures before the loss."""
+    rows = {
+        "model": result.model,
+        "data": result.dataset if result.split is None else f"{result.dataset}, {result.split}",
+        "images": f"{result.images:,}"
+        + (f" ({result.skipped:,} cannot be read)" if result.skipped else "")
+        + (", most of them trained on" if result.trained_on else ""),
+        "classes": f"{result.classes:,}, matched by {result.matched_by}",
+        "input": f"{result.size} x {result.size} pixels ({result.resize})",
+        **figures,
+        "loss": f"{result.loss:7.4f}",
+    }
+    return [f"{key + ':':<9} {escaped(value)}" for key, value in rows.items()]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfzoo.data.images import DIGITS
+from nfzoo.data.digits import DIGITS
 from nfzoo.data.loader import TrainingBatch, evaluation_batches, training_batches
 from nfzoo.data.source import Split
 from nfzoo.errors import ConfigError

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from nfzoo.data.images import Digits
+from nfzoo.data.digits import Digits
 from nfzoo.train.run import main as train
 from tests.support.chromium import FLAGS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nfzoo import dp
-from nfzoo.data.images import Digits
+from nfzoo.data.digits import Digits
 from nfzoo.dp import MissingAccountantError, clipped_sum, epsilon, poisson_sample, private_gradient, train_privately
 from nfzoo.model import apply
 from nfzoo.step import cross_entropy

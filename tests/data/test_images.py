@@ -1,4 +1,4 @@
-"""Images: the embedded digits, folders, what holds of every source, and patterns of file names."""
+"""Images: folders, what holds of every source, and patterns of file names."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from nfzoo.data import images as images_module
-from nfzoo.data.images import Digits, ImageFolder, Texts, expand, is_pattern
+from nfzoo.data.digits import Digits
+from nfzoo.data.images import ImageFolder, Texts, expand, is_pattern
 from nfzoo.data.labels import match_classes
 from nfzoo.data.source import open_all, open_split
 from nfzoo.errors import DataError
@@ -19,18 +20,6 @@ from tests.support.pictures import check_source, write_images
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_images(tmp_path / "pets", {"cat": 10, "dog": 6})
-
-
-def test_digits_are_those_of_scikit_learn() -> None:
-    from sklearn.datasets import load_digits
-
-    digits = Digits.embedded()
-    pixels, labels = load_digits(return_X_y=True)
-    assert np.array_equal(digits.images.reshape(1797, 64), pixels)
-    assert np.array_equal(digits.labels, labels)
-    image, label = digits[3]
-    assert (image.size, image.mode, label) == ((32, 32), "L", 3)
-    assert np.asarray(image).max() > 200
 
 
 def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nfzoo.data import source as source_module
-from nfzoo.data.images import UNLABELLED, Digits, ImageFolder, Images
+from nfzoo.data.digits import Digits
+from nfzoo.data.images import UNLABELLED, ImageFolder, Images
 from nfzoo.data.source import fingerprint, has_held_out, open_all, open_held_out, open_split, split_options
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.transforms.decode import open_image

@@ -61,3 +61,11 @@ def test_nouns_pronouns_and_formulas_are_told_from_verbs() -> None:
         assert begins_with_verb(text), text
     for text in ("The blocks.", "What is read.", "`x + 1`.", "One step.", "N(0, 1).", "2x2 pool."):
         assert not begins_with_verb(text), text
+
+
+def test_a_long_module_says_why() -> None:
+    for folder in ("nfzoo", "hub", "conversion"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            if text.count("\n") > 350:
+                assert re.search(r"\blong(er)?\b", ast.get_docstring(ast.parse(text)) or ""), path

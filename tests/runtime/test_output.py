@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import nfzoo
 from nfzoo.cli.main import COMMANDS, main
-from nfzoo.data.images import DIGITS
+from nfzoo.data.digits import DIGITS
 from nfzoo.runtime.output import csv_cell, escape_log, escaped, guarded, json_text, without_bars
 from tests.support.loops import each
 from tests.support.pictures import write_images

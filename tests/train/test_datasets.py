@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from nfzoo.data.images import Digits, Images
+from nfzoo.data.digits import Digits
+from nfzoo.data.images import Images
 from nfzoo.errors import ConfigError, DataError
 from nfzoo.train.python.datasets import open_dataset, title_of
 from nfzoo.transforms.decode import open_image

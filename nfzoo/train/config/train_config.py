@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from nfzoo.config import MAX_SIDE, is_int
-from nfzoo.data.images import DIGITS
+from nfzoo.data.digits import DIGITS
 from nfzoo.data.label_files import LabelFiles, label_files
 from nfzoo.data.source import HELD_OUT
 from nfzoo.data.workers import PATIENCE
