@@ -136,7 +136,7 @@ def test_a_long_object_with_a_key_twice_is_refused_in_one_pass() -> None:
 
 OPENING = re.compile(r'json\.loads?\(|\.read_(?:text|bytes)\(|\.open\((?:\)|"rb?")|(?<![.\w])open\(')
 OWN = {
-    *("nfzoo/cli/list_models.py", "nfzoo/data/images.py", "nfzoo/data/labels.py"),  # files of the package
+    *("nfzoo/cli/list_models.py", "nfzoo/data/digits.py", "nfzoo/data/labels.py"),  # files of the package
     *("nfzoo/runtime/distributed.py", "nfzoo/checkpoint/weight_files.py"),  # the system's, and what was just written
     *("nfzoo/evaluate/report.py", "nfzoo/evaluate/multi_label_report.py"),  # pictures that were just drawn
     *("nfzoo/train/memory.py", "nfzoo/runtime/program.py"),  # the system's
