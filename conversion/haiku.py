@@ -154,23 +154,29 @@ def canonical(*path: str) -> str:
 def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelConfig]:
     """Return the variant of the zoo whose Haiku tree has these names and shapes, and its configuration.
 
-    The numbers of classes and of input channels are read off. `model` names the variant instead, without a check.
+    The numbers of classes and of input channels are read off. `model` names the variant where several fit, or
+    where none does; then `from_arrays` names what differs.
 
     Raises:
-        ConversionError: if no variant fits or several do, with the nearest.
+        ConversionError: if no variant fits or several do, with the nearest; and if another than `model` fits.
     """
     roots = {path.partition(".")[0] for path in shapes}
     families = {root: family for family, root in _ROOT.items()}
-    if model is not None:
-        row = variant(model)
-        return row, _sized(row.config, shapes)
-    if len(roots) != 1 or not roots <= families.keys():
-        modules = ", ".join(sorted(roots)[:5]) or "nothing"
-        raise ConversionError(f"the tree is of {modules}, not of one of DeepMind's modules {', '.join(families)}")
-    family = families[roots.pop()]
-    rows = [row for row in VARIANTS.values() if row.config.rules == "deepmind" and row.config.family == family]
+    rows = []
+    if len(roots) == 1 and roots <= families.keys():
+        family = families[next(iter(roots))]
+        rows = [row for row in VARIANTS.values() if row.config.rules == "deepmind" and row.config.family == family]
     differences = [(*_differences(_sized(row.config, shapes), shapes), row) for row in rows]
     fitting = [row for count, _, row in differences if not count]
+    if model is not None:
+        row = variant(model)
+        if fitting and row not in fitting:
+            names = " or ".join(other.name for other in fitting)
+            raise ConversionError(f"the tree is of {names}, not of {model}: leave out --model, or name that")
+        return row, _sized(row.config, shapes)
+    if not rows:
+        modules = ", ".join(sorted(roots)[:5]) or "nothing"
+        raise ConversionError(f"the tree is of {modules}, not of one of DeepMind's modules {', '.join(families)}")
     if len(fitting) == 1:
         return fitting[0], _sized(fitting[0].config, shapes)
     if fitting:

@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from nfzoo.analysis.figures import read_metrics
 from nfzoo.checkpoint.model_folder import (
     ONNX_DATA,
     ONNX_FILE,
@@ -108,7 +109,9 @@ def bundle(
     files |= {name: text.encode() for name, text in texts(description).items()}  # folders of old versions lack some
     files |= results
     if RUN_FILE in files:
-        files[RUN_FILE] = _public_run(folder / RUN_FILE)
+        run = _public_run(folder / RUN_FILE)
+        _warn_unfinished(folder, run.get("epochs"))
+        files[RUN_FILE] = yaml.safe_dump(run, sort_keys=False).encode()
     return Bundle({**files, **programs, CARD_FILE: card.encode()}, card)
 
 
@@ -160,7 +163,7 @@ def refusals(repo_id: str) -> Iterator[None]:
         ) from error
 
 
-def _public_run(path: Path) -> bytes:
+def _public_run(path: Path) -> dict[Any, Any]:
     """Return a run's options without its output folder, and other paths without their folders: all are private."""
     try:
         run = strict_yaml.load(read_text(path, strict_yaml.MOST_TEXT))
@@ -175,7 +178,18 @@ def _public_run(path: Path) -> bytes:
     for key, public in named.items():
         if run.get(key) is not None:
             run[key] = public(str(run[key]))
-    return yaml.safe_dump(run, sort_keys=False).encode()
+    return run
+
+
+def _warn_unfinished(folder: Path, epochs: Any) -> None:
+    """Warn if the metrics of a run end before its last epoch, be it interrupted or stopped by patience."""
+    try:
+        done = read_metrics(folder / METRICS_FILE)[-1]["epoch"]
+        unfinished = done < epochs
+    except (OSError, NfzooError, LookupError, TypeError, ValueError):
+        return  # without figures nothing is known
+    if unfinished:
+        logger.warning("the model of %s has been trained for %d of %d epochs", folder, done, epochs)
 
 
 def _check_card(card: str, source: Path) -> None:

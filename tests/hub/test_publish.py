@@ -146,6 +146,15 @@ def test_what_is_published(hub, run):
     assert "](curves.png)" in card
 
 
+def test_a_run_of_fewer_epochs_than_planned_is_published_with_a_warning(run, caplog) -> None:
+    (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    for epochs, said in ((2, []), (5, [f"the model of {run} has been trained for 2 of 5 epochs"])):
+        (run / "train.yaml").write_text(f"model: nfnet-test\nepochs: {epochs}\n")
+        caplog.clear()
+        bundle(run, REPO)
+        assert [record.getMessage() for record in caplog.records] == said
+
+
 def test_evaluations_of_other_weights_and_of_training_images(run: Path) -> None:
     path = run / "evaluation.json"
     fields = json.loads(path.read_text())
