@@ -257,11 +257,10 @@ def draw(plan: Plan, rows: Sequence[Mapping[str, Any]], output: Path) -> None:
                     linewidth=1.8,
                     markersize=5,
                 )
+            axes.set_ylim(0, 102)
             if name == "accuracy":
                 mean, _ = spread([100 * row["accuracy"] for row in best_rate(trained(rows, "none", 0.0, batch))[1]])
                 axes.axhline(mean, color=QUIET, linestyle=(0, (4, 2)), linewidth=1.3, label="no clipping")
-            else:
-                axes.set_ylim(0, 102)
             dress(axes, title, "AGC threshold")
             axes.title.set_fontsize(10)
             axes.set_xticks(list(places), [f"{t:g}" for t in plan.thresholds])
@@ -297,7 +296,18 @@ Every run is a line of `per-example-clipping.jsonl`.
 """
 
 
-READING = ""
+# Written after the run of 2026-11-28; another run's figures need another reading.
+READING = """**Clipped one by one, examples stay independent, and the network learns less here.** With AGC on the mean, other
+batch mates change what an example adds to the update by 15 % to 34 %, and halves that are clipped by themselves, as in a
+naive gradient accumulation, give an update that differs by 9 % to 31 %. Clipped one by one both are 0, but for rounding.
+This costs 5.8 to 8.8 points of held-out accuracy, and a loss in each of the twelve pairs of seeds.
+
+At 0.04 more units are clipped one by one than of the mean, and at 0.01 about as many. Of the mean, fewer are clipped in
+the larger batch, as its noise averages out: 21 % after 33 %, and 49 % after 60 %. One by one the batch size hardly
+matters. The threshold of private training is another one, a norm of all parameters together.
+
+The runs are short, and no rate is below 0.1, where most runs without clipping diverge already; lower rates may suit
+them. The difference between the two ways was seen on one network and one set of photographs."""
 
 
 def main(argv: list[str] | None = None) -> int:
