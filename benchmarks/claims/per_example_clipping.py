@@ -297,13 +297,14 @@ Every run is a line of `per-example-clipping.jsonl`.
 
 
 # Written after the run of 2026-11-28; another run's figures need another reading.
-READING = """**Clipped one by one, examples stay independent, and the network learns less here.** With AGC on the mean, other
-batch mates change what an example adds to the update by 15 % to 34 %, and halves that are clipped by themselves, as in a
-naive gradient accumulation, give an update that differs by 9 % to 31 %. Clipped one by one both are 0, but for rounding.
-This costs 5.8 to 8.8 points of held-out accuracy, and a loss in each of the twelve pairs of seeds.
+READING = """**Clipped one by one, examples stay independent, and the network learns less here.** With AGC on the
+mean, other batch mates change what an example adds to the update by 15 % to 34 %, and halves that are clipped by
+themselves, as in a naive gradient accumulation, give an update that differs by 9 % to 31 %. Clipped one by one both
+are 0, but for rounding. This costs 5.8 to 8.8 points of held-out accuracy, and a loss in each of the twelve pairs of
+seeds.
 
-At 0.04 more units are clipped one by one than of the mean, and at 0.01 about as many. Of the mean, fewer are clipped in
-the larger batch, as its noise averages out: 21 % after 33 %, and 49 % after 60 %. One by one the batch size hardly
+At 0.04 more units are clipped one by one than of the mean, and at 0.01 about as many. Of the mean, fewer are clipped
+in the larger batch, as its noise averages out: 21 % after 33 %, and 49 % after 60 %. One by one the batch size hardly
 matters. The threshold of private training is another one, a norm of all parameters together.
 
 The runs are short, and no rate is below 0.1, where most runs without clipping diverge already; lower rates may suit
