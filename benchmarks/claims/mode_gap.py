@@ -218,7 +218,17 @@ Every run is a line of `mode-gap.jsonl`.
 """
 
 
-READING = ""
+# Written after the run of 2026-11-28; another run's figures need another reading.
+READING = """**Without masks, an NF-ResNet has no gap at all: its two modes are one function.** With dropout and
+stochastic depth its held-out loss is 0.072 lower in evaluation mode, and its accuracy 2.8 points higher. The gap of
+the twin grows as its batches shrink, from 0.016 at 64 to 0.085 at 8, where it is as large as that of the masks. Only
+the NF-ResNet's gap can be switched off without another batch size.
+
+**What the masks are for is seen as well.** Without them the NF-ResNet's held-out loss is 0.50 above that of the
+training images. With both it is 0.30, as in the twin at a batch of 64, which has neither. The twin at a batch of 8,
+whose noise is larger, has 0.21. The masks lower the held-out loss by 0.04 on average, of which the spread of the
+seeds is as much, and change the accuracy by no more than that. In these short runs the twin's held-out loss stays 0.1
+lower."""
 
 
 def main(argv: list[str] | None = None) -> int:
