@@ -329,7 +329,8 @@ def training_table(rows: Sequence[Mapping[str, Any]], test: str, ways: Sequence[
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for way in ways:
-        own = rows_of(rows, test, way=way)
+        if not (own := rows_of(rows, test, way=way)):
+            continue
         rate, best = best_rate(own)
         top = [100 * row["accuracy"] for row in own if row["rate"] == max(r["rate"] for r in own)]
         losses = [row["loss"] for row in best if row["loss"] is not None]
@@ -373,14 +374,18 @@ def draw(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
         (sam, "SAM", ["none", "same images", "other images"], "SAM, ascent of …"),
     ):
         for i, way in enumerate(ways):
-            mean, std = spread([100 * row["accuracy"] for row in best_rate(rows_of(rows, test, way=way))[1]])
+            if not (own := rows_of(rows, test, way=way)):
+                continue
+            mean, std = spread([100 * row["accuracy"] for row in best_rate(own)[1]])
             axes.errorbar([i], [mean], [std], fmt="o", capsize=4, color=ORANGE if i else BLUE, ecolor=INK)
         dress(axes, title, "")
         axes.set_xticks(range(len(ways)), [way.replace(" ", "\n") for way in ways], fontsize=7.5, color=QUIET)
         axes.set_ylabel("held-out accuracy (%)", color=QUIET)
         axes.set_xlim(-0.5, len(ways) - 0.5)
-    points = [spread([100 * row["accuracy"] for row in rows_of(rows, "test size", size=size)]) for size in SIZES]
-    sizes.errorbar(SIZES, [p[0] for p in points], [p[1] for p in points], fmt="o-", capsize=4, color=BLUE, ecolor=INK)
+    if tried := rows_of(rows, "test size"):
+        points = [spread([100 * row["accuracy"] for row in tried if row["size"] == size]) for size in SIZES]
+        means, stds = zip(*points, strict=True)
+        sizes.errorbar(SIZES, means, stds, fmt="o-", capsize=4, color=BLUE, ecolor=INK)
     sizes.axvline(CROP, color=QUIET, linestyle=(0, (4, 2)), linewidth=1.3)
     dress(sizes, f"Trained on crops of {CROP} pixels", "test size, pixels")
     for axes in (layers, sam, sizes):
@@ -437,7 +442,7 @@ def page(plan: Plan, rows: Sequence[Mapping[str, Any]], data: Data, source: str,
 - on: {machine()}
 - command: `{command}`
 
-![accuracies](small-claims.png)
+{"![accuracies](small-claims.png)" if rows_of(rows, "test size") else ""}
 
 {READING}
 
@@ -446,7 +451,23 @@ Every figure is in `small-claims.jsonl`.
 """
 
 
-READING = ""
+# Written after the run of 2026-11-28; another run's figures need another reading.
+READING = """**At the start, what the papers predict holds on noise.** The stream of an NF-ResNet-50 has 0.94 of the
+variance that its betas assume with alpha 0.2, and 0.82 with alpha 1; the lowest block has 0.85 and 0.59, where the
+padding of small maps takes some. On these photographs, enlarged and smooth, it has a quarter from the first block on:
+a standardised kernel has a sum of zero, and answers smooth images weakly. The ratio stays near there through the
+network.
+
+After 20 layers of ReLU with plain kernels two photographs have a cosine of 0.91, and squared channel means of 465.
+With standardised kernels these are 0.01 and 0.003.
+
+**AGC on the classifier's weight costs 6.5 and 5.2 points with two seeds, and gains 0.5 with the third.** Without AGC
+on the first convolution all three diverge at this rate, which is high. On a CPU, batch normalisation costs less than
+what replaces it: the twin's step takes 0.81 to 0.91 of the time of the NF-ResNet's, which standardises each weight in
+each step, at a cost that does not depend on the batch.
+
+AGC without each stage, *skip gain*, *SAM* and *test size* were not run in this measurement; the command goes on with
+them."""
 
 
 def main(argv: list[str] | None = None) -> int:
