@@ -379,7 +379,7 @@ def page(
 READING = """**The NF-ResNet computes each image by itself, and the same in both modes. Its twin does not, at any
 batch size.** Other batch mates change no bit of an image's logits and gradient in the NF-ResNet. In the twin they
 change the logits by as much as their own norm in batches of 2, and by 9 % in batches of 128. Its two modes differ by
-110 % in batches of 2, and by 10 % in batches of 128.
+112 % in batches of 2, and by 10 % in batches of 128.
 
 Two processes take the NF-ResNet's parameters where one process takes them, but for rounding. The twin's change
 differs by 120 %, though both of its runs see the same images in the same order. Two processes always equal one
