@@ -1,4 +1,4 @@
-"""The fastest ways to run a network on a CPU: nfzoo's, chosen by `NFNet.optimize`, beside timm's and other runtimes'."""
+"""The fastest ways to run a network on a CPU: what `NFNet.optimize` chooses, beside timm and other runtimes."""
 
 from __future__ import annotations
 
@@ -20,42 +20,36 @@ from benchmarks.report import Options, Page, Table, number
 from nfzoo.nn import NFNet
 from nfzoo.runtime import execution
 
-PRECISIONS = (torch.float32, torch.bfloat16)
 BATCHES = (1, 16)
 COMPILED = 1  # images, beyond which nothing is compiled: it would take longer than all the rest
 
 
 def optimized(options: Options) -> Page:
-    """Measure both precisions; more than one image in a third of the rounds."""
+    """Measure batches of one image and of several, the latter in a third of the rounds."""
+    work = options.work
+    rate = timing.matmul_rate(work.device, work.dtype, size=512 if options.quick else None)
     tables = []
     for batch in options.batches or BATCHES:
-        for dtype in PRECISIONS:
-            work = options.work._replace(dtype=dtype)
-            rate = timing.matmul_rate(work.device, dtype, size=512 if options.quick else None)
-            rows = []
-            for variant in options.models or ["nfnet-f0"]:
-                size = options.size or (64 if options.quick else contenders.sizes(variant)[1])
-                calls = _calls(variant, work, batch, size, compiled=options.compiled and batch <= COMPILED)
-                rounds = options.rounds if batch == 1 else max(3, options.rounds // 3)
-                times = timing.interleave(calls, work.device, rounds=rounds, warm=1)
-                floor = batch * contenders.macs(variant, size) / rate
-                base = times["nfzoo prepacked"]
-                for name, values in times.items():
-                    ms, against = 1e3 * timing.median(values) / batch, timing.ratio(base, values)
-                    rows.append(
-                        [variant, str(size), name, number(ms), number(against), number(ms * batch / 1e3 / floor)]
-                    )
-                rows.append([variant, str(size), "floor", number(1e3 * floor / batch), "", ""])
-                calls.clear()
-                gc.collect()
-            precision = str(dtype).removeprefix("torch.")
-            title = f"Inference, batch {batch}, {precision}, {torch.get_num_threads()} thread(s)"
-            header = ["model", "pixels", "contender", "ms an image", "prepacked / it", "it / floor"]
-            note = (
-                f"The floor is the multiply-accumulates at {rate / 1e12:.3g} T a second, the rate of a large product."
-            )
-            tables.append(Table(title, header, rows, note))
-            print(tables[-1].markdown(), file=sys.stderr, flush=True)  # it takes minutes
+        rows = []
+        for variant in options.models or ["nfnet-f0"]:
+            size = options.size or (64 if options.quick else contenders.sizes(variant)[1])
+            calls = _calls(variant, work, batch, size, compiled=options.compiled and batch <= COMPILED)
+            rounds = options.rounds if batch == 1 else max(3, options.rounds // 3)
+            times = timing.interleave(calls, work.device, rounds=rounds, warm=1)
+            floor = contenders.macs(variant, size) / rate
+            for name, values in times.items():
+                seconds = timing.median(values) / batch
+                against = timing.ratio(times["nfzoo prepacked"], values)
+                rows.append([variant, str(size), name, number(1e3 * seconds), number(against), number(seconds / floor)])
+            rows.append([variant, str(size), "floor", number(1e3 * floor), "", ""])
+            calls.clear()
+            gc.collect()
+        precision = str(work.dtype).removeprefix("torch.")
+        title = f"Inference, batch {batch}, {precision}, {torch.get_num_threads()} thread(s)"
+        header = ["model", "pixels", "contender", "ms an image", "prepacked / it", "it / floor"]
+        note = f"The floor is the multiply-accumulates at {rate / 1e12:.3g} T a second, the rate of a large product."
+        tables.append(Table(title, header, rows, note))
+        print(tables[-1].markdown(), file=sys.stderr, flush=True)  # it takes minutes
     return "The fastest ways on a CPU", tables, []
 
 
