@@ -206,6 +206,11 @@ def test_many_images_are_worth_a_folded_form() -> None:
         assert lean.config.folded
         assert relative(lean(x), made(x)) < FOLDED
     assert execution.for_many(lean, execution.MANY, cpu) is lean
+    hook = made.get_submodule("stem.conv0").register_forward_hook(lambda *_: None)
+    assert execution.for_many(made, execution.MANY, cpu) is made
+    hook.remove()
+    made.head = nn.Sequential(nn.Linear(made.num_features, 3))
+    assert execution.for_many(made, execution.MANY, cpu) is made
 
 
 @pytest.mark.slow
