@@ -252,7 +252,7 @@ def test_another_backend_gets_batches_of_one_size(
     for part in sorted(plain.glob("part-*")):
         ours, theirs = (np.load(root / part.name)["embeddings"] for root in (other, plain))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert manifest(other)["run"]["backend"] == "openvino"
+    assert manifest(other)["runs"][0]["backend"] == "openvino"
     for changed, message in (
         ({"backend": "tensorrt"}, "torch or openvino"),
         ({"backend": "openvino", "compile": True}, "OpenVINO compiles"),
