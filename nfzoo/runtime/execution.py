@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,8 @@ MANY = 64
 """Images from which on it pays to fold a model and lay out its weights: see `for_many`."""
 
 
-class Model(Protocol):
-    """What is needed of an `NFNet`, which imports this module."""
-
-    execution: Execution | None
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-    def embed(self, x: Tensor) -> Tensor: ...
-    def as_modules(self) -> nn.Sequential: ...
-    def prepack(self) -> Any: ...
-    def compile_blocks(self) -> Any: ...
-    @property
-    def head(self) -> Any: ...
-
+Model = Any
+"""An `NFNet`, whose module imports this one."""
 
 Outputs = tuple[Tensor, Tensor]
 """Pooled features `(N, F)` and logits `(N, classes)`."""
