@@ -39,6 +39,7 @@ def jobs(models: Sequence[str]) -> list[Job]:
         Job("compile"),
         Job("shell"),
         Job("boundary", small),
+        Job("optimize"),
         *(Job("inference", m) for m in rest),
     ]
 

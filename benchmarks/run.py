@@ -11,6 +11,7 @@
     python benchmarks/run.py boundary                 # what it costs that a graph ends with each block
     python benchmarks/run.py grouped                  # the grouped 3x3 convolutions in several ways
     python benchmarks/run.py profile                  # where a training step spends its time
+    python benchmarks/run.py optimize                 # the fastest ways on a CPU, and those of other runtimes
     python benchmarks/run.py all                      # all of them; --budget 600 ends after so many seconds
 
 Needs torch >= 2.11, timm, Pillow and safetensors, and nfzoo's sources beside this folder; nothing is installed. Results

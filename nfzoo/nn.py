@@ -26,6 +26,7 @@ from nfzoo.model import fold
 from nfzoo.models.functional import register_activation as register_activation
 from nfzoo.models.modules import module_tree, tree_keys
 from nfzoo.models.onednn import PackedBlock
+from nfzoo.runtime import execution as executions
 from nfzoo.runtime.block_module import (
     BlockModule,
     Classifier,
@@ -73,12 +74,14 @@ class NFNet(TimmInterface):
         thresholds: of a multi-label model, one number from 0 to 1 for each class: an image has the labels whose
             sigmoids are not below them; `None` for 0.5 each. They are saved with the model; another classifier leaves
             them out.
+        execution: how a model that `optimize` returned computes, and what was measured; else `None`.
         pool: activation and mean over the pixels. A module in its place gets the map before the activation.
         head: the classifier. Another module of pooled features may stand in its place; then `labels` are gone. With an
             `nn.Linear` with bias or an `nn.Identity` there, `config` follows, and the model can be saved and folded.
     """
 
     head: nn.Module
+    execution: executions.Execution | None = None
     _no_split_modules = (BlockModule.__name__, Classifier.__name__)  # accelerate and FSDP keep these on one device
 
     def __init__(
@@ -235,15 +238,25 @@ class NFNet(TimmInterface):
             self._check_trainable()
         if self.training and noise is None:
             noise = functional_model.sample_noise(self.config, x.shape[0], device=x.device, dtype=x.dtype)
+        blocks = self._blocks()
+        if self.execution is not None and not isinstance(x, fx.Proxy):
+            if outputs := self.execution.outputs(x, blocks):
+                return outputs[1]
+            x = self.execution.images(x)
         # NFNet.forward == model.apply, tests/core/test_nn.py
-        for block, run in zip(self.plan, self._blocks(), strict=True):
+        for block, run in zip(self.plan, blocks, strict=True):
             x = run(x, None if noise is None else noise.get(block.name))
         return x
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the pooled features `(N, F)` of normalised images, without noise."""
         check_input(x, self.config.in_channels)
-        for run in self._blocks()[:-1]:
+        *blocks, _ = whole = self._blocks()
+        if self.execution is not None and not isinstance(x, fx.Proxy):
+            if outputs := self.execution.outputs(x, whole):
+                return outputs[0]
+            x = self.execution.images(x)
+        for run in blocks:
             x = run(x)
         return x
 
@@ -383,6 +396,63 @@ class NFNet(TimmInterface):
             if isinstance(module, BlockModule):
                 module.fn = PackedBlock(module.block.fn) if enabled else module.block.fn
         return self
+
+    def optimize(
+        self,
+        *,
+        batch: int = 1,
+        size: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        compile: bool = False,
+        backend: str = "torch",
+        tolerance: float | None = None,
+    ) -> NFNet:
+        """Return a folded model that computes batches of one shape by the fastest way that was measured on this CPU.
+
+        Ways are the plain blocks with images in either layout, and `prepack`. Each computes a few batches of random
+        numbers, which takes seconds and depends on the number of threads. Its logits have to agree with the model's.
+        The choice and all times are in `execution` of the result, and are logged. The result has parameters of its own
+        only in another dtype. It is used, saved and pickled like any model, and computes other shapes as well.
+
+        Args:
+            batch: images of a batch.
+            size: their side in pixels; by default the model's test size.
+            dtype: of parameters and images, such as `"bf16"`; by default the model's.
+            compile: measure also `compile_blocks`, and the whole network compiled with its weights as constants. This
+                takes up to minutes, and needs a C++ compiler.
+            backend: `"torch"`; `"openvino"`, which alone is then taken; or `"any"`, of which the fastest is. OpenVINO
+                needs the extra `nfzoo[openvino]`, and computes batches of the given shape alone; the blocks compute
+                others.
+            tolerance: largest |logits - model's| / |model's|; by default 1e-4 in float32 and 0.05 in bfloat16.
+
+        Raises:
+            ConfigError: for a model that is not folded or not on the CPU, for options out of range, and if no way
+                agrees with the model.
+        """
+        if not self.config.folded:
+            raise ConfigError("optimize is for models folded for inference: call for_inference() first")
+        p = next(self.parameters())
+        if p.device.type != "cpu":
+            raise ConfigError(f"optimize chooses among ways to compute on the CPU; the model is on {p.device}")
+        self._check_foldable()
+        target = executions.dtype_of(dtype, p.dtype)
+        found = executions.candidates(backend, compile=compile, dtype=target)
+        side = self.preprocessing.test_size if size is None else size
+        x = executions.example(batch, self.config.in_channels, side)
+        params = {name: value.detach() for name, value in self.named_parameters()}
+        with torch.no_grad():
+            reference = NFNet.from_params(self.description, params)(x.to(p.dtype))
+        own = {name: value.to(target) for name, value in params.items()}
+        make = functools.partial(NFNet.from_params, self.description, own)
+        return executions.fastest(make, reference, x.to(target), found, tolerance=tolerance)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        execution = self.execution
+        if execution is not None and execution.program is not None:
+            logger.warning("a copy of the model computes block by block, without %s: call optimize()", execution.form)
+            state.pop("execution")
+        return state
 
     def checkpoint_blocks(self, *, enabled: bool = True) -> Self:
         """Keep only the blocks' inputs for the backward pass, which recomputes the other activations; return the model.

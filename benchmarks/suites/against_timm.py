@@ -19,7 +19,7 @@ import nfzoo
 from benchmarks import contenders, peer, report, timing
 from benchmarks.contenders import Work
 from benchmarks.report import Options, Page, Table, number
-from benchmarks.suites import graph_boundary, grouped_conv, profiles
+from benchmarks.suites import graph_boundary, grouped_conv, optimized, profiles
 from nfzoo.model import apply, specs
 from nfzoo.optim.agc_sgd import AGCSGD
 from nfzoo.optim.sgd import CLIPPED, DECAYED
@@ -512,4 +512,5 @@ SUITES: dict[str, Callable[[Options], Page]] = {
     "boundary": boundary,
     "grouped": grouped_conv.page,
     "profile": profile,
+    "optimize": optimized.optimized,
 }

@@ -65,7 +65,7 @@ class Gallery:
         with self._lock:
             if choice not in self._loaded:
                 try:
-                    self._loaded[choice] = self._load(self.sources[choice]).eval()
+                    self._loaded[choice] = _lean(self._load(self.sources[choice]).eval())
                 except (NfzooError, OSError) as error:
                     logger.warning("%s cannot be loaded: %s", self.sources[choice], error)
                     raise SpaceError(f"{choice} cannot be loaded. The log of the server says why.") from error
@@ -99,6 +99,11 @@ class Gallery:
         shown = [(escaped(label), p) for label, p in top]
         twice = {label for label, count in Counter(label for label, _ in shown).items() if count > 1}
         return {f"{label} ({i})" if label in twice else label: p for i, (label, p) in enumerate(shown, start=1)}
+
+
+def _lean(model: NFNet) -> NFNet:
+    """Return the folded model, with its weights laid out for one picture at a time."""
+    return (model if model.config.folded else model.for_inference()).prepack()
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:

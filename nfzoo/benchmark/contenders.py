@@ -112,6 +112,10 @@ def _prepacked(task: Task, precision: str) -> Program:
     return _called(_cast(task.folded, precision).prepack())
 
 
+def _optimized(task: Task, precision: str) -> Program:
+    return _called(task.folded.optimize(batch=task.batch, size=task.size, dtype=precision))
+
+
 def _compiled(task: Task, precision: str) -> Program:
     return _called(_cast(task.folded, precision).compile_blocks())
 
@@ -234,6 +238,8 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender("openvino", "float32", _openvino, "openvino,export", ("openvino", *_ONNX)),
     Contender("openvino", "bf16", _openvino, "openvino,export", ("openvino", *_ONNX)),
     Contender("openvino", "int8", _openvino, "openvino,export", ("openvino", *_ONNX)),
+    Contender("optimized", "float32", _optimized),
+    Contender("optimized", "bf16", _optimized),
 )
 """All ways, the first of which the others are compared with."""
 

@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  aoti       compiled by torch's AOTInductor to a file\n"
         "  torch      a program of torch.export\n"
         "  onnx       an ONNX file, by ONNX Runtime; needs nfzoo[export]\n"
-        "  openvino   the same file, by OpenVINO; needs nfzoo[openvino,export]\n\n"
+        "  openvino   the same file, by OpenVINO; needs nfzoo[openvino,export]\n"
+        "  optimized  what optimize() chooses here\n\n"
         "example: nfzoo benchmark runs/digits --data digits --formats eager,folded,prepacked",
     )
     parser.add_argument(

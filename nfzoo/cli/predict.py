@@ -12,6 +12,8 @@ from nfzoo.analysis.explanations import METHODS
 from nfzoo.errors import ConfigError
 from nfzoo.predict import Prediction, image_files, predict
 from nfzoo.runtime import program
+from nfzoo.runtime.device import usable_device
+from nfzoo.runtime.execution import for_many
 from nfzoo.runtime.output import escaped
 
 
@@ -65,6 +67,8 @@ def _predict(options: argparse.Namespace) -> None:
         program.check_writable(options.sheet)
     files = image_files(options.images, without=options.sheet)
     model = from_pretrained(options.model, **program.source_options(options))
+    if options.explain is None:  # which takes gradients
+        model = for_many(model, len(files), usable_device(options.device))
     predictions = predict(
         model,
         files,

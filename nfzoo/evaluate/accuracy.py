@@ -5,6 +5,7 @@ Every image counts once with any number of processes: their integer counts are a
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from nfzoo.model import apply
 from nfzoo.nn import NFNet
 from nfzoo.runtime.device import backend, default_workers, processes, share_of
 from nfzoo.runtime.distributed import gather
+from nfzoo.runtime.execution import for_many
 from nfzoo.transforms.corruptions import Corruption
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ class Outputs(NamedTuple):
 class Evaluator:
     """A model on its device, and labelled images of which several processes (of Accelerate) take equal shares.
 
-    The model computes in its trained form, which gives the same bits as in training.
+    The model computes in its trained form, which gives the same bits as in training. For many images on a CPU, its
+    folded form computes the same to within 1e-5 of the logits' norm in half of the time: see `for_many`.
 
     Attributes:
         model, name: the model, and its name in the result.
@@ -223,13 +226,18 @@ class Evaluator:
             corruption=corruption,
         )
 
+    @functools.cached_property
+    def _lean(self) -> NFNet:
+        """The form of the model that computes: see `for_many`."""
+        return for_many(self.model, len(self.labelled.images), self.device)
+
     def _function(self, kept: list[Tensor] | None) -> Callable[[Tensor], Tensor]:
         """Return the function from images to logits, which it keeps on the CPU if asked."""
-        model = self.model
+        model, lean = self.model, self._lean
         params, dtype = dict(model.named_parameters()), next(model.parameters()).dtype
 
         def logits(x: Tensor) -> Tensor:
-            outputs = apply(model.config, params, x.to(dtype))
+            outputs = apply(model.config, params, x.to(dtype)) if lean is model else lean(x.to(dtype))
             if kept is not None:
                 kept.append(outputs.float().cpu())
             return outputs

@@ -43,7 +43,7 @@ class FoldedConv:
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         _refuse(keep)
-        x = x if self.before is None else nf.activate(x, self.before)
+        x = x if self.before is None else onednn.activate(x, self.before)
         return conv2d(
             x, p["weight"], p["bias"], activation=self.after, same=self.same, stride=self.stride, alone=self.alone
         )
@@ -115,7 +115,7 @@ class FoldedBlock:
 
     def act(self, x: Tensor) -> Tensor:
         """Apply the activation; its gamma is in the weights that read it."""
-        return nf.activate(x, self.activation)
+        return onednn.activate(x, self.activation)
 
     def conv(
         self, p: Mapping[str, Tensor], name: str, x: Tensor, activation: str | None = None, **geometry: int
@@ -167,7 +167,7 @@ class FoldedPool:
 
     def act(self, x: Tensor) -> Tensor:
         """Apply the activation without gamma, unless the block before has."""
-        return x if self.before is None else nf.activate(x, self.before)
+        return x if self.before is None else onednn.activate(x, self.before)
 
     def activated(self, x: Tensor) -> Tensor:
         """Return the map whose mean is the output."""
@@ -184,6 +184,9 @@ def folded_classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, 
 def squeeze_excite(p: Mapping[str, Tensor], x: Tensor, *, alone: bool) -> Tensor:
     """Return the gates of `nf.squeeze_excite`, by kernels that add bias and apply ReLU where there are such."""
     weights = (p["se.fc0.weight"], p["se.fc0.bias"], p["se.fc1.weight"], p["se.fc1.bias"])
+    if isinstance(weights[0], onednn.PackedWeight):  # as 1x1 kernels
+        hidden = onednn.conv2d(nf.global_mean(x)[:, :, None, None], *weights[:2], activation="relu", alone=alone)
+        return torch.sigmoid(onednn.conv2d(hidden, *weights[2:], alone=alone))
     if not cublas.supports(x, *weights, alone=alone):
         return nf.squeeze_excite(p, x)
     hidden = cublas.linear(nf.global_mean(x), *weights[:2], "relu")

@@ -47,8 +47,8 @@ def check(model: NFNet, contenders: Sequence[Contender], *, batch: int = 2) -> l
 
 
 def test_in_torch(model: NFNet) -> None:
-    results = check(model, chosen(["eager", "folded", "prepacked"], None))
-    assert len(results) == 6
+    results = check(model, chosen(["eager", "folded", "prepacked", "optimized"], None))
+    assert len(results) == 8
     mb = {(r.format, r.precision): r.megabytes or 0 for r in results}
     assert mb["folded", "bf16"] == mb["folded", "float32"] / 2
 

@@ -27,6 +27,7 @@ from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.errors import CheckpointError, ConfigError, DataError
 from nfzoo.nn import NFNet
 from nfzoo.predict import image_files, predict
+from nfzoo.runtime import execution
 from tests.evaluate.test_accuracy import make_model
 from tests.support.forks import FORK, run_in_group
 from tests.support.helpers import relative
@@ -224,6 +225,40 @@ def test_low_precision_is_near_and_not_equal(model: NFNet, folder: Path, tmp_pat
 
 
 # -- going on
+
+
+def test_another_backend_gets_batches_of_one_size(
+    model: NFNet, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    options: dict[str, Any] = {"shard_size": 10, "batch_size": 4, "device": "cpu", "embeddings": True}
+    predict_all(model, str(folder), plain, **options)
+    shapes: list[tuple[int, ...]] = []
+
+    def make(model: Any, x: torch.Tensor) -> Any:
+        blocks = copy.copy(model)
+
+        def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            shapes.append(tuple(x.shape))
+            pooled = blocks.embed(x)
+            return pooled, blocks.head(pooled)
+
+        return run
+
+    monkeypatch.setattr(execution, "candidates", lambda *_, **__: [execution.Candidate("openvino", True, make)])
+    predict_all(model, str(folder), other, backend="openvino", **options)
+    side = model.preprocessing.test_size
+    assert set(shapes) == {(4, 3, side, side)}
+    for part in sorted(plain.glob("part-*")):
+        ours, theirs = (np.load(root / part.name)["embeddings"] for root in (other, plain))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert manifest(other)["runs"][0]["backend"] == "openvino"
+    for changed, message in (
+        ({"backend": "tensorrt"}, "torch or openvino"),
+        ({"backend": "openvino", "compile": True}, "OpenVINO compiles"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            predict_all(model, str(folder), tmp_path / "none", **{**options, **changed})
 
 
 def test_what_is_there_is_left_alone(

@@ -20,7 +20,9 @@ from nfzoo.data.label_files import LabelFiles
 from nfzoo.data.labels import imagenet, imagenet_wnids
 from nfzoo.data.source import open_split
 from nfzoo.evaluate import Evaluation, evaluate, main, open_labelled, score, table
+from nfzoo.evaluate.accuracy import Evaluator
 from nfzoo.nn import NFNet
+from nfzoo.runtime import execution
 from tests.support.forks import run_in_group
 from tests.support.pictures import write_images
 
@@ -105,6 +107,18 @@ def test_a_trained_model_is_scored_as_in_training(tmp_path: Path) -> None:
     assert found.top1 == row["ema_accuracy"]
     assert found.loss == pytest.approx(row["ema_loss"], abs=LOSS_TOLERANCE)
     assert (found.dataset, found.split, found.images) == ("pets", "val", 11)
+
+
+def test_many_images_are_computed_by_the_folded_form(
+    model: NFNet, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = Evaluator.prepare(model, str(folder), workers=0, device="cpu").outputs()[1].logits
+    monkeypatch.setattr(execution, "MANY", 1)
+    evaluation, outputs = Evaluator.prepare(model, str(folder), workers=0, device="cpu").outputs()
+    difference = np.linalg.norm(outputs.logits - exact) / np.linalg.norm(exact)
+    assert 0 < difference < 1e-5
+    assert evaluation.images == len(exact)
+    assert not model.config.folded
 
 
 def test_of_the_digits_those_held_out_from_training_are_taken() -> None:

@@ -46,7 +46,7 @@ SEAMS = {
     "torchax": ("nfzoo.export.tpu_worker",),
     "gradio": ("nfzoo.hub.space.app",),
     "jax": ("nfzoo.conversion.verify", "nfzoo.export.tpu_worker"),
-    "openvino": ("nfzoo.benchmark.contenders",),
+    "openvino": ("nfzoo.benchmark.contenders", "nfzoo.runtime.execution"),
     "starlette": ("nfzoo.serve.app", "nfzoo.serve.body", "tests.serve.test_body"),
     "uvicorn": ("nfzoo.serve.run",),
     "python_multipart": ("nfzoo.serve.body",),
