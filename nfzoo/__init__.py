@@ -29,6 +29,7 @@ from nfzoo.errors import (
     UnknownModelError,
 )
 from nfzoo.runtime.output import escape_log
+from nfzoo.runtime.threads import is_program, wait_briefly
 from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ _LAZY = {
 }
 
 escape_log()
+if is_program(__name__):  # such as `python -m nfzoo.train`, which imports torch before it comes to `__main__`
+    wait_briefly()
 
 try:
     __version__ = version("nfzoo")

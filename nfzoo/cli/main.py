@@ -12,6 +12,7 @@ from nfzoo import __version__
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.runtime import program
 from nfzoo.runtime.output import guarded
+from nfzoo.runtime.threads import wait_briefly
 
 # Name -> (module, function, summary). A module is imported when its command is called.
 COMMANDS = {
@@ -54,6 +55,7 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    wait_briefly()
     try:
         if arguments and arguments[0] in COMMANDS:
             module, function, _ = COMMANDS[arguments[0]]

@@ -1,0 +1,192 @@
+"""Measure how OpenMP's threads should wait while nfzoo trains or answers on a CPU: alone, and beside a busy process.
+
+    python -m benchmarks.systems.wait_policy --output benchmarks/results     # about three minutes, on an idle machine
+
+Each policy has a process of its own, since OpenMP reads its variables once. The processes take turns: in a round each
+works for a second while the others sleep. The busy process is a loop of Python. Ratios are medians over the rounds of
+ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from benchmarks import timing
+from benchmarks.report import Table, machine, publish
+
+POLICIES: dict[str, dict[str, str]] = {
+    "OpenMP's own": {},
+    "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SECONDS = 1.0  # of a turn
+TASKS = ("training nfnet-test", "training nfnet-f0", "one image, nfnet-f0")
+
+
+class Worker:
+    """A process under one policy, which measures when it is asked to."""
+
+    def __init__(self, environment: dict[str, str], task: str) -> None:
+        own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+        command = [sys.executable, "-m", "benchmarks.systems.wait_policy", "--work", task]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env={**own, **environment}, **pipes)  # type: ignore[call-overload]
+
+    def _stream(self, stream: IO[str] | None) -> IO[str]:
+        assert stream is not None
+        return stream
+
+    def ready(self) -> None:
+        """Wait until it has prepared its task."""
+        line = self._stream(self.process.stdout).readline()
+        if line != "ready\n":
+            raise RuntimeError(f"a worker said {line!r}")
+
+    def turn(self) -> float:
+        """Let it work for a turn, and return milliseconds per call."""
+        stdin = self._stream(self.process.stdin)
+        stdin.write("go\n")
+        stdin.flush()
+        return 1e3 * float(self._stream(self.process.stdout).readline())
+
+    def prefer(self, wanted: bool) -> None:
+        """Let its threads run before all other programs on the machine, or no longer."""
+        policy, priority = (os.SCHED_FIFO, 1) if wanted else (os.SCHED_OTHER, 0)
+        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))
+
+    def close(self) -> None:
+        self._stream(self.process.stdin).close()
+        self.process.wait()
+
+
+def prepared(task: str) -> Callable[[], object]:
+    """Return the call that a task repeats."""
+    import torch
+
+    from benchmarks.contenders import Work, network, train_nfzoo
+
+    work = Work(torch.device("cpu"), torch.float32)
+    if task == "training nfnet-test":
+        return train_nfzoo("nfnet-test", work, batch=32, size=32, compiled=False).step
+    if task == "training nfnet-f0":
+        return train_nfzoo("nfnet-f0", work, batch=8, size=64, compiled=False).step
+    net, image = network("nfnet-f0", work, training=False).for_inference().prepack(), work.images(1, 192)
+
+    @torch.no_grad()
+    def call() -> object:
+        return net(image)
+
+    return call
+
+
+def serve(task: str) -> None:
+    """Prepare a task; for each line of standard input work for a turn and print the seconds per call."""
+    with contextlib.redirect_stdout(sys.stderr):
+        call = prepared(task)
+        for _ in range(3):
+            call()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start, calls = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < SECONDS:
+            call()
+            calls += 1
+        print(spent / calls, flush=True)
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keep `count` processes busy in the block."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def measured(task: str, rounds: int, *, preferred: bool) -> dict[int, dict[str, list[float]]]:
+    """Return milliseconds per call of each policy in each round, alone (0) and beside one busy process (1)."""
+    workers = {name: Worker(environment, task) for name, environment in POLICIES.items()}
+    times: dict[int, dict[str, list[float]]] = {}
+    for worker in workers.values():
+        if preferred:
+            worker.prefer(True)
+        worker.ready()
+    for others in (0, 1):
+        times[others] = {name: [] for name in workers}
+        if preferred:
+            for worker in workers.values():
+                worker.prefer(not others)
+        with busy(others):
+            for turn in range(rounds):
+                for name in list(workers) if turn % 2 == 0 else reversed(list(workers)):
+                    times[others][name].append(workers[name].turn())
+    for worker in workers.values():
+        worker.close()
+    return times
+
+
+def page(tasks: Sequence[str], rounds: int, command: str, *, preferred: bool = False) -> str:
+    """Measure all tasks, and return the page."""
+    own = next(iter(POLICIES))
+    rows = []
+    for task in tasks:
+        for others, times in measured(task, rounds, preferred=preferred).items():
+            for name, spent in times.items():
+                middle, ratio = timing.median(spent), timing.ratio(times[own], spent)
+                beside = "one busy process" if others else ""
+                rows.append([task, beside, name, f"{middle:.1f}", f"{ratio:.2f}"])
+    table = Table("Milliseconds per step or image", ["task", "beside", "policy", "ms", "OpenMP's own / it"], rows)
+    note = (
+        "Training is the step of `nfzoo.train`, eager: nfnet-test on 32 images of 32 x 32, nfnet-f0 on 8 of 64 x 64. "
+        "One image is of 192 x 192, by the folded and prepacked network. Each policy has a process, and the processes "
+        f"take turns of {SECONDS:g} s, in {rounds} rounds; wall-clock medians."
+    )
+    head = f"# How threads wait\n\n{datetime.date.today()}, {machine()}.\n\n    {command}\n\n{note}\n"
+    return f"{head}\n{table.markdown()}\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the page; write it where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.systems.wait_policy", description="How threads wait.")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each policy (default: 5)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help="; ".join(TASKS))
+    text = "measure alone in the real-time class, so that other programs on the machine matter less; needs root"
+    parser.add_argument("--real-time", action="store_true", help=text)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the page there")
+    parser.add_argument("--work", choices=TASKS, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.work:
+        serve(options.work)
+        return 0
+    if options.rounds < 1:
+        parser.error("--rounds must be positive")
+    given = sys.argv[1:] if argv is None else argv
+    text = page(
+        options.tasks,
+        options.rounds,
+        shlex.join(["python", "-m", "benchmarks.systems.wait_policy", *given]),
+        preferred=options.real_time,
+    )
+    publish(text, options.output, f"{datetime.date.today()}-cpu-wait-policy.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
