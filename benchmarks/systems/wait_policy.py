@@ -120,7 +120,7 @@ def busy(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def measured(task: str, rounds: int, *, preferred: bool) -> dict[int, dict[str, list[float]]]:
+def measured(task: str, rounds: int, beside: Sequence[int], *, preferred: bool) -> dict[int, dict[str, list[float]]]:
     """Return milliseconds per call of each policy in each round, alone (0) and beside one busy process (1)."""
     workers = {name: Worker(environment, task) for name, environment in POLICIES.items()}
     times: dict[int, dict[str, list[float]]] = {}
@@ -128,7 +128,7 @@ def measured(task: str, rounds: int, *, preferred: bool) -> dict[int, dict[str, 
         if preferred:
             worker.prefer(True)
         worker.ready()
-    for others in (0, 1):
+    for others in beside:
         times[others] = {name: [] for name in workers}
         if preferred:
             for worker in workers.values():
@@ -137,21 +137,22 @@ def measured(task: str, rounds: int, *, preferred: bool) -> dict[int, dict[str, 
             for turn in range(rounds):
                 for name in list(workers) if turn % 2 == 0 else reversed(list(workers)):
                     times[others][name].append(workers[name].turn())
+        print(f"{task} beside {others}: {times[others]}", file=sys.stderr, flush=True)
     for worker in workers.values():
         worker.close()
     return times
 
 
-def page(tasks: Sequence[str], rounds: int, command: str, *, preferred: bool = False) -> str:
+def page(tasks: Sequence[str], rounds: int, beside: Sequence[int], command: str, *, preferred: bool) -> str:
     """Measure all tasks, and return the page."""
     own = next(iter(POLICIES))
     rows = []
     for task in tasks:
-        for others, times in measured(task, rounds, preferred=preferred).items():
+        for others, times in measured(task, rounds, beside, preferred=preferred).items():
             for name, spent in times.items():
                 middle, ratio = timing.median(spent), timing.ratio(times[own], spent)
-                beside = "one busy process" if others else ""
-                rows.append([task, beside, name, f"{middle:.1f}", f"{ratio:.2f}"])
+                company = {0: "", 1: "one busy process"}.get(others, f"{others} busy processes")
+                rows.append([task, company, name, f"{middle:.1f}", f"{ratio:.2f}"])
     table = Table("Milliseconds per step or image", ["task", "beside", "policy", "ms", "OpenMP's own / it"], rows)
     note = (
         "Training is the step of `nfzoo.train`, eager: nfnet-test on 32 images of 32 x 32, nfnet-f0 on 8 of 64 x 64. "
@@ -169,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help="; ".join(TASKS))
     text = "measure alone in the real-time class, so that other programs on the machine matter less; needs root"
     parser.add_argument("--real-time", action="store_true", help=text)
+    text = "busy processes beside the measured one (default: 0 1)"
+    parser.add_argument("--beside", type=int, nargs="+", default=(0, 1), metavar="N", help=text)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the page there")
     parser.add_argument("--work", choices=TASKS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -178,12 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.rounds < 1:
         parser.error("--rounds must be positive")
     given = sys.argv[1:] if argv is None else argv
-    text = page(
-        options.tasks,
-        options.rounds,
-        shlex.join(["python", "-m", "benchmarks.systems.wait_policy", *given]),
-        preferred=options.real_time,
-    )
+    command = shlex.join(["python", "-m", "benchmarks.systems.wait_policy", *given])
+    text = page(options.tasks, options.rounds, options.beside, command, preferred=options.real_time)
     publish(text, options.output, f"{datetime.date.today()}-cpu-wait-policy.md")
     return 0
 
