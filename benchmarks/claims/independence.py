@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.claims import batch_norm_twin
-from benchmarks.claims.stability import CONFIG, TWIN, Data, digits, fit
+from benchmarks.claims.stability import CONFIG, TWIN, digits, fit
+from benchmarks.claims.stacked_runs import Data
 from benchmarks.report import machine
 from nfzoo.analysis.style import BLUE, INK, ORANGE, PAPER, QUIET, RULE
 from nfzoo.checkpoint.atomic import replaced
