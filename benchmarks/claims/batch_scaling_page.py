@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.claims import batch_scaling
 from benchmarks.claims.batch_scaling import (
     TWIN,
     Result,
@@ -16,6 +18,7 @@ from benchmarks.claims.batch_scaling import (
     config,
     is_of_grid,
     line_of,
+    scaled_specs,
     threshold_specs,
 )
 from benchmarks.report import machine
@@ -65,22 +68,12 @@ def best(results: Sequence[Result]) -> dict[tuple[str, int], Point]:
     return found
 
 
-def at_one_base(results: Sequence[Result]) -> dict[str, dict[int, Point]]:
-    """Return each method at one base rate for all batch sizes, as the paper scales it, by seed 0.
-
-    The base is the one whose accuracies, averaged over the batch sizes, are highest; the threshold is the best of each
-    batch size.
-    """
-    table: dict[str, dict[float, dict[int, Point]]] = {}
-    for point in points([r for r in results if r.spec.seed == 0]).values():
-        row = table.setdefault(line_of(point.spec), {}).setdefault(point.spec.base, {})
-        if point.spec.batch not in row or point.mean > row[point.spec.batch].mean:
-            row[point.spec.batch] = point
-    found = {}
-    for method, bases in table.items():
-        most = max(len(row) for row in bases.values())
-        whole = [row for row in bases.values() if len(row) == most]
-        found[method] = max(whole, key=lambda row: statistics.fmean(p.mean for p in row.values()))
+def at_one_base(study: Study, results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+    """Return each line's runs of the first seed at the base rate that is best for the smallest batch."""
+    ends = {r.spec: r for r in results}
+    found: dict[str, dict[int, Result]] = {}
+    for spec in scaled_specs(study, results):
+        found.setdefault(line_of(spec), {})[spec.batch] = ends[spec]
     return found
 
 
@@ -97,12 +90,12 @@ def largest_stable(row: dict[int, float], top: dict[int, float]) -> int | None:
 # ---------------------------------------------------------------- figures
 
 
-def draw_lines(results: Sequence[Result], thresholds: Sequence[Result], output: Path) -> None:
+def draw_lines(study: Study, results: Sequence[Result], thresholds: Sequence[Result], output: Path) -> None:
     """Draw accuracy over batch size: each method at its best, at one base rate, and AGC by threshold."""
     figure = new_figure(13, 4.2)
-    left, middle, right = figure.subplots(1, 3, sharey=True)
+    left, middle, right = figure.subplots(1, 3)
     batches = sorted({r.spec.batch for r in results})
-    chosen = best(results)
+    chosen, one = best(results), at_one_base(study, results)
     for method, (colour, style) in STYLES.items():
         own = [chosen[method, b] for b in batches if (method, b) in chosen]
         if not own:
@@ -110,12 +103,12 @@ def draw_lines(results: Sequence[Result], thresholds: Sequence[Result], output: 
         x, y = [p.spec.batch for p in own], [100 * p.mean for p in own]
         spread = [[100 * (p.mean - min(p.accuracies)) for p in own], [100 * (max(p.accuracies) - p.mean) for p in own]]
         left.errorbar(x, y, spread, color=colour, linestyle=style, marker="o", markersize=4, capsize=3, label=method)
-        row = at_one_base(results)[method]
+        row = one[method]
         xs = sorted(row)
         base = row[xs[0]].spec.base
         middle.plot(
             xs,
-            [100 * row[b].mean for b in xs],
+            [100 * row[b].accuracy for b in xs],
             style,
             color=colour,
             marker="o",
@@ -135,8 +128,8 @@ def draw_lines(results: Sequence[Result], thresholds: Sequence[Result], output: 
             label=f"{limit:g}",
         )
     dress(left, "Best learning rate of each batch size", "batch size")
-    dress(middle, "One base rate, times batch / 256", "batch size")
-    dress(right, "AGC by threshold, one base rate", "batch size")
+    dress(middle, "Learning rate in proportion to the batch", "batch size")
+    dress(right, "AGC, open: thresholds", "batch size")
     left.set_ylabel("held-out accuracy (%)", color=QUIET)
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
@@ -145,6 +138,8 @@ def draw_lines(results: Sequence[Result], thresholds: Sequence[Result], output: 
         axes.set_ylim(0, 100)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
+    lowest = min(100 * min(point.accuracies) for point in chosen.values())
+    left.set_ylim(max(0, 10 * math.floor(lowest / 10)), 10 * math.ceil(1 + 10 * max(p.mean for p in chosen.values())))
     with replaced(output) as scratch:
         figure.savefig(scratch, format="png")
 
@@ -218,9 +213,9 @@ def _cell(point: Point) -> str:
     return f"{100 * point.mean:.1f}{spread} at {point.spec.base:g}"
 
 
-def one_base_table(results: Sequence[Result]) -> str:
+def one_base_table(study: Study, results: Sequence[Result]) -> str:
     """Return a table of each method at one base rate for all batch sizes, by the first seed."""
-    rows = at_one_base(results)
+    rows = at_one_base(study, results)
     batches = sorted({batch for row in rows.values() for batch in row})
     lines = [
         "| method | base rate | " + " | ".join(map(str, batches)) + " |",
@@ -228,7 +223,7 @@ def one_base_table(results: Sequence[Result]) -> str:
     ]
     for method in STYLES:
         if row := rows.get(method):
-            cells = [_end(row[b].mean) if b in row else "" for b in batches]
+            cells = [_end(row[b].accuracy) if b in row else "" for b in batches]
             lines.append(f"| {method} | {next(iter(row.values())).spec.base:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -240,7 +235,7 @@ def _end(accuracy: float) -> str:
 def changes_table(study: Study, results: Sequence[Result]) -> str:
     """Return a table of what one change at a time does to AGC."""
     ends = {r.spec: r.accuracy for r in results}
-    lines = ["| AGC with | held-out accuracy (%) |", "| --- | ---: |"]
+    lines = ["| run | held-out accuracy (%) |", "| --- | ---: |"]
     return "\n".join([*lines, *(f"| {name} | {_end(ends[s])} |" for name, s in changes(study).items() if s in ends)])
 
 
@@ -249,26 +244,31 @@ def page(study: Study, results: Sequence[Result], command: str, images: tuple[in
     grid = [r for r in results if is_of_grid(study, r.spec)]
     batches = ", ".join(map(str, study.batches))
     steps = [int(study.epochs * images[0]) // batch for batch in study.batches]
-    tried = "; ".join(f"{name} {', '.join(f'{base:g}' for base in line.bases)}" for name, line in study.lines.items())
+    rates = (
+        "the first seed tries a guess and those lower and higher by a factor of 4 (of 2 for AGC), then half and\n"
+        "  twice the best of these; the other seeds take the best of all"
+        if study.few
+        else "every seed tries seven, by factors of 2"
+    )
     one_change = ""
     if study.around is not None:
         one_change = f"""
 ## What limits AGC in short runs
 
-One change at a time, at a batch of {study.around} and with the first seed.
+One change to the first run, or two, at a batch of {study.around} and with the first seed.
 
 {changes_table(study, results)}
 """
     return f"""# Stability over the batch size
 
-{(__doc__ or "").split(chr(10) + chr(10), 1)[1].strip()}
+{(batch_scaling.__doc__ or "").split(chr(10) + chr(10), 2)[2].strip()}
 
 - network: NF-ResNet-26, widths {config().widths}, {parameter_count(config()):,} parameters; its twin has the same
   convolutions in a pre-activation ResNet with batch normalisation
 - data: {images[0]:,} grey images of 14 x 14 pixels to learn from, averaged from 28 x 28, {images[1]:,} held out; no
   augmentation
 - batches {batches}: {study.epochs} epochs each, so {", ".join(map(str, steps))} steps
-- base rates tried: {tried}
+- base rates: {rates}
 - seeds: {len(study.seeds)}; {len(results)} runs in all
 - on: {machine()}
 - command: `{command}`
@@ -283,9 +283,10 @@ In percent: mean over the seeds, half the spread between them, and the base rate
 
 ## At one base rate
 
-The rate that is best on average over the batch sizes, in percent, first seed.
+As in the paper, the learning rate is proportional to the batch: at the base rate that is best for the smallest one, in
+percent, first seed.
 
-{one_base_table(grid)}
+{one_base_table(study, grid)}
 
 ![accuracy over batch size and base rate](stability-heat.png)
 {one_change}
@@ -297,7 +298,7 @@ def write(study: Study, results: Sequence[Result], output: Path, *, command: str
     """Write `stability.md` and its figures; return what to print."""
     grid = [r for r in results if is_of_grid(study, r.spec)]
     tried = set(threshold_specs(study))
-    draw_lines(grid, [r for r in results if r.spec in tried], output / "stability.png")
+    draw_lines(study, grid, [r for r in results if r.spec in tried], output / "stability.png")
     draw_heat(grid, output / "stability-heat.png")
     with replaced(output / "stability.md") as scratch:
         scratch.write_text(page(study, results, command, images), encoding="utf-8")

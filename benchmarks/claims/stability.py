@@ -1,12 +1,14 @@
 """Which learning rates train at which batch sizes: no clipping, global-norm clipping, AGC, and batch normalisation.
 
-    python -m benchmarks.claims.stability                                       # a few cells, about a minute
-    python -m benchmarks.claims.stability --full --output benchmarks/results    # the whole grid
+    python -m benchmarks.claims.stability                    # the digits, a few cells, under a minute
+    python -m benchmarks.claims.stability --full             # the digits, the whole grid
+    python -m benchmarks.claims.stability --data fashion-mnist --full    # the study of `batch_scaling`, an hour
 
 A small NF-ResNet and its batch-normalised twin learn the embedded digits. As in figure 2 of arXiv 2102.06171 every run
 has the same number of epochs, so that a batch four times as large takes a quarter of the steps; Nesterov momentum 0.9,
 warm-up over 5/90 of the steps, then half a cosine to 0. For one seed, all runs start from the same weights and see the
-images in the same order. The runs of one method and batch size are trained together, vectorised over learning rates.
+images in the same order. The runs of one method and batch size are trained together, vectorised over learning rates and
+seeds.
 
 *AGC x* clips with threshold x all parameters but the classifier's weight and the skip gains; *AGC x, all* clips the
 skip gains as well, as the paper does. A skip gain starts at 0, where AGC allows a gradient of x / 1000 only. The
@@ -345,7 +347,7 @@ def page(grid: Grid, runs: Sequence[Run], command: str) -> str:
     found = cells(runs)
     best = max(run.accuracy for run in runs)
     images = [len(part[0]) for part in digits()]
-    return f"""# Stability over batch size and learning rate
+    return f"""# Stability over batch size and learning rate: the digits
 
 {(__doc__ or "").split(chr(10) + chr(10), 2)[2].strip()}
 
@@ -436,7 +438,8 @@ def _digits(options: argparse.Namespace, device: torch.device) -> str:
 
 
 def _images(options: argparse.Namespace, device: torch.device) -> str:
-    study = batch_scaling.FULL if options.full else batch_scaling.QUICK
+    whole = batch_scaling.FULL if device.type == "cuda" else batch_scaling.CPU
+    study = whole if options.full else batch_scaling.QUICK
     if options.batches:
         study = study._replace(batches=tuple(sorted(options.batches)))
     if options.seeds:
