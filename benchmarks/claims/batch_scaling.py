@@ -132,7 +132,7 @@ class Study(NamedTuple):
 
 
 FULL = Study((64, 128, 256, 512, 1024, 2048, 4096), (0, 1, 2), 4, LINES, False, (0.01, 0.04, 0.16), 2048)
-CPU = FULL._replace(batches=(256, 1024, 2048, 4096), few=True)
+CPU = FULL._replace(batches=(256, 1024, 2048, 4096), few=True, thresholds=())
 QUICK = Study((512, 4096), (0,), 1, {name: LINES[name] for name in ("no clipping", "AGC, open", TWIN)}, True, (), None)
 
 

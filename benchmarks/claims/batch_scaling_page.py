@@ -91,9 +91,9 @@ def largest_stable(row: dict[int, float], top: dict[int, float]) -> int | None:
 
 
 def draw_lines(study: Study, results: Sequence[Result], thresholds: Sequence[Result], output: Path) -> None:
-    """Draw accuracy over batch size: each method at its best, at one base rate, and AGC by threshold."""
-    figure = new_figure(13, 4.2)
-    left, middle, right = figure.subplots(1, 3)
+    """Draw accuracy over batch size: each method at its best, at one base rate, and AGC by threshold if any."""
+    figure = new_figure(13 if thresholds else 10, 4.2)
+    left, middle, *third = figure.subplots(1, 3 if thresholds else 2)
     batches = sorted({r.spec.batch for r in results})
     chosen, one = best(results), at_one_base(study, results)
     for method, (colour, style) in STYLES.items():
@@ -115,23 +115,17 @@ def draw_lines(study: Study, results: Sequence[Result], thresholds: Sequence[Res
             markersize=4,
             label=f"{method}, {base:g}",
         )
-    shades = (LIGHT_BLUE, BLUE, INK, ORANGE, QUIET)
-    limits = sorted({r.spec.limit for r in thresholds})
-    for limit, colour in zip(limits, shades, strict=False):
-        own = sorted((r for r in thresholds if r.spec.limit == limit), key=lambda r: r.spec.batch)
-        right.plot(
-            [r.spec.batch for r in own],
-            [100 * r.accuracy for r in own],
-            "o-",
-            color=colour,
-            markersize=4,
-            label=f"{limit:g}",
-        )
     dress(left, "Best learning rate of each batch size", "batch size")
     dress(middle, "Learning rate in proportion to the batch", "batch size")
-    dress(right, "AGC, open: thresholds", "batch size")
+    for axes in third:
+        shades = (LIGHT_BLUE, BLUE, INK, ORANGE, QUIET)
+        for limit, colour in zip(sorted({r.spec.limit for r in thresholds}), shades, strict=False):
+            some = sorted((r for r in thresholds if r.spec.limit == limit), key=lambda r: r.spec.batch)
+            xs, ys = [r.spec.batch for r in some], [100 * r.accuracy for r in some]
+            axes.plot(xs, ys, "o-", color=colour, markersize=4, label=f"{limit:g}")
+        dress(axes, "AGC, open: thresholds", "batch size")
     left.set_ylabel("held-out accuracy (%)", color=QUIET)
-    for axes in (left, middle, right):
+    for axes in (left, middle, *third):
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(b) for b in batches])
         axes.minorticks_off()
