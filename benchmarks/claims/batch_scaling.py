@@ -162,18 +162,7 @@ def first_specs(study: Study, batch: int) -> list[Spec]:
 def best_specs(study: Study, results: Sequence[Result]) -> list[Spec]:
     """Return the best run of each line."""
     own = {name: [r for r in results if line_of(r.spec) == name] for name in study.lines}
-    return [max(runs, key=lambda r: r.accuracy).spec for runs in own.values()]
-
-
-def scaled_specs(study: Study, results: Sequence[Result]) -> list[Spec]:
-    """Return each line's run at the base rate that is best for the smallest batch, of every batch size."""
-    small = min(study.batches)
-    own = [r for r in results if r.spec.batch == small and r.spec.seed == study.seeds[0] and is_of_grid(study, r.spec)]
-    return [
-        spec._replace(batch=batch, limit=threshold(batch) if study.lines[line_of(spec)].scheduled else spec.limit)
-        for spec in best_specs(study, own)
-        for batch in study.batches
-    ]
+    return [max(runs, key=lambda r: r.accuracy).spec for runs in own.values() if runs]
 
 
 def threshold_specs(study: Study) -> list[Spec]:
@@ -224,11 +213,16 @@ def changes(study: Study) -> dict[str, Spec]:
         f"no clipping, {start}": plain._replace(skip_gain=OPEN),
         f"global norm, base rate {norm.base:g}": norm,
         f"global norm, {start}": norm._replace(skip_gain=OPEN),
+        "global norm limited to 1, not 0.1": norm._replace(limit=1.0),
+        "global norm limited to 0.25, base rate 0.4": norm._replace(limit=0.25, base=0.4),
     }
 
 
 def run_study(study: Study, store: Path, *, data: Data) -> list[Result]:
-    """Return the results of all runs of a study, one batch size after the other."""
+    """Return the results of all runs of a study, one batch size after the other.
+
+    Runs of the same lines that the store has already, at other base rates, are among them.
+    """
     found: list[Result] = []
     for batch in reversed(study.batches):  # the quickest first
         own = run_all(first_specs(study, batch), store, data=data)
@@ -238,8 +232,9 @@ def run_study(study: Study, store: Path, *, data: Data) -> list[Result]:
             again = [s._replace(seed=seed) for s in best_specs(study, own) for seed in study.seeds[1:]]
             own += run_all(again, store, data=data)
         found += own
-    others = run_all([*scaled_specs(study, found), *changes(study).values(), *threshold_specs(study)], store, data=data)
-    return list(dict.fromkeys([*found, *others]))
+    others = run_all([*changes(study).values(), *threshold_specs(study)], store, data=data)
+    known = [result for spec, result in load(store).items() if is_of_grid(study, spec)]
+    return list({result.spec: result for result in [*found, *others, *known]}.values())
 
 
 class Result(NamedTuple):

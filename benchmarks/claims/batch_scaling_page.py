@@ -18,7 +18,6 @@ from benchmarks.claims.batch_scaling import (
     config,
     is_of_grid,
     line_of,
-    scaled_specs,
     threshold_specs,
 )
 from benchmarks.report import machine
@@ -68,12 +67,22 @@ def best(results: Sequence[Result]) -> dict[tuple[str, int], Point]:
     return found
 
 
-def at_one_base(study: Study, results: Sequence[Result]) -> dict[str, dict[int, Result]]:
-    """Return each line's runs of the first seed at the base rate that is best for the smallest batch."""
-    ends = {r.spec: r for r in results}
-    found: dict[str, dict[int, Result]] = {}
-    for spec in scaled_specs(study, results):
-        found.setdefault(line_of(spec), {})[spec.batch] = ends[spec]
+def at_one_base(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+    """Return each line's runs of the first seed at one base rate, as the paper scales the learning rate.
+
+    Of the base rates that were tried at every batch size, it is the one of the highest mean accuracy.
+    """
+    batches = {r.spec.batch for r in results}
+    rows: dict[str, dict[float, dict[int, Result]]] = {}
+    for result in results:
+        if result.spec.seed == min(r.spec.seed for r in results):
+            spec = result.spec
+            rows.setdefault(line_of(spec), {}).setdefault(spec.base, {})[spec.batch] = result
+    found = {}
+    for name, by_base in rows.items():
+        whole = [row for row in by_base.values() if row.keys() == batches]
+        if whole:
+            found[name] = max(whole, key=lambda row: sum(r.accuracy for r in row.values()))
     return found
 
 
@@ -90,12 +99,12 @@ def largest_stable(row: dict[int, float], top: dict[int, float]) -> int | None:
 # ---------------------------------------------------------------- figures
 
 
-def draw_lines(study: Study, results: Sequence[Result], thresholds: Sequence[Result], output: Path) -> None:
+def draw_lines(results: Sequence[Result], thresholds: Sequence[Result], output: Path) -> None:
     """Draw accuracy over batch size: each method at its best, at one base rate, and AGC by threshold if any."""
     figure = new_figure(13 if thresholds else 10, 4.2)
     left, middle, *third = figure.subplots(1, 3 if thresholds else 2)
     batches = sorted({r.spec.batch for r in results})
-    chosen, one = best(results), at_one_base(study, results)
+    chosen, one = best(results), at_one_base(results)
     for method, (colour, style) in STYLES.items():
         own = [chosen[method, b] for b in batches if (method, b) in chosen]
         if not own:
@@ -103,9 +112,9 @@ def draw_lines(study: Study, results: Sequence[Result], thresholds: Sequence[Res
         x, y = [p.spec.batch for p in own], [100 * p.mean for p in own]
         spread = [[100 * (p.mean - min(p.accuracies)) for p in own], [100 * (max(p.accuracies) - p.mean) for p in own]]
         left.errorbar(x, y, spread, color=colour, linestyle=style, marker="o", markersize=4, capsize=3, label=method)
-        row = one[method]
+        row = one.get(method, {})
         xs = sorted(row)
-        base = row[xs[0]].spec.base
+        base = row[xs[0]].spec.base if row else 0.0
         middle.plot(
             xs,
             [100 * row[b].accuracy for b in xs],
@@ -133,7 +142,7 @@ def draw_lines(study: Study, results: Sequence[Result], thresholds: Sequence[Res
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
     lowest = min(100 * min(point.accuracies) for point in chosen.values())
-    left.set_ylim(max(0, 10 * math.floor(lowest / 10)), 10 * math.ceil(1 + 10 * max(p.mean for p in chosen.values())))
+    left.set_ylim(max(0, 10 * math.floor(lowest / 10)), 10 * math.ceil(10 * max(p.mean for p in chosen.values())))
     with replaced(output) as scratch:
         figure.savefig(scratch, format="png")
 
@@ -171,13 +180,18 @@ def draw_heat(results: Sequence[Result], output: Path) -> None:
         axes.set_xlim(0, len(batches))
         axes.set_ylim(0, len(bases))
         axes.set_xticks([i + 0.5 for i in range(len(batches))], [str(b) for b in batches], fontsize=8.5)
-        axes.set_yticks([i + 0.5 for i in range(len(bases))], [f"{b:g}" for b in bases])
+        axes.set_yticks([i + 0.5 for i in range(len(bases))], [f"{b:.2g}" for b in bases])
         axes.tick_params(length=0, colors=QUIET)
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_title(method, fontsize=10.5, color=INK, fontweight="bold")
         axes.set_xlabel("batch size", color=QUIET)
     panels[0].set_ylabel("base rate", color=QUIET)
+    figure.supxlabel(
+        "Held-out accuracy in percent, mean over the seeds that were run; ×: diverged; blank: not tried",
+        fontsize=9,
+        color=QUIET,
+    )
     with replaced(output) as scratch:
         figure.savefig(scratch, format="png")
 
@@ -207,9 +221,9 @@ def _cell(point: Point) -> str:
     return f"{100 * point.mean:.1f}{spread} at {point.spec.base:g}"
 
 
-def one_base_table(study: Study, results: Sequence[Result]) -> str:
+def one_base_table(results: Sequence[Result]) -> str:
     """Return a table of each method at one base rate for all batch sizes, by the first seed."""
-    rows = at_one_base(study, results)
+    rows = at_one_base(results)
     batches = sorted({batch for row in rows.values() for batch in row})
     lines = [
         "| method | base rate | " + " | ".join(map(str, batches)) + " |",
@@ -277,10 +291,10 @@ In percent: mean over the seeds, half the spread between them, and the base rate
 
 ## At one base rate
 
-As in the paper, the learning rate is proportional to the batch: at the base rate that is best for the smallest one, in
-percent, first seed.
+As in the paper, the learning rate is proportional to the batch: at the base rate of the highest mean, among those that
+were tried at every batch size; in percent, first seed.
 
-{one_base_table(study, grid)}
+{one_base_table(grid)}
 
 ![accuracy over batch size and base rate](stability-heat.png)
 {one_change}
@@ -292,7 +306,7 @@ def write(study: Study, results: Sequence[Result], output: Path, *, command: str
     """Write `stability.md` and its figures; return what to print."""
     grid = [r for r in results if is_of_grid(study, r.spec)]
     tried = set(threshold_specs(study))
-    draw_lines(study, grid, [r for r in results if r.spec in tried], output / "stability.png")
+    draw_lines(grid, [r for r in results if r.spec in tried], output / "stability.png")
     draw_heat(grid, output / "stability-heat.png")
     with replaced(output / "stability.md") as scratch:
         scratch.write_text(page(study, results, command, images), encoding="utf-8")

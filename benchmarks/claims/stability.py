@@ -13,7 +13,7 @@ seeds.
 *AGC x* clips with threshold x all parameters but the classifier's weight and the skip gains; *AGC x, all* clips the
 skip gains as well, as the paper does. A skip gain starts at 0, where AGC allows a gradient of x / 1000 only. The
 paper's runs have a hundred thousand steps in which it can grow, these have some 70 to 300, and with it clipped the
-branches stay nearly shut at low learning rates.
+branches stay nearly shut at low learning rates. The study on Fashion-MNIST, `stability.md`, tells what else limits AGC.
 
 A cell of the grid is *usable* if every seed ends within 5 points of the best held-out accuracy in the whole grid. A run
 *diverged* if its loss or its final logits are not finite. The lowest learning rate of the grid cuts off what might be
