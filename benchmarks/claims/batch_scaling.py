@@ -10,7 +10,8 @@ from the same weights and see the images in the same order.
 
 *AGC* is the paper's: it clips all parameters but the classifier's weight, with the threshold 0.01 for a batch of 4096,
 twice that for half the batch, and 0.16 at most; skip gains start at 0. *AGC, open* differs in these alone, which start
-at 0.25. *Global norm* clips the norm of all gradients together to 0.1.
+at 0.25. *Global norm* clips the norm of all gradients together to 0.1. It and *no clipping* start at 0; the last table
+has a few runs of theirs that start at 0.25, which helps them, too.
 
 A run *diverged* if its loss or its final logits are not finite, and counts with an accuracy of 0. One that ends at 10 %
 *died*: it gives the same class to every image. A method's largest stable batch is the one up to which, from the
@@ -213,6 +214,15 @@ def changes(study: Study) -> dict[str, Spec]:
         f"no clipping, {start}": plain._replace(skip_gain=OPEN),
         f"global norm, base rate {norm.base:g}": norm,
         f"global norm, {start}": norm._replace(skip_gain=OPEN),
+        f"global norm, {start}, base rate 0.4": norm._replace(skip_gain=OPEN, base=0.4),
+        **{
+            f"batch {2 * study.around}: {run.method}, {start}, base rate {run.base:g}": run
+            for run in (
+                plain._replace(batch=2 * study.around, base=0.003125, skip_gain=OPEN),
+                plain._replace(batch=2 * study.around, skip_gain=OPEN),
+                norm._replace(batch=2 * study.around, skip_gain=OPEN),
+            )
+        },
         "global norm limited to 1, not 0.1": norm._replace(limit=1.0),
         "global norm limited to 0.25, base rate 0.4": norm._replace(limit=0.25, base=0.4),
     }
