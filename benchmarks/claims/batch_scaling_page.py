@@ -285,7 +285,8 @@ One change to the first run, or two, at a batch of {study.around} and with the f
 
 ## Best accuracy
 
-In percent: mean over the seeds, half the spread between them, and the base rate; without a spread, the first seed alone.
+In percent: mean over the seeds, half the spread between them, and the base rate. Without a spread there was the first
+seed alone.
 
 {accuracy_table(grid)}
 
