@@ -3,7 +3,7 @@
     python -m benchmarks.claims.ideas --output docs/ideas     # a quarter of a minute of one core
 
 Everything is computed on the spot, at initialisation or after a few steps on the digits, but for the accuracies of the
-last plot, which are those of `benchmarks/results/stability.jsonl`.
+last plot, which are those of `benchmarks/results/stability-digits.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from benchmarks.claims import batch_norm_twin
 from benchmarks.claims.independence import Network, distance
-from benchmarks.claims.stability import CONFIG, Data, Run, digits, load
+from benchmarks.claims.stability import CONFIG, Run, digits, load
+from benchmarks.claims.stacked_runs import Data
 from nfzoo.analysis.figures import dress, new_figure
 from nfzoo.analysis.signal_propagation import open_branches, signal_metrics
 from nfzoo.analysis.style import BLUE, INK, ORANGE, QUIET
@@ -38,7 +39,7 @@ from nfzoo.types import Params
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STABILITY = Path(__file__).resolve().parents[1] / "results" / "stability.jsonl"
+STABILITY = Path(__file__).resolve().parents[1] / "results" / "stability-digits.jsonl"
 SIZES = (4, 8, 16, 32, 64, 128)  # of batches
 EXAMPLES = 15
 PARTS = (1, 2, 4, 8)  # of the largest

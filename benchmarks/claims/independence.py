@@ -40,7 +40,8 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.claims import batch_norm_twin
 from benchmarks.claims.photographs import described, photographs, spread
-from benchmarks.claims.stability import CONFIG, TWIN, Data, fit
+from benchmarks.claims.stability import CONFIG, TWIN, fit
+from benchmarks.claims.stacked_runs import Data
 from benchmarks.claims.together import Kind, Store, best_rate, clip_by, nf, tested, twin
 from benchmarks.claims.together import fit as fit_together
 from benchmarks.report import machine

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from benchmarks.claims import batch_norm_twin
 from benchmarks.claims.photographs import described, photographs, spread
-from benchmarks.claims.stability import CONFIG, Data
+from benchmarks.claims.stability import CONFIG
+from benchmarks.claims.stacked_runs import Data
 from benchmarks.claims.together import Kind, Store, clip_by, fit, nf, score, twin
 from benchmarks.report import machine
 from nfzoo.analysis.figures import dress, new_figure, save

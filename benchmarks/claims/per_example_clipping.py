@@ -31,7 +31,8 @@ from torch import Tensor
 
 from benchmarks.claims.independence import distance
 from benchmarks.claims.photographs import described, photographs, spread
-from benchmarks.claims.stability import CONFIG, Data
+from benchmarks.claims.stability import CONFIG
+from benchmarks.claims.stacked_runs import Data
 from benchmarks.claims.together import Clip, Kind, Store, best_rate, clip_by, fit, loss_of, nf, no_clip, spared, tested
 from benchmarks.report import machine
 from nfzoo.analysis.figures import dress, new_figure, save

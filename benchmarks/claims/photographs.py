@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.claims.stability import Data, digits
+from benchmarks.claims.stability import digits
+from benchmarks.claims.stacked_runs import Data
 from nfzoo.data.digits import DIGITS
 from nfzoo.data.idx import FASHION_MNIST
 from nfzoo.data.source import open_split

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from benchmarks.claims import batch_norm_twin
 from benchmarks.claims.photographs import described, photographs, spread
-from benchmarks.claims.stability import CONFIG, Data
+from benchmarks.claims.stability import CONFIG
+from benchmarks.claims.stacked_runs import Data
 from benchmarks.claims.together import (
     KINDS,
     Kind,

@@ -1,21 +1,23 @@
 """Which learning rates train at which batch sizes: no clipping, global-norm clipping, AGC, and batch normalisation.
 
-    python -m benchmarks.claims.stability                                       # a few cells, about a minute
-    python -m benchmarks.claims.stability --full --output benchmarks/results    # the whole grid
+    python -m benchmarks.claims.stability                    # the digits, a few cells, under a minute
+    python -m benchmarks.claims.stability --full             # the digits, the whole grid
+    python -m benchmarks.claims.stability --data fashion-mnist --full    # the study of `batch_scaling`, an hour
 
 A small NF-ResNet and its batch-normalised twin learn the embedded digits. As in figure 2 of arXiv 2102.06171 every run
 has the same number of epochs, so that a batch four times as large takes a quarter of the steps; Nesterov momentum 0.9,
 warm-up over 5/90 of the steps, then half a cosine to 0. For one seed, all runs start from the same weights and see the
-images in the same order. The runs of one method and batch size are trained together, vectorised over learning rates.
+images in the same order. The runs of one method and batch size are trained together, vectorised over learning rates and
+seeds.
 
 *AGC x* clips with threshold x all parameters but the classifier's weight and the skip gains; *AGC x, all* clips the
 skip gains as well, as the paper does. A skip gain starts at 0, where AGC allows a gradient of x / 1000 only. The
 paper's runs have a hundred thousand steps in which it can grow, these have some 70 to 300, and with it clipped the
-branches stay nearly shut at low learning rates.
+branches stay nearly shut at low learning rates. The study on Fashion-MNIST, `stability.md`, tells what else limits AGC.
 
 A cell of the grid is *usable* if every seed ends within 5 points of the best held-out accuracy in the whole grid. A run
 *diverged* if its loss or its final logits are not finite. The lowest learning rate of the grid cuts off what might be
-usable below it, without clipping above all. Finished parts are kept in `stability.jsonl`: after an
+usable below it, without clipping above all. Finished parts are kept in `stability-digits.jsonl`: after an
 interruption the same command goes on.
 """
 
@@ -26,64 +28,53 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.claims import batch_norm_twin
+from benchmarks.claims import batch_scaling, batch_scaling_page, stacked_runs
+from benchmarks.claims.stacked_runs import WEIGHT_DECAY, Data, Fitted, Rule, Setting, evaluate
 from benchmarks.report import machine
 from nfzoo.analysis.style import INK, PAPER, QUIET
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
 from nfzoo.data.digits import DIGITS, Digits
+from nfzoo.data.idx import FASHION_MNIST
 from nfzoo.data.source import open_split
-from nfzoo.model import apply, init, parameter_count, specs
-from nfzoo.optim.clipping import agc
-from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, sgd, warmup_cosine
-from nfzoo.step import cross_entropy
-from nfzoo.types import Params
+from nfzoo.errors import ConfigError, NfzooError
+from nfzoo.model import parameter_count
 
 CONFIG = NFResNetConfig(depths=(2, 2, 2, 2), widths=(16, 32, 64, 64), stem_width=8, num_classes=10, in_channels=1)
 SIDE = 16  # pixels, twice the digits' own
 MARGIN = 0.05
-WEIGHT_DECAY = 2e-5  # arXiv 2102.06171
-_KINDS = {name: kind for name, (_, kind) in specs(CONFIG).items()}
 
 
 # ---------------------------------------------------------------- what is compared
 
 
-def global_norm(grads: Mapping[str, Tensor], limit: float) -> Params:
-    """All gradients times `min(1, limit / norm)`, `norm` that of all of them together."""
-    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-    factor = (limit / norm.clamp(min=1e-6)).clamp(max=1)
-    return {name: g * factor for name, g in grads.items()}
+class Method(NamedTuple):
+    """A way to train: the rule of clipping, its threshold, whether AGC spares the skip gains; or the twin."""
 
-
-def _agc(clip: float, *, spare: tuple[str, ...] = ("skip_gain",)) -> Callable[[Params, Params], Params]:
-    kinds = CLIPPED - set(spare)
-    return lambda grads, params: agc(grads, params, clip=clip, where=lambda name: _KINDS[name] in kinds)
-
-
-def _global(limit: float) -> Callable[[Params, Params], Params]:
-    return lambda grads, params: global_norm(grads, limit)
+    rule: Rule = "none"
+    limit: float = math.inf
+    spare_skip_gains: bool = False
+    twin: bool = False
 
 
 TWIN = "batch norm"
-METHODS: dict[str, Callable[[Params, Params], Params]] = {
-    "no clipping": lambda grads, params: grads,
-    "global norm 1": _global(1.0),
-    "global norm 0.1": _global(0.1),
-    "AGC 0.16": _agc(0.16),
-    "AGC 0.04": _agc(0.04),
-    "AGC 0.01": _agc(0.01),
-    "AGC 0.16, all": _agc(0.16, spare=()),
-    TWIN: lambda grads, params: grads,
+METHODS: dict[str, Method] = {
+    "no clipping": Method(),
+    "global norm 1": Method("global norm", 1.0),
+    "global norm 0.1": Method("global norm", 0.1),
+    "AGC 0.16": Method("AGC", 0.16, spare_skip_gains=True),
+    "AGC 0.04": Method("AGC", 0.04, spare_skip_gains=True),
+    "AGC 0.01": Method("AGC", 0.01, spare_skip_gains=True),
+    "AGC 0.16, all": Method("AGC", 0.16),
+    TWIN: Method(twin=True),
 }
 
 
@@ -117,13 +108,6 @@ class Run(NamedTuple):
 # ---------------------------------------------------------------- training
 
 
-class Data(NamedTuple):
-    """Images `(N, 1, SIDE, SIDE)`, standardised by the training images, and labels `(N,)`."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-
-
 def digits() -> Data:
     """The embedded digits, enlarged, in the split that `nfzoo train` makes."""
     parts = []
@@ -137,115 +121,42 @@ def digits() -> Data:
     return Data(((a - mean) / std, b), ((c - mean) / std, d))
 
 
-class Fitted(NamedTuple):
-    """Runs that were trained together: stacked parameters and running statistics of those that did not diverge.
-
-    `alive` says which learning rates these belong to; `diverged_at` has the step of each of the others.
-    """
-
-    params: Params
-    running: Params
-    alive: list[int]
-    diverged_at: dict[int, int]
-
-
 def fit(method: str, batch: int, rates: Sequence[float], *, seed: int, epochs: int, data: Data) -> Fitted:
-    """Train once for each learning rate, all at the same time; runs that diverge leave the stack."""
-    images, labels = data.train
-    twin, clip = method == TWIN, METHODS[method]
-    generator = torch.Generator().manual_seed(seed)
-    first = batch_norm_twin.init(CONFIG, generator=generator) if twin else init(CONFIG, generator=generator)
-    order = torch.Generator().manual_seed(seed + 1)
-    indices = torch.cat([torch.randperm(len(images), generator=order) for _ in range(epochs)])
-    steps = len(indices) // batch  # batches run across the borders of epochs: no image is left out
-
-    def loss_fn(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
-        logits, statistics = batch_norm_twin.apply(CONFIG, params, x) if twin else (apply(CONFIG, params, x), {})
-        return cross_entropy(logits, y), statistics
-
-    def step(
-        params: Params, momentum: Params, running: Params, x: Tensor, y: Tensor, lr: Tensor
-    ) -> tuple[Params, Params, Params, Tensor]:
-        grads, (loss, statistics) = torch.func.grad_and_value(loss_fn, has_aux=True)(params, x, y)
-        new, state = sgd(
-            params,
-            clip(grads, params),
-            SGDState(momentum),
-            lr=lr,
-            weight_decay=WEIGHT_DECAY,
-            decay=lambda name: _KINDS.get(name) in DECAYED,
-        )
-        return new, state.momentum, batch_norm_twin.update(running, statistics) if twin else running, loss
-
-    params = _stack(first, len(rates))
-    momentum = {name: torch.zeros_like(p) for name, p in params.items()}
-    running = _stack(batch_norm_twin.init_statistics(CONFIG), len(rates)) if twin else {}
-    alive = torch.arange(len(rates))
-    peaks = torch.tensor(rates)
-    diverged: dict[int, int] = {}
-    take = torch.func.vmap(step, in_dims=(0, 0, 0, None, None, 0))
-    for i in range(steps):
-        part = indices[i * batch : (i + 1) * batch]
-        factor = warmup_cosine(i, peak=1.0, warmup=max(1, round(steps * 5 / 90)), total=steps)
-        params, momentum, running, loss = take(
-            params, momentum, running, images[part], labels[part], peaks[alive] * factor
-        )
-        fine = loss.isfinite()
-        if not fine.all():
-            diverged.update(dict.fromkeys(alive[~fine].tolist(), i))
-            alive = alive[fine]
-            params, momentum, running = ({k: v[fine] for k, v in t.items()} for t in (params, momentum, running))
-            if not len(alive):
-                break
-    return Fitted(params, running, alive.tolist(), diverged)
+    """Train once for each learning rate, all at the same time."""
+    return _fit(method, batch, [(rate, seed) for rate in rates], epochs=epochs, data=data)
 
 
-def logits(method: str, params: Mapping[str, Tensor], running: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Evaluation mode of one run."""
-    return batch_norm_twin.apply(CONFIG, params, x, running)[0] if method == TWIN else apply(CONFIG, params, x)
+def _fit(method: str, batch: int, pairs: Sequence[tuple[float, int]], *, epochs: int, data: Data) -> Fitted:
+    how = METHODS[method]
+    settings = [Setting(rate, how.limit, seed, spare_skip_gains=how.spare_skip_gains) for rate, seed in pairs]
+    return stacked_runs.train(CONFIG, how.rule, batch, settings, data=data, epochs=epochs, twin=how.twin)
 
 
-def train(method: str, batch: int, rates: Sequence[float], *, seed: int, epochs: int, data: Data) -> list[Run]:
-    """How one run for each learning rate ends."""
-    found = fit(method, batch, rates, seed=seed, epochs=epochs, data=data)
-    x, y = data.held_out
-    ended = {
-        row: Run(method, batch, rates[row], seed, epochs, 0.0, math.inf, at) for row, at in found.diverged_at.items()
-    }
-    for place, row in enumerate(found.alive):
-        params, running = ({k: v[place] for k, v in tree.items()} for tree in (found.params, found.running))
-        with torch.no_grad():
-            z = logits(method, params, running, x)
-        if z.isfinite().all():
-            accuracy, loss = float((z.argmax(1) == y).float().mean()), float(cross_entropy(z, y))
-            ended[row] = Run(method, batch, rates[row], seed, epochs, accuracy, loss, None)
-        else:
-            at = epochs * len(data.train[0]) // batch
-            ended[row] = Run(method, batch, rates[row], seed, epochs, 0.0, math.inf, at)
-    return [ended[row] for row in range(len(rates))]
-
-
-def _stack(tree: Mapping[str, Tensor], copies: int) -> Params:
-    return {name: value.expand(copies, *value.shape).clone() for name, value in tree.items()}
+def train(method: str, batch: int, pairs: Sequence[tuple[float, int]], *, epochs: int, data: Data) -> list[Run]:
+    """How one run for each pair of learning rate and seed ends; all are trained at the same time."""
+    found = _fit(method, batch, pairs, epochs=epochs, data=data)
+    steps = epochs * len(data.train[0]) // batch
+    ends = evaluate(CONFIG, found, data=data, runs=len(pairs), steps=steps, twin=METHODS[method].twin)
+    return [Run(method, batch, rate, seed, epochs, *end) for (rate, seed), end in zip(pairs, ends, strict=True)]
 
 
 # ---------------------------------------------------------------- the grid
 
 
 def run_grid(grid: Grid, store: Path, *, data: Data) -> list[Run]:
-    """All runs of the grid; those that `store` has are not run again. Whole seeds come first."""
+    """All runs of the grid; those that `store` has are not run again."""
     done = load(store)
-    for seed in grid.seeds:
-        for batch in reversed(grid.batches):  # the quickest first
-            for method in grid.methods:
-                missing = [r for r in grid.rates if (method, batch, r, seed, grid.epochs) not in done]
-                if not missing:
-                    continue
-                start = time.perf_counter()
-                for run in train(method, batch, missing, seed=seed, epochs=grid.epochs, data=data):
-                    done[run[:5]] = run
-                save(done.values(), store)
-                print(f"seed {seed}, batch {batch}, {method}: {time.perf_counter() - start:.0f} s", flush=True)
+    for batch in reversed(grid.batches):  # the quickest first
+        for method in grid.methods:
+            pairs = [(rate, seed) for seed in grid.seeds for rate in grid.rates]
+            missing = [pair for pair in pairs if (method, batch, *pair, grid.epochs) not in done]
+            if not missing:
+                continue
+            start = time.perf_counter()
+            for run in train(method, batch, missing, epochs=grid.epochs, data=data):
+                done[run[:5]] = run
+            save(done.values(), store)
+            print(f"batch {batch}, {method}: {time.perf_counter() - start:.0f} s", flush=True)
     keys = {
         (m, b, r, s, grid.epochs) for m in grid.methods for b in grid.batches for r in grid.rates for s in grid.seeds
     }
@@ -436,7 +347,7 @@ def page(grid: Grid, runs: Sequence[Run], command: str) -> str:
     found = cells(runs)
     best = max(run.accuracy for run in runs)
     images = [len(part[0]) for part in digits()]
-    return f"""# Stability over batch size and learning rate
+    return f"""# Stability over batch size and learning rate: the digits
 
 {(__doc__ or "").split(chr(10) + chr(10), 2)[2].strip()}
 
@@ -450,7 +361,7 @@ def page(grid: Grid, runs: Sequence[Run], command: str) -> str:
 - on: {machine()}
 - command: `{command}`
 
-![heat map](stability.png)
+![heat map](stability-digits.png)
 
 {reading(grid, found)}
 
@@ -458,35 +369,89 @@ def page(grid: Grid, runs: Sequence[Run], command: str) -> str:
 
 {table(grid, found)}
 
-Every run is a line of `stability.jsonl`.
+Every run is a line of `stability-digits.jsonl`.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a grid and write `stability.jsonl`, `stability.png` and `stability.md`."""
+    """Run a grid and write `stability.jsonl`, `.png` and `.md`, of the digits `stability-digits.*`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.stability", allow_abbrev=False)
-    parser.add_argument("--full", action="store_true", help="the whole grid (half an hour of one core)")
+    parser.add_argument(
+        "--data",
+        default=DIGITS,
+        metavar="DATA",
+        help="digits (default), fashion-mnist, a folder of IDX files, or an .npz of x_train, y_train, x_test, y_test",
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default) or cuda, where all data lie")
+    parser.add_argument("--full", action="store_true", help="the whole grid (of digits: ten minutes of one core)")
     parser.add_argument("--output", type=Path, default=Path("runs/stability"), metavar="FOLDER")
     parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes instead of the grid's own")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 1)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds instead of the grid's own")
+    parser.add_argument("--epochs", type=int, metavar="N", help="epochs instead of the grid's own")
     options = parser.parse_args(argv)
     torch.set_flush_denormal(True)  # runs that die out would be slow, too
+    try:
+        try:
+            device = torch.device(options.device)
+        except RuntimeError as error:
+            raise ConfigError(f"--device must be cpu or cuda, not {options.device!r}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda needs a GPU, and torch finds none; leave it out")
+        text = _digits(options, device) if options.data == DIGITS else _images(options, device)
+    except NfzooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = ["python -m benchmarks.claims.stability"]
+    if options.data != DIGITS:
+        shown = options.data if options.data == FASHION_MNIST else "FOLDER"
+        words.append(f"--data {shown}")
+    if options.device != "cpu":
+        words.append(f"--device {options.device}")
+    if options.full:
+        words.append("--full")
+    if options.batches:
+        words.append("--batches " + " ".join(map(str, sorted(options.batches))))
+    words += [f"--{name} {value}" for name in ("seeds", "epochs") if (value := getattr(options, name))]
+    return " ".join([*words, f"--output {options.output}"])
+
+
+def _digits(options: argparse.Namespace, device: torch.device) -> str:
     grid = FULL if options.full else QUICK
-    command = "python -m benchmarks.claims.stability" + (" --full" if options.full else "")
     if options.batches:
         grid = grid._replace(batches=tuple(sorted(options.batches)))
-        command += " --batches " + " ".join(map(str, grid.batches))
     if options.seeds:
         grid = grid._replace(seeds=tuple(range(options.seeds)))
-        command += f" --seeds {options.seeds}"
-    command += f" --output {options.output}"
-    runs = run_grid(grid, options.output / "stability.jsonl", data=digits())
-    draw(grid, cells(runs), options.output / "stability.png")
-    with replaced(options.output / "stability.md") as scratch:
-        scratch.write_text(page(grid, runs, command), encoding="utf-8")
+    if options.epochs:
+        grid = grid._replace(epochs=options.epochs)
+    stem = options.output / "stability-digits"
+    runs = run_grid(grid, stem.with_suffix(".jsonl"), data=digits().to(device))
+    draw(grid, cells(runs), stem.with_suffix(".png"))
+    with replaced(stem.with_suffix(".md")) as scratch:
+        scratch.write_text(page(grid, runs, _command(options)), encoding="utf-8")
     found = cells(runs)
-    print(f"\n{verdict(grid, found)}\n\n{reading(grid, found)}\n\nwrote {options.output}/stability.md, .png, .jsonl")
-    return 0
+    return f"\n{verdict(grid, found)}\n\n{reading(grid, found)}\n\nwrote {stem}.md, .png, .jsonl"
+
+
+def _images(options: argparse.Namespace, device: torch.device) -> str:
+    whole = batch_scaling.FULL if device.type == "cuda" else batch_scaling.CPU
+    study = whole if options.full else batch_scaling.QUICK
+    if options.batches:
+        study = study._replace(batches=tuple(sorted(options.batches)))
+    if options.seeds:
+        study = study._replace(seeds=tuple(range(options.seeds)))
+    if options.epochs:
+        study = study._replace(epochs=options.epochs)
+    data = batch_scaling.read_data(options.data).to(device)
+    output: Path = options.output
+    results = batch_scaling.run_study(study, output / "stability.jsonl", data=data)
+    return batch_scaling_page.write(
+        study, results, output, command=_command(options), images=(len(data.train[0]), len(data.held_out[0]))
+    )
 
 
 if __name__ == "__main__":

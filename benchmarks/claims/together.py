@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims import batch_norm_twin
-from benchmarks.claims.stability import CONFIG, WEIGHT_DECAY, Data
+from benchmarks.claims.stability import CONFIG
+from benchmarks.claims.stacked_runs import WEIGHT_DECAY, Data
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
 from nfzoo.model import apply, init, sample_noise, specs

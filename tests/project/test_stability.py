@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.claims import batch_norm_twin, independence, stability
+from benchmarks.claims import batch_norm_twin, independence, stability, stacked_runs
 from benchmarks.claims.independence import Network
-from benchmarks.claims.stability import CONFIG, Cell, Data, Grid, Run
+from benchmarks.claims.stability import CONFIG, Cell, Grid, Run
+from benchmarks.claims.stacked_runs import Data, Setting
 from nfzoo.analysis.signal_propagation import open_branches
 from nfzoo.model import apply, init, specs
+from nfzoo.optim.clipping import agc
 from nfzoo.optim.sgd import CLIPPED, DECAYED, sgd, sgd_init, warmup_cosine
 from nfzoo.step import cross_entropy
 from nfzoo.types import Params
@@ -85,56 +87,103 @@ def test_the_twin_mixes_examples_and_the_nf_network_does_not() -> None:
 
 
 def test_global_norm_bounds_the_norm_and_keeps_the_direction() -> None:
-    grads = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
-    clipped = stability.global_norm(grads, 1.0)
-    assert torch.allclose(clipped["a"], torch.tensor([0.6, 0.0]))
-    assert torch.allclose(clipped["b"], torch.tensor([[0.8]]))
-    assert all(torch.equal(stability.global_norm(grads, 6.0)[k], grads[k]) for k in grads)
+    grads = torch.tensor([[3.0, 0.0, 4.0], [0.3, 0.0, 0.4]])
+    clipped = stacked_runs.clip_global(grads, torch.tensor([[1.0], [1.0]]))
+    assert torch.allclose(clipped, torch.tensor([[0.6, 0.0, 0.8], [0.3, 0.0, 0.4]]))
 
 
-@pytest.mark.parametrize("method", ["global norm 0.1", "AGC 0.04"])
-def test_runs_trained_together_are_runs_trained_alone(method: str) -> None:
-    data, rates, batch, epochs = small(), [0.02, 0.1], 8, 1
-    found = stability.fit(method, batch, rates, seed=3, epochs=epochs, data=data)
-    order = generator(4)
-    indices = torch.cat([torch.randperm(len(data.train[0]), generator=order) for _ in range(epochs)])
+def test_runs_trained_together_are_runs_trained_alone() -> None:
+    data, batch, epochs = small(), 8, 1
+    settings = [
+        Setting(0.02, 0.04, seed=3, spare_skip_gains=True),
+        Setting(0.1, 0.01, seed=4, skip_gain=0.3, eps=0.01),
+        Setting(0.05, 0.02, seed=3, clip_head=True, warm_up=0.7),
+    ]
+    found = stacked_runs.train(CONFIG, "AGC", batch, settings, data=data, epochs=epochs)
     kinds = {name: kind for name, (_, kind) in specs(CONFIG).items()}
-    for row, peak in enumerate(rates):
-        params = init(CONFIG, generator=generator(3))
+    steps = len(data.train[0]) * epochs // batch
+    for row, setting in enumerate(settings):
+        order = torch.randperm(len(data.train[0]), generator=generator(setting.seed + 1))
+        params = init(CONFIG, generator=generator(setting.seed))
+        params |= {name: p + setting.skip_gain for name, p in params.items() if kinds[name] == "skip_gain"}
+        spared = {"skip_gain"} if setting.spare_skip_gains else set()
+        spared |= set() if setting.clip_head else {"head"}
         state = sgd_init(params)
-        steps = len(indices) // batch
         for i in range(steps):
-            part = indices[i * batch : (i + 1) * batch]
+            part = order[i * batch : (i + 1) * batch]
             x, y = data.train[0][part], data.train[1][part]
             grads = torch.func.grad(lambda p, x=x, y=y: cross_entropy(apply(CONFIG, p, x), y))(params)
+            clipped = agc(
+                grads, params, clip=setting.limit, eps=setting.eps, where=lambda name, s=spared: kinds[name] not in s
+            )
             params, state = sgd(
                 params,
-                stability.METHODS[method](grads, params),
+                clipped,
                 state,
-                lr=warmup_cosine(i, peak=peak, warmup=1, total=steps),
-                weight_decay=stability.WEIGHT_DECAY,
+                lr=warmup_cosine(i, peak=setting.rate, warmup=max(1, round(steps * setting.warm_up)), total=steps),
+                weight_decay=stacked_runs.WEIGHT_DECAY,
                 decay=lambda name: kinds[name] in DECAYED,
             )
         for name, p in params.items():
-            assert torch.allclose(found.params[name][row], p, rtol=1e-3, atol=1e-4), (method, name)
-    assert found.alive == [0, 1]
+            assert torch.allclose(found.params[name][row], p, rtol=1e-3, atol=1e-4), (setting, name)
+    assert found.alive == [0, 1, 2]
 
 
-def test_agc_spares_what_it_says() -> None:
-    params = init(CONFIG, generator=generator())
-    grads = {name: torch.full_like(p, 100.0) for name, p in params.items()}
+def test_the_stacked_twin_is_the_twin() -> None:
+    data, batch = small(), 12
+    settings = [Setting(0.02, seed=1), Setting(0.1, seed=1)]
+    found = stacked_runs.train(CONFIG, "none", batch, settings, data=data, epochs=1, twin=True)
+    order = torch.randperm(len(data.train[0]), generator=generator(2))
+    params = batch_norm_twin.init(CONFIG, generator=generator(1))
+    running, state = batch_norm_twin.init_statistics(CONFIG), sgd_init(params)
+    for i in range(2):
+        part = order[i * batch : (i + 1) * batch]
+
+        def loss(p: Params, part: Tensor = part) -> tuple[Tensor, Params]:
+            logits, used = batch_norm_twin.apply(CONFIG, p, data.train[0][part])
+            return cross_entropy(logits, data.train[1][part]), used
+
+        grads, used = torch.func.grad(loss, has_aux=True)(params)
+        rate = warmup_cosine(i, peak=0.1, warmup=1, total=2)
+        decay = {name for name in params if name.endswith("weight")}
+        params, state = sgd(
+            params, grads, state, lr=rate, weight_decay=stacked_runs.WEIGHT_DECAY, decay=lambda n, d=decay: n in d
+        )
+        running = batch_norm_twin.update(running, used)
+    for name, p in params.items():
+        assert torch.allclose(found.params[name][1], p, rtol=1e-3, atol=1e-4), name
+    for name, p in running.items():
+        assert torch.allclose(found.running[name][1], p, rtol=1e-3, atol=1e-4), name
+    ends = stacked_runs.evaluate(CONFIG, found, data=data, runs=2, steps=2, twin=True)
+    logits = batch_norm_twin.apply(CONFIG, params, data.held_out[0], running)[0]
+    assert ends[1].loss == pytest.approx(float(cross_entropy(logits, data.held_out[1])), rel=1e-3)
+    assert ends[1].accuracy == pytest.approx(float((logits.argmax(1) == data.held_out[1]).float().mean()))
+
+
+def test_agc_of_the_matrix_is_agc() -> None:
     kinds = {name: kind for name, (_, kind) in specs(CONFIG).items()}
-    for method, spared in (("AGC 0.04", {"skip_gain", "head"}), ("AGC 0.16, all", {"head"})):
-        clipped = stability.METHODS[method](grads, params)
-        untouched = {kinds[name] for name in params if torch.equal(clipped[name], grads[name])}
-        assert untouched == spared
-        assert untouched | CLIPPED == set(kinds.values())
+    settings = [Setting(1.0, 0.04, spare_skip_gains=True), Setting(1.0, 0.16), Setting(1.0, 0.16, clip_head=True)]
+    stack = stacked_runs.Stack(CONFIG, "AGC", settings, twin=False, device=torch.device("cpu"))
+    grads = torch.randn(stack.matrix.shape, generator=generator(5)) * torch.tensor([[100.0], [1.0], [0.01]])
+    clipped = stack.layout.unpack(stack.clipped(grads))
+    separate, params = stack.layout.unpack(grads), stack.layout.unpack(stack.matrix)
+    assert params.keys() == kinds.keys()
+    for row, spared in enumerate(({"skip_gain", "head"}, {"head"}, set())):
+        expected = agc(
+            {name: g[row] for name, g in separate.items()},
+            {name: p[row] for name, p in params.items()},
+            clip=settings[row].limit,
+            where=lambda name, spared=spared: kinds[name] not in spared,
+        )
+        for name, g in expected.items():
+            assert torch.allclose(clipped[name][row], g, rtol=1e-5), (row, name)
+        assert {"skip_gain", "head"} | CLIPPED == set(kinds.values())
 
 
 def test_a_run_that_diverges_leaves_the_others_alone() -> None:
     data = small()
-    mixed = stability.train("no clipping", 8, [0.02, 1e4], seed=0, epochs=2, data=data)
-    alone = stability.train("no clipping", 8, [0.02], seed=0, epochs=2, data=data)
+    mixed = stability.train("no clipping", 8, [(0.02, 0), (1e4, 0)], epochs=2, data=data)
+    alone = stability.train("no clipping", 8, [(0.02, 0)], epochs=2, data=data)
     assert mixed[1].diverged_at is not None
     assert mixed[1].accuracy == 0
     assert mixed[0].diverged_at is None
@@ -162,12 +211,13 @@ def test_usable_means_every_seed_near_the_best() -> None:
 def test_the_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
 
-    def train(method, batch, rates, *, seed, epochs, data):  # type: ignore[no-untyped-def]
-        calls.append((method, batch, tuple(rates), seed))
+    def train(method, batch, pairs, *, epochs, data):  # type: ignore[no-untyped-def]
+        calls.append((method, batch, tuple(pairs)))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return [
-            Run(method, batch, r, seed, epochs, 0.5, math.inf if r > 1 else 1.0, 7 if r > 1 else None) for r in rates
+            Run(method, batch, r, seed, epochs, 0.5, math.inf if r > 1 else 1.0, 7 if r > 1 else None)
+            for r, seed in pairs
         ]
 
     monkeypatch.setattr(stability, "train", train)
