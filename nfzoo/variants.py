@@ -160,9 +160,26 @@ def _tiny() -> Iterator[Variant]:
     yield Variant("nfnet-test", cfg, size, "nfzoo, for tests and the demonstration")
 
 
-VARIANTS: dict[str, Variant] = {
-    v.name: v for rows in (_nfnets, _nf_resnets, _nf_regnets, _light_nfnets, _timm_forms, _tiny) for v in rows()
-}
+def _small_images() -> Iterator[Variant]:
+    # Images of about 30 pixels are enlarged, since the stem has stride 4. Dense 3x3 convolutions and ReLU, since their
+    # training step takes the least time on a CPU for the operations in it.
+    cfg = NFNetConfig(
+        depths=(1, 1, 1, 1),
+        widths=(128, 256, 384, 384),
+        rules="timm",
+        activation="relu",
+        group_width=64,
+        attention="none",
+        stem_width=64,
+        stem_hidden=(16, 24, 32),
+        num_classes=10,
+    )
+    size = Preprocessing(train_size=40, test_size=40, margin=0)
+    yield Variant("nfnet-s0", cfg, size, "nfzoo, for small images")
+
+
+_ROWS = (_nfnets, _nf_resnets, _nf_regnets, _light_nfnets, _timm_forms, _small_images, _tiny)
+VARIANTS: dict[str, Variant] = {v.name: v for rows in _ROWS for v in rows()}
 
 
 def variant(name: str) -> Variant:

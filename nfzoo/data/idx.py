@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 from PIL import Image
 
-from nfzoo.data.images import UNLABELLED, Images, check_classes
+from nfzoo.data.images import UNLABELLED, Images, Indices, check_classes
 from nfzoo.data.labels import numbered_classes
 from nfzoo.errors import DataError
 from nfzoo.files import open_regular
@@ -118,6 +118,9 @@ class IDXImages(Images[Image.Image]):
 
     def read_row(self, row: int) -> Image.Image:
         return Image.fromarray(self.pixels[row])
+
+    def grey_levels(self, indices: Indices) -> np.ndarray:
+        return self.pixels[self.rows[np.asarray(indices, np.int64)]]
 
     def row_name(self, row: int) -> str:
         part, start = next(pair for pair in reversed(self.starts) if pair[1] <= row)

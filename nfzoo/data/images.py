@@ -69,6 +69,10 @@ class Images(ABC, Generic[_Source_co]):
     def stamp(self) -> str:
         """Return a text that identifies the contents, apart from names and number, without reading images."""
 
+    def grey_levels(self, indices: Indices) -> np.ndarray | None:
+        """Return images that lie in memory, all of one size, uint8 `(n, H, W)`; `None` if they do not."""
+        return None
+
     def files(self) -> Iterable[str | Path]:
         """Return the files that hold the images, always in the same order; none if they are not known."""
         return ()

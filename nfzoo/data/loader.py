@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from nfzoo.transforms.corruptions import Corruption, corrupt
 from nfzoo.transforms.decode import open_image
 from nfzoo.transforms.mixing import Augment
 from nfzoo.transforms.preprocess import evaluation_pixels, evaluation_transform, normalize, training_crop
+from nfzoo.transforms.stacks import evaluation_transforms, stackable, training_crops
 
 _MAX_UNREADABLE = 100  # consecutive unreadable images after which the data set counts as broken
 
@@ -176,6 +177,16 @@ class _TrainingSamples(TorchDataset[_TrainingSample]):
     augment: Augment
     seeds: tuple[int, int]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[_TrainingSample]:
+        images = np.asarray(indices) % len(self.images)  # for one that came before, see `balanced_order`
+        levels = self.images.grey_levels(images) if stackable(self.preprocessing) else None
+        if levels is None:
+            return [self[i] for i in indices]
+        rngs = [np.random.default_rng([*self.seeds, i]) for i in indices]
+        crop = {"scale": self.augment.scale, "ratio": self.augment.ratio, "flip": self.augment.flip}
+        pixels = training_crops(levels, self.preprocessing, rngs, size=self.size, **crop)
+        return list(map(_TrainingSample, pixels, self.images.labels[images], indices, repeat(None)))
+
     def __getitem__(self, index: int) -> _TrainingSample:  # type: ignore[override]
         broken: str | None = None
         tries = min(_MAX_UNREADABLE, len(self.images))
@@ -304,6 +315,14 @@ class _EvaluationSamples(TorchDataset["tuple[Tensor, Any] | str"]):
     preprocessing: Preprocessing
     size: int
     corruption: Corruption | None = None
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Any] | str]:
+        stacks = self.corruption is None and stackable(self.preprocessing)
+        levels = self.images.grey_levels(indices) if stacks else None
+        if levels is None:
+            return [self[i] for i in indices]
+        pixels = evaluation_transforms(levels, self.preprocessing, size=self.size)
+        return list(zip(pixels, self.images.labels[np.asarray(indices)], strict=True))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any] | str:  # type: ignore[override]
         try:

@@ -105,7 +105,9 @@ class _Batches(Dataset[tuple[Tensor, Any]]):
     collate: Callable[[list], Any]
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Any]:  # type: ignore[override]
-        return torch.tensor(indices, dtype=torch.int64), self.collate([self.samples[i] for i in indices])
+        together = getattr(self.samples, "__getitems__", None)  # torch's name for samples that are loaded at once
+        samples = [self.samples[i] for i in indices] if together is None else together(indices)
+        return torch.tensor(indices, dtype=torch.int64), self.collate(samples)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -127,6 +127,20 @@ def _taps(length: int, size: int, centre: int) -> _Taps:
     return _Taps(used, taken.reshape(index.shape), weight)
 
 
+def tf_bicubic_taps(length: int, size: int, centre: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the four source pixels of each output of one axis, and their float32 weights, both `(centre, 4)`.
+
+    `tf_bicubic` adds up the products in this order.
+
+    Args:
+        length: source pixels.
+        size: outputs.
+        centre: how many of them to return, from the middle.
+    """
+    taps = _taps(length, size, centre)
+    return taps.used[taps.taken], taps.weight
+
+
 def _bicubic_weights(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return source pixels and float32 weights, both `(size, 4)`, in float32 arithmetic throughout as in TensorFlow."""
     scale = np.float32(length) / np.float32(size)

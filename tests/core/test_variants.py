@@ -41,17 +41,30 @@ def test_deepminds_code_counts_the_same(name):
 
 
 def test_every_variant_is_counted_by_others():
-    assert VARIANTS.keys() == DEEPMIND_COUNTS.keys() | set(TIMM.values()) | {"nfnet-test"}
+    assert VARIANTS.keys() == DEEPMIND_COUNTS.keys() | set(TIMM.values()) | {"nfnet-s0", "nfnet-test"}
     assert not DEEPMIND_COUNTS.keys() & {name for name in TIMM.values() if VARIANTS[name].config.rules == "timm"}
 
 
+def conv(kernel, inputs, outputs, groups=1):
+    return kernel**2 * inputs // groups * outputs + 2 * outputs  # and a gain and a bias
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def test_the_model_for_small_images_counted_by_hand():
+    count = conv(3, 3, 16) + conv(3, 16, 24) + conv(3, 24, 32) + conv(3, 32, 64)
+    inputs = 64
+    for outputs in (128, 256, 384, 384):
+        middle = outputs // 2
+        count += conv(1, inputs, outputs)  # the shortcut: each stage downsamples or widens
+        count += conv(1, inputs, middle) + 2 * conv(3, middle, middle, middle // 64) + conv(1, middle, outputs)
+        inputs = outputs
+    assert model.parameter_count(VARIANTS["nfnet-s0"].config) == count + conv(1, 384, 768) + linear(768, 10)
+
+
 def test_the_test_model_counted_by_hand():
-    def conv(kernel, inputs, outputs, groups=1):
-        return kernel**2 * inputs // groups * outputs + 2 * outputs  # and a gain and a bias
-
-    def linear(inputs, outputs):
-        return inputs * outputs + outputs
-
     count = conv(3, 3, 4) + conv(3, 4, 8) + conv(3, 8, 16) + conv(3, 16, 32)
     inputs = 32
     for outputs in (32, 64, 128, 128):

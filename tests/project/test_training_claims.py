@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
+
 import nfzoo
-from benchmarks.claims import distillation, progressive_sizes
+from benchmarks.claims import distillation, private_training, progressive_sizes
+from nfzoo.dp import epsilon
 from nfzoo.model import parameter_count
 
 
@@ -32,3 +38,25 @@ def test_the_page_of_sizes_has_ratios_of_each_seed() -> None:
     text = progressive_sizes.page(found[::-1], "command")
     assert "| 16, 24, 32 pixels | 10 s | 0.75 | 99.00 %, 99.00 %, 99.00 % |" in text
     assert list(progressive_sizes.WAYS) == list(seconds)
+
+
+@pytest.mark.slow
+def test_the_noise_of_private_training_is_the_least_that_epsilon_allows() -> None:
+    options = {"rate": 0.01, "steps": 100}
+    noise = private_training.noise_for(3.0, **options)
+    assert epsilon(noise_multiplier=noise, **options) <= 3 < epsilon(noise_multiplier=0.995 * noise, **options)
+
+
+@pytest.mark.slow
+def test_private_training_runs_and_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "fashion-mnist").mkdir()
+    for part, count in (("train", 24), ("t10k", 8)):
+        levels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+        for kind, array in (("images-idx3", levels), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
+            (tmp_path / "fashion-mnist" / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    found = private_training.runs(str(tmp_path / "fashion-mnist"), epsilons=(8.0,), epochs=1, batch=12, most=20)
+    assert [(row["steps"], row["seed"]) for row in found] == [(2, 0)]
+    assert 7.9 < found[0]["epsilon"] <= 8
+    found[0] |= {"epsilon": 8.0, "accuracy": 0.8765, "seconds": 12.3, "noise": 0.7}
+    assert "| 8.00 | 0.70 | 87.65 % | 12 s |" in private_training.page(found, "command")

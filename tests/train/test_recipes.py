@@ -34,6 +34,7 @@ def parsed(name: str) -> recipe.TrainConfig:
 def test_there_are_those_that_the_papers_ask_for() -> None:
     wanted = {f"nfnet-f{n}-imagenet" for n in F} | {"nfnet-f5-sam-imagenet", "nfnet-f6-sam-imagenet"}
     wanted |= {f"nfnet-f{n}-finetune" for n in F} | {"head", "nfnet-transfer", "nfnet-f0-small-batch"}
+    wanted |= {"fashion-mnist"}
     wanted |= {f"nf-regnet-b{n}-imagenet" for n in range(6)} | {"nf-resnet-50-imagenet", "nf-resnet-200-imagenet"}
     assert set(RECIPES) == wanted
 
@@ -99,7 +100,7 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_unknown_recipe_has_near_ones_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'nfnet-f1-finetune'"):
         parsed("nfnet-f1-finetun")
-    with pytest.raises(ConfigError, match="there are head, nf-regnet-b0-imagenet"):
+    with pytest.raises(ConfigError, match="there are fashion-mnist, head, nf-regnet-b0-imagenet"):
         parsed("zzz")
 
 
