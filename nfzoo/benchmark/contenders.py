@@ -14,7 +14,8 @@ from torch import Tensor
 from nfzoo import torch_internals
 from nfzoo.errors import ConfigError
 from nfzoo.export.quantize import quantize_torch
-from nfzoo.export.run import FORMATS, INPUT, export
+from nfzoo.export.run import FORMATS, SHEET, export
+from nfzoo.export.runtimes import LOADERS, Run, load_openvino
 from nfzoo.nn import NFNet
 from nfzoo.predict import compute
 from nfzoo.runtime.compile import compile_alone
@@ -140,9 +141,9 @@ def _compiled_int8(task: Task, _: str) -> Program:
 
 
 def _exported(task: Task, format: str, precision: str) -> Path:
-    """Return the file that `nfzoo export` writes; int8 stands for the ONNX program that is quantised."""
+    """Return the file that `nfzoo export` writes; one that is there already is not written again."""
     path = task.folder / f"{format}-{precision}" / FORMATS[format].file
-    if not path.exists():  # OpenVINO reads the files of ONNX
+    if not path.exists():
         int8 = precision == "int8"
         model = task.folded if int8 else _cast(task.folded, precision)
         # With a fixed number of images, as a program for a known use would have.
@@ -152,72 +153,57 @@ def _exported(task: Task, format: str, precision: str) -> Path:
     return path
 
 
-def _program_of_torch(task: Task, format: str, precision: str, load: Callable[[str], Any]) -> Program:
-    path = _exported(task, format, precision)
+def _loaded(path: Path, load: Callable[[Path], Run]) -> Program:
     begun = time.perf_counter()
-    loaded = load(str(path))
-    seconds = time.perf_counter() - begun
+    run = load(path)
+    return Program(run, _bytes(path), time.perf_counter() - begun)
 
-    def run(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return loaded(x.to(DTYPES[precision]).contiguous()).float()
 
-    return Program(run, path.stat().st_size, seconds)
+def _bytes(path: Path) -> int:
+    """Return the bytes of a program, and of the files beside it that may hold its weights."""
+    return sum(file.stat().st_size for file in path.parent.iterdir() if file.name != SHEET)
+
+
+def _of_torch(precision: str, load: Callable[[str], Any]) -> Callable[[Path], Run]:
+    def loader(path: Path) -> Run:
+        loaded = load(str(path))
+
+        def run(x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return loaded(x.to(DTYPES[precision]).contiguous()).float()
+
+        return run
+
+    return loader
 
 
 def _aoti(task: Task, precision: str) -> Program:
     from torch._inductor import aoti_load_package
 
-    return _program_of_torch(task, "aoti", precision, aoti_load_package)
+    return _loaded(_exported(task, "aoti", precision), _of_torch(precision, aoti_load_package))
 
 
 def _torch_export(task: Task, precision: str) -> Program:
-    return _program_of_torch(task, "torch", precision, lambda path: torch.export.load(path).module())
-
-
-def _onnx(task: Task, precision: str) -> Program:
-    import onnxruntime
-
-    path = _exported(task, "onnx", precision)
-    begun = time.perf_counter()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = task.threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # into the time of the next contender
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    seconds = time.perf_counter() - begun
-
-    def run(x: Tensor) -> Tensor:
-        (logits,) = session.run(None, {INPUT: x.contiguous().numpy()})
-        return torch.as_tensor(logits)
-
-    return Program(run, _with_data(path), seconds)
+    loader = _of_torch(precision, lambda path: torch.export.load(path).module())
+    return _loaded(_exported(task, "torch", precision), loader)
 
 
 def _openvino(task: Task, precision: str) -> Program:
-    import openvino  # pyright: ignore[reportMissingImports]
-
-    path = _exported(task, "onnx", "int8" if precision == "int8" else "float32")
-    begun = time.perf_counter()
-    core = openvino.Core()
-    # Left to itself it would compute float32 programs in bf16 where the processor can.
-    options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(core.read_model(str(path)), "CPU", {**options, "INFERENCE_NUM_THREADS": task.threads})
-    request = compiled.create_infer_request()
-    seconds = time.perf_counter() - begun
-
-    def run(x: Tensor) -> Tensor:
-        found = request.infer({0: x.contiguous().numpy()}, share_inputs=True)
-        return torch.tensor(found[0]).float()
-
-    return Program(run, _with_data(path), seconds)
+    path = _exported(task, "openvino", "int8" if precision == "int8" else "float32")
+    return _loaded(path, lambda path: load_openvino(path, task.threads, bf16=precision == "bf16"))
 
 
-def _with_data(path: Path) -> int:
-    """Return the bytes of an ONNX file, and of the file beside it that may hold its weights."""
-    return sum(file.stat().st_size for file in path.parent.iterdir() if file.name.startswith(path.name))
+def _runtime(format: str) -> Callable[[Task, str], Program]:
+    """Return what builds an exported program that its runtime loads."""
+
+    def build(task: Task, precision: str) -> Program:
+        return _loaded(_exported(task, format, precision), lambda path: LOADERS[format](path, task.threads))
+
+    return build
 
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+_LITERT = ("litert_torch", "ai_edge_litert")
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender("eager", "float32", _eager),
@@ -233,8 +219,12 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender("aoti", "bf16", _aoti),
     Contender("torch", "float32", _torch_export),
     Contender("torch", "bf16", _torch_export),
-    Contender("onnx", "float32", _onnx, "export", _ONNX),
-    Contender("onnx", "int8", _onnx, "export", _ONNX),
+    Contender("onnx", "float32", _runtime("onnx"), "export", _ONNX),
+    Contender("onnx", "int8", _runtime("onnx"), "export", _ONNX),
+    Contender("litert", "float32", _runtime("litert"), "litert", _LITERT),
+    Contender("litert", "int8", _runtime("litert"), "litert", _LITERT),
+    Contender("executorch", "float32", _runtime("executorch"), "executorch", ("executorch",)),
+    Contender("executorch", "int8", _runtime("executorch"), "executorch", ("executorch",)),
     Contender("openvino", "float32", _openvino, "openvino,export", ("openvino", *_ONNX)),
     Contender("openvino", "bf16", _openvino, "openvino,export", ("openvino", *_ONNX)),
     Contender("openvino", "int8", _openvino, "openvino,export", ("openvino", *_ONNX)),

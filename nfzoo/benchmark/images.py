@@ -12,7 +12,7 @@ from nfzoo.data.loader import evaluation_batches
 from nfzoo.data.source import open_all
 from nfzoo.errors import DataError
 from nfzoo.evaluate import open_labelled
-from nfzoo.export.run import calibration_batches
+from nfzoo.export.quantize import calibration_batches
 from nfzoo.nn import NFNet
 
 

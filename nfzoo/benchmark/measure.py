@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nfzoo.benchmark.contenders import Contender, Program, Task
 from nfzoo.benchmark.images import Data
+from nfzoo.benchmark.memory import prepare, resident
 from nfzoo.config import is_int
 from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet
@@ -29,7 +30,7 @@ class Result(NamedTuple):
     Attributes:
         format, precision: of the contender.
         status: `"measured"`, `"missing"` (something is not installed) or `"failed"`.
-        reason: why it was not measured, in one line.
+        reason: why it, or its memory, was not measured, in one line.
         milliseconds, low, high: median and quartiles over the rounds, for one image.
         accuracy: share of the labelled images with the right label.
         agreement: share of the images for which its decision is that of the reference: the most probable label, or of
@@ -38,6 +39,7 @@ class Result(NamedTuple):
         megabytes: its file, or its weights, in MB of 2^20 bytes.
         make_seconds: time until its first answer, with export, compilation and loading.
         load_seconds: time to read its file.
+        memory_megabytes: resident memory that it takes while it computes, without libraries, in MB of 2^20 bytes.
     """
 
     format: str
@@ -53,6 +55,7 @@ class Result(NamedTuple):
     megabytes: float | None = None
     make_seconds: float | None = None
     load_seconds: float | None = None
+    memory_megabytes: float | None = None
 
 
 def compare(
@@ -62,6 +65,7 @@ def compare(
     *,
     batch: int = 1,
     rounds: int = 20,
+    memory: bool = False,
     said: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
     """Return the result of each contender, of which the first is the reference of the others.
@@ -72,6 +76,7 @@ def compare(
     Args:
         model: on the CPU, with float32 parameters; it is left as it is.
         batch: images of each call.
+        memory: measure memory as well, for which each is made once more in a process of its own.
         said: called with what is done next.
 
     Raises:
@@ -97,6 +102,8 @@ def compare(
         results: dict[Contender, Result] = {}
         programs: dict[Contender, Program] = {}
         reference: Tensor | None = None
+        if memory:
+            prepare(task)
         for contender in contenders:
             said(f"{contender.format} {contender.precision}")
             try:
@@ -109,6 +116,9 @@ def compare(
             if program is not None and logits is not None:
                 programs[contender] = program
                 reference = logits if reference is None else reference
+                if memory:
+                    said(f"{contender.format} {contender.precision}: memory")
+                    results[contender] = _with_memory(results[contender], contender, task)
         said(f"{rounds} rounds")
         times = _rounds(programs, next(_batches(data.images, batch))[0], rounds, results)
     for contender, seconds in times.items():
@@ -121,6 +131,13 @@ def _failed(contender: Contender, error: Exception) -> Result:
     text = " ".join(str(error).split())[:200]
     reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return Result(contender.format, contender.precision, "failed", reason)
+
+
+def _with_memory(result: Result, contender: Contender, task: Task) -> Result:
+    try:
+        return result._replace(memory_megabytes=resident(contender, task))
+    except RuntimeError as error:
+        return result._replace(reason=str(error))
 
 
 def _made(

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  aoti       compiled by torch's AOTInductor to a file\n"
         "  torch      a program of torch.export\n"
         "  onnx       an ONNX file, by ONNX Runtime; needs nfzoo[export]\n"
-        "  openvino   the same file, by OpenVINO; needs nfzoo[openvino,export]\n"
+        "  openvino   a file of OpenVINO; needs nfzoo[openvino,export]\n"
+        "  litert     a file of LiteRT; needs nfzoo[litert]\n"
+        "  executorch a file of ExecuTorch, by XNNPACK; needs nfzoo[executorch]\n"
         "  optimized  what optimize() chooses here\n\n"
         "example: nfzoo benchmark runs/digits --data digits --formats eager,folded,prepacked",
     )
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=program.positive_int, default=20, metavar="N", help=text)
     text = "processor threads of each (default: torch's choice)"
     parser.add_argument("--threads", type=program.positive_int, metavar="N", help=text)
+    text = "measure memory too: each way is made once more, in a process of its own"
+    parser.add_argument("--memory", action="store_true", help=text)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the times; needs matplotlib")
     program.add_source_options(parser)
     program.add_output_options(parser, word_is_file=True)
@@ -79,7 +83,7 @@ def _main(options: argparse.Namespace) -> None:
             print(f"… {text}", file=sys.stderr, flush=True)
 
     run = {"batch": options.batch_size, "rounds": options.rounds}
-    results = compare(model, contenders, data, **run, said=say)
+    results = compare(model, contenders, data, **run, memory=options.memory, said=say)
     name = escaped(model.name or "a model without name")
     title = (
         f"{name}, {data.images.shape[-1]} pixels, batches of {options.batch_size}, {torch.get_num_threads()} thread(s)"
@@ -96,28 +100,30 @@ def report(results: Sequence[Result]) -> str:
     measured = sorted((r for r in results if r.milliseconds is not None), key=lambda r: r.milliseconds or 0.0)
     names = ("way", "", "ms/image", "quartiles", "accuracy", "agreement", "distance", "MB", "ready in s", "load s")
     rows = [names, *map(_cells, measured)]
-    rest = [
-        f"{r.format} {r.precision} {_NOT[r.status]}: {escaped(r.reason or '')}" for r in results if r not in measured
-    ]
-    return "\n".join([table(rows, "<<>>>>>>>>"), *rest])
+    if any(r.memory_megabytes is not None for r in measured):
+        memory = ["MB used", *(_cell(r.memory_megabytes, ".0f") for r in measured)]
+        rows = [(*row, cell) for row, cell in zip(rows, memory, strict=True)]
+    rest = [f"{r.format} {r.precision} {_NOT[r.status]}: {escaped(r.reason)}" for r in results if r.reason]
+    return "\n".join([table(rows, "<<>>>>>>>>>"[: len(rows[0])]), *rest])
 
 
-_NOT = {"missing": "is left out", "failed": "failed"}
+_NOT = {"missing": "is left out", "failed": "failed", "measured": "was measured but for a part"}
+
+
+def _cell(value: float | None, format: str) -> str:
+    return "" if value is None else f"{value:{format}}"
 
 
 def _cells(r: Result) -> tuple[str, ...]:
-    def cell(value: float | None, format: str) -> str:
-        return "" if value is None else f"{value:{format}}"
-
     return (
         r.format,
         r.precision,
-        cell(r.milliseconds, ".3f"),
+        _cell(r.milliseconds, ".3f"),
         f"{r.low:.3f} to {r.high:.3f}",
-        cell(r.accuracy, ".2%"),
-        cell(r.agreement, ".2%"),
-        cell(r.distance, ".1e"),
-        cell(r.megabytes, ".1f"),
-        cell(r.make_seconds, ".1f"),
-        cell(r.load_seconds, ".2f"),
+        _cell(r.accuracy, ".2%"),
+        _cell(r.agreement, ".2%"),
+        _cell(r.distance, ".1e"),
+        _cell(r.megabytes, ".1f"),
+        _cell(r.make_seconds, ".1f"),
+        _cell(r.load_seconds, ".2f"),
     )

@@ -1,4 +1,4 @@
-"""Trace a model for other runtimes, and write it as ONNX."""
+"""Trace a model for other runtimes, and write it as ONNX or as OpenVINO's representation of that."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from nfzoo.nn import NFNet
 INPUT, OUTPUT = "images", "logits"
 PACKAGES = ("onnx", "onnxscript")
 """What `write_onnx` imports, of the extra `export`."""
+OPENVINO_PACKAGES = ("openvino", *PACKAGES)
+"""What `write_openvino` imports, of the extras `openvino` and `export`."""
 
 
 def check_finite(model: NFNet) -> None:
@@ -61,6 +63,23 @@ def write_onnx(model: NFNet, images: Tensor, batch: int | None, path: Path, *, i
     onnx_program.save(path)
     if batch is None:
         _name_batch(path)
+
+
+def write_openvino(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
+    """Write an OpenVINO model, `.xml` with its weights in `.bin` beside it, for `openvino.compile_model(path)`."""
+    program = path.with_suffix(".onnx")
+    write_onnx(model, images, batch, program)
+    onnx_to_openvino(program, path)
+
+
+def onnx_to_openvino(source: Path, path: Path) -> None:
+    """Move an ONNX model, float32 or quantised, into an OpenVINO model `.xml`; its numbers keep their types."""
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    # By default the weights would be halved to float16.
+    openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+    for file in (source, source.with_name(f"{source.name}.data")):
+        file.unlink(missing_ok=True)
 
 
 def _name_batch(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Export models to other runtimes: `nfzoo export MODEL --format onnx|aoti|torch|stablehlo --output FOLDER`.
+"""Export models to other runtimes: `nfzoo export MODEL --format FORMAT --output FOLDER`.
 
 The model is folded first. The file `nfzoo.json` beside the program describes its input and output.
 """
@@ -6,7 +6,6 @@ The model is folded first. The file `nfzoo.json` beside the program describes it
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,25 +18,33 @@ from torch import Tensor
 from nfzoo.checkpoint.atomic import replaced_folder
 from nfzoo.checkpoint.model_folder import SHEET_FILE as SHEET
 from nfzoo.config import MAX_SIZE, is_int
-from nfzoo.data.loader import evaluation_batches
-from nfzoo.data.source import open_split
 from nfzoo.errors import ConfigError
+from nfzoo.export.edge import (
+    EXECUTORCH_PACKAGES,
+    LITERT_PACKAGES,
+    write_executorch,
+    write_executorch_int8,
+    write_litert,
+    write_litert_int8,
+)
 from nfzoo.export.onnx_program import (
     INPUT,
+    OPENVINO_PACKAGES,
     OUTPUT,
     PACKAGES,
     check_finite,
     exported_program,
     quiet,
     write_onnx,
+    write_openvino,
 )
-from nfzoo.export.quantize import accuracy_of_int8, quantize_onnx
+from nfzoo.export.quantize import accuracy_of_int8, calibration_batches, write_onnx_int8, write_openvino_int8
 from nfzoo.nn import NFNet
 from nfzoo.runtime import program
 from nfzoo.runtime.device import usable_device
 from nfzoo.runtime.output import escaped, json_text
 
-_CALIBRATION = 256  # images, the first of the training split; more change the ranges little
+_FLOAT32 = (torch.float32,)
 
 
 class Format(NamedTuple):
@@ -46,14 +53,24 @@ class Format(NamedTuple):
     Attributes:
         file: the program's file name in the output folder.
         write: `write(model, images, batch, path)`, which writes a folded model, traced on example images.
-        needs: packages of the extra `export` that `write` imports.
+        write_int8: the same with batches of prepared images to calibrate with, or `None`.
+        needs: packages that `write` imports.
+        extra: the extra of nfzoo that brings them.
+        beside: other files that `write` may leave in the folder.
         any_size: true if height and width are dynamic.
+        one_batch: true if the number of images is fixed, which by default is 1.
+        dtypes: what a model's parameters may be, and otherwise become float32; by default all.
     """
 
     file: str
     write: Callable[[NFNet, Tensor, int | None, Path], None]
+    write_int8: Callable[[NFNet, Tensor, int | None, Path, Iterable[Tensor]], None] | None = None
     needs: tuple[str, ...] = ()
+    extra: str = "export"
+    beside: tuple[str, ...] = ()
     any_size: bool = False
+    one_batch: bool = False
+    dtypes: tuple[torch.dtype, ...] | None = None
 
 
 def write_torch(model: NFNet, images: Tensor, batch: int | None, path: Path) -> None:
@@ -84,10 +101,45 @@ def write_aoti(model: NFNet, images: Tensor, batch: int | None, path: Path) -> N
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("model.onnx", write_onnx, needs=PACKAGES),
+    "onnx": Format(
+        "model.onnx",
+        write_onnx,
+        write_onnx_int8,
+        needs=PACKAGES,
+        beside=("model.onnx.data",),
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),  # onnxruntime has no float64 convolution
+    ),
     "aoti": Format("model.pt2", write_aoti),
     "torch": Format("model.pt2", write_torch, any_size=True),
+    "openvino": Format(
+        "model.xml",
+        write_openvino,
+        write_openvino_int8,
+        needs=OPENVINO_PACKAGES,
+        extra="openvino,export",
+        beside=("model.bin",),
+        dtypes=_FLOAT32,
+    ),
+    "litert": Format(
+        "model.tflite",
+        write_litert,
+        write_litert_int8,
+        needs=LITERT_PACKAGES,
+        extra="litert",
+        one_batch=True,
+        dtypes=_FLOAT32,
+    ),
+    "executorch": Format(
+        "model.pte",
+        write_executorch,
+        write_executorch_int8,
+        needs=EXECUTORCH_PACKAGES,
+        extra="executorch",
+        one_batch=True,
+        dtypes=_FLOAT32,
+    ),
 }
+_INT8 = ", ".join(name for name, kind in FORMATS.items() if kind.write_int8)
 STABLEHLO = "stablehlo"
 
 
@@ -105,11 +157,13 @@ def export(
 
     Args:
         model: a trained or folded model, which is left as it is.
-        format: a key of `FORMATS`; a float64 model becomes float32 in `onnx`.
+        format: a key of `FORMATS`; a float64 model becomes float32 in `onnx`, and any in `openvino`, `litert` and
+            `executorch`.
         size: side of the images in pixels; by default that of the model's evaluation.
-        batch: a fixed number of images; by default any number.
+        batch: a fixed number of images; by default any number, and 1 in `litert` and `executorch`.
         device: device that `aoti` compiles for; by default the model's.
-        int8: batches of prepared images, with whose ranges `onnx` is quantised (see `nfzoo.export.quantize`).
+        int8: batches of prepared images, of `batch` each where that is fixed, with whose ranges the program is
+            quantised (see `nfzoo.export.quantize`).
 
     Raises:
         ConfigError: if the format is unknown, a number is out of range, a device or package is missing, or the folder
@@ -119,38 +173,39 @@ def export(
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
     kind = FORMATS[format]
-    if int8 is not None and format != "onnx":
+    if int8 is not None and kind.write_int8 is None:
         raise ConfigError(
-            f"int8 is for onnx, not {format}; nfzoo.export.quantize.quantize_torch quantises for torch.compile"
+            f"int8 is for {_INT8}, not {format}; nfzoo.export.quantize.quantize_torch quantises for torch.compile"
         )
     for name, value in (("size", size), ("batch", batch)):
         if value is not None and not is_int(value, 1, MAX_SIZE):
             raise ConfigError(f"{name} must be a positive integer up to {MAX_SIZE}, not {value!r}")
-    program.check_packages(format, kind.needs, "export")
+    program.check_packages(format, kind.needs, kind.extra)
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; give a folder")
-    if others := sorted(p.name for p in _entries(folder) if p.name not in (kind.file, SHEET)):
+    if others := sorted(p.name for p in _entries(folder) if p.name not in (kind.file, *kind.beside, SHEET)):
         raise ConfigError(
             f"{str(folder)!r} holds other files, such as {others[0]!r}; give a folder of the export's own"
         )
     check_finite(model)
-    if format == "onnx" and next(model.parameters()).dtype == torch.float64:  # onnxruntime has no float64 convolution
+    if kind.dtypes and next(model.parameters()).dtype not in kind.dtypes:
         model = NFNet.from_params(model.description, {k: v.detach().float() for k, v in model.named_parameters()})
     folded = model if model.config.folded else model.for_inference()
     if device is not None:
         folded = NFNet.from_params(folded.description, {k: v.detach().clone() for k, v in folded.named_parameters()})
         folded = folded.to(usable_device(device))
+    if kind.one_batch:
+        batch = batch or 1
     p = next(folded.parameters())
     side = size or folded.preprocessing.test_size
     # torch.export would specialise on an example of one image, even where the number is dynamic.
     images = torch.zeros((batch or 2, folded.config.in_channels, side, side), dtype=p.dtype, device=p.device)
     with replaced_folder(folder) as scratch, torch.no_grad():
         with quiet():
-            kind.write(folded, images, batch, scratch / kind.file)
-        if int8 is not None:
-            unquantized = (scratch / kind.file).rename(scratch / f"float-{kind.file}")
-            quantize_onnx(unquantized, scratch / kind.file, int8)
-            unquantized.unlink()
+            if int8 is None or kind.write_int8 is None:
+                kind.write(folded, images, batch, scratch / kind.file)
+            else:
+                kind.write_int8(folded, images, batch, scratch / kind.file, int8)
         arithmetic = str(p.dtype).removeprefix("torch.") if int8 is None else "int8"
         fields = sheet(folded, format, side, batch) | {"arithmetic": arithmetic}
         text = json_text(fields)
@@ -200,6 +255,9 @@ def _parser() -> argparse.ArgumentParser:
         "  onnx       model.onnx, for any number of images; needs nfzoo[export]\n"
         "  aoti       model.pt2, compiled by torch's AOTInductor for this kind of machine\n"
         "  torch      model.pt2 of torch.export, for any number of images and other sizes\n"
+        "  openvino   model.xml and model.bin, for any number of images; needs nfzoo[openvino,export]\n"
+        "  litert     model.tflite, for one image or --batch; needs nfzoo[litert]\n"
+        "  executorch model.pte for XNNPACK, for one image or --batch; needs nfzoo[executorch]\n"
         "  stablehlo  MLIR of the forward pass, with --training of the training step; needs nfzoo[xla]\n\n"
         "example:\n"
         "  nfzoo export runs/digits --format onnx --output exported",
@@ -213,13 +271,16 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=program.positive_int, metavar="N", help="side of the images in pixels (default: the model's)"
     )
     parser.add_argument(
-        "--batch", type=program.positive_int, metavar="N", help="a fixed number of images (default: any; stablehlo: 1)"
+        "--batch",
+        type=program.positive_int,
+        metavar="N",
+        help="a fixed number of images (default: any; litert, executorch, stablehlo: 1)",
     )
     parser.add_argument("--device", help="what aoti compiles for, such as cuda (default: cpu)")
     parser.add_argument(
         "--int8",
         metavar="DATA",
-        help="onnx: eight-bit arithmetic, its ranges taken from these images: digits, or a folder with one subfolder "
+        help="eight-bit arithmetic, its ranges taken from these images: digits, or a folder with one subfolder "
         "per class",
     )
     program.add_source_options(parser)
@@ -238,10 +299,12 @@ def _main(options: argparse.Namespace) -> None:
 
     if options.format != "aoti" and options.device is not None:
         raise ConfigError(f"--device is for aoti; {options.format} runs wherever its runtime does")
-    if options.format != "onnx" and options.int8 is not None:
-        raise ConfigError(f"--int8 is for onnx, not {options.format}")
+    kind = FORMATS.get(options.format)
+    if options.int8 is not None and (kind is None or kind.write_int8 is None):
+        raise ConfigError(f"--int8 is for {_INT8}, not {options.format}")
     if options.format != STABLEHLO and options.training:
         raise ConfigError(f"--training is for {STABLEHLO}; {options.format} is for inference")
+    batch = 1 if options.batch is None and kind and kind.one_batch else options.batch
     program.check_writable(Path(options.output), folder=True)
     model = from_pretrained(options.model, **program.source_options(options))
     if options.format == STABLEHLO:
@@ -250,7 +313,7 @@ def _main(options: argparse.Namespace) -> None:
         # The training step needs the trained form, and both programs share one set of weights.
         chosen = model if options.training or model.config.folded else model.for_inference()
         written = export_stablehlo(
-            chosen, Path(options.output), size=options.size, batch=options.batch or 1, training=options.training
+            chosen, Path(options.output), size=options.size, batch=batch or 1, training=options.training
         )
     else:
         path = export(
@@ -258,28 +321,19 @@ def _main(options: argparse.Namespace) -> None:
             options.output,
             format=options.format,
             size=options.size,
-            batch=options.batch,
+            batch=batch,
             device=options.device,
-            int8=None
-            if options.int8 is None
-            else calibration_batches(model, options.int8, options.size, options.batch),
+            int8=None if options.int8 is None else calibration_batches(model, options.int8, options.size, batch),
         )
-        written = [path, path.with_name(SHEET)]
+        names = (path.name, *FORMATS[options.format].beside, SHEET)
+        written = [path.with_name(name) for name in names if path.with_name(name).exists()]
     for path in written:
         print(f"wrote {escaped(str(path))}")
     said = None
     if options.int8 is not None:
-        said = accuracy_of_int8(model, written[0], options.int8, options.size, options.batch)
+        said = accuracy_of_int8(model, written[0], options.int8, options.size, batch, format=options.format)
     fields = {"format": options.format, "written": list(map(str, written)), "int8": said}
     program.write_result(options, fields, said and escaped(said))
-
-
-def calibration_batches(model: NFNet, source: str, size: int | None = None, batch: int | None = None) -> list[Tensor]:
-    """Return prepared images that training sees, in batches of 32 or `batch`, for the ranges of int8."""
-    images = open_split(source).train
-    count = batch or 32
-    batches = evaluation_batches(images, model.preprocessing, batch_size=count, rank=0, world=1, size=size, workers=0)
-    return [x for x, _ in itertools.islice(batches, -(-_CALIBRATION // count)) if batch is None or len(x) == batch]
 
 
 if __name__ == "__main__":

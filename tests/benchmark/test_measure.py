@@ -13,6 +13,7 @@ from nfzoo.benchmark import measure
 from nfzoo.benchmark.contenders import Contender, Program, Task
 from nfzoo.benchmark.images import Data
 from nfzoo.benchmark.measure import compare, facts
+from nfzoo.benchmark.run import report
 from nfzoo.checkpoint.model_folder import MULTI_LABEL
 from nfzoo.errors import ConfigError
 from nfzoo.nn import NFNet, create
@@ -115,6 +116,26 @@ def test_what_cannot_be_measured_says_why(model: NFNet) -> None:
     assert facts(model, DATA, batch=1, rounds=5, results=results)["results"][1]["status"] == "failed"
     with pytest.raises(RuntimeError, match="no kernel"):
         compare(model, contenders[1:], DATA)
+
+
+def test_memory_is_asked_for_and_may_fail(model: NFNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident(contender: Contender, task: Task) -> float:
+        assert (task.folder / "trained" / "config.json").exists()
+        assert (task.folder / "folded" / "config.json").exists()
+        if contender.format == "other":
+            raise RuntimeError("its memory: killed")
+        return 12.5
+
+    monkeypatch.setattr(measure, "resident", resident)
+    contenders = [gives(), gives(0.0, "other")]
+    first, second = compare(model, contenders, DATA, rounds=1, memory=True)
+    assert (first.memory_megabytes, first.reason, first.status) == (12.5, None, "measured")
+    assert (second.memory_megabytes, second.reason, second.status) == (None, "its memory: killed", "measured")
+    lines = report([first, second]).splitlines()
+    assert lines[0].endswith("  MB used")
+    assert sum(line.endswith(" 12") for line in lines) == 1
+    assert lines[-1] == "other float32 was measured but for a part: its memory: killed"
+    assert "MB used" not in report(compare(model, contenders, DATA, rounds=1))
 
 
 def test_models_and_numbers_that_are_refused(model: NFNet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -154,7 +155,7 @@ def test_a_multi_label_model_says_so_in_its_sheet():
 
 def test_exporting_leaves_the_model_alone():
     model = shell().train()
-    with pytest.raises(ConfigError, match="format 'tflite' is not known; choose one of onnx, aoti, torch"):
+    with pytest.raises(ConfigError, match="format 'tflite' is not known; choose one of onnx, aoti, torch, openvino"):
         export(model, "nowhere", format="tflite")
     assert model.training
     assert not Path("nowhere").exists()
@@ -181,7 +182,8 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
         (["--format", "onnx", "--device", "cpu"], "--device is for aoti"),
         (["--format", "aoti", "--device", "nonsense"], "nonsense"),
         (["--format", "onnx", "--training"], "--training is for stablehlo"),
-        (["--format", "torch", "--int8", "digits"], "--int8 is for onnx"),
+        (["--format", "torch", "--int8", "digits"], "--int8 is for onnx, openvino, litert, executorch, not torch"),
+        (["--format", "stablehlo", "--int8", "digits"], "--int8 is for onnx, openvino"),
         (["--format", "onnx", "--int8", "/no/such/folder"], "/no/such/folder"),
     ],
 )
@@ -297,6 +299,42 @@ def test_int8_onnx_has_eight_bit_weights(tmp_path):
         assert not [name for name in names if re.search(r"\bs\d+", name)], names
     types = {t.data_type for t in onnx.load(str(tmp_path / "int8.onnx")).graph.initializer}
     assert onnx.TensorProto.INT8 in types
+
+
+def test_formats_name_the_extra_that_they_need(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    away = ("openvino", "litert_torch", "executorch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in away else find(name))
+    for format, package, extra in (
+        ("openvino", "openvino", r"openvino,export"),
+        ("litert", "litert_torch", "litert"),
+        ("executorch", "executorch", "executorch"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{format} needs {package}: pip install 'nfzoo\[{extra}\]'"):
+            export(shell("nf-regnet"), tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_of_one_batch_is_float32_and_replaces_its_own_files(tmp_path, monkeypatch):
+    """As `litert` and `executorch` are; here with a writer that keeps what it was given."""
+    seen = []
+
+    def write(model, images, batch, path):
+        seen.append((tuple(images.shape), batch, images.dtype, next(model.parameters()).dtype))
+        path.write_bytes(b"program")
+        path.with_name("model.bin").write_bytes(b"weights")
+
+    kind = FORMATS["litert"]._replace(write=write, needs=(), beside=("model.bin",))
+    monkeypatch.setitem(FORMATS, "litert", kind)
+    model = shell("nf-regnet").bfloat16()
+    for batch in (None, 3):
+        export(model, tmp_path / "out", format="litert", batch=batch)
+        fields = json.loads((tmp_path / "out" / SHEET).read_text())
+        assert fields["input"]["shape"] == [batch or 1, 3, 32, 32]
+        assert fields["arithmetic"] == "float32"
+    assert seen == [((n, 3, 32, 32), n, torch.float32, torch.float32) for n in (1, 3)]
+    model.save_pretrained(tmp_path / "model")
+    assert main([str(tmp_path / "model"), "--format", "litert", "--output", str(tmp_path / "out")]) == 0
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys, monkeypatch):
