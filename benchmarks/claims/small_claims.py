@@ -467,8 +467,10 @@ on the first convolution all three diverge at this rate, which is high. On a CPU
 what replaces it: the twin's step takes 0.81 to 0.91 of the time of the NF-ResNet's, which standardises each weight in
 each step, at a cost that does not depend on the batch.
 
-AGC without each stage, *skip gain*, *SAM* and *test size* were not run in this measurement; the command goes on with
-them."""
+**Every stage has to be clipped at this rate.** Without AGC on one of them accuracy falls from 70.6 % to between 0 %
+(stage 3, all seeds diverge) and 49.6 % (stage 4). Branches that start open learn faster in two epochs without
+clipping, 73.1 % for 38.7 %, and diverge at the same rate of 0.32. SAM gains nothing here, whose images it ascends on
+makes no difference beyond the seeds' spread, and a test size above the training size costs accuracy."""
 
 
 def main(argv: list[str] | None = None) -> int:
