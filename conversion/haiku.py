@@ -172,7 +172,7 @@ def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelC
         row = variant(model)
         if fitting and row not in fitting:
             names = " or ".join(other.name for other in fitting)
-            raise ConversionError(f"the tree is of {names}, not of {model}: leave out --model, or name that")
+            raise ConversionError(f"the tree is of {names}, not of {model}: give that name, or another file")
         return row, _sized(row.config, shapes)
     if not rows:
         modules = ", ".join(sorted(roots)[:5]) or "nothing"

@@ -139,7 +139,7 @@ OWN = {
     *("nfzoo/cli/list_models.py", "nfzoo/data/digits.py", "nfzoo/data/labels.py"),  # files of the package
     *("nfzoo/runtime/distributed.py", "nfzoo/checkpoint/weight_files.py"),  # the system's, and what was just written
     *("nfzoo/evaluate/report.py", "nfzoo/evaluate/multi_label_report.py"),  # pictures that were just drawn
-    *("nfzoo/train/memory.py", "nfzoo/runtime/program.py"),  # the system's
+    *("nfzoo/train/memory.py", "nfzoo/benchmark/memory.py", "nfzoo/runtime/program.py"),  # the system's
     *("nfzoo/export/tpu_check.py", "nfzoo/export/tpu_worker.py"),  # what its own processes say
 }
 

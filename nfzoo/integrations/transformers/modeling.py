@@ -27,8 +27,7 @@ from nfzoo.errors import CheckpointError, ConfigError
 from nfzoo.integrations.transformers.configuration import NFZooConfig
 from nfzoo.model import sample_masks
 from nfzoo.nn import NFNet
-from nfzoo.runtime.block_module import BlockModule, Classifier, check_input
-from nfzoo.runtime.block_repr import Layer
+from nfzoo.runtime.block_module import BlockModule, Classifier, Layer, check_input
 
 logger = logging.getLogger("nfzoo")
 
