@@ -112,18 +112,10 @@ def draw_lines(results: Sequence[Result], thresholds: Sequence[Result], output: 
         x, y = [p.spec.batch for p in own], [100 * p.mean for p in own]
         spread = [[100 * (p.mean - min(p.accuracies)) for p in own], [100 * (max(p.accuracies) - p.mean) for p in own]]
         left.errorbar(x, y, spread, color=colour, linestyle=style, marker="o", markersize=4, capsize=3, label=method)
-        row = one.get(method, {})
-        xs = sorted(row)
-        base = row[xs[0]].spec.base if row else 0.0
-        middle.plot(
-            xs,
-            [100 * row[b].accuracy for b in xs],
-            style,
-            color=colour,
-            marker="o",
-            markersize=4,
-            label=f"{method}, {base:g}",
-        )
+        if row := one.get(method):
+            xs = sorted(row)
+            line, accuracies = f"{method}, {row[xs[0]].spec.base:g}", [100 * row[b].accuracy for b in xs]
+            middle.plot(xs, accuracies, style, color=colour, marker="o", markersize=4, label=line)
     dress(left, "Best learning rate of each batch size", "batch size")
     dress(middle, "Learning rate in proportion to the batch", "batch size")
     for axes in third:
@@ -293,7 +285,7 @@ seed alone.
 ## At one base rate
 
 As in the paper, the learning rate is proportional to the batch: at the base rate of the highest mean, among those that
-were tried at every batch size; in percent, first seed.
+were tried at every batch size; in percent, first seed. A method without such a base rate is left out.
 
 {one_base_table(grid)}
 
