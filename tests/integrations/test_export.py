@@ -1,12 +1,7 @@
-"""`nfzoo export` to runtimes that are large: OpenVINO, and where they are installed LiteRT and ExecuTorch.
-
-The last two are in no environment that `make` installs, since their converters bring jax, transformers and a compiler.
-They run as `python -m pytest tests/integrations/test_export.py` where `nfzoo[litert]` or `nfzoo[executorch]` is.
-"""
+"""Load what `nfzoo export` writes for runtimes that are large: OpenVINO, LiteRT and ExecuTorch."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -24,9 +19,6 @@ from tests.support.helpers import images, random_params, relative
 
 CLOSE = 1e-5  # float32 sums in another order
 INT8 = 0.3  # of the logits of random weights, as in tests/benchmark
-
-litert = pytest.mark.skipif(importlib.util.find_spec("litert_torch") is None, reason="LiteRT is not installed")
-executorch = pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="ExecuTorch is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +81,6 @@ def on_device(model: NFNet, folder: Path, format: str) -> Path:
     return path
 
 
-@litert
 def test_litert(model: NFNet, tmp_path: Path) -> None:
     path = on_device(model, tmp_path, "litert")
     from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
@@ -100,7 +91,6 @@ def test_litert(model: NFNet, tmp_path: Path) -> None:
     assert found["logits"].shape == (2, 10)
 
 
-@executorch
 def test_executorch(model: NFNet, tmp_path: Path) -> None:
     path = on_device(model, tmp_path, "executorch")
     from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
