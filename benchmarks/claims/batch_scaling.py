@@ -1,4 +1,4 @@
-"""Figure 2 of arXiv 2102.06171 in small: accuracy over batch size, without normalisation and with it.
+"""Repeat figure 2 of arXiv 2102.06171 in small: accuracy over batch size, without normalisation and with it.
 
     python -m benchmarks.claims.stability --data fashion-mnist --full --output benchmarks/results
     python -m benchmarks.claims.stability --data fashion-mnist --full --device cuda    # all batch sizes and seeds
@@ -113,7 +113,7 @@ def line_of(spec: Spec) -> str:
 
 
 class Study(NamedTuple):
-    """What is compared.
+    """State what is compared.
 
     Attributes:
         few: whether the first seed tries the guessed base rate and those lower and higher by a factor of 4 (of 2 for

@@ -1,4 +1,4 @@
-"""What the runs of `batch_scaling` say: the figure like figure 2 of arXiv 2102.06171, the heat map, and the page."""
+"""Draw and tell what the runs of `batch_scaling` say: the lines of figure 2 of arXiv 2102.06171, a heat map, a page."""
 
 from __future__ import annotations
 

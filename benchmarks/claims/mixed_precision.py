@@ -1,4 +1,4 @@
-"""Training in bf16 on a CPU: its curves beside those of float32 on the digits, and the time of a step.
+"""Train in bf16 on a CPU: its curves beside those of float32 on the digits, and the time of a step.
 
     python -m benchmarks.claims.mixed_precision --output benchmarks/results
 

@@ -1,4 +1,4 @@
-"""What differs between training and testing: dropout and stochastic depth here, batch statistics in the twin.
+"""Measure what differs between training and testing: dropout and stochastic depth here, batch statistics in the twin.
 
     python -m benchmarks.claims.mode_gap --output benchmarks/results     # some 4 minutes of one core
 
@@ -54,7 +54,7 @@ class Way(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is trained."""
+    """State what is trained."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     images: int = 1500

@@ -1,4 +1,4 @@
-"""Where examples meet: AGC on the batch's mean gradient, and on each example's gradient before the mean.
+"""Show where examples meet: AGC on the batch's mean gradient, and on each example's gradient before the mean.
 
     python -m benchmarks.claims.per_example_clipping --output benchmarks/results     # some 6 minutes of one core
 
@@ -49,7 +49,7 @@ WORDS = {"mean": "the mean gradient", "each": "each example's gradient", "none":
 
 
 class Plan(NamedTuple):
-    """What is trained."""
+    """State what is trained."""
 
     batches: tuple[int, ...] = (16, 64)
     thresholds: tuple[float, ...] = (0.04, 0.01)

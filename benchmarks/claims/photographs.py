@@ -1,4 +1,4 @@
-"""Photographs as tensors, for the tests of the papers' claims: Fashion-MNIST, or other data of `nfzoo train`.
+"""Read photographs as tensors, for the tests of the papers' claims: Fashion-MNIST, or other data of `nfzoo train`.
 
 `fashion-mnist` is what Debian's package `dataset-fashion-mnist` installs. Elsewhere name the folder of its four files.
 """

@@ -1,4 +1,4 @@
-"""Differentially private training on Fashion-MNIST: what accuracy does a small NFNet reach at epsilon 1, 3 and 8?
+"""Train privately on Fashion-MNIST: what accuracy does a small NFNet reach at epsilon 1, 3 and 8?
 
     python -m benchmarks.claims.private_training --output benchmarks/results
 

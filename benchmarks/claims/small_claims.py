@@ -1,4 +1,4 @@
-"""Sentences of the two papers that have no page of their own, each tested small.
+"""Test sentences of the two papers that have no page of their own.
 
     python -m benchmarks.claims.small_claims --output benchmarks/results     # some 5 minutes of one core
 
@@ -69,7 +69,7 @@ CROP, SIZES = 24, (16, 20, 24, 28, 32, 36, 40)
 
 
 class Plan(NamedTuple):
-    """What is measured."""
+    """State what is measured."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     images: int = 3000

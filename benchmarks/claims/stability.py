@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -420,14 +420,18 @@ def _command(options: argparse.Namespace) -> str:
     return " ".join([*words, f"--output {options.output}"])
 
 
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a grid or study that options replace."""
+    given = {
+        "batches": options.batches and tuple(sorted(options.batches)),
+        "seeds": options.seeds and tuple(range(options.seeds)),
+        "epochs": options.epochs,
+    }
+    return {name: value for name, value in given.items() if value}
+
+
 def _digits(options: argparse.Namespace, device: torch.device) -> str:
-    grid = FULL if options.full else QUICK
-    if options.batches:
-        grid = grid._replace(batches=tuple(sorted(options.batches)))
-    if options.seeds:
-        grid = grid._replace(seeds=tuple(range(options.seeds)))
-    if options.epochs:
-        grid = grid._replace(epochs=options.epochs)
+    grid = (FULL if options.full else QUICK)._replace(**_changes(options))
     stem = options.output / "stability-digits"
     runs = run_grid(grid, stem.with_suffix(".jsonl"), data=digits().to(device))
     draw(grid, cells(runs), stem.with_suffix(".png"))
@@ -439,13 +443,7 @@ def _digits(options: argparse.Namespace, device: torch.device) -> str:
 
 def _images(options: argparse.Namespace, device: torch.device) -> str:
     whole = batch_scaling.FULL if device.type == "cuda" else batch_scaling.CPU
-    study = whole if options.full else batch_scaling.QUICK
-    if options.batches:
-        study = study._replace(batches=tuple(sorted(options.batches)))
-    if options.seeds:
-        study = study._replace(seeds=tuple(range(options.seeds)))
-    if options.epochs:
-        study = study._replace(epochs=options.epochs)
+    study = (whole if options.full else batch_scaling.QUICK)._replace(**_changes(options))
     data = batch_scaling.read_data(options.data).to(device)
     output: Path = options.output
     results = batch_scaling.run_study(study, output / "stability.jsonl", data=data)

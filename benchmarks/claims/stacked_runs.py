@@ -1,4 +1,4 @@
-"""Many short trainings of one network at the same time, which differ in learning rate, clipping and seed.
+"""Train one network many times at once, in short runs which differ in learning rate, clipping and seed.
 
 The parameters of all runs are one matrix with a row for each run. `torch.func.vmap` maps the network over the rows;
 clipping, momentum and weight standardisation are a few operations on the matrix. Columns are sorted by the length of

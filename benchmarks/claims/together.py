@@ -1,4 +1,4 @@
-"""Training of many small networks at once, vectorised over seeds and learning rates.
+"""Train many small networks at once, vectorised over seeds and learning rates.
 
 The recipe is that of `stability`: Nesterov momentum 0.9, warm-up over 5/90 of the steps, then half a cosine to 0. A
 seed sets the initial weights and the order of the images. The images are the same for all.

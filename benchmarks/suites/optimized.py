@@ -1,4 +1,4 @@
-"""The fastest ways to run a network on a CPU: what `NFNet.optimize` chooses, beside timm and other runtimes."""
+"""Time the fastest ways to run a network on a CPU: what `NFNet.optimize` chooses, beside timm and other runtimes."""
 
 from __future__ import annotations
 

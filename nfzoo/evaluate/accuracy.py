@@ -61,7 +61,7 @@ class Evaluator:
     """A model on its device, and labelled images of which several processes (of Accelerate) take equal shares.
 
     The model computes in its trained form, which gives the same bits as in training. For many images on a CPU, its
-    folded form computes the same to within 1e-5 of the logits' norm in half of the time: see `for_many`.
+    folded form computes the same to within 1e-5 of the logits' norm in less time: see `for_many`.
 
     Attributes:
         model, name: the model, and its name in the result.

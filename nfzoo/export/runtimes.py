@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nfzoo.export.onnx_program import INPUT, OUTPUT
+from nfzoo.runtime.execution import openvino_request
 
 Run = Callable[[Tensor], Tensor]
 """Returns the float32 logits `(N, classes)` of float32 images `(N, C, H, W)`."""
@@ -40,13 +41,7 @@ def load_onnx(path: Path, threads: int) -> Run:
 
 def load_openvino(path: Path, threads: int, *, bf16: bool = False) -> Run:
     """Load an OpenVINO program; `bf16` computes in bfloat16."""
-    import openvino  # pyright: ignore[reportMissingImports]
-
-    core = openvino.Core()
-    # Left to itself it would compute float32 programs in bf16 where the processor can.
-    options = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(core.read_model(str(path)), "CPU", {**options, "INFERENCE_NUM_THREADS": threads})
-    request = compiled.create_infer_request()
+    request = openvino_request(str(path), bf16=bf16, threads=threads)
 
     def run(x: Tensor) -> Tensor:
         found = request.infer({0: x.contiguous().numpy()}, share_inputs=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nfzoo import torch_internals
 from nfzoo.config import is_int
 from nfzoo.errors import ConfigError, shown
+from nfzoo.runtime import program
 from nfzoo.runtime.block_module import BlockModule, is_hooked
 from nfzoo.runtime.compile import compile_alone
 
@@ -32,8 +33,6 @@ TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 _ROUNDS = (3, 20)  # calls of each that are timed: at least, and at most while there is time left
 _SECONDS = 1.0
 _HOPELESS = 1.25  # times the best time, beyond which one is timed no more after the first rounds
-_NEEDS_OPENVINO = "the backend 'openvino' needs OpenVINO: pip install 'nfzoo[openvino]'"
-
 
 MANY = 64
 """Images from which on it pays to fold a model and lay out its weights: see `for_many`."""
@@ -190,10 +189,7 @@ def _openvino(model: Model, x: Tensor) -> Callable[[Tensor], Outputs]:
         warnings.simplefilter("ignore")  # of exporters, about themselves
         converted = openvino.convert_model(torch.export.export(net, (x.float().contiguous(),)))
     converted.reshape(list(x.shape))
-    # Left to itself it would compute float32 programs in bf16 where the processor can.
-    options = {"INFERENCE_PRECISION_HINT": "bf16" if x.dtype == torch.bfloat16 else "f32"}
-    options |= {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request = openvino.Core().compile_model(converted, "CPU", options).create_infer_request()
+    request = openvino_request(converted, bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads())
     lock = threading.Lock()  # a request computes one input at a time
 
     def run(x: Tensor) -> Outputs:
@@ -203,6 +199,16 @@ def _openvino(model: Model, x: Tensor) -> Callable[[Tensor], Outputs]:
         return pooled.to(x.dtype), logits.to(x.dtype)
 
     return run
+
+
+def openvino_request(model: Any, *, bf16: bool, threads: int) -> Any:
+    """Compile a model of OpenVINO's, or that of a file, and return a request, which computes one input at a time."""
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    # Left to itself it would compute float32 programs in bf16 where the processor can.
+    options = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
+    options |= {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    return openvino.Core().compile_model(model, "CPU", options).create_infer_request()
 
 
 def candidates(backend: str, *, compile: bool, dtype: torch.dtype) -> list[Candidate]:
@@ -224,8 +230,8 @@ def candidates(backend: str, *, compile: bool, dtype: torch.dtype) -> list[Candi
             found += [Candidate("compiled", True, _compiled), Candidate("frozen", True, _frozen)]
     installed = importlib.util.find_spec("openvino") is not None
     supported = dtype in DTYPES.values()
-    if backend == "openvino" and not installed:
-        raise ConfigError(_NEEDS_OPENVINO)
+    if backend == "openvino":
+        program.check_packages("the backend 'openvino'", ("openvino",), "openvino")
     if backend == "openvino" and not supported:
         raise ConfigError(f"OpenVINO computes in {' and '.join(DTYPES)}, not in {dtype}; give dtype=")
     if backend != "torch" and installed and supported:

@@ -46,7 +46,7 @@ SEAMS = {
     "torchax": ("nfzoo.export.tpu_worker",),
     "gradio": ("nfzoo.hub.space.app",),
     "jax": ("nfzoo.conversion.verify", "nfzoo.export.tpu_worker"),
-    "openvino": ("nfzoo.export.onnx_program", "nfzoo.export.runtimes", "nfzoo.runtime.execution"),
+    "openvino": ("nfzoo.export.onnx_program", "nfzoo.runtime.execution"),
     "litert_torch": ("nfzoo.export.edge",),
     "ai_edge_quantizer": ("nfzoo.export.edge",),
     "ai_edge_litert": ("nfzoo.export.edge", "nfzoo.export.runtimes"),

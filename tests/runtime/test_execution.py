@@ -115,7 +115,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ConfigError, match=message):
             lean.optimize(**options)  # type: ignore[arg-type]
     monkeypatch.setattr(execution.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs OpenVINO: pip install 'nfzoo\[openvino\]'"):
+    with pytest.raises(ConfigError, match=r"the backend 'openvino' needs openvino: pip install 'nfzoo\[openvino\]'"):
         lean.optimize(backend="openvino")
     assert [c.form for c in execution.candidates("any", compile=False, dtype=torch.float32)].count("openvino") == 0
 
