@@ -160,11 +160,6 @@ def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelC
     Raises:
         ConversionError: if no variant fits or several do, with the nearest; and if another than `model` fits.
     """
-    if model is not None:
-        row = variant(model)
-        config = _sized(row.config, shapes)
-        if row.config.rules == "deepmind" and not _differences(config, shapes)[0]:
-            return row, config
     roots = {path.partition(".")[0] for path in shapes}
     families = {root: family for family, root in _ROOT.items()}
     rows = []
@@ -174,10 +169,11 @@ def recognize(shapes: Shapes, model: str | None = None) -> tuple[Variant, ModelC
     differences = [(*_differences(_sized(row.config, shapes), shapes), row) for row in rows]
     fitting = [row for count, _, row in differences if not count]
     if model is not None:
-        if fitting:
+        row = variant(model)
+        if fitting and row not in fitting:
             names = " or ".join(other.name for other in fitting)
             raise ConversionError(f"the tree is of {names}, not of {model}: give that name, or another file")
-        return row, config
+        return row, _sized(row.config, shapes)
     if not rows:
         modules = ", ".join(sorted(roots)[:5]) or "nothing"
         raise ConversionError(f"the tree is of {modules}, not of one of DeepMind's modules {', '.join(families)}")

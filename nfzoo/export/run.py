@@ -72,7 +72,7 @@ class Format(NamedTuple):
     one_batch: bool = False
     dtypes: tuple[torch.dtype, ...] | None = None
 
-    def count(self, batch: int | None) -> int | None:
+    def fixed_batch(self, batch: int | None) -> int | None:
         """Return the fixed number of images of a program for which `batch` was asked, or `None`."""
         return 1 if batch is None and self.one_batch else batch
 
@@ -198,7 +198,7 @@ def export(
     if device is not None:
         folded = NFNet.from_params(folded.description, {k: v.detach().clone() for k, v in folded.named_parameters()})
         folded = folded.to(usable_device(device))
-    batch = kind.count(batch)
+    batch = kind.fixed_batch(batch)
     p = next(folded.parameters())
     side = size or folded.preprocessing.test_size
     # torch.export would specialise on an example of one image, even where the number is dynamic.
@@ -307,7 +307,7 @@ def _main(options: argparse.Namespace) -> None:
         raise ConfigError(f"--int8 is for {_INT8}, not {options.format}")
     if options.format != STABLEHLO and options.training:
         raise ConfigError(f"--training is for {STABLEHLO}; {options.format} is for inference")
-    batch = kind.count(options.batch) if kind else options.batch
+    batch = kind.fixed_batch(options.batch) if kind else options.batch
     program.check_writable(Path(options.output), folder=True)
     model = from_pretrained(options.model, **program.source_options(options))
     if options.format == STABLEHLO:
