@@ -23,7 +23,7 @@ from nfzoo.checkpoint.model_folder import (
 )
 from nfzoo.checkpoint.state_dicts import StateDict, check_values, is_torch_file, open_state_dict
 from nfzoo.checkpoint.weight_files import save_tensors
-from nfzoo.config import ModelConfig
+from nfzoo.config import NOT_THE_ARCHITECTURE, ModelConfig
 from nfzoo.conversion.timm_config import (
     ARCHITECTURES,
     REGISTERED,
@@ -313,8 +313,8 @@ def file_sha256(path: Path) -> str:
 
 
 def timm_architecture(cfg: ModelConfig) -> str:
-    """Return timm's name of this network, whatever its classes, input channels, drop rates and, in timm's, stride."""
-    names = ["num_classes", "in_channels", "drop_rate", "stochastic_depth"]
+    """Return timm's name of this network, whatever `NOT_THE_ARCHITECTURE` says and, in timm's, its stride."""
+    names = list(NOT_THE_ARCHITECTURE)
     if cfg.rules == "timm":
         names.append("output_stride")
     free = {key: getattr(cfg, key) for key in names}

@@ -28,6 +28,9 @@ MAX_BLOCKS = 512  # of all stages; counting the operations of one takes millisec
 MAX_SIZE = 1 << 20  # channels, classes, ratios
 MAX_SIDE = 4096  # pixels of an input or a resized image; one of this size takes 200 MB
 
+NOT_THE_ARCHITECTURE: tuple[str, ...] = ("num_classes", "in_channels", "drop_rate", "stochastic_depth", "skip_init")
+"""Fields of `ModelConfig` that may change without it becoming another network than that of a name."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -115,6 +118,9 @@ class ModelConfig:
             rules every second or fourth pixel of the maps is the strided network's, but for squeeze-excite, which then
             averages over more pixels; timm's shortcuts differ there.
         alpha: factor of the residual branches.
+        skip_init: initial skip gain, under timm's rules initial gain of a branch's last convolution. The papers' 0 is
+            SkipInit (arXiv 2002.10444), which shuts the branches; in runs of a few thousand steps open ones, at 0.25
+            or 1, learn more (benchmarks/results/stability.md).
         drop_rate: dropout on the pooled features, in [0, 1).
         stochastic_depth: rate at the end of the network, in [0, 1); it rises linearly from 0.
         folded: whether this is the inference form, with weights from `nfzoo.model.fold`; it cannot be trained.
@@ -130,6 +136,7 @@ class ModelConfig:
     in_channels: int = 3
     output_stride: int = 32
     alpha: float = 0.2
+    skip_init: float = 0.0
     drop_rate: float = 0.0
     stochastic_depth: float = 0.0
     folded: bool = False
@@ -159,6 +166,8 @@ class ModelConfig:
         if not isinstance(self.folded, bool):
             raise ConfigError(f"folded must be true or false, not {self.folded!r}")
         _positive(self, "alpha")
+        if not _is_number(self.skip_init) or not 0 <= self.skip_init <= 1:
+            raise ConfigError(f"skip_init must be in [0, 1], not {self.skip_init!r}")
 
     @property
     def rule(self) -> Rules:
@@ -171,9 +180,9 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON, `family` first; `folded` and `stem_hidden` only if they are set."""
+        """Return the fields for JSON, `family` first; `folded`, `stem_hidden` and `skip_init` only if set."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("folded", "stem_hidden"):
+        for name in ("folded", "stem_hidden", "skip_init"):
             if not fields.get(name):
                 fields.pop(name, None)
         return {"family": self.family, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}

@@ -288,7 +288,9 @@ def is_untrained(cfg: ModelConfig, params: Mapping[str, Tensor]) -> bool:
         f"{b.name}.{k}": s for b in plan(cfg) for k, s in b.specs.items() if s.kind in ("gain", "bias", "skip_gain")
     }
     return all(
-        torch.equal(params[key].detach().float().cpu(), s.init(s.shape, generator=None, device=None, dtype=None))
+        torch.equal(
+            value := params[key].detach().cpu(), s.init(s.shape, generator=None, device=None, dtype=value.dtype)
+        )
         for key, s in fixed.items()
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from nfzoo import model as functional_model
 from nfzoo.checkpoint.model_folder import LABEL_KEYS, MULTI_LABEL, Description, load_checkpoint, save_checkpoint
-from nfzoo.config import ModelConfig, Preprocessing, is_int
+from nfzoo.config import NOT_THE_ARCHITECTURE, ModelConfig, Preprocessing, is_int
 from nfzoo.errors import CheckpointError, ConfigError, shown
 from nfzoo.model import fold
 from nfzoo.models.functional import register_activation as register_activation
@@ -603,10 +603,6 @@ def _foreign(module: nn.Module, is_head: bool, x: Tensor, keep: Tensor | None = 
     return module(x * keep.to(x.dtype) if keep is not None and is_head else x)
 
 
-_NOT_THE_ARCHITECTURE = {"num_classes", "in_channels", "drop_rate", "stochastic_depth"}
-"""Fields of a configuration that may change without it becoming another network than that of the name."""
-
-
 def create(
     model: str | ModelConfig | Variant,
     *,
@@ -637,7 +633,7 @@ def create(
         name, config = row.name, row.config
         preprocessing = preprocessing or row.preprocessing.for_channels(changes.get("in_channels", config.in_channels))
     config = config.replace(**changes) if changes else config
-    if not changes.keys() <= _NOT_THE_ARCHITECTURE:
+    if not changes.keys() <= set(NOT_THE_ARCHITECTURE):
         name = None
     if labels is not None and "num_classes" not in changes:
         config = config.replace(num_classes=len(labels))

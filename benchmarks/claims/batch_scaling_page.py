@@ -30,8 +30,10 @@ MARGIN = 0.05
 STYLES = {
     "AGC, open": (BLUE, "-"),
     "AGC": (LIGHT_BLUE, "-"),
+    "no clipping, open": (QUIET, "-"),
     "no clipping": (QUIET, ":"),
-    "global norm": (ORANGE, "-"),
+    "global norm, open": (ORANGE, "-"),
+    "global norm": (ORANGE, ":"),
     TWIN: (INK, "--"),
 }
 
@@ -201,9 +203,10 @@ def accuracy_table(results: Sequence[Result]) -> str:
     for method in STYLES:
         row = {b: chosen[method, b] for b in batches if (method, b) in chosen}
         if row:
-            stable = largest_stable({b: p.mean for b, p in row.items()}, top)
+            whole = row.keys() == top.keys()  # else the smallest batches may not have been run
+            stable = (largest_stable({b: p.mean for b, p in row.items()}, top) or "none") if whole else ""
             cells = [_cell(row[b]) if b in row else "" for b in batches]
-            lines.append(f"| {method} | {' | '.join(cells)} | {stable or 'none'} |")
+            lines.append(f"| {method} | {' | '.join(cells)} | {stable} |")
     return "\n".join(lines)
 
 
@@ -278,7 +281,7 @@ One change to the first run, or two, at a batch of {study.around} and with the f
 ## Best accuracy
 
 In percent: mean over the seeds, half the spread between them, and the base rate. Without a spread there was the first
-seed alone.
+seed alone; a blank was not run.
 
 {accuracy_table(grid)}
 

@@ -7,6 +7,8 @@
   activations after 20 layers of ReLU with standardised and with plain kernels; the variance after one standardised
   convolution of each scaled activation.
 - *layers*: AGC at 0.01 in batches of 128, on all that `stability` clips, and with other choices.
+- *units*: AGC with a norm for each output unit, and with one for each tensor; LARS (arXiv 1708.03888), which multiplies
+  the gradient of each kernel and of the classifier by the ratio of the norms of weight and gradient, whatever it is.
 - *skip gain*: branches that start shut or open, without clipping.
 - *SAM*: radius 0.05, with the ascent of a fifth of the batch, or of as many other images.
 - *test size*: training on crops of 24 pixels, tests on whole photographs of several sizes.
@@ -36,6 +38,7 @@ from benchmarks.claims.stability import CONFIG
 from benchmarks.claims.stacked_runs import Data
 from benchmarks.claims.together import (
     KINDS,
+    Clip,
     Kind,
     Store,
     best_rate,
@@ -56,7 +59,7 @@ from nfzoo.config import NFResNetConfig
 from nfzoo.data.idx import FASHION_MNIST
 from nfzoo.model import apply, init
 from nfzoo.models.functional import GAMMA, scaled_activation, standardize_weight
-from nfzoo.optim.clipping import clip_grads_
+from nfzoo.optim.clipping import EPS, GRADIENT_FLOOR, clip_grads_
 from nfzoo.optim.sam import RHO, sam_ascent
 from nfzoo.optim.sgd import WEIGHT_DECAY, sgd_
 from nfzoo.step import cross_entropy
@@ -157,6 +160,40 @@ CHOICES: dict[str, Callable[[str], bool] | None] = {
     "not the first convolution": lambda name: spared(name) or name.startswith("stem."),
     **{f"not stage {i + 1}": _of_stage(i) for i in range(4)},
     "nothing": None,
+}
+
+
+def clip_layers(threshold: float) -> Clip:
+    """Return AGC with one norm for each tensor, which spares what `clip_by` spares."""
+
+    def clip(grads: Params, params: Params) -> Params:
+        found = dict(grads)
+        for name, g in grads.items():
+            if not spared(name):
+                norm, limit = (torch.linalg.vector_norm(t) for t in (g, params[name]))
+                limit = threshold * limit.clamp(min=EPS)
+                found[name] = g * torch.where(norm > limit, limit / norm.clamp(min=GRADIENT_FLOOR), 1.0)
+        return found
+
+    return clip
+
+
+def lars(grads: Params, params: Params) -> Params:
+    """Return the gradients of kernels and of the classifier's weight times `|w| / |g|`, and the others as they are."""
+
+    def ratio(name: str) -> Tensor:
+        weight, g = (torch.linalg.vector_norm(t[name]) for t in (params, grads))
+        return weight / g.clamp(min=GRADIENT_FLOOR)
+
+    return {name: g * ratio(name) if KINDS[name] in ("weight", "head") else g for name, g in grads.items()}
+
+
+THRESHOLDS = (0.01, 0.04, 0.16)
+UNITS: dict[str, tuple[Clip, tuple[float, ...]]] = {
+    **{f"each unit, {limit:g}": (clip_by(limit), (0.1, 0.3, 1.0)) for limit in THRESHOLDS},
+    **{f"each tensor, {limit:g}": (clip_layers(limit), (0.1, 0.3, 1.0)) for limit in THRESHOLDS},
+    "LARS": (lars, (0.01, 0.03, 0.1)),
+    "no clipping": (no_clip, (0.01, 0.03, 0.1)),
 }
 
 
@@ -272,6 +309,9 @@ def run(plan: Plan, store: Store, data: Data) -> list[dict[str, Any]]:
         kind = nf(no_clip if spare is None else clip_by(0.01, spare=spare))
         rates = {"batch": 128, "epochs": 2, "rates": (1.0,)}
         store.get({"test": "layers", "way": name}, lambda kind=kind, o=rates: ended(kind, data, plan, **o))
+    for name, (clip, rates) in UNITS.items():
+        options = {"batch": 64, "epochs": 2, "rates": rates}
+        store.get({"test": "units", "way": name}, lambda clip=clip, o=options: ended(nf(clip), data, plan, **o))
     for name in ("none", "same images", "other images"):
         options = {"batch": 77, "epochs": 4, "rates": (0.2,)}
         kind = with_sam(64, 13, name)
@@ -403,6 +443,12 @@ def sections(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "Two epochs at a rate of 1.",
             lambda rows: training_table(rows, "layers", list(CHOICES), "AGC on"),
         ),
+        "units": (
+            "Norms of units and of tensors",
+            "Two epochs in batches of 64, at rates of 0.1, 0.3 and 1; LARS at 0.01, 0.03 and 0.1; no clipping at\n"
+            "0.01, 0.03 and 0.1.",
+            lambda rows: training_table(rows, "units", list(UNITS), "norm of, threshold"),
+        ),
         "skip gain": (
             "Skip gain",
             "Two epochs in batches of 64 without clipping, at rates of 0.02, 0.08 and 0.32.",
@@ -466,6 +512,10 @@ With standardised kernels these are 0.01 and 0.003.
 on the first convolution all three diverge at this rate, which is high. On a CPU, batch normalisation costs less than
 what replaces it: the twin's step takes 0.81 to 0.91 of the time of the NF-ResNet's, which standardises each weight in
 each step, at a cost that does not depend on the batch.
+
+**One norm for each unit is better than one for each tensor at every threshold,** by 0.2, 1.6 and 5.6 points at 0.01,
+0.04 and 0.16; at its best threshold each reaches 74.5 ± 0.5 and 73.4 ± 0.8 %. LARS reaches 73.6 ± 0.3 %, as much as
+AGC at 0.01, where no clipping reaches 55.6 %.
 
 **Every stage has to be clipped at this rate.** Without AGC on one of them accuracy falls from 70.6 % to between 0 %
 (stage 3, all seeds diverge) and 49.6 % (stage 4). Branches that start open learn faster in two epochs without

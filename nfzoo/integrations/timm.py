@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.config import ModelConfig
+from nfzoo.config import NOT_THE_ARCHITECTURE, ModelConfig
 from nfzoo.errors import CheckpointError, ConfigError, nearest
 from nfzoo.files import nearest_path
 from nfzoo.hub.pretrained import from_pretrained
@@ -42,7 +42,7 @@ _OPTIONS = (
     *("features_only", "out_indices", "feature_cls", "device", "dtype"),
 )
 _SOURCES = {"file", "hf_hub_id", "source", "architecture", "tag"}
-_FREE = ("num_classes", "in_channels", "drop_rate", "stochastic_depth", "output_stride", "folded")
+_FREE = (*NOT_THE_ARCHITECTURE, "output_stride", "folded")
 
 
 class FeatureNet(nn.Module):

@@ -30,6 +30,16 @@ def ones(shape, *, generator=None, device=None, dtype=None) -> Tensor:
     return torch.ones(shape, device=device, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """Initial values that are all one number."""
+
+    value: float
+
+    def __call__(self, shape, *, generator=None, device=None, dtype=None) -> Tensor:
+        return torch.full(shape, self.value, device=device, dtype=dtype)
+
+
 def fan_in_normal(shape, *, generator=None, device=None, dtype=None) -> Tensor:
     """Draw from N(0, 1 / fan_in)."""
     std = math.prod(shape[1:]) ** -0.5
@@ -234,6 +244,7 @@ class ResidualBlock(abc.ABC):
     attention: Attention
     se_hidden: int
     alpha: float
+    skip_init: float
 
     @abc.abstractmethod
     def specs(self) -> Specs:
@@ -271,12 +282,14 @@ class ResidualBlock(abc.ABC):
 
     def skip_gain_specs(self) -> Specs:
         """Return the skip gain, if the rules have one."""
-        return {"skip_gain": ParamSpec((1,), zeros, "skip_gain")} if self.layers.rule.skip_gain else {}
+        return (
+            {"skip_gain": ParamSpec((1,), Constant(self.skip_init), "skip_gain")} if self.layers.rule.skip_gain else {}
+        )
 
     @property
     def last_gain(self) -> Init:
-        """Initial gain of the branch's last convolution: 0 where no skip gain closes the branch."""
-        return ones if self.layers.rule.skip_gain else zeros
+        """Initial gain of the branch's last convolution: `skip_init` where the rules have no skip gain."""
+        return ones if self.layers.rule.skip_gain else Constant(self.skip_init)
 
     def block(self, position: Position) -> Block:
         """Return the block of the plan that computes this function at `position`."""

@@ -67,6 +67,7 @@ def plan(cfg: NFRegNetConfig) -> Plan:
             attention="se",
             se_hidden=rule.channels(middle * cfg.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
+            skip_init=cfg.skip_init,
         )
         blocks.append(block.block(position))
     if rule.divisor:

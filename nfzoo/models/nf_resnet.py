@@ -72,6 +72,7 @@ def plan(cfg: NFResNetConfig) -> Plan:
             attention=cfg.attention,
             se_hidden=rule.channels(outputs * rule.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
+            skip_init=cfg.skip_init,
         )
         blocks.append(block.block(position))
     return (*blocks, *head_blocks(cfg, widths[-1]))

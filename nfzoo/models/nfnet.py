@@ -60,6 +60,7 @@ def plan(cfg: NFNetConfig) -> Plan:
             attention=cfg.attention,
             se_hidden=rule.channels(outputs * cfg.se_ratio, floor_fraction=0.0),
             alpha=cfg.alpha,
+            skip_init=cfg.skip_init,
         )
         blocks.append(block.block(position))
     features = rule.channels(cfg.widths[-1] * cfg.head_ratio)

@@ -30,7 +30,7 @@ from nfzoo.data.loader import share_of_batch
 from nfzoo.data.source import MEMORY, Split, open_split
 from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, NfzooError, TrainingError, shown
 from nfzoo.model import is_untrained
-from nfzoo.nn import NFNet, create
+from nfzoo.nn import NFNet, assemble, create
 from nfzoo.runtime import device, program
 from nfzoo.runtime.distributed import elastic_launcher, gather
 from nfzoo.runtime.output import guarded
@@ -293,6 +293,11 @@ def _fresh(config: TrainConfig, data: dict[str, Any], given: NFNet | None = None
         raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
     if given is None and config.model.startswith(MEMORY):
         raise ConfigError(f"{config.model!r} was a model of a Python program; give it to nfzoo.fit again")
+    if given is not None and config.in_channels not in (None, given.config.in_channels):
+        raise ConfigError(
+            f"the model takes images of {given.config.in_channels} channels, not {config.in_channels}; give one that "
+            f"was made with in_channels={config.in_channels}, or leave in_channels out"
+        )
     if given is not None:
         model = copied(given, len(classes))
         pretrained = config.pretrained is True or not is_untrained(model.config, dict(model.named_parameters()))
@@ -313,9 +318,13 @@ def _fresh(config: TrainConfig, data: dict[str, Any], given: NFNet | None = None
         # A model of one's own that was saved as it was drawn is trained from random weights like any other.
         untrained = is_untrained(model.config, dict(model.named_parameters()))
         pretrained = config.pretrained is True or not untrained
+        if config.in_channels is not None:
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+            model = assemble(model.description, weights, in_channels=config.in_channels, source=config.model)
     else:
         generator = torch.Generator().manual_seed(config.seed)
-        model = create(config.model, num_classes=len(classes), generator=generator)
+        channels: dict[str, Any] = {} if config.in_channels is None else {"in_channels": config.in_channels}
+        model = create(config.model, num_classes=len(classes), generator=generator, **channels)
         pretrained = False
     changes = {n: getattr(config, n) for n in ("drop_rate", "stochastic_depth") if getattr(config, n) is not None}
     sizes = {n: getattr(config, n) for n in ("train_size", "test_size") if getattr(config, n) is not None}

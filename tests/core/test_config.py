@@ -29,6 +29,7 @@ FIELDS = {
     "stem_hidden": ["123", (1, 2), (1, 2, 3, 4), (1, 2, 0), (1, 2, 3.0), (1, 2, True), (), 3, {}, (1, 2, 10**400)],
     "group_width": BAD_COUNTS,
     "alpha": BAD_NUMBERS,
+    "skip_init": [-0.1, 1.01, math.nan, math.inf, True, "1", None, [1], {}, 10**400],
     "bottleneck": BAD_NUMBERS,
     "se_ratio": BAD_NUMBERS,
     "head_ratio": BAD_NUMBERS,

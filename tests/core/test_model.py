@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nfzoo import ModelConfig, model
+from nfzoo.models.layers import ResidualBlock
 from nfzoo.variants import VARIANTS
 from tests.support.helpers import SMALL, assert_same, generator, images, random_params, relative
 from tests.support.loops import each
@@ -88,6 +89,24 @@ def test_a_fresh_network_is_its_shortcuts(name):
             shortcut, _ = block.branches(local, x, block.beta)
             assert torch.equal(model.run_block(block, params, x), shortcut)
         x = model.run_block(block, params, x)
+
+
+@small
+def test_branches_start_as_open_as_skip_init_says(name):
+    """Gains are drawn by no generator, so that all else starts at the same values."""
+    cfg = SMALL[name]
+    shut, opened = (model.init(cfg.replace(skip_init=value), generator=generator()) for value in (0.0, 0.25))
+    closing = "skip_gain" if cfg.rule.skip_gain else "conv2.gain"
+    for key, value in opened.items():
+        expected = torch.full_like(value, 0.25) if key.startswith("stages.") and key.endswith(closing) else shut[key]
+        assert torch.equal(value, expected), key
+    block = next(b for b in model.plan(cfg) if isinstance(b.fn, ResidualBlock))
+    assert isinstance(block.fn, ResidualBlock)
+    x = torch.randn(2, block.fn.geometry.inputs, 8, 8, generator=generator())
+    local = model.block_params(block, opened)
+    shortcut, residual = block.fn.branches(local, x, block.beta)
+    factor = cfg.alpha * (0.25 if cfg.rule.skip_gain else 1.0)  # under timm's rules the residual has the gain in it
+    torch.testing.assert_close(model.run_block(block, opened, x), shortcut + factor * residual)
 
 
 # ---------------------------------------------------------------- beta

@@ -400,6 +400,11 @@ def test_untrained_is_told_from_the_parameters_that_start_constant() -> None:
             key = next(key for key, found in model.parameter_kinds().items() if found == kind)
             params[key][0] += 1e-3
             assert not is_untrained(model.config, params), key
+    opened = nfzoo.create("nfnet-test", skip_init=0.3)
+    for dtype in (torch.float32, torch.bfloat16):  # in which 0.3 is another number
+        params = {key: value.to(dtype) for key, value in opened.named_parameters()}
+        assert is_untrained(opened.config, params)
+        assert not is_untrained(opened.config.replace(skip_init=0.0), params)
     folded = nfzoo.create("nfnet-test").for_inference()
     assert not is_untrained(folded.config, dict(folded.named_parameters()))
 

@@ -239,6 +239,27 @@ def test_choices_spare_what_they_say() -> None:
     assert not clipped["nothing"]
 
 
+def test_layer_wise_clipping_scales_whole_tensors_to_a_threshold() -> None:
+    params = {name: p.double() for name, p in opened().items()}
+    grads = {name: torch.full_like(p, 0.1) for name, p in params.items()}
+    grads["stem.conv.weight"] = 1e-9 * params["stem.conv.weight"]  # far below its threshold
+    found = small_claims.clip_layers(0.04)(grads, params)
+    for name, g in grads.items():
+        free = KINDS[name] in ("head", "skip_gain") or name == "stem.conv.weight"
+        limit = 0.04 * max(params[name].norm().item(), 1e-3)
+        expected = g if free else g * (limit / g.norm())
+        torch.testing.assert_close(found[name], expected, msg=name)
+
+
+def test_lars_gives_each_kernel_a_gradient_of_its_own_norm() -> None:
+    params = opened()
+    grads = {name: 0.1 * torch.randn(p.shape, generator=generator()) for name, p in params.items()}
+    for name, g in small_claims.lars(grads, params).items():
+        scaled = KINDS[name] in ("weight", "head")
+        expected = grads[name] * (params[name].norm() / grads[name].norm()) if scaled else grads[name]
+        torch.testing.assert_close(g, expected, msg=name)
+
+
 def test_sam_takes_its_gradient_where_the_ascent_leads() -> None:
     params, (x, y) = opened(), small(6).train
     grad = torch.func.grad(lambda p, x, y: cross_entropy(apply(CONFIG, p, x), y))

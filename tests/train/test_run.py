@@ -746,3 +746,34 @@ def test_a_saved_model_of_random_weights_is_not_pretrained(tmp_path: Path) -> No
         start = train._fresh(run, {"classes": ["a", "b"]})
         assert start.pretrained == pretrained
         assert (start.model.preprocessing.train_size, start.model.preprocessing.test_size) == (32, 48)
+
+
+def test_a_run_on_grey_images_trains_a_model_of_one_channel(tmp_path: Path) -> None:
+    """`--in-channels` makes a fresh model, adapts a trained one, and leaves a fresh one that was saved untrained."""
+    assert run(tmp_path / "grey", "--in-channels", "1") == 0
+    model = nfzoo.from_pretrained(tmp_path / "grey")
+    assert (model.config.in_channels, len(model.preprocessing.mean)) == (1, 1)
+    assert model.predict(Image.new("RGB", (30, 20), "red"))
+
+    labels = tuple("0123456789")
+    fresh = nfzoo.create("nfnet-test", labels=labels)
+    trained = nfzoo.create("nfnet-test", labels=labels)
+    trained.get_parameter("final_conv.bias").data.fill_(0.1)
+    for pretrained, given in ((False, fresh), (True, trained)):
+        folder = given.save_pretrained(tmp_path / f"saved-{pretrained}")
+        config = recipe.TrainConfig(model=str(folder), data="digits", output=str(tmp_path / "out"), in_channels=1)
+        start = train._fresh(config, {"classes": list(labels)})
+        assert (start.pretrained, start.model.config.in_channels) == (pretrained, 1)
+        expected = nfzoo.from_pretrained(folder, in_channels=1)
+        for name, value in expected.named_parameters():
+            assert torch.equal(start.model.get_parameter(name), value), name
+        assert start.model.preprocessing == expected.preprocessing
+
+
+def test_channels_that_no_image_has_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run", "--in-channels", "4") == 2
+    assert "in_channels must be 1, grey, or 3, coloured; not 4" in capsys.readouterr().err
+    model = nfzoo.create("nfnet-test")
+    with pytest.raises(nfzoo.ConfigError, match="the model takes images of 3 channels, not 1; give one that was"):
+        nfzoo.fit(model, "digits", output=tmp_path / "run", epochs=1, in_channels=1)
+    assert not (tmp_path / "run").exists()

@@ -231,6 +231,8 @@ class TrainConfig:
         teacher: a trained model whose answers the model learns besides the labels: a zoo name, a Hub repository, a
             checkpoint folder or a weight file. Its labels have to be those of the data, in any order. It sees the very
             images that the model sees, cropped, varied and mixed alike.
+        in_channels: 1 shows the model grey images, 3 coloured ones; by default what it was made for. The first kernels
+            of trained weights are adapted. Grey images cost less time.
         train_size: side of the training images in pixels; by default the model's.
         progressive_sizes: smaller sizes to begin with, such as 128,160; train_size comes last. Of k sizes in all, epoch
             e of E, counted from 0, has number floor(k e / E). Augmentation and dropout stay the same. With other epochs
@@ -292,6 +294,7 @@ class TrainConfig:
     allow_pickle: bool = False
     tune: str = "all"
     teacher: str | None = None
+    in_channels: int | None = None
     train_size: int | None = None
     progressive_sizes: tuple[int, ...] | None = None
     test_size: int | None = None
@@ -331,6 +334,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if self.in_channels not in (None, 1, 3):
+            raise ConfigError(f"in_channels must be 1, grey, or 3, coloured; not {self.in_channels!r}")
         if (sizes := self.progressive_sizes) is not None:
             if not sizes or not all(is_int(size, 1) for size in sizes) or list(sizes) != sorted(set(sizes)):
                 raise ConfigError(f"progressive_sizes must be rising numbers of pixels, not {list(sizes)!r}")
