@@ -20,16 +20,6 @@ from nfzoo.types import Block, Drop, Init, ParamSpec, Specs
 # ---------------------------------------------------------------- initial values
 
 
-def zeros(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """Return zeros."""
-    return torch.zeros(shape, device=device, dtype=dtype)
-
-
-def ones(shape, *, generator=None, device=None, dtype=None) -> Tensor:
-    """Return ones."""
-    return torch.ones(shape, device=device, dtype=dtype)
-
-
 @dataclass(frozen=True)
 class Constant:
     """Initial values that are all one number."""
@@ -38,6 +28,9 @@ class Constant:
 
     def __call__(self, shape, *, generator=None, device=None, dtype=None) -> Tensor:
         return torch.full(shape, self.value, device=device, dtype=dtype)
+
+
+zeros, ones = Constant(0.0), Constant(1.0)
 
 
 def fan_in_normal(shape, *, generator=None, device=None, dtype=None) -> Tensor:
