@@ -268,7 +268,10 @@ def adapt_input(cfg: ModelConfig, params: Mapping[str, Tensor], in_channels: int
 
     old = {key: _wide(value) for key, value in block_params(stem, params).items()}
     new = {**old, "weight": adapt(old["weight"])}
-    target, standardised = adapt(stem.fn.layers.weight(old, "")).flatten(1), stem.fn.layers.weight(new, "").flatten(1)
+    target, standardised = (
+        adapt(stem.fn.standardized(old, 1.0)["weight"]).flatten(1),
+        stem.fn.standardized(new, 1.0)["weight"].flatten(1),
+    )
     norm = (target - target.mean(1, keepdim=True)).norm(dim=1) / standardised.norm(dim=1)
     new["gain"] = old["gain"] * norm.nan_to_num(nan=1.0, posinf=1.0)  # kernels of zero remain so
     changed = {f"{stem.name}.{key}": new[key].to(params[f"{stem.name}.{key}"].dtype) for key in ("weight", "gain")}

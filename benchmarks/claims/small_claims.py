@@ -58,8 +58,8 @@ from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
 from nfzoo.data.idx import FASHION_MNIST
 from nfzoo.model import apply, init
-from nfzoo.models.functional import GAMMA, scaled_activation, standardize_weight
-from nfzoo.optim.clipping import EPS, GRADIENT_FLOOR, clip_grads_
+from nfzoo.models.functional import GAMMA, activate, standardize_weight
+from nfzoo.optim.clipping import GRADIENT_FLOOR, clip_grads_
 from nfzoo.optim.sam import RHO, sam_ascent
 from nfzoo.optim.sgd import WEIGHT_DECAY, sgd_
 from nfzoo.step import cross_entropy
@@ -133,7 +133,7 @@ def gammas(seed: int, *, channels: int = 256) -> dict[str, float]:
     w = standardize_weight(torch.randn(channels, channels, 3, 3, generator=generator), torch.ones(channels))
     found = {}
     for name in GAMMA:
-        y = F.conv2d(scaled_activation(x, name), w)
+        y = F.conv2d(activate(x, name) * GAMMA[name], w)
         found[name] = float(y.var(dim=(0, 2, 3), correction=0).mean())
     return found
 
@@ -165,17 +165,13 @@ CHOICES: dict[str, Callable[[str], bool] | None] = {
 
 def clip_layers(threshold: float) -> Clip:
     """Return AGC with one norm for each tensor, which spares what `clip_by` spares."""
+    clip = clip_by(threshold)
 
-    def clip(grads: Params, params: Params) -> Params:
-        found = dict(grads)
-        for name, g in grads.items():
-            if not spared(name):
-                norm, limit = (torch.linalg.vector_norm(t) for t in (g, params[name]))
-                limit = threshold * limit.clamp(min=EPS)
-                found[name] = g * torch.where(norm > limit, limit / norm.clamp(min=GRADIENT_FLOOR), 1.0)
-        return found
+    def clip_tensors(grads: Params, params: Params) -> Params:
+        one_unit = [{name: t.reshape(1, -1) for name, t in tensors.items()} for tensors in (grads, params)]
+        return {name: g.reshape(grads[name].shape) for name, g in clip(*one_unit).items()}
 
-    return clip
+    return clip_tensors
 
 
 def lars(grads: Params, params: Params) -> Params:
@@ -195,11 +191,6 @@ UNITS: dict[str, tuple[Clip, tuple[float, ...]]] = {
     "LARS": (lars, (0.01, 0.03, 0.1)),
     "no clipping": (no_clip, (0.01, 0.03, 0.1)),
 }
-
-
-def opened(params: Params) -> Params:
-    """Return parameters whose skip gains are 1."""
-    return {name: torch.ones_like(p) if KINDS[name] == "skip_gain" else p for name, p in params.items()}
 
 
 def with_sam(batch: int, extra: int, ascent: str) -> Kind:
@@ -317,9 +308,9 @@ def run(plan: Plan, store: Store, data: Data) -> list[dict[str, Any]]:
         kind = with_sam(64, 13, name)
         store.get({"test": "SAM", "way": name}, lambda kind=kind, o=options: ended(kind, few, plan, **o))
     store.get({"test": "test size"}, lambda: by_size(data, plan))
-    for name, start in (("shut", None), ("open", opened)):
+    for name, skip_init in (("shut", 0.0), ("open", 1.0)):
         options = {"batch": 64, "epochs": 2, "rates": (0.02, 0.08, 0.32)}
-        kind = nf(no_clip, start=start)
+        kind = nf(no_clip, config=CONFIG.replace(skip_init=skip_init))
         store.get({"test": "skip gain", "way": name}, lambda kind=kind, o=options: ended(kind, data, plan, **o))
     return store.rows
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.claims import batch_norm_twin
 from nfzoo.config import NFResNetConfig
 from nfzoo.model import init, plan, specs
+from nfzoo.models.layers import Standardizing
 from nfzoo.models.weight_standardization import standardize_weight
 from nfzoo.optim.clipping import EPS, GRADIENT_FLOOR, unit_shape
 from nfzoo.optim.sgd import CLIPPED, DECAYED, SGDState, sgd, warmup_cosine
@@ -106,6 +107,7 @@ class _Group(NamedTuple):
     length: int
     kernel_rows: int
     gains: Tensor  # the column of each such row's gain
+    scales: Tensor  # the constant factor of each such row
     free: Tensor  # (units,): whether the unit is of the classifier's weight
     skip: Tensor  # (units,): whether it is a skip gain
 
@@ -128,11 +130,18 @@ class Layout:
         self.size = start
         self.kernels = kernels
         place = {part.name: part.columns.start for part in self.parts}
+        scales = {
+            f"{block.name}.{key}": float(block.fn.scale(key.removesuffix("weight"), block.beta))
+            for block in plan(cfg)
+            if isinstance(block.fn, Standardizing)
+            for key in block.specs
+        }
         self.groups: list[_Group] = []
         for length in sorted({length for _, length in units.values()}):
             own = [part for part in self.parts if units[part.name][1] == length]
             rows = [part for part in own if part.name in kernels]
             gains = [place[p.name.removesuffix("weight") + "gain"] + i for p in rows for i in range(p.shape[0])]
+            factors = [scales[p.name] for p in rows for _ in range(p.shape[0])]
             flags = [(kinds.get(p.name), units[p.name][0]) for p in own]
             free = [kind not in CLIPPED for kind, count in flags for _ in range(count)]
             skip = [kind == "skip_gain" for kind, count in flags for _ in range(count)]
@@ -143,6 +152,7 @@ class Layout:
                     length,
                     len(gains),
                     torch.tensor(gains, dtype=torch.long, device=device),
+                    torch.tensor(factors, device=device),
                     torch.tensor(free, device=device),
                     torch.tensor(skip, device=device),
                 )
@@ -167,7 +177,7 @@ class Layout:
                 continue
             count = group.kernel_rows * group.length
             kernels = matrix[:, group.columns][:, :count].reshape(-1, group.length, 1, 1)
-            gains = matrix[:, group.gains].reshape(-1)
+            gains = (matrix[:, group.gains] * group.scales).reshape(-1)
             rows = standardize_weight(kernels, gains).reshape(runs, count)
             for part in self.parts:
                 first, last = (edge - group.columns.start for edge in (part.columns.start, part.columns.stop))
@@ -211,7 +221,7 @@ def _ready_blocks(cfg: NFResNetConfig) -> list[tuple[str, list[str], Callable[..
     found = []
     for block in plan(cfg):
         fn: Any = block.fn
-        if hasattr(fn, "layers"):
+        if isinstance(fn, Standardizing):
             fn = dataclasses.replace(fn, layers=dataclasses.replace(fn.layers, ready=True))
         found.append((block.name, list(block.specs), fn, block.beta))
     return found
@@ -243,11 +253,8 @@ class Stack:
             key = setting.seed, setting.skip_gain
             if key not in starts:
                 generator = torch.Generator().manual_seed(setting.seed)
-                params = batch_norm_twin.init(cfg, generator=generator) if twin else init(cfg, generator=generator)
-                starts[key] = {
-                    name: value + setting.skip_gain if name.endswith("skip_gain") else value
-                    for name, value in params.items()
-                }
+                own = cfg.replace(skip_init=setting.skip_gain)
+                starts[key] = (batch_norm_twin.init if twin else init)(own, generator=generator)
         self.matrix = self.layout.pack([starts[s.seed, s.skip_gain] for s in settings]).to(device)
         self.momentum = torch.zeros_like(self.matrix)
         self.running: Params = {}

@@ -81,16 +81,11 @@ def loss_of(config: NFResNetConfig) -> Callable[..., Tensor]:
     return lambda params, x, y, noise: cross_entropy(apply(config, params, x, noise or None), y)
 
 
-def nf(clip: Clip, *, config: NFResNetConfig = CONFIG, start: Callable[[Params], Params] | None = None) -> Kind:
-    """Return an NF-ResNet whose mean gradient is clipped.
-
-    Args:
-        start: changes the initial parameters.
-    """
+def nf(clip: Clip, *, config: NFResNetConfig = CONFIG) -> Kind:
+    """Return an NF-ResNet whose mean gradient is clipped."""
 
     def first(generator: torch.Generator) -> tuple[Params, Params]:
-        params = init(config, generator=generator)
-        return (start(params) if start else params), {}
+        return init(config, generator=generator), {}
 
     def step(params: Params, statistics: Params, x: Tensor, y: Tensor, noise: Params) -> tuple[Params, Params]:
         return clip(torch.func.grad(loss_of(config))(params, x, y, noise), params), statistics

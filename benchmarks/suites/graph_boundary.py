@@ -104,7 +104,7 @@ def _networks(blocks: Plan, activation_name: str, device: torch.device) -> dict[
             shared[b.fn] = region(b.fn)
 
     def activated_input(x: Tensor) -> Tensor:
-        return nf.scaled_activation(x, activation_name)
+        return nf.activate(x, activation_name) * nf.GAMMA[activation_name]
 
     activation = compile_alone(activated_input)
 

@@ -20,7 +20,7 @@ from nfzoo.config import Attention
 from nfzoo.errors import ConfigError
 from nfzoo.models import cublas, onednn
 from nfzoo.models import functional as nf
-from nfzoo.models.layers import Conv, Geometry, Layers, Pool, ResidualBlock, classifier
+from nfzoo.models.layers import Conv, Geometry, Pool, ResidualBlock, classifier
 from nfzoo.models.nf_regnet import RegNetBlock
 from nfzoo.models.nf_resnet import BottleneckBlock, MaxPool
 from nfzoo.types import Block, BlockFn, Params, ParamSpec, Plan, Specs
@@ -280,7 +280,7 @@ def _function(block: Block, before: str | None, after: str | None) -> BlockFn:
             neighbours=rule.neighbour_pool,
         )
     if isinstance(fn, Pool):
-        return FoldedPool(before, gamma(fn.layers))
+        return FoldedPool(before, fn.layers.pool_gamma)
     if fn is classifier:
         return folded_classifier
     if isinstance(fn, MaxPool):
@@ -307,16 +307,10 @@ def fold_block(block: Block, p: Mapping[str, Tensor]) -> Params:
     """Return the parameters of a block's inference form, in the dtype of `p`, which should be float64."""
     fn = block.fn
     if isinstance(fn, Conv):
-        scale = gamma(fn.layers) if fn.activated else 1.0
-        return {"weight": fn.layers.weight(p, "") * scale, "bias": p["bias"]}
+        return fn.standardized(p, block.beta)
     if not isinstance(fn, ResidualBlock):
         return dict(p)
-    factor = gamma(fn.layers)
-    result = {key: value for key, value in p.items() if block.specs[key].kind not in ("gain", "skip_gain")}
-    for key in result:
-        if (name := key.removesuffix("weight")) + "gain" in p:  # not the attention's
-            first = name in ("shortcut.", "conv0.")
-            result[key] = fn.layers.weight(p, name) * (factor * block.beta if first else factor)
+    result = {key: value for key, value in fn.standardized(p, block.beta).items() if key != "skip_gain"}
     end = p["skip_gain"] * fn.alpha if "skip_gain" in p else p["conv2.bias"].new_full((1,), fn.alpha)
     if fn.attention != "none":
         inner = isinstance(fn, RegNetBlock)
@@ -326,8 +320,3 @@ def fold_block(block: Block, p: Mapping[str, Tensor]) -> Params:
     result["conv2.weight"] = result["conv2.weight"] * end
     result["conv2.bias"] = result["conv2.bias"] * end
     return result
-
-
-def gamma(layers: Layers) -> float:
-    """Return the factor of every activation; 1 where the rules put it on the weights."""
-    return 1.0 if layers.rule.gamma_on_weight else nf.GAMMA[layers.activation]

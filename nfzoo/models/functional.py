@@ -19,7 +19,9 @@ from torch import Tensor, fx, nn
 
 from nfzoo.config import ACTIVATIONS
 from nfzoo.errors import ConfigError
+from nfzoo.models.weight_standardization import is_channels_last, needs_plain_operations
 from nfzoo.models.weight_standardization import standardize_weight as standardize_weight
+from nfzoo.torch_internals import in_functorch
 
 fx.wrap("standardize_weight")
 
@@ -30,6 +32,9 @@ GAMMA: dict[str, float] = {
     "relu": 1.7139588594436646,
     "silu": 1.7881293296813965,
 }
+
+FEW_PIXELS = 64
+"""Pixels of an image up to which a 1x1 convolution is computed as a matrix product: see `is_product`."""
 
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -98,11 +103,6 @@ class RegisteredActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
-
-
-def scaled_activation(x: Tensor, name: str) -> Tensor:
-    """Return `gamma * act(x)`, of unit variance for `x ~ N(0, 1)`. Source: arXiv 2101.08692, section 4."""
-    return _ACTIVATION[name](x) * GAMMA[name]
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
@@ -204,7 +204,37 @@ def efficient_channel_attention(p: Mapping[str, Tensor], x: Tensor, prefix: str 
 @fx.wrap
 def global_mean(x: Tensor) -> Tensor:
     """Return the mean over the pixels of `(N, C, H, W)`, accumulated in float32 at least, in the dtype of `x`."""
-    if x.dtype in (torch.float32, torch.float64):
-        return x.mean(dim=(2, 3))
-    # Not `mean(..., dtype=torch.float32)`: XLA would sum in the dtype of `x` and convert the result.
-    return x.float().mean(dim=(2, 3)).to(x.dtype)
+    exact = x.dtype in (torch.float32, torch.float64)
+    if needs_plain_operations():
+        # Not `mean(..., dtype=torch.float32)`: XLA would sum in the dtype of `x` and convert the result.
+        return x.mean(dim=(2, 3)) if exact else x.float().mean(dim=(2, 3)).to(x.dtype)
+    # The gradient of a sum is one number per channel, expanded. That of a mean is a map in the contiguous layout, which
+    # takes a pass to write, and makes slow what adds it to a map in channels last.
+    pixels = x.shape[2] * x.shape[3]
+    if exact:
+        return x.sum(dim=(2, 3)) / pixels
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # so that the cast of the gradient keeps the layout
+    return (rows.float().sum(dim=1) / pixels).to(x.dtype)
+
+
+def is_product(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> bool:
+    """Return whether a convolution of `x` is better computed by `conv1x1`: a 1x1 kernel over few pixels on a CPU.
+
+    oneDNN's derivative of a convolution works pixel by pixel, and takes up to five times as long as that of a product
+    on 2 x 2 pixels. From 8 x 8 on the two differ little. Graphs keep the convolution.
+    """
+    return (
+        isinstance(x, Tensor)  # and not a placeholder of torch.fx
+        and (stride, padding, groups) == (1, 0, 1)
+        and weight.shape[-1] == 1
+        and x.device.type == "cpu"
+        and x.shape[2] * x.shape[3] <= FEW_PIXELS
+        and not needs_plain_operations()
+        and not in_functorch()
+        and is_channels_last(x)
+    )
+
+
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the convolution by a 1x1 kernel, computed as a matrix product."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)

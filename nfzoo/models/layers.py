@@ -1,4 +1,7 @@
-"""The parts of every family's plan: layers under a set of rules, parameter specs, residual blocks, the head."""
+"""The parts of every family's plan: layers under a set of rules, parameter specs, residual blocks, the head.
+
+It is longer than most modules, since a residual block is read together with its layers and its place in the tower.
+"""
 
 from __future__ import annotations
 
@@ -77,47 +80,89 @@ class Layers:
         return cls(cfg.activation, cfg.rule)
 
     def act(self, x: Tensor) -> Tensor:
-        """Apply the activation, times gamma unless the rules put gamma on the weights."""
-        return (nf.activate if self.rule.gamma_on_weight else nf.scaled_activation)(x, self.activation)
+        """Apply the activation; its gamma is in the kernel that reads it: see `scale`."""
+        return nf.activate(x, self.activation)
 
-    def weight(self, p: Mapping[str, Tensor], name: str, kernels: RowKernels | None = None) -> Tensor:
-        """Return the standardised kernel of convolution `name`."""
-        if self.ready:
-            return p[f"{name}weight"]
-        scale = nf.GAMMA[self.activation] if self.rule.gamma_on_weight else 1.0
+    @property
+    def gamma(self) -> float:
+        """The factor that gives an activation of N(0, 1) unit variance."""
+        return nf.GAMMA[self.activation]
+
+    @property
+    def pool_gamma(self) -> float:
+        """The factor of the activation before the pool, which no kernel reads: 1 where gamma is one of kernels."""
+        return 1.0 if self.rule.gamma_on_weight else self.gamma
+
+    def scale(self, *, activated: bool) -> float:
+        """Return the constant factor of a kernel: gamma after an activation, and under timm's rules everywhere."""
+        return self.gamma if activated or self.rule.gamma_on_weight else 1.0
+
+    def weight(
+        self, p: Mapping[str, Tensor], name: str, scale: float | Tensor, kernels: RowKernels | None = None
+    ) -> Tensor:
+        """Return the standardised kernel of convolution `name`, times `scale`."""
         return nf.standardize_weight(
             p[f"{name}weight"], p[f"{name}gain"], floor=self.rule.variance_floor, scale=scale, kernels=kernels
         )
 
-    def standardized(self, p: Mapping[str, Tensor], kernels: RowKernels) -> dict[str, Tensor]:
-        """Return the parameters of a block with `ready` layers: kernels standardised, their gains removed."""
-        names = [key.removesuffix("weight") for key in p if key.endswith("weight")]
-        convolutions = [name for name in names if f"{name}gain" in p]
-        rest = {key: value for key, value in p.items() if key.removesuffix("gain") not in convolutions}
-        return {**rest, **{f"{name}weight": self.weight(p, name, kernels) for name in convolutions}}
+
+class Standardizing(abc.ABC):
+    """A block function with weight-standardised convolutions.
+
+    Attributes:
+        layers: the rules under which it computes.
+    """
+
+    layers: Layers
+
+    @abc.abstractmethod
+    def scale(self, name: str, beta: float | Tensor) -> float | Tensor:
+        """Return the constant factor of the standardised kernel `name`: that of the activation that it reads."""
 
     def conv(
         self,
         p: Mapping[str, Tensor],
         name: str,
         x: Tensor,
+        beta: float | Tensor = 1.0,
         *,
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
         skipped_stride: int = 1,
     ) -> Tensor:
-        """Convolve `x` with the standardised `{name}weight` and its `{name}gain`, and add `{name}bias`."""
-        weight = self.weight(p, name)
+        """Convolve `x` with the standardised `{name}weight`, times `{name}gain` and `scale`, and add `{name}bias`.
+
+        Args:
+            beta: the block's, which counts for kernels that read its input.
+        """
+        rule, bias = self.layers.rule, p[f"{name}bias"]
+        weight = p[f"{name}weight"]
+        if not self.layers.ready:
+            weight = self.layers.weight(p, name, self.scale(name, beta))
         x, padding = nf.conv_input(
             x,
             weight.shape[-1],
             stride=stride,
             dilation=dilation,
-            same=self.rule.same_padding,
+            same=rule.same_padding,
             skipped_stride=skipped_stride,
         )
-        return F.conv2d(x, weight, p[f"{name}bias"], stride, padding, dilation, groups)
+        if nf.is_product(x, weight, stride, padding, groups):
+            return nf.conv1x1(x, weight, bias)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def standardized(
+        self, p: Mapping[str, Tensor], beta: float | Tensor, kernels: RowKernels | None = None
+    ) -> dict[str, Tensor]:
+        """Return the parameters of this function with `ready` layers: kernels standardised, their gains removed."""
+        names = [key.removesuffix("weight") for key in p if key.endswith("weight")]
+        convolutions = [name for name in names if f"{name}gain" in p]
+        rest = {key: value for key, value in p.items() if key.removesuffix("gain") not in convolutions}
+        weights = {
+            f"{name}weight": self.layers.weight(p, name, self.scale(name, beta), kernels) for name in convolutions
+        }
+        return {**rest, **weights}
 
 
 def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 1, gain: Init = ones) -> Specs:
@@ -146,15 +191,14 @@ def attention_specs(kind: Attention, channels: int, hidden: int, rule: Rules) ->
     }
 
 
-def attend(kind: Attention, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Return `2 * gate * x`: a gate is 1/2 on average, so the 2 keeps the scale.
+def attention_gate(kind: Attention, p: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
+    """Return `2 * gate`, `(N, C, 1, 1)`, or `None` without attention.
 
-    Source: arXiv 2101.08692, section 4.
+    A gate is 1/2 on average, so the 2 keeps the scale. Source: arXiv 2101.08692, section 4.
     """
     if kind == "none":
-        return x
-    gate = nf.squeeze_excite(p, x) if kind == "se" else nf.efficient_channel_attention(p, x)
-    return 2 * gate * x
+        return None
+    return 2 * (nf.squeeze_excite(p, x) if kind == "se" else nf.efficient_channel_attention(p, x))
 
 
 # ---------------------------------------------------------------- the residual tower
@@ -227,7 +271,7 @@ def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int,
 
 
 @dataclass(frozen=True)
-class ResidualBlock(abc.ABC):
+class ResidualBlock(Standardizing):
     """`x -> shortcut + alpha * skip_gain * keep * residual`; a family defines the two branches."""
 
     layers: Layers
@@ -244,16 +288,33 @@ class ResidualBlock(abc.ABC):
         """Return the block's parameters."""
 
     @abc.abstractmethod
+    def gated_branches(
+        self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return shortcut and residual of `(N, inputs, H, W)`, and the gate of the residual, if it ends with one."""
+
     def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return shortcut and residual of `(N, inputs, H, W)`, without stochastic depth, skip gain and alpha."""
+        shortcut, residual, gate = self.gated_branches(p, x, beta)
+        return shortcut, residual if gate is None else gate * residual
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-        shortcut, residual = self.branches(p, x, beta)
-        if keep is not None:
-            residual = residual * keep.to(residual.dtype)
+        shortcut, residual, gate = self.gated_branches(p, x, beta)
+        # All factors of the residual are multiplied before they meet it, which takes one pass over the map.
+        factor: float | Tensor = self.alpha
         if self.layers.rule.skip_gain:
-            residual = residual * p["skip_gain"].reshape(())
-        return residual * self.alpha + shortcut
+            factor = p["skip_gain"] * factor
+        for tensor in (keep, gate):
+            if tensor is not None:
+                factor = tensor * factor
+        if isinstance(factor, float):
+            return torch.add(shortcut, residual, alpha=factor)
+        return torch.addcmul(shortcut, residual, factor.to(residual.dtype))
+
+    def scale(self, name: str, beta: float | Tensor) -> float | Tensor:
+        """Return gamma, times beta for the kernels that read the block's input."""
+        factor = self.layers.scale(activated=True)
+        return beta * factor if name in ("shortcut.", "conv0.") else factor
 
     def pooled(self, out: Tensor) -> Tensor:
         """Return the input of the shortcut's convolution: `out`, average-pooled if the block downsamples."""
@@ -301,15 +362,20 @@ class ResidualBlock(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Conv:
+class Conv(Standardizing):
     """A weight-standardised convolution, after an activation if `activated`."""
 
     layers: Layers
     activated: bool
     stride: int = 1
 
+    def scale(self, name: str, beta: float | Tensor) -> float:
+        """Return gamma after an activation; beta is 1."""
+        return self.layers.scale(activated=self.activated)
+
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-        return self.layers.conv(p, "", self.layers.act(x) if self.activated else x, stride=self.stride)
+        x = self.layers.act(x) if self.activated else x
+        return self.conv(p, "", x, stride=self.stride)
 
 
 @dataclass(frozen=True)
@@ -319,11 +385,11 @@ class Pool:
     layers: Layers
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
-        return nf.global_mean(self.activated(x))
+        return nf.global_mean(self.layers.act(x)) * self.layers.pool_gamma
 
     def activated(self, x: Tensor) -> Tensor:
-        """Return the map whose mean is taken."""
-        return self.layers.act(x)
+        """Return the map whose mean is the output."""
+        return self.layers.act(x) * self.layers.pool_gamma
 
 
 def classifier(p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:

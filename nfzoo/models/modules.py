@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from nfzoo.models import functional as nf
-from nfzoo.models.folded import FoldedBlock, folded_plan, gamma
+from nfzoo.models.folded import FoldedBlock, folded_plan
 from nfzoo.models.layers import Conv, Layers, Pool, ResidualBlock, classifier
 from nfzoo.models.nf_resnet import MaxPool
 from nfzoo.types import Block, Drop, Kind, Plan, Specs
@@ -70,7 +70,7 @@ class StandardizedWeight(nn.Module):
         self.gain = nn.Parameter(torch.empty(outputs, device="meta"))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.layers.weight({"weight": weight, "gain": self.gain}, "")
+        return self.layers.weight({"weight": weight, "gain": self.gain}, "", self.layers.scale(activated=False))
 
 
 class Scale(nn.Module):
@@ -234,7 +234,7 @@ class Residual(nn.Module):
 
 def activation(layers: Layers, *, scaled: bool, beta: float = 1.0) -> nn.Module:
     """Return the activation, times beta and, if it is to be scaled, times gamma unless the weights have it."""
-    factor = beta * (gamma(layers) if scaled else 1.0)
+    factor = beta * (layers.pool_gamma if scaled else 1.0)
     act = ACTIVATIONS.get(layers.activation, functools.partial(nf.RegisteredActivation, layers.activation))()
     return act if factor == 1.0 else nn.Sequential(act, Scale(factor))
 
@@ -280,7 +280,7 @@ def _layers(block: Block, trained: Block, lean: Block) -> dict[str, nn.Module]:
     if isinstance(fn, Pool):
         # The embedding has gamma in the folded form too.
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        factor = Scale(gamma(fn.layers))
+        factor = Scale(fn.layers.pool_gamma)
         return {f"{name}_act": activation(fn.layers, scaled=False), name: nn.Sequential(*pool, factor)}
     if isinstance(fn, MaxPool):
         pad = MaxPoolPad() if fn.same else nn.Identity()

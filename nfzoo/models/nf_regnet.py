@@ -12,7 +12,7 @@ from nfzoo.models.layers import (
     Conv,
     Layers,
     ResidualBlock,
-    attend,
+    attention_gate,
     attention_specs,
     classifier_normal,
     conv_specs,
@@ -38,14 +38,16 @@ class RegNetBlock(ResidualBlock):
             **self.skip_gain_specs(),
         }
 
-    def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-        act, conv = self.layers.act, self.layers.conv
-        out = act(x) * beta
-        shortcut = conv(p, "shortcut.", self.pooled(out)) if self.geometry.transition else x
-        out = conv(p, "conv0.", out)
+    def gated_branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, None]:
+        act, conv = self.layers.act, self.conv
+        out = act(x)
+        shortcut = conv(p, "shortcut.", self.pooled(out), beta) if self.geometry.transition else x
+        out = conv(p, "conv0.", out, beta)
         out = conv(p, "conv1.", act(out), **self.strided)
-        out = attend(self.attention, p, out)
-        return shortcut, conv(p, "conv2.", act(out))
+        gate = attention_gate(self.attention, p, out)
+        if gate is not None:
+            out = gate * out
+        return shortcut, conv(p, "conv2.", act(out)), None
 
 
 def plan(cfg: NFRegNetConfig) -> Plan:

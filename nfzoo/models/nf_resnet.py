@@ -9,7 +9,16 @@ from torch import Tensor
 
 from nfzoo.config import NFResNetConfig
 from nfzoo.models import functional as nf
-from nfzoo.models.layers import Conv, Layers, ResidualBlock, attend, attention_specs, conv_specs, head_blocks, tower
+from nfzoo.models.layers import (
+    Conv,
+    Layers,
+    ResidualBlock,
+    attention_gate,
+    attention_specs,
+    conv_specs,
+    head_blocks,
+    tower,
+)
 from nfzoo.types import Block, Plan, Specs
 
 
@@ -28,19 +37,21 @@ class BottleneckBlock(ResidualBlock):
             **self.skip_gain_specs(),
         }
 
-    def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-        act, conv = self.layers.act, self.layers.conv
-        out = act(x) * beta
+    def gated_branches(
+        self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        act, conv = self.layers.act, self.conv
+        out = act(x)
         if not self.geometry.transition:
             shortcut = x
         elif self.layers.rule.pooled_shortcut:
-            shortcut = conv(p, "shortcut.", self.pooled(out))
+            shortcut = conv(p, "shortcut.", self.pooled(out), beta)
         else:  # DeepMind's 1x1 kernel strides over the activated input
-            shortcut = conv(p, "shortcut.", out, stride=self.geometry.stride)
-        out = conv(p, "conv0.", out)
+            shortcut = conv(p, "shortcut.", out, beta, stride=self.geometry.stride)
+        out = conv(p, "conv0.", out, beta)
         out = conv(p, "conv1.", act(out), **self.strided)
         out = conv(p, "conv2.", act(out))
-        return shortcut, attend(self.attention, p, out)
+        return shortcut, out, attention_gate(self.attention, p, out)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nfzoo.config import NFNetConfig
-from nfzoo.models.layers import Conv, Layers, ResidualBlock, attend, attention_specs, conv_specs, head_blocks, tower
+from nfzoo.models.layers import (
+    Conv,
+    Layers,
+    ResidualBlock,
+    attention_gate,
+    attention_specs,
+    conv_specs,
+    head_blocks,
+    tower,
+)
 from nfzoo.types import Block, Plan, Specs
 
 
@@ -28,15 +37,17 @@ class FBlock(ResidualBlock):
             **self.skip_gain_specs(),
         }
 
-    def branches(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-        act, conv = self.layers.act, self.layers.conv
-        out = act(x) * beta
-        shortcut = conv(p, "shortcut.", self.pooled(out)) if self.geometry.transition else x
-        out = conv(p, "conv0.", out)
+    def gated_branches(
+        self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        act, conv = self.layers.act, self.conv
+        out = act(x)
+        shortcut = conv(p, "shortcut.", self.pooled(out), beta) if self.geometry.transition else x
+        out = conv(p, "conv0.", out, beta)
         out = conv(p, "conv1.", act(out), **self.strided)
         out = conv(p, "conv1b.", act(out), dilation=self.geometry.out_dilation, groups=self.groups)
         out = conv(p, "conv2.", act(out))
-        return shortcut, attend(self.attention, p, out)
+        return shortcut, out, attention_gate(self.attention, p, out)
 
 
 def plan(cfg: NFNetConfig) -> Plan:

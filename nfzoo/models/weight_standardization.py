@@ -22,18 +22,24 @@ class RowKernels(NamedTuple):
 
 
 def standardize_weight(
-    weight: Tensor, gain: Tensor, *, floor: bool = True, scale: float = 1.0, kernels: RowKernels | None = None
+    weight: Tensor,
+    gain: Tensor,
+    *,
+    floor: bool = True,
+    scale: float | Tensor = 1.0,
+    kernels: RowKernels | None = None,
 ) -> Tensor:
     """Standardise a kernel per output channel, and scale it by its gain.
 
     The result is `(W - mean(W)) * s` with `s = scale * gain * rsqrt(max(var(W) * fan_in, 1e-4))` and the biased
-    variance. With `floor=False`, `s = scale * gain * rsqrt((var(W) + 1e-5) * fan_in)`. Computed in float32 at least.
+    variance. With `floor=False`, `s = scale * gain * rsqrt((var(W) + 1e-5) * fan_in)`. It is computed in float32 at
+    least. Under autocast the result has autocast's dtype, which spares the convolution a pass that converts it.
 
     Args:
         weight: `(out, in / groups, height, width)`. The result has its memory format.
         gain: `(out,)`.
         floor: whether small variances are floored (DeepMind) or offset (timm).
-        scale: a constant factor (gamma, under timm's rules).
+        scale: a factor without a gradient: gamma, and beta.
         kernels: compiled forms of `PLAIN_ROWS` to compute with.
 
     Source: arXiv 2101.08692, equation 5; `WSConv2D` of the code released with arXiv 2102.06171.
@@ -44,20 +50,21 @@ def standardize_weight(
     if w.dtype not in (torch.float32, torch.float64):
         w = w.float()
     factor = gain.to(w.dtype)
-    if scale != 1.0:
+    if isinstance(scale, Tensor) or scale != 1.0:
         factor = factor * scale
-    if kernels or (w.device.type in ("cpu", "cuda") and not _needs_plain_operations()):
-        rows: Tensor = _Rows.apply(w, factor, floor, kernels or PLAIN_ROWS)[0]  # type: ignore[index]
+    if kernels or (w.device.type in ("cpu", "cuda") and not needs_plain_operations()):
+        device = w.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        rows: Tensor = _Rows.apply(w, factor, floor, kernels or EAGER_ROWS, dtype)[0]  # type: ignore[index]
     else:
-        rows = _standardized(w, factor, floor)[0]
-    rows = rows.to(weight.dtype)
+        rows = _standardized(w, factor, floor, weight.dtype)[0]
     if last:
         out, inputs, height, width = weight.shape
         return rows.reshape(out, height, width, inputs).permute(0, 3, 1, 2)
     return rows.reshape(weight.shape)
 
 
-def _needs_plain_operations() -> bool:
+def needs_plain_operations() -> bool:
     """Return whether something wants to see torch's operators: a compiler or tracer, or a transform of higher order."""
     return torch.compiler.is_compiling() or in_jit_trace() or in_forward_ad() or in_functionalization()
 
@@ -79,10 +86,20 @@ def _centred(w: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mean, centred, total, torch.rsqrt(root)
 
 
-def _standardized(w: Tensor, gain: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return standardised rows, and for their derivatives the means, squared norms and reciprocal square roots."""
+def _standardized(
+    w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return standardised rows, and for their derivatives the means, squared norms and reciprocal square roots.
+
+    Args:
+        dtype: of the standardised rows.
+        out: where to write them.
+    """
     mean, centred, total, s = _centred(w, floor)
-    return centred * (s * gain[:, None]), mean, total, s
+    factor = s * gain[:, None]
+    if out is None:
+        return (centred * factor).to(dtype), mean, total, s
+    return out.copy_(centred.mul_(factor)), mean, total, s
 
 
 def _bending(value: Tensor, total: Tensor, floor: bool) -> Tensor:
@@ -91,20 +108,71 @@ def _bending(value: Tensor, total: Tensor, floor: bool) -> Tensor:
 
 
 def _row_gradients(
-    w: Tensor, gain: Tensor, mean: Tensor, total: Tensor, s: Tensor, g: Tensor, floor: bool
+    w: Tensor,
+    gain: Tensor,
+    mean: Tensor,
+    total: Tensor,
+    s: Tensor,
+    g: Tensor,
+    floor: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of rows and gains, where `g` is the gradient of the standardised rows.
 
-    Temporaries are written in place.
+    Temporaries are written in place, and the rows' gradients into `out`.
     """
-    centred = w - mean
+    centred, g = w - mean, g.to(w.dtype)
     along = (g * centred).sum(dim=1, keepdim=True) * s
     k = gain[:, None] * s
     bend = _bending(-k * along * s, total, floor)
-    return (g - g.mean(dim=1, keepdim=True)).mul_(k).addcmul_(centred, bend), along[:, 0]
+    rows = torch.sub(g, g.mean(dim=1, keepdim=True), out=out)
+    return rows.mul_(k).addcmul_(centred, bend), along[:, 0]
 
 
 PLAIN_ROWS = RowKernels(_standardized, _row_gradients)
+
+_SLICE = 1 << 17
+"""Numbers of a kernel that are standardised at once on a CPU: they and what is computed of them fit into its cache."""
+
+
+def _slices(w: Tensor) -> list[slice] | None:
+    """Return slices of whole rows that fit into a CPU's cache, or `None` where all rows are computed at once."""
+    if w.device.type != "cpu" or w.numel() <= _SLICE or in_functorch():
+        return None
+    rows = max(1, _SLICE // w.shape[1])
+    return [slice(begin, begin + rows) for begin in range(0, len(w), rows)]
+
+
+def _sliced_standardized(
+    w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_standardized` does; on a CPU slice by slice, so that memory is read and written once."""
+    slices = _slices(w)
+    if slices is None:
+        return _standardized(w, gain, floor, dtype)
+    out = torch.empty_like(w, dtype=dtype)
+    statistics: list[tuple[Tensor, ...]] = []
+    for part in slices:
+        statistics.append(_standardized(w[part], gain[part], floor, dtype, out[part])[1:])
+    mean, total, s = (torch.cat(values) for values in zip(*statistics, strict=True))
+    return out, mean, total, s
+
+
+def _sliced_gradients(
+    w: Tensor, gain: Tensor, mean: Tensor, total: Tensor, s: Tensor, g: Tensor, floor: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what `_row_gradients` does, slice by slice on a CPU."""
+    slices = _slices(w)
+    if slices is None:
+        return _row_gradients(w, gain, mean, total, s, g, floor)
+    out, along = torch.empty_like(w), torch.empty_like(gain)
+    for part in slices:
+        own = (tensor[part] for tensor in (w, gain, mean, total, s, g))
+        along[part] = _row_gradients(*own, floor, out[part])[1]
+    return out, along
+
+
+EAGER_ROWS = RowKernels(_sliced_standardized, _sliced_gradients)
 
 
 class _Rows(torch.autograd.Function):
@@ -118,12 +186,14 @@ class _Rows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(w: Tensor, gain: Tensor, floor: bool, kernels: RowKernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return kernels.forward(w, gain, floor)
+    def forward(
+        w: Tensor, gain: Tensor, floor: bool, kernels: RowKernels, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return kernels.forward(w, gain, floor, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        w, gain, ctx.floor, ctx.kernels = inputs
+        w, gain, ctx.floor, ctx.kernels, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(w, gain, *output[1:])
@@ -133,12 +203,13 @@ class _Rows(torch.autograd.Function):
         w, gain, mean, total, s = ctx.saved_tensors
         g = grads[0]
         if g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if not (torch.is_grad_enabled() or in_forward_ad() or in_functorch()):
-            return *ctx.kernels.backward(w, gain, mean, total, s, g, ctx.floor), None, None
+            return *ctx.kernels.backward(w, gain, mean, total, s, g, ctx.floor), None, None, None
         # This pass is itself differentiated, and must follow from `w`, or mapped, and must not write in place.
         mean, centred, total, s = _centred(w, ctx.floor)
+        g = g.to(w.dtype)
         along = (g * centred).sum(dim=1, keepdim=True) * s
         k = gain[:, None] * s
         bend = _bending(-k * along * s, total, ctx.floor)
-        return ((g - g.mean(dim=1, keepdim=True)) * k).addcmul(centred, bend), along[:, 0], None, None
+        return ((g - g.mean(dim=1, keepdim=True)) * k).addcmul(centred, bend), along[:, 0], None, None, None

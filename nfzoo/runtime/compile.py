@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nfzoo import torch_internals
 from nfzoo.models.folded import chained
-from nfzoo.models.layers import Layers
+from nfzoo.models.layers import Standardizing
 from nfzoo.models.weight_standardization import PLAIN_ROWS, RowKernels
 from nfzoo.runtime.device import backend as device_backend
 from nfzoo.types import Block, BlockFn
@@ -52,10 +52,10 @@ class CompiledBlock:
     def __init__(self, fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> None:
         self.fn, self.shapes, self.options = fn, shapes, options
         self._compiled = _compiled_function(fn, options)
-        layers = getattr(fn, "layers", None)
-        self._layers = layers if isinstance(layers, Layers) and options.backend in STANDARDIZED_APART else None
-        if self._layers is not None:
-            ready: Any = dataclasses.replace(fn, layers=dataclasses.replace(layers, ready=True))  # type: ignore[type-var]
+        apart = isinstance(fn, Standardizing) and options.backend in STANDARDIZED_APART
+        self._standardizing = fn if apart else None
+        if apart:
+            ready: Any = dataclasses.replace(fn, layers=dataclasses.replace(fn.layers, ready=True))  # type: ignore[type-var]
             self._ready = _compiled_function(ready, options)
 
     def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
@@ -65,9 +65,9 @@ class CompiledBlock:
         if not isinstance(beta, Tensor):
             beta = _scalar(beta, first.device, torch.float64 if first.dtype == torch.float64 else torch.float32)
         with _whole_under_ddp():
-            if self._layers is None or first.device.type != "cpu" or not torch.is_grad_enabled():
+            if self._standardizing is None or first.device.type != "cpu" or not torch.is_grad_enabled():
                 return self._compiled(params, x, beta, keep)
-            params = self._layers.standardized(params, compiled_rows(self.options))
+            params = self._standardizing.standardized(params, beta, compiled_rows(self.options))
             if self.options.dynamic is not False:  # sizes are constants for parameters only, not for results
                 for value in params.values():
                     if value.ndim == 4:

@@ -293,12 +293,12 @@ def _fresh(config: TrainConfig, data: dict[str, Any], given: NFNet | None = None
         raise ConfigError(f"--pretrained false needs a zoo name, not {config.model!r}")
     if given is None and config.model.startswith(MEMORY):
         raise ConfigError(f"{config.model!r} was a model of a Python program; give it to nfzoo.fit again")
-    if given is not None and config.in_channels not in (None, given.config.in_channels):
-        raise ConfigError(
-            f"the model takes images of {given.config.in_channels} channels, not {config.in_channels}; give one that "
-            f"was made with in_channels={config.in_channels}, or leave in_channels out"
-        )
     if given is not None:
+        if config.in_channels not in (None, given.config.in_channels):
+            raise ConfigError(
+                f"the model takes images of {given.config.in_channels} channels, not {config.in_channels}; give one "
+                f"that was made with in_channels={config.in_channels}, or leave in_channels out"
+            )
         model = copied(given, len(classes))
         pretrained = config.pretrained is True or not is_untrained(model.config, dict(model.named_parameters()))
     elif (

@@ -365,12 +365,19 @@ def test_half_precision_weights_are_standardised_in_float32(dtype):
     assert torch.equal(got, nf.standardize_weight(weight.float(), gain.float()).to(dtype))
 
 
-def test_autocast_does_not_reach_standardisation():
-    weight, gain = draw(4, 3, 3, 3, dtype=torch.float32), torch.ones(4)
+@pytest.mark.parametrize("rows", [4, 600])  # all at once, and slice by slice
+def test_under_autocast_standardisation_is_computed_in_float32_and_rounded_once(rows):
+    weight = (0.5 + draw(rows, 32, 3, 3, dtype=torch.float32)).requires_grad_()
+    gain = draw(rows, dtype=torch.float32, seed=1).requires_grad_()
+    g = draw(rows, 32, 3, 3, dtype=torch.float32, seed=2).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = nf.standardize_weight(weight, gain)
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, nf.standardize_weight(weight, gain))
+    outside = nf.standardize_weight(weight, gain)
+    assert torch.equal(inside, outside.bfloat16())
+    got = torch.autograd.grad(inside, (weight, gain), g)
+    for value, expected in zip(got, torch.autograd.grad(outside, (weight, gain), g.float()), strict=True):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected)
 
 
 def test_standardize_weight_passes_gradcheck():
@@ -387,13 +394,7 @@ def test_standardize_weight_passes_gradcheck():
 @pytest.mark.parametrize("name", sorted(nf.GAMMA))
 def test_gamma_gives_unit_variance(name):
     z = draw(4_000_000)
-    assert nf.scaled_activation(z, name).var().item() == pytest.approx(1, abs=MONTE_CARLO)
-
-
-@pytest.mark.parametrize("name", sorted(nf.GAMMA))
-def test_scaled_activation_is_gamma_times_activation(name):
-    z = draw(100)
-    assert torch.equal(nf.scaled_activation(z, name), nf.activate(z, name) * nf.GAMMA[name])
+    assert (nf.activate(z, name) * nf.GAMMA[name]).var().item() == pytest.approx(1, abs=MONTE_CARLO)
 
 
 def test_activations_are_what_they_are_called():
@@ -428,6 +429,43 @@ def test_efficient_channel_attention_by_hand():
     taps = weight.numpy()[0, 0]
     gate = 1 / (1 + np.exp(-sum(taps[k] * pooled[:, k : k + 6] for k in range(3))))
     assert relative(nf.efficient_channel_attention({"eca.weight": weight}, x), gate[:, :, None, None]) < FLOAT64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_mean_is_no_map_in_another_layout(dtype):
+    x = draw(2, 8, 5, 3, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = draw(2, 8, dtype=dtype, seed=1)
+    (g,) = torch.autograd.grad((nf.global_mean(x) * weight).sum(), x)
+    assert g.stride()[2:] == (0, 0) or g.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(g, (weight.float() / 15).to(dtype)[:, :, None, None].expand(x.shape))
+
+
+@pytest.mark.parametrize("pixels", [2, 8, 9])
+def test_a_1x1_convolution_over_few_pixels_is_the_convolution(pixels):
+    x = draw(3, 16, pixels, pixels).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = draw(24, 16, 1, 1, seed=1).requires_grad_(), draw(24, seed=2).requires_grad_()
+    assert nf.is_product(x, weight, 1, 0, 1) == (pixels <= 8)
+    got = nf.conv1x1(x, weight, bias)
+    expected = F.conv2d(x, weight, bias)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    g = draw(*expected.shape, seed=3)
+    inputs = (x, weight, bias)
+    found, known = (torch.autograd.grad(y, inputs, g) for y in (got, expected))
+    torch.testing.assert_close(found, known, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"stride": 2}, {"padding": 1}, {"groups": 2}, {"weight": (24, 16, 3, 3)}, {"device": "meta"}, {"last": False}],
+)
+def test_other_convolutions_are_no_products(given):
+    x = draw(3, 16, 4, 4).to(given.get("device", "cpu"))
+    if given.get("last", True):
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(given.get("weight", (24, 16, 1, 1)), device="meta")
+    geometry = (given.get("stride", 1), given.get("padding", 0), given.get("groups", 1))
+    assert not nf.is_product(x, weight, *geometry)
 
 
 def test_global_mean_accumulates_in_float32():
