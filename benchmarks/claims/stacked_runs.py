@@ -8,7 +8,6 @@ nothing back while a GPU trains: what a run's divergence needs to be known by is
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -222,7 +221,7 @@ def _ready_blocks(cfg: NFResNetConfig) -> list[tuple[str, list[str], Callable[..
     for block in plan(cfg):
         fn: Any = block.fn
         if isinstance(fn, Standardizing):
-            fn = dataclasses.replace(fn, layers=dataclasses.replace(fn.layers, ready=True))
+            fn = fn.made_ready()
         found.append((block.name, list(block.specs), fn, block.beta))
     return found
 

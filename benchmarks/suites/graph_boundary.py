@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from benchmarks import contenders, timing
 from benchmarks.report import Options, Page, Table, number
 from nfzoo.model import plan
 from nfzoo.models import functional as nf
-from nfzoo.models.layers import Conv, attend
+from nfzoo.models.layers import Standardizing, attention_gate
 from nfzoo.models.nfnet import FBlock
 from nfzoo.runtime.compile import compile_alone, compile_options, compiled_rows
 from nfzoo.types import Block, Plan
@@ -26,14 +25,15 @@ def beginning_after_the_sum(
     fn: FBlock, p: Mapping[str, Tensor], x: Tensor, activated: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """An NFNet block that receives and hands on the stream together with its activation."""
-    act, conv = fn.layers.act, fn.layers.conv
-    out = activated * beta
-    shortcut = fn.layers.conv(p, "shortcut.", fn.pooled(out)) if fn.geometry.transition else x
-    out = conv(p, "conv0.", out)
+    act, conv = fn.layers.act, fn.conv
+    shortcut = conv(p, "shortcut.", fn.pooled(activated), beta) if fn.geometry.transition else x
+    out = conv(p, "conv0.", activated, beta)
     out = conv(p, "conv1.", act(out), **fn.strided)
     out = conv(p, "conv1b.", act(out), dilation=fn.geometry.out_dilation, groups=fn.groups)
-    out = attend(fn.attention, p, conv(p, "conv2.", act(out)))
-    total = out * p["skip_gain"].reshape(()) * fn.alpha + shortcut
+    out = conv(p, "conv2.", act(out))
+    gate = attention_gate(fn.attention, p, out)
+    factor = p["skip_gain"] * fn.alpha if gate is None else p["skip_gain"] * fn.alpha * gate
+    total = torch.addcmul(shortcut, out, factor.to(out.dtype))
     return total, act(total)
 
 
@@ -44,8 +44,7 @@ def _local(block: Block, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _ready(block: Block) -> Block:
     """The block whose kernels come standardised."""
-    fn: Any = block.fn
-    return block._replace(fn=replace(fn, layers=replace(fn.layers, ready=True))) if hasattr(fn, "layers") else block
+    return block._replace(fn=block.fn.made_ready()) if isinstance(block.fn, Standardizing) else block
 
 
 def networks(cfg: Any, device: torch.device, *, training: bool) -> dict[str, Net]:
@@ -62,8 +61,8 @@ def networks(cfg: Any, device: torch.device, *, training: bool) -> dict[str, Net
             standardized = {}
             for block in trained:
                 fn, local = block.fn, _local(block, params)
-                if isinstance(fn, Conv | FBlock):
-                    local = fn.layers.standardized(local, kernels)
+                if isinstance(fn, Standardizing):
+                    local = fn.standardized(local, block.beta, kernels)
                 standardized.update({f"{block.name}.{k}": v for k, v in local.items()})
             return net(standardized, x)
 
@@ -104,7 +103,7 @@ def _networks(blocks: Plan, activation_name: str, device: torch.device) -> dict[
             shared[b.fn] = region(b.fn)
 
     def activated_input(x: Tensor) -> Tensor:
-        return nf.activate(x, activation_name) * nf.GAMMA[activation_name]
+        return nf.activate(x, activation_name)
 
     activation = compile_alone(activated_input)
 

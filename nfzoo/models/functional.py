@@ -221,18 +221,23 @@ def is_product(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int
     """Return whether a convolution of `x` is better computed by `conv1x1`: a 1x1 kernel over few pixels on a CPU.
 
     oneDNN's derivative of a convolution works pixel by pixel, and takes up to five times as long as that of a product
-    on 2 x 2 pixels. From 8 x 8 on the two differ little. Graphs keep the convolution.
+    on 2 x 2 pixels. From 8 x 8 on the two differ little. Exported graphs, and those of `torch.fx`, keep the convolution.
     """
     return (
         isinstance(x, Tensor)  # and not a placeholder of torch.fx
         and (stride, padding, groups) == (1, 0, 1)
         and weight.shape[-1] == 1
         and x.device.type == "cpu"
-        and x.shape[2] * x.shape[3] <= FEW_PIXELS
-        and not needs_plain_operations()
+        and _are_few(x.shape[2], x.shape[3])
+        and not (torch.compiler.is_exporting() if torch.compiler.is_compiling() else needs_plain_operations())
         and not in_functorch()
         and is_channels_last(x)
     )
+
+
+def _are_few(height: int, width: int) -> bool:
+    # Sizes that a graph leaves open are no reason to make it one for small images.
+    return isinstance(height, int) and isinstance(width, int) and height * width <= FEW_PIXELS
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

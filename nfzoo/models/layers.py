@@ -6,10 +6,11 @@ It is longer than most modules, since a residual block is read together with its
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,7 @@ class Layers:
         )
 
 
+@dataclass(frozen=True)
 class Standardizing(abc.ABC):
     """A block function with weight-standardised convolutions.
 
@@ -114,6 +116,10 @@ class Standardizing(abc.ABC):
     """
 
     layers: Layers
+
+    @abc.abstractmethod
+    def __call__(self, p: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
+        """Return the block's output: see `BlockFn`."""
 
     @abc.abstractmethod
     def scale(self, name: str, beta: float | Tensor) -> float | Tensor:
@@ -155,7 +161,7 @@ class Standardizing(abc.ABC):
     def standardized(
         self, p: Mapping[str, Tensor], beta: float | Tensor, kernels: RowKernels | None = None
     ) -> dict[str, Tensor]:
-        """Return the parameters of this function with `ready` layers: kernels standardised, their gains removed."""
+        """Return the parameters of `made_ready()`: kernels standardised, their gains removed."""
         names = [key.removesuffix("weight") for key in p if key.endswith("weight")]
         convolutions = [name for name in names if f"{name}gain" in p]
         rest = {key: value for key, value in p.items() if key.removesuffix("gain") not in convolutions}
@@ -163,6 +169,10 @@ class Standardizing(abc.ABC):
             f"{name}weight": self.layers.weight(p, name, self.scale(name, beta), kernels) for name in convolutions
         }
         return {**rest, **weights}
+
+    def made_ready(self) -> Self:
+        """Return this function of kernels that are `standardized` already."""
+        return dataclasses.replace(self, layers=dataclasses.replace(self.layers, ready=True))
 
 
 def conv_specs(name: str, inputs: int, outputs: int, kernel: int, groups: int = 1, gain: Init = ones) -> Specs:
@@ -274,7 +284,6 @@ def tower(cfg: ModelConfig, *, inputs: int, stem_stride: int, widths: tuple[int,
 class ResidualBlock(Standardizing):
     """`x -> shortcut + alpha * skip_gain * keep * residual`; a family defines the two branches."""
 
-    layers: Layers
     geometry: Geometry
     middle: int
     groups: int
@@ -307,7 +316,7 @@ class ResidualBlock(Standardizing):
         for tensor in (keep, gate):
             if tensor is not None:
                 factor = tensor * factor
-        if isinstance(factor, float):
+        if isinstance(factor, (int, float)):
             return torch.add(shortcut, residual, alpha=factor)
         return torch.addcmul(shortcut, residual, factor.to(residual.dtype))
 
@@ -365,7 +374,6 @@ class ResidualBlock(Standardizing):
 class Conv(Standardizing):
     """A weight-standardised convolution, after an activation if `activated`."""
 
-    layers: Layers
     activated: bool
     stride: int = 1
 

@@ -167,8 +167,9 @@ def _sliced_gradients(
         return _row_gradients(w, gain, mean, total, s, g, floor)
     out, along = torch.empty_like(w), torch.empty_like(gain)
     for part in slices:
-        own = (tensor[part] for tensor in (w, gain, mean, total, s, g))
-        along[part] = _row_gradients(*own, floor, out[part])[1]
+        along[part] = _row_gradients(w[part], gain[part], mean[part], total[part], s[part], g[part], floor, out[part])[
+            1
+        ]
     return out, along
 
 

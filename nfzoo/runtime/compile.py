@@ -8,7 +8,6 @@ more recompilations than the limit.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -52,11 +51,10 @@ class CompiledBlock:
     def __init__(self, fn: BlockFn, shapes: tuple[tuple[int, ...], ...], options: CompileOptions) -> None:
         self.fn, self.shapes, self.options = fn, shapes, options
         self._compiled = _compiled_function(fn, options)
-        apart = isinstance(fn, Standardizing) and options.backend in STANDARDIZED_APART
-        self._standardizing = fn if apart else None
-        if apart:
-            ready: Any = dataclasses.replace(fn, layers=dataclasses.replace(fn.layers, ready=True))  # type: ignore[type-var]
-            self._ready = _compiled_function(ready, options)
+        apart = options.backend in STANDARDIZED_APART
+        self._standardizing = fn if apart and isinstance(fn, Standardizing) else None
+        if self._standardizing is not None:
+            self._ready = _compiled_function(self._standardizing.made_ready(), options)
 
     def __call__(self, params: Mapping[str, Tensor], x: Tensor, beta: float | Tensor, keep: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # inside the graph of a whole model, or an export
