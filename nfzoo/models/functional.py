@@ -221,7 +221,7 @@ def is_product(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int
     """Return whether a convolution of `x` is better computed by `conv1x1`: a 1x1 kernel over few pixels on a CPU.
 
     oneDNN's derivative of a convolution works pixel by pixel, and takes up to five times as long as that of a product
-    on 2 x 2 pixels. From 8 x 8 on the two differ little. Exported graphs, and those of `torch.fx`, keep the convolution.
+    on 2 x 2 pixels. From 8 x 8 on the two differ little. Graphs of exports and of `torch.fx` keep the convolution.
     """
     return (
         isinstance(x, Tensor)  # and not a placeholder of torch.fx
