@@ -161,12 +161,12 @@ def _tiny() -> Iterator[Variant]:
 
 
 def _small_images() -> Iterator[Variant]:
-    # Images of about 30 pixels are enlarged to twice that, since the stem has stride 4. Its channels are few, since it
-    # sees most pixels. ReLU and groups of 32 without attention take little time on a CPU. Branches start open, as runs
+    # Images of about 30 pixels are enlarged, since the stem has stride 4. Its channels are few, since it sees most
+    # pixels. ReLU and groups of 32 without attention take little time on a CPU. Branches start open, as runs
     # are short.
     cfg = NFNetConfig(
         depths=(1, 1, 1, 1),
-        widths=(64, 128, 256, 384),
+        widths=(64, 192, 384, 384),
         rules="timm",
         activation="relu",
         group_width=32,
@@ -176,7 +176,7 @@ def _small_images() -> Iterator[Variant]:
         num_classes=10,
         skip_init=1.0,
     )
-    size = Preprocessing(train_size=56, test_size=56, margin=0)
+    size = Preprocessing(train_size=48, test_size=48, margin=0)
     yield Variant("nfnet-s0", cfg, size, "nfzoo, for small images")
 
 

@@ -131,23 +131,23 @@ def _row_gradients(
 
 PLAIN_ROWS = RowKernels(_standardized, _row_gradients)
 
-_SLICE = 1 << 17
-"""Numbers of a kernel that are standardised at once on a CPU: they and what is computed of them fit into its cache."""
+SLICE = 1 << 17
+"""Numbers of a tensor that several operations take at once on a CPU: these and their results fit into its cache."""
 
 
-def _slices(w: Tensor) -> list[slice] | None:
-    """Return slices of whole rows that fit into a CPU's cache, or `None` where all rows are computed at once."""
-    if w.device.type != "cpu" or w.numel() <= _SLICE or in_functorch():
+def row_slices(tensor: Tensor) -> list[slice] | None:
+    """Return slices of the first axis that fit into a CPU's cache, or `None` where all is to be computed at once."""
+    if tensor.device.type != "cpu" or tensor.numel() <= SLICE or in_functorch():
         return None
-    rows = max(1, _SLICE // w.shape[1])
-    return [slice(begin, begin + rows) for begin in range(0, len(w), rows)]
+    rows = max(1, SLICE * len(tensor) // tensor.numel())
+    return [slice(begin, begin + rows) for begin in range(0, len(tensor), rows)]
 
 
 def _sliced_standardized(
     w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `_standardized` does; on a CPU slice by slice, so that memory is read and written once."""
-    slices = _slices(w)
+    slices = row_slices(w)
     if slices is None:
         return _standardized(w, gain, floor, dtype)
     out = torch.empty_like(w, dtype=dtype)
@@ -162,7 +162,7 @@ def _sliced_gradients(
     w: Tensor, gain: Tensor, mean: Tensor, total: Tensor, s: Tensor, g: Tensor, floor: bool
 ) -> tuple[Tensor, Tensor]:
     """Return what `_row_gradients` does, slice by slice on a CPU."""
-    slices = _slices(w)
+    slices = row_slices(w)
     if slices is None:
         return _row_gradients(w, gain, mean, total, s, g, floor)
     out, along = torch.empty_like(w), torch.empty_like(gain)
