@@ -53,9 +53,10 @@ def standardize_weight(
     if isinstance(scale, Tensor) or scale != 1.0:
         factor = factor * scale
     if kernels or (w.device.type in ("cpu", "cuda") and not needs_plain_operations()):
-        device = w.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        rows: Tensor = _Rows.apply(w, factor, floor, kernels or EAGER_ROWS, dtype)[0]  # type: ignore[index]
+        device, dtype = w.device.type, weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(device)
+        rows: Tensor = _Rows.apply(w, factor, floor, kernels or PLAIN_ROWS, dtype)[0]  # type: ignore[index]
     else:
         rows = _standardized(w, factor, floor, weight.dtype)[0]
     if last:
@@ -86,20 +87,10 @@ def _centred(w: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mean, centred, total, torch.rsqrt(root)
 
 
-def _standardized(
-    w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return standardised rows, and for their derivatives the means, squared norms and reciprocal square roots.
-
-    Args:
-        dtype: of the standardised rows.
-        out: where to write them.
-    """
+def _standardized(w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return standardised rows, and for their derivatives the means, squared norms and reciprocal square roots."""
     mean, centred, total, s = _centred(w, floor)
-    factor = s * gain[:, None]
-    if out is None:
-        return (centred * factor).to(dtype), mean, total, s
-    return out.copy_(centred.mul_(factor)), mean, total, s
+    return (centred * (s * gain[:, None])).to(dtype), mean, total, s
 
 
 def _bending(value: Tensor, total: Tensor, floor: bool) -> Tensor:
@@ -108,72 +99,20 @@ def _bending(value: Tensor, total: Tensor, floor: bool) -> Tensor:
 
 
 def _row_gradients(
-    w: Tensor,
-    gain: Tensor,
-    mean: Tensor,
-    total: Tensor,
-    s: Tensor,
-    g: Tensor,
-    floor: bool,
-    out: Tensor | None = None,
+    w: Tensor, gain: Tensor, mean: Tensor, total: Tensor, s: Tensor, g: Tensor, floor: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of rows and gains, where `g` is the gradient of the standardised rows.
 
-    Temporaries are written in place, and the rows' gradients into `out`.
+    Temporaries are written in place.
     """
     centred, g = w - mean, g.to(w.dtype)
     along = (g * centred).sum(dim=1, keepdim=True) * s
     k = gain[:, None] * s
     bend = _bending(-k * along * s, total, floor)
-    rows = torch.sub(g, g.mean(dim=1, keepdim=True), out=out)
-    return rows.mul_(k).addcmul_(centred, bend), along[:, 0]
+    return (g - g.mean(dim=1, keepdim=True)).mul_(k).addcmul_(centred, bend), along[:, 0]
 
 
 PLAIN_ROWS = RowKernels(_standardized, _row_gradients)
-
-SLICE = 1 << 17
-"""Numbers of a tensor that several operations take at once on a CPU: these and their results fit into its cache."""
-
-
-def row_slices(tensor: Tensor) -> list[slice] | None:
-    """Return slices of the first axis that fit into a CPU's cache, or `None` where all is to be computed at once."""
-    if tensor.device.type != "cpu" or tensor.numel() <= SLICE or in_functorch():
-        return None
-    rows = max(1, SLICE * len(tensor) // tensor.numel())
-    return [slice(begin, begin + rows) for begin in range(0, len(tensor), rows)]
-
-
-def _sliced_standardized(
-    w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what `_standardized` does; on a CPU slice by slice, so that memory is read and written once."""
-    slices = row_slices(w)
-    if slices is None:
-        return _standardized(w, gain, floor, dtype)
-    out = torch.empty_like(w, dtype=dtype)
-    statistics: list[tuple[Tensor, ...]] = []
-    for part in slices:
-        statistics.append(_standardized(w[part], gain[part], floor, dtype, out[part])[1:])
-    mean, total, s = (torch.cat(values) for values in zip(*statistics, strict=True))
-    return out, mean, total, s
-
-
-def _sliced_gradients(
-    w: Tensor, gain: Tensor, mean: Tensor, total: Tensor, s: Tensor, g: Tensor, floor: bool
-) -> tuple[Tensor, Tensor]:
-    """Return what `_row_gradients` does, slice by slice on a CPU."""
-    slices = row_slices(w)
-    if slices is None:
-        return _row_gradients(w, gain, mean, total, s, g, floor)
-    out, along = torch.empty_like(w), torch.empty_like(gain)
-    for part in slices:
-        along[part] = _row_gradients(w[part], gain[part], mean[part], total[part], s[part], g[part], floor, out[part])[
-            1
-        ]
-    return out, along
-
-
-EAGER_ROWS = RowKernels(_sliced_standardized, _sliced_gradients)
 
 
 class _Rows(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The papers' optimizer as a `torch.optim.Optimizer`. It is a long module, since one class has three ways to update."""
+"""The papers' optimizer as a `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfzoo.models.weight_standardization import row_slices
 from nfzoo.optim.clipping import CLIP, EPS, check_clip, clip_all, clip_dtensors, mask_owners, unit_shape
 from nfzoo.optim.compiled_update import compiled_update, is_matrix
 from nfzoo.optim.counting import KindCounter, Tally, tally_masks, total
@@ -208,52 +207,23 @@ class AGCSGD(torch.optim.Optimizer):
         return [run(group, some) for run, some in ((update, chosen), (eager, rest)) if some]
 
     def _update_eager(self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None) -> Tally | None:
-        """Update one bundle; a large kernel on a CPU slice by slice, so that each stays in the cache."""
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         if sharded := is_dtensor(params[0]):
             grads = [g.redistribute(placements=p.placements) for g, p in zip(grads, params, strict=True)]  # type: ignore[attr-defined]
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
-        averages = [] if group["ema_decay"] is None else [self.state[p]["ema"] for p in params]
-        limits = {"clip": group["clip"], "eps": group["eps"]}
-        if sharded:
-            tally = None
-            if group["clip"] is not None:
+        tally = None
+        if group["clip"] is not None:
+            limits = {"clip": group["clip"], "eps": group["eps"]}
+            if sharded:
                 grads, tally = clip_dtensors(grads, params, **limits)
-            # Each process updates what it holds, as operations on `DTensor`s take the host far longer.
-            held = ([local_tensor(t) for t in tensors] for tensors in (params, grads, momenta, averages))
-            self._step_eager(group, *held, gate=gate)
-            torch.autograd.graph.increment_version(params)  # autograd does not know that what they hold has changed
-            return tally
-        masks = []
-        # Parameters of one axis are few numbers, and come in one bundle.
-        slices = row_slices(params[0]) if len(params) == 1 and params[0].ndim > 1 else None
-        for part in slices or [slice(None)]:
-            tensors = (params, grads, momenta, averages)
-            own_params, own_grads, *rest = ([t[part] for t in some] if slices else some for some in tensors)
-            if group["clip"] is not None:
-                own_grads, mask = clip_all(own_grads, own_params, **limits)
-                masks.append(mask)
-            self._step_eager(group, own_params, own_grads, *rest, gate=gate)
-        if not masks:
-            return None
-        mask = torch.cat(masks) if slices else masks[0]
-        return Tally(mask, mask_owners(params), len(mask))
-
-    def _step_eager(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        momenta: list[Tensor],
-        averages: list[Tensor],
-        *,
-        gate: Tensor | None,
-    ) -> None:
-        """Take a step with clipped gradients, and update the averages, of which there are none without `ema_decay`."""
+            else:
+                grads, mask = clip_all(grads, params, **limits)
+                tally = Tally(mask, mask_owners(params), len(mask))
+        # Of `DTensor`s each process updates what it holds, as operations on `DTensor`s take the host far longer.
+        live = [local_tensor(p) for p in params]
         sgd_(
-            params,
-            grads,
-            momenta,
+            live,
+            [local_tensor(grad) for grad in grads],
+            [local_tensor(self.state[p]["momentum_buffer"]) for p in params],
             lr=group["lr"],
             momentum=group["momentum"],
             nesterov=group["nesterov"],
@@ -261,9 +231,13 @@ class AGCSGD(torch.optim.Optimizer):
             gate=gate,
             overwrite=group["clip"] is not None,
         )
-        if averages:
-            average, named = ({str(i): t for i, t in enumerate(some)} for some in (averages, params))
+        if group["ema_decay"] is not None:
+            average = {str(i): local_tensor(self.state[p]["ema"]) for i, p in enumerate(params)}
+            named = {str(i): p for i, p in enumerate(live)}
             ema_(average, named, group["steps"] - 1, decay=group["ema_decay"], gate=gate)
+        if sharded:  # autograd does not know that what they hold has changed
+            torch.autograd.graph.increment_version(params)
+        return tally
 
     def _update_fused(self, group: dict[str, Any], params: list[Tensor], gate: Tensor | None) -> Tally | None:
         """Update one bundle in a few Triton kernels."""
