@@ -205,7 +205,7 @@ def efficient_channel_attention(p: Mapping[str, Tensor], x: Tensor, prefix: str 
 def global_mean(x: Tensor) -> Tensor:
     """Return the mean over the pixels of `(N, C, H, W)`, accumulated in float32 at least, in the dtype of `x`."""
     exact = x.dtype in (torch.float32, torch.float64)
-    if needs_plain_operations():
+    if x.device.type not in ("cpu", "cuda") or needs_plain_operations():
         # Not `mean(..., dtype=torch.float32)`: XLA would sum in the dtype of `x` and convert the result.
         return x.mean(dim=(2, 3)) if exact else x.float().mean(dim=(2, 3)).to(x.dtype)
     # The gradient of a sum is one number per channel, expanded. That of a mean is a map in the contiguous layout, which
