@@ -213,8 +213,9 @@ def global_mean(x: Tensor) -> Tensor:
     pixels = x.shape[2] * x.shape[3]
     if exact:
         return x.sum(dim=(2, 3)) / pixels
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # so that the cast of the gradient keeps the layout
-    return (rows.float().sum(dim=1) / pixels).to(x.dtype)
+    if is_channels_last(x):  # in this order of axes the cast of the gradient keeps the layout
+        return (x.permute(0, 2, 3, 1).flatten(1, 2).float().sum(dim=1) / pixels).to(x.dtype)
+    return (x.float().sum(dim=(2, 3)) / pixels).to(x.dtype)
 
 
 def is_product(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> bool:
@@ -224,15 +225,20 @@ def is_product(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int
     on 2 x 2 pixels. From 8 x 8 on the two differ little. Graphs of exports and of `torch.fx` keep the convolution.
     """
     return (
-        isinstance(x, Tensor)  # and not a placeholder of torch.fx
+        isinstance(x, Tensor)  # and not a proxy of torch.fx
         and (stride, padding, groups) == (1, 0, 1)
         and weight.shape[-1] == 1
         and x.device.type == "cpu"
         and _are_few(x.shape[2], x.shape[3])
-        and not (torch.compiler.is_exporting() if torch.compiler.is_compiling() else needs_plain_operations())
-        and not in_functorch()
+        and not _keeps_convolutions()
         and is_channels_last(x)
     )
+
+
+def _keeps_convolutions() -> bool:
+    if torch.compiler.is_compiling():  # a compiler cannot trace the questions below
+        return torch.compiler.is_exporting()
+    return needs_plain_operations() or in_functorch()
 
 
 def _are_few(height: int, width: int) -> bool:
