@@ -60,12 +60,14 @@ class CompiledBlock:
         if torch.compiler.is_compiling():  # inside the graph of a whole model, or an export
             return self.fn(params, x, beta, keep)
         first = x[0] if isinstance(x, tuple) else x
+        number = beta
         if not isinstance(beta, Tensor):
             beta = _scalar(beta, first.device, torch.float64 if first.dtype == torch.float64 else torch.float32)
         with _whole_under_ddp():
             if self._standardizing is None or first.device.type != "cpu" or not torch.is_grad_enabled():
                 return self._compiled(params, x, beta, keep)
-            params = self._standardizing.standardized(params, beta, compiled_rows(self.options))
+            # Outside of graphs beta can be a number, so that it is rounded as in eager mode.
+            params = self._standardizing.standardized(params, number, compiled_rows(self.options))
             if self.options.dynamic is not False:  # sizes are constants for parameters only, not for results
                 for value in params.values():
                     if value.ndim == 4:
