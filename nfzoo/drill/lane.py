@@ -7,6 +7,7 @@ start no thread, as threads do not survive a fork.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -42,7 +43,7 @@ class Job:
         log: a file for the calls of all processes.
         kill_after: seconds until SIGKILL to all processes.
         pause_after: seconds until SIGSTOP to the last process, which goes on a second later.
-        timeout: seconds until the run counts as hung.
+        timeout: seconds until the run counts as hung. Shortly before, each process prints what its threads are doing.
     """
 
     arguments: Sequence[str]
@@ -206,6 +207,7 @@ def _fork(job: Job, rank: int, port: int, imported: IO[str]) -> int:
         for descriptor, suffix in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(_printed(job, rank, suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        faulthandler.dump_traceback_later(0.95 * job.timeout, file=2)  # of a run that hangs
         if job.processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {"WORLD_SIZE": str(job.processes), "LOCAL_WORLD_SIZE": str(job.processes)}

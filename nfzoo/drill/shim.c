@@ -11,10 +11,12 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -416,4 +418,43 @@ time_t time(time_t *result)
     if (result)
         *result = now.tv_sec;
     return now.tv_sec;
+}
+
+/* Waits end at a time that the kernel compares with its own clock. A time of the clock that was set back lies in the past
+ * for the kernel: each wait would end at once, and programs that wait again would keep their locks busy. */
+static struct timespec for_kernel(const struct timespec *until)
+{
+    struct timespec then = *until, day = {0}, up = {0};
+    clock_gettime(CLOCK_REALTIME, &day);
+    syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &up);
+    if (llabs(until->tv_sec - day.tv_sec) < llabs(until->tv_sec - up.tv_sec)) /* a condition may have either clock */
+        then.tv_sec -= clock_offset;
+    return then;
+}
+
+int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const struct timespec *until)
+{
+    static int (*real)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+    if (!real) /* an older glibc would give its first version, of another layout */
+        real = (int (*)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *))dlvsym(
+            RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2");
+    if (!real) /* where there is but one */
+        real = (int (*)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *))dlsym(
+            RTLD_NEXT, "pthread_cond_timedwait");
+    struct timespec then = for_kernel(until);
+    return real(condition, mutex, &then);
+}
+
+int pthread_mutex_timedlock(pthread_mutex_t *mutex, const struct timespec *until)
+{
+    REAL(int, pthread_mutex_timedlock, pthread_mutex_t *, const struct timespec *);
+    struct timespec then = for_kernel(until);
+    return real(mutex, &then);
+}
+
+int sem_timedwait(sem_t *semaphore, const struct timespec *until)
+{
+    REAL(int, sem_timedwait, sem_t *, const struct timespec *);
+    struct timespec then = for_kernel(until);
+    return real(semaphore, &then);
 }

@@ -107,7 +107,7 @@ class Drill:
         watched, log = self._new("reference"), self.folder / "calls"
         ended = lane.run(self.job(watched, log=str(log) if record else None))
         if ended.status != 0:
-            raise RuntimeError(f"the undisturbed run ended with status {ended.status}: {_last_line(ended.errors)}")
+            raise RuntimeError(f"the undisturbed run {_how(ended)}")
         calls = read_log(log) if record else []
         journal = Journal(watched, calls)
         if record:
@@ -126,7 +126,7 @@ class Drill:
         begun = int(found[1]) if (found := re.search(r"step (\d+)'s weights", resumed.printed)) else 0
         identical = False
         if resumed.status != 0:
-            problem = problem or f"resumed, it ended with status {resumed.status}: {_last_line(resumed.errors)}"
+            problem = problem or f"resumed, it {_how(resumed)}"
         else:
             identical = outcome(watched / "run") == reference.outcome
             if begun < trial.expected:
@@ -308,11 +308,14 @@ def newest(paths: Iterable[str | Path]) -> int:
 
 def _problem(ended: Ended) -> str:
     """Return what was wrong with the end of a run to which something happened, or nothing."""
+    known = ended.status in (0, 1, 2, -signal.SIGKILL) and "Traceback" not in ended.errors
+    return "" if known else f"it {_how(ended)}"
+
+
+def _how(ended: Ended) -> str:
     if ended.status is None:
-        return "it hung"
-    if ended.status not in (0, 1, 2, -signal.SIGKILL) or "Traceback" in ended.errors:
-        return f"it ended with status {ended.status}: {_last_line(ended.errors)}"
-    return ""
+        return "hung"
+    return f"ended with status {ended.status}: {_last_line(ended.errors)}"
 
 
 def _last_line(text: str) -> str:

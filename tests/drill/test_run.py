@@ -21,6 +21,13 @@ def drill(folder: Path, *options: str) -> tuple[int, list[dict]]:
     return status, json.loads((folder / "out.json").read_text())["verdicts"]
 
 
+def errors(folder: Path) -> str:
+    """Return what the runs that did not survive have printed as errors, the stacks of hung ones among it."""
+    kept = {path.name for path in folder.glob("*/trial-*") if path.is_dir()}
+    files = [path for path in sorted(folder.glob("*/*.err")) if path.name.partition(".")[0] in kept]
+    return "\n".join(f"{path.name}: {path.read_text()[-5000:]}" for path in files)
+
+
 def test_runs_survive_twenty_faults(tmp_path: Path) -> None:
     status, verdicts = drill(tmp_path, "--trials", "20", "--workers", "1")
     assert [v for v in verdicts if v["problem"] or not v["identical"]] == []
@@ -33,7 +40,7 @@ def test_runs_survive_twenty_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [[], ["--sharding", "fsdp2"]], ids=["ddp", "fsdp2"])
 def test_two_processes_survive_each_fault(tmp_path: Path, options: list[str]) -> None:
     status, verdicts = drill(tmp_path, "--trials", "11", "--workers", "1", "--processes", "2", *options)
-    assert [v for v in verdicts if v["problem"] or not v["identical"]] == []
+    assert [v for v in verdicts if v["problem"] or not v["identical"]] == [], errors(tmp_path)
     assert (status, len({v["fault"] for v in verdicts})) == (0, 11)
 
 
@@ -44,7 +51,7 @@ def test_two_processes_survive_each_fault(tmp_path: Path, options: list[str]) ->
 )
 def test_runs_survive_two_hundred_faults(tmp_path: Path, options: list[str]) -> None:
     status, verdicts = drill(tmp_path, "--trials", "200", *options)
-    assert [v for v in verdicts if v["problem"] or not v["identical"]] == []
+    assert [v for v in verdicts if v["problem"] or not v["identical"]] == [], errors(tmp_path)
     assert (status, len(verdicts)) == (0, 200)
 
 
