@@ -159,7 +159,7 @@ def conv2d(
     plain = weight.kernel if isinstance(weight, PackedWeight) else weight
     if not supports(x, plain, bias, alone=alone):
         x = F.conv2d(x, plain, bias, stride, padding, dilation, groups)
-        return x if activation is None else nf.activate(x, activation)
+        return x if activation is None else nf.fusible_activation(x, activation)
     if isinstance(weight, PackedWeight):
         weight = weight.packed(x.shape, padding, stride, dilation, groups)
     geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}

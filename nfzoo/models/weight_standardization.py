@@ -83,14 +83,30 @@ def _centred(w: Tensor, floor: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = w.mean(dim=1, keepdim=True)
     centred = w - mean  # two passes over rows: E[W²] - E[W]² would cancel
     total = centred.square().sum(dim=1, keepdim=True)  # var(W) * fan_in
-    root = total.clamp(min=VARIANCE_FLOOR) if floor else total + VARIANCE_OFFSET * w.shape[1]
-    return mean, centred, total, torch.rsqrt(root)
+    return mean, centred, total, _reciprocal_root(total, w.shape[1], floor)
+
+
+def _reciprocal_root(total: Tensor, fan_in: int, floor: bool) -> Tensor:
+    return torch.rsqrt(total.clamp(min=VARIANCE_FLOOR) if floor else total + VARIANCE_OFFSET * fan_in)
 
 
 def _standardized(w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return standardised rows, and for their derivatives the means, squared norms and reciprocal square roots."""
     mean, centred, total, s = _centred(w, floor)
     return (centred * (s * gain[:, None])).to(dtype), mean, total, s
+
+
+def _standardized_eagerly(
+    w: Tensor, gain: Tensor, floor: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_standardized` does, outside of compilers and transforms with one temporary instead of three."""
+    if needs_plain_operations() or in_functorch():
+        return _standardized(w, gain, floor, dtype)
+    mean = w.mean(dim=1, keepdim=True)
+    centred = w - mean
+    total = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square()
+    s = _reciprocal_root(total, w.shape[1], floor)
+    return centred.mul_(s * gain[:, None]).to(dtype), mean, total, s
 
 
 def _bending(value: Tensor, total: Tensor, floor: bool) -> Tensor:
@@ -103,16 +119,20 @@ def _row_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of rows and gains, where `g` is the gradient of the standardised rows.
 
-    Temporaries are written in place.
+    Temporaries are written in place, as new memory of a kernel's size takes longer to provide than to compute with.
     """
-    centred, g = w - mean, g.to(w.dtype)
-    along = (g * centred).sum(dim=1, keepdim=True) * s
+    centred = w - mean
+    converted = g.dtype != w.dtype  # to a tensor of our own
+    g = g.to(w.dtype)
+    along = torch.linalg.vecdot(g, centred, dim=1)[:, None] * s
     k = gain[:, None] * s
     bend = _bending(-k * along * s, total, floor)
-    return (g - g.mean(dim=1, keepdim=True)).mul_(k).addcmul_(centred, bend), along[:, 0]
+    shift = g.mean(dim=1, keepdim=True)
+    g = g.sub_(shift) if converted else g - shift
+    return centred.mul_(bend).addcmul_(g, k), along[:, 0]
 
 
-PLAIN_ROWS = RowKernels(_standardized, _row_gradients)
+PLAIN_ROWS = RowKernels(_standardized_eagerly, _row_gradients)
 
 
 class _Rows(torch.autograd.Function):

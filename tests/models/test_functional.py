@@ -469,11 +469,42 @@ def test_other_convolutions_are_no_products(given):
     assert not nf.is_product(x, weight, *geometry)
 
 
-def test_global_mean_accumulates_in_float32():
-    x = torch.full((1, 1, 64, 64), 1.0).to(torch.bfloat16)
-    x[..., :32, :] = 3  # a bfloat16 accumulator would stall long before 4096 summands
-    assert nf.global_mean(x).item() == 2
-    assert nf.global_mean(x).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_global_mean_accumulates_in_float32(dtype, layout):
+    x = torch.full((2, 16, 64, 64), 20.0)  # whose sum float16 cannot hold
+    x[..., :32, :] = 60  # an accumulator of 16 bits would stall long before 4096 summands
+    x = x.to(dtype).contiguous(memory_format=layout)
+    assert nf.global_mean(x).dtype == dtype
+    assert torch.equal(nf.global_mean(x), torch.full((2, 16), 40, dtype=dtype))
+    x = (
+        (draw(2, 16, 64, 63) + 1).to(dtype).contiguous(memory_format=layout)
+    )  # 4032 pixels: sum and quotient are rounded
+    torch.testing.assert_close(nf.global_mean(x).double(), x.double().mean((2, 3)), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_gelu_is_that_of_torch(dtype):
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([0.0, 1e-30, 1e4, -1e4])]).to(dtype).requires_grad_()
+    torch._dynamo.reset()
+    y = torch.compile(nf.activate, fullgraph=True)(x, "gelu_tanh")
+    (g,) = torch.autograd.grad(y.sum(), x)
+    wide = x.detach().double().requires_grad_()
+    known = F.gelu(wide, approximate="tanh")
+    (slope,) = torch.autograd.grad(known.sum(), wide)
+    eps = torch.finfo(dtype).eps
+    assert y.dtype == g.dtype == dtype
+    torch.testing.assert_close(y.double(), known, rtol=eps, atol=1e-6)
+    torch.testing.assert_close(g.double(), slope, rtol=2 * eps, atol=4e-6)  # 1 - s, of a sigmoid s near 1
+
+
+def test_an_export_keeps_the_gelu_as_one_operator():
+    class Activation(torch.nn.Module):
+        def forward(self, x):
+            return nf.activate(x, "gelu_tanh")
+
+    program = torch.export.export(Activation(), (torch.ones(3),))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.gelu.default"]
 
 
 @pytest.fixture
