@@ -33,7 +33,7 @@ PAGE = "cpu-bf16"
 SEEDS = (0, 1, 2)
 EPOCHS = 6
 PRECISIONS = {"no": "float32", "bf16": "bf16"}
-STEPS = (("nfnet-test", 32, 128), ("nfnet-f0", 64, 8))  # model, pixels, batch
+STEPS = (("nfnet-test", 32, 128), ("nfnet-f0", 64, 8), ("nfnet-f0", 192, 8))  # model, pixels, batch
 
 
 def runs(folder: Path, *, epochs: int = EPOCHS, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:

@@ -399,5 +399,6 @@ def test_compiled_blocks_pass_pairs_and_compute_the_same(name):
         folded.compile_blocks(enabled=False)
         again = folded(x)
     assert given == [*[tuple] * 3, torch.Tensor]
-    for ours, theirs in zip([*made, again], [*wanted, wanted[0]], strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(made, wanted, strict=True):
+        assert relative(ours, theirs) < 1e-6
+    assert torch.equal(again, wanted[0])
