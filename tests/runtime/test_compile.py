@@ -32,7 +32,7 @@ from tests.support.processes import in_processes
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 COMPILED = 1e-4  # inductor's own order of sums and its tanh, through a few dozen layers in float32
-EXACT = 1e-6  # the same operations on float32, perhaps in another order
+EXACT = 3e-6  # the same functions in float32, rounded in another order; of the tanh GELU graphs have another form
 
 SHALLOW = SMALL["nfnet"].replace(depths=(1, 1, 1, 1))
 SHORT = "nfnet-f1 of two blocks a stage"
