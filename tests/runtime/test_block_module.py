@@ -114,7 +114,7 @@ def test_masks_hold_through_training_and_become_permanent(form):
     assert torch.equal(run(x), logits)
     assert sum((m.weight == 0).sum().item() for m in convolutions) >= 0.49 * sum(m.weight.numel() for m in convolutions)  # type: ignore[operator,misc]
     expected = model.apply(module.config, dict(module.named_parameters()), x)
-    assert torch.equal(module(x), expected)
+    assert relative(module(x), expected) <= (1e-6 if form == "blocks" else 0)  # which round the tanh GELU differently
     assert relative(module.for_inference()(x), expected) < 1e-5
 
 

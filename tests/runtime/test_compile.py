@@ -32,7 +32,8 @@ from tests.support.processes import in_processes
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 COMPILED = 1e-4  # inductor's own order of sums and its tanh, through a few dozen layers in float32
-EXACT = 3e-6  # the same functions in float32, rounded in another order; of the tanh GELU graphs have another form
+EXACT = 1e-6  # the same operations on float32, perhaps in another order
+GRADIENTS = 1e-5  # of sums that cancel, and with another form of the tanh GELU in graphs
 
 SHALLOW = SMALL["nfnet"].replace(depths=(1, 1, 1, 1))
 SHORT = "nfnet-f1 of two blocks a stage"
@@ -157,7 +158,7 @@ def test_training_has_one_more_pair_of_graphs_for_all_weights_at_any_depth(name,
     for (key, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
         assert p.grad is not None
         assert q.grad is not None
-        assert (p.grad - q.grad).norm() <= EXACT * max(1e-2, float(q.grad.norm())), key
+        assert (p.grad - q.grad).norm() <= GRADIENTS * max(1e-2, float(q.grad.norm())), key
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_weights_standardised_apart_under_every_set_of_rules(name, counting_apar
         for (key, p), q in zip(fast.named_parameters(), plain.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), key
             if p.grad is not None and q.grad is not None:
-                assert (p.grad - q.grad).norm() <= EXACT * max(1e-2, float(q.grad.norm())), key
+                assert (p.grad - q.grad).norm() <= GRADIENTS * max(1e-2, float(q.grad.norm())), key
     before = counting_apart.forward_runs
     with torch.no_grad():
         assert relative(fast.eval()(x), plain.eval()(x)) < EXACT
