@@ -386,10 +386,10 @@ def test_other_code_has_no_folded_models(to, tmp_path):
 @pytest.mark.parametrize("name", ["nfnet", "nf-resnet", "nf-regnet"])
 def test_compiled_blocks_pass_pairs_and_compute_the_same(name):
     cfg = SMALL[name]
-    shell = NFNet(cfg)
-    shell.load_state_dict(random_params(cfg))
+    shell = NFNet(cfg).double()
+    shell.load_state_dict(random_params(cfg, dtype=torch.float64))
     folded = shell.eval().for_inference()
-    x = images(cfg, 2)
+    x = images(cfg, 2).double()
     with torch.no_grad():
         wanted = [folded(x), folded.embed(x), *folded.features(x)]
         folded.compile_blocks(backend="eager")
@@ -400,5 +400,5 @@ def test_compiled_blocks_pass_pairs_and_compute_the_same(name):
         again = folded(x)
     assert given == [*[tuple] * 3, torch.Tensor]
     for ours, theirs in zip(made, wanted, strict=True):
-        assert relative(ours, theirs) < 1e-6
+        assert relative(ours, theirs) < 1e-14  # float64: compiled blocks have another form of the tanh GELU
     assert torch.equal(again, wanted[0])
