@@ -16,13 +16,13 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from benchmarks import timing
 from benchmarks.report import Table, machine, publish
+from benchmarks.systems.turns import SECONDS, Worker, serve
+from benchmarks.systems.turns import rounds as turns_of
 
 POLICIES: dict[str, dict[str, str]] = {
     "OpenMP's own": {},
@@ -32,45 +32,13 @@ POLICIES: dict[str, dict[str, str]] = {
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SECONDS = 1.0  # of a turn
 TASKS = ("training nfnet-test", "training nfnet-f0", "one image, nfnet-f0")
 
 
-class Worker:
-    """A process under one policy, which measures when it is asked to."""
-
-    def __init__(self, environment: dict[str, str], task: str) -> None:
-        own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        command = [sys.executable, "-m", "benchmarks.systems.wait_policy", "--work", task]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env={**own, **environment}, **pipes)  # type: ignore[call-overload]
-
-    def _stream(self, stream: IO[str] | None) -> IO[str]:
-        assert stream is not None
-        return stream
-
-    def ready(self) -> None:
-        """Wait until it has prepared its task."""
-        line = self._stream(self.process.stdout).readline()
-        if line != "ready\n":
-            raise RuntimeError(f"a worker said {line!r}")
-
-    def turn(self) -> float:
-        """Let it work for a turn, and return milliseconds per call."""
-        stdin = self._stream(self.process.stdin)
-        stdin.write("go\n")
-        stdin.flush()
-        return 1e3 * float(self._stream(self.process.stdout).readline())
-
-    def prefer(self, wanted: bool) -> None:
-        """Let its threads run before all other programs on the machine, or no longer."""
-        policy, priority = (os.SCHED_FIFO, 1) if wanted else (os.SCHED_OTHER, 0)
-        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
-            os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))
-
-    def close(self) -> None:
-        self._stream(self.process.stdin).close()
-        self.process.wait()
+def worker(environment: dict[str, str], task: str) -> Worker:
+    """Start a process under one policy."""
+    own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return Worker(["benchmarks.systems.wait_policy", "--work", task], {**own, **environment})
 
 
 def prepared(task: str) -> Callable[[], object]:
@@ -93,21 +61,6 @@ def prepared(task: str) -> Callable[[], object]:
     return call
 
 
-def serve(task: str) -> None:
-    """Prepare a task; for each line of standard input work for a turn and print the seconds per call."""
-    with contextlib.redirect_stdout(sys.stderr):
-        call = prepared(task)
-        for _ in range(3):
-            call()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start, calls = time.perf_counter(), 0
-        while (spent := time.perf_counter() - start) < SECONDS:
-            call()
-            calls += 1
-        print(spent / calls, flush=True)
-
-
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
     """Keep `count` processes busy in the block."""
@@ -122,24 +75,22 @@ def busy(count: int) -> Iterator[None]:
 
 def measured(task: str, rounds: int, beside: Sequence[int], *, preferred: bool) -> dict[int, dict[str, list[float]]]:
     """Return milliseconds per call of each policy in each round, alone (0) and beside one busy process (1)."""
-    workers = {name: Worker(environment, task) for name, environment in POLICIES.items()}
+    workers = {name: worker(environment, task) for name, environment in POLICIES.items()}
     times: dict[int, dict[str, list[float]]] = {}
-    for worker in workers.values():
+    for process in workers.values():
         if preferred:
-            worker.prefer(True)
-        worker.ready()
+            process.prefer(True)
+        process.ready()
     for others in beside:
-        times[others] = {name: [] for name in workers}
         if preferred:
-            for worker in workers.values():
-                worker.prefer(not others)
+            for process in workers.values():
+                process.prefer(not others)
         with busy(others):
-            for turn in range(rounds):
-                for name in list(workers) if turn % 2 == 0 else reversed(list(workers)):
-                    times[others][name].append(workers[name].turn())
+            turns = turns_of(workers, rounds)
+        times[others] = {name: [1e3 * turn.seconds for turn in own] for name, own in turns.items()}
         print(f"{task} beside {others}: {times[others]}", file=sys.stderr, flush=True)
-    for worker in workers.values():
-        worker.close()
+    for process in workers.values():
+        process.close()
     return times
 
 
@@ -176,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", choices=TASKS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.work:
-        serve(options.work)
+        serve(lambda: prepared(options.work))
         return 0
     if options.rounds < 1:
         parser.error("--rounds must be positive")

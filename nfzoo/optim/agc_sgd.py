@@ -19,6 +19,7 @@ from nfzoo.optim.sgd import CLIPPED, DECAYED, MOMENTUM, WEIGHT_DECAY, ema_, ema_
 from nfzoo.runtime.distributed import is_dtensor, local_tensor
 from nfzoo.types import Params
 
+IN_CACHE = 1 << 17  # numbers of kernels that a CPU updates together; with gradient, momentum and average 2 MiB
 MAX_PREPARED = 64  # lists of parameters for which an optimizer keeps what `triton_update` prepares
 
 
@@ -180,13 +181,18 @@ class AGCSGD(torch.optim.Optimizer):
     def _bundles(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
         """Return the group's parameters that have gradients, in lists of one device and dtype, sharded ones apart.
 
-        A CPU gains nothing from long lists: there each kernel goes alone, while it is in the cache.
+        On a CPU kernels go in lists of `IN_CACHE` numbers: long ones would leave the cache between two passes.
         """
         bundles: dict[tuple[Any, ...], list[Tensor]] = {}
+        number = filled = 0  # of the list that the next kernel goes to, and the numbers in it
         for p in group["params"]:
             if p.grad is not None:
-                alone = p if p.device.type == "cpu" and p.ndim > 1 and not group["compiled"] else None
-                bundles.setdefault((p.device, p.dtype, p.grad.dtype, is_dtensor(p), alone), []).append(p)
+                part = 0
+                if p.device.type == "cpu" and p.ndim > 1 and not group["compiled"]:
+                    if filled + p.numel() > IN_CACHE:
+                        number, filled = number + 1, 0
+                    part, filled = number + 1, filled + p.numel()
+                bundles.setdefault((p.device, p.dtype, p.grad.dtype, is_dtensor(p), part), []).append(p)
                 self._init(group, p)
         return bundles.values()
 

@@ -33,6 +33,7 @@ from nfzoo.model import is_untrained
 from nfzoo.nn import NFNet, assemble, create
 from nfzoo.runtime import device, program
 from nfzoo.runtime.distributed import elastic_launcher, gather
+from nfzoo.runtime.malloc import keep_freed_memory
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.defaults import chosen
@@ -411,6 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says, and return the exit status; see the module for its meaning."""
     try:
         config, options = parse_command(argv)
+        keep_freed_memory()
         with program.speaking(options):
             with prepared(config) as trainer:
                 result = trainer.fit()
