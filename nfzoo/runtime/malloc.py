@@ -1,4 +1,4 @@
-"""How the C library of nfzoo's own programs handles memory that is freed."""
+"""How the C library handles memory that a training step on a CPU frees."""
 
 from __future__ import annotations
 

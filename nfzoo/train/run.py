@@ -141,6 +141,8 @@ def prepared(
         loss_weights(config, split, class_counts(split.train))  # raises for those that do not fit
         accelerator = device.accelerator(config.mixed_precision, log_with=_tracker(config), project_dir=output / LOGS)
         device.check_processes(accelerator.num_processes)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         earlier = None if saved is None else saved.facts["config"]
         config, choices = chosen(config, len(split.train), accelerator.num_processes, earlier)
         _check_shares(config, split, accelerator)
@@ -412,7 +414,6 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says, and return the exit status; see the module for its meaning."""
     try:
         config, options = parse_command(argv)
-        keep_freed_memory()
         with program.speaking(options):
             with prepared(config) as trainer:
                 result = trainer.fit()

@@ -18,7 +18,6 @@ from nfzoo.checkpoint.atomic import replaced
 from nfzoo.errors import ConfigError, TrainingError
 from nfzoo.runtime import program
 from nfzoo.runtime.distributed import gather
-from nfzoo.runtime.malloc import keep_freed_memory
 from nfzoo.runtime.output import escaped
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.recipes import parse
@@ -92,7 +91,6 @@ def _find(options: argparse.Namespace, rest: list[str]) -> None:
             raise ConfigError(f"{name} is of nfzoo train; a range test begins anew and writes no run; leave it out")
     _check_targets(options)
     config = parse([*rest, "--output", "a test writes none"])
-    keep_freed_memory()
     clips = options.clips or [config.optim.clip]
     _say(f"{config.model} on {config.data}: {options.steps} steps for each of {len(clips)} threshold(s)")
     config, curves = find_rates(

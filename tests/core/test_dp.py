@@ -11,7 +11,7 @@ from torch import Tensor
 from nfzoo import dp
 from nfzoo.data.digits import Digits
 from nfzoo.dp import MissingAccountantError, clipped_sum, epsilon, poisson_sample, private_gradient, train_privately
-from nfzoo.model import apply
+from nfzoo.model import apply, init
 from nfzoo.step import cross_entropy
 from nfzoo.types import Params
 from tests.support.helpers import SMALL, generator, images, random_params, relative
@@ -240,6 +240,18 @@ def test_private_training_learns() -> None:
     assert torch.equal(flat(again.params), flat(same.params))
 
 
+def test_the_average_is_that_of_the_steps() -> None:
+    cfg = CFG.replace(in_channels=1, num_classes=10)
+    data = small_digits(12)
+    options = {"batch": 6.0, "clip_norm": 1.0, "noise_multiplier": 0.3, "lr": 0.3, "seed": 0}
+    start = init(cfg, generator=torch.Generator().manual_seed(0))
+    one, two = (train_privately(cfg, data, data, steps=n, **options).params for n in (1, 2))
+    averaged = train_privately(cfg, data, data, steps=2, **options, ema_decay=0.15).params
+    for name, p in averaged.items():
+        first = 0.1 * start[name] + 0.9 * one[name]  # decays begin with (1 + 0) / (10 + 0)
+        torch.testing.assert_close(p, 0.15 * first + 0.85 * two[name])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -247,6 +259,7 @@ def test_private_training_learns() -> None:
         (["--noise", "much"], "invalid"),
         (["--batch", "5000"], "cannot be drawn from"),
         (["--delta", "1"], "not between 0 and 1"),
+        (["--ema-decay", "1"], "not between 0 and 1"),
         (["--steps", "1.5"], "not a whole number from 1"),
         (["--fast"], "unrecognized"),
     ],

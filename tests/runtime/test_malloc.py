@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,16 +32,16 @@ _PREFIXES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is on Linux")
 
 
-def _run(code: str, **environment: str) -> list[str]:
+def _run(folder: Path, code: str, **environment: str) -> list[str]:
+    """Return the words that a program prints, without the limits of this process."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIXES)}
+    own |= {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true", **environment}
     command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env={**own, **environment}, capture_output=True, text=True, check=True
-    ).stdout.split()
+    return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_memory_that_is_kept_is_not_mapped_anew():
-    kept, faults = _run(_AGAIN)
+def test_memory_that_is_kept_is_not_mapped_anew(tmp_path):
+    kept, faults = _run(tmp_path, _AGAIN)
     assert kept == "True"
     assert int(faults) < 64  # of 16,384 pages
 
@@ -54,31 +55,39 @@ def test_memory_that_is_kept_is_not_mapped_anew():
         {"GLIBC_TUNABLES": "glibc.malloc.check=0:glibc.malloc.trim_threshold=1000000"},
     ],
 )
-def test_limits_of_the_user_stay(environment):
-    kept, faults = _run(_AGAIN, **environment)
+def test_limits_of_the_user_stay(tmp_path, environment):
+    kept, faults = _run(tmp_path, _AGAIN, **environment)
     assert kept == "False"
     assert int(faults) > 10_000 or "MALLOC_TOP_PAD_" in environment
 
 
-def test_other_tunables_do_not_matter():
-    assert _run(_AGAIN, GLIBC_TUNABLES="glibc.malloc.hugetlb=1")[0] == "True"
+def test_other_tunables_do_not_matter(tmp_path):
+    assert _run(tmp_path, _AGAIN, GLIBC_TUNABLES="glibc.malloc.hugetlb=1")[0] == "True"
 
 
-@each(("module", "output"), [("nfzoo.train.run", ["--output", "unused"]), ("nfzoo.tuner.run", [])])
-def test_programs_that_train_keep_it_and_others_do_not(module, output):
+@each(
+    "call",
+    [
+        "from nfzoo.train.run import main; main(['--model', 'nfnet-test', '--data', 'digits', '--output', 'unused'])",
+        "from nfzoo.tuner.run import main; main(['--model', 'nfnet-test', '--data', 'digits'])",
+        "import nfzoo; nfzoo.fit(nfzoo.create('nfnet-test', num_classes=2), DATA, output='unused')",
+        "from nfzoo.dp import main; main([])",
+    ],
+)
+def test_whatever_trains_on_a_cpu_keeps_it(tmp_path, call):
     code = f"""
-import sys
+import os, torch
 import nfzoo.runtime.malloc as malloc
 
 def kept():
-    print("kept")
-    sys.exit()
+    print("kept", flush=True)
+    os._exit(0)
 
 malloc.keep_freed_memory = kept
-from {module} import main
-from nfzoo.cli.main import main as other
-other(["info", "nfnet-test", "--quiet"])
-print("asked")
-main(["--model", "nfnet-test", "--data", "digits", *{output}])
+DATA = [(torch.zeros(3, 32, 32, dtype=torch.uint8), i % 2) for i in range(40)]
+print("begun", flush=True)
+{call}
 """
-    assert _run(code)[-2:] == ["asked", "kept"]
+    words = _run(tmp_path, code)
+    assert "begun" in words
+    assert words[-1] == "kept"
