@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.claims.stacked_runs import WARM_UP, Data, Rule, Setting, evaluate, train
+from benchmarks.report import device_name, processor
 from nfzoo.checkpoint.atomic import replaced
 from nfzoo.config import NFResNetConfig
 from nfzoo.data.idx import IDXImages, fashion_mnist, find_idx
@@ -250,12 +251,19 @@ def run_study(study: Study, store: Path, *, data: Data) -> list[Result]:
 
 
 class Result(NamedTuple):
-    """A run and how it ended: accuracy and loss on the held-out images; `diverged_at` is a step, or `None`."""
+    """A run and how it ended.
+
+    Attributes:
+        accuracy, loss: on the held-out images.
+        diverged_at: a step, or `None`.
+        on: processor or GPU that it ran on, and version of torch.
+    """
 
     spec: Spec
     accuracy: float
     loss: float
     diverged_at: int | None
+    on: str = ""
 
 
 def config(width: int = 1) -> NFResNetConfig:
@@ -322,7 +330,9 @@ def run_all(specs: Sequence[Spec], store: Path, *, data: Data) -> list[Result]:
     for spec in dict.fromkeys(specs):
         if spec not in done:
             stacks.setdefault((spec.method, spec.batch, spec.epochs, spec.width), []).append(spec)
-    on_gpu = data.train[0].device.type == "cuda"
+    device = data.train[0].device
+    on_gpu = device.type == "cuda"
+    on = f"{device_name(device) if on_gpu else processor()}, torch {torch.__version__}"
     for (method, batch, epochs, width), whole in stacks.items():
         size = len(whole) if on_gpu else max(1, IMAGES_AT_ONCE // batch)
         for first in range(0, len(whole), size):
@@ -336,7 +346,7 @@ def run_all(specs: Sequence[Spec], store: Path, *, data: Data) -> list[Result]:
             fitted = train(cfg, RULES[method], batch, settings, data=data, epochs=epochs, twin=twin)
             steps = int(epochs * len(data.train[0])) // batch
             ended = evaluate(cfg, fitted, data=data, runs=len(some), steps=steps, twin=twin)
-            done |= {spec: Result(spec, *end) for spec, end in zip(some, ended, strict=True)}
+            done |= {spec: Result(spec, *end, on) for spec, end in zip(some, ended, strict=True)}
             save(done.values(), store)
             seconds = time.perf_counter() - start
             print(f"{method}, batch {batch}, {epochs:g} epochs: {len(some)} runs in {seconds:.0f} s", flush=True)
@@ -352,7 +362,11 @@ def load(store: Path) -> dict[Spec, Result]:
         row = json.loads(line)
         spec = Spec(**{name: row[name] for name in Spec._fields if name in row})
         found[spec] = Result(
-            spec, row["accuracy"], math.inf if row["loss"] is None else row["loss"], row["diverged_at"]
+            spec,
+            row["accuracy"],
+            math.inf if row["loss"] is None else row["loss"],
+            row["diverged_at"],
+            row.get("on", ""),
         )
     return found
 
@@ -365,6 +379,7 @@ def save(results: Iterable[Result], store: Path) -> None:
             "accuracy": round(r.accuracy, 5),
             "loss": round(r.loss, 5) if math.isfinite(r.loss) else None,
             "diverged_at": r.diverged_at,
+            "on": r.on,
         }
         for r in results
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,6 @@ from benchmarks.claims.batch_scaling import (
     line_of,
     threshold_specs,
 )
-from benchmarks.report import machine
 from nfzoo.analysis.figures import dress, new_figure
 from nfzoo.analysis.style import BLUE, INK, LIGHT_BLUE, ORANGE, PAPER, QUIET
 from nfzoo.checkpoint.atomic import replaced
@@ -242,6 +242,14 @@ def changes_table(study: Study, results: Sequence[Result]) -> str:
     return "\n".join([*lines, *(f"| {name} | {_end(ends[s])} |" for name, s in changes(study).items() if s in ends)])
 
 
+def machines(results: Sequence[Result]) -> str:
+    """Return what the runs ran on, each with its number of runs where there are several."""
+    counts = Counter(r.on for r in results)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{name} (runs: {count})" for name, count in counts.most_common())
+
+
 def page(study: Study, results: Sequence[Result], command: str, images: tuple[int, int]) -> str:
     """Return the result as Markdown."""
     grid = [r for r in results if is_of_grid(study, r.spec)]
@@ -273,7 +281,7 @@ One change to the first run, or two, at a batch of {study.around} and with the f
 - batches {batches}: {study.epochs} epochs each, so {", ".join(map(str, steps))} steps
 - base rates: {rates}
 - seeds: {len(study.seeds)}; {len(results)} runs in all
-- on: {machine()}
+- on: {machines(results)}
 - command: `{command}`
 
 ![accuracy over batch size](stability.png)

@@ -1,6 +1,6 @@
-"""Measure what it gains on a CPU that the C library keeps memory which a step has freed, as `nfzoo train` lets it.
+"""Measure what it gains on a CPU that the C library keeps memory which a training step has freed.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.systems.freed_memory --output benchmarks/results    # about five minutes
+    OMP_NUM_THREADS=1 python -m benchmarks.systems.freed_memory --output benchmarks/results    # about six minutes
 
 Each way has a process of its own, and the processes take turns: in a round each works for a second while the others
 sleep. Ratios are medians over the rounds of ratios within a round.
@@ -29,29 +29,40 @@ WAYS: dict[str, tuple[bool, str]] = {
     "huge pages": (False, "glibc.malloc.hugetlb=1"),
     "kept, huge pages": (True, "glibc.malloc.hugetlb=1"),
 }
-# Name -> variant, images, pixels, type, compiled.
-TRAININGS: dict[str, tuple[str, int, int, str, bool]] = {
-    "nfnet-s0, 128 of 48 px": ("nfnet-s0", 128, 48, "float32", False),
-    "nfnet-s0, 128 of 48 px, bf16": ("nfnet-s0", 128, 48, "bfloat16", False),
-    "nfnet-f0, 8 of 64 px": ("nfnet-f0", 8, 64, "float32", False),
-    "nfnet-f0, 8 of 64 px, compiled": ("nfnet-f0", 8, 64, "float32", True),
-    "nfnet-f0, 8 of 192 px": ("nfnet-f0", 8, 192, "float32", False),
-    "nfnet-f0, 8 of 192 px, bf16": ("nfnet-f0", 8, 192, "bfloat16", False),
+EAGER, COMPILED, PREPACKED = "training", "compiled training", "prepacked"
+# Name -> what is done, variant, images, pixels, type.
+TASKS: dict[str, tuple[str, str, int, int, str]] = {
+    "training nfnet-s0, 128 of 48 px": (EAGER, "nfnet-s0", 128, 48, "float32"),
+    "training nfnet-s0, 128 of 48 px, bf16": (EAGER, "nfnet-s0", 128, 48, "bfloat16"),
+    "training nfnet-f0, 8 of 64 px": (EAGER, "nfnet-f0", 8, 64, "float32"),
+    "training nfnet-f0, 8 of 64 px, compiled": (COMPILED, "nfnet-f0", 8, 64, "float32"),
+    "training nfnet-f0, 8 of 192 px": (EAGER, "nfnet-f0", 8, 192, "float32"),
+    "training nfnet-f0, 8 of 192 px, bf16": (EAGER, "nfnet-f0", 8, 192, "bfloat16"),
+    "prepacked nfnet-f0, 1 of 256 px": (PREPACKED, "nfnet-f0", 1, 256, "float32"),
+    "prepacked nfnet-f0, 16 of 256 px": (PREPACKED, "nfnet-f0", 16, 256, "float32"),
 }
 
 
 def prepared(task: str, *, kept: bool) -> Callable[[], object]:
-    """Return the step of a training, in a process that keeps freed memory or does not."""
+    """Return the call of a task, in a process that keeps freed memory or does not."""
     import torch
 
-    from benchmarks.contenders import Work, train_nfzoo
+    from benchmarks.contenders import Work, network, train_nfzoo
     from nfzoo.runtime.malloc import keep_freed_memory
 
     if kept and not keep_freed_memory():
         raise RuntimeError("nothing to measure: this C library is not glibc, or its limits are set in the environment")
-    variant, batch, size, dtype, compiled = TRAININGS[task]
+    what, variant, batch, size, dtype = TASKS[task]
     work = Work(torch.device("cpu"), getattr(torch, dtype))
-    return train_nfzoo(variant, work, batch=batch, size=size, compiled=compiled).step
+    if what != PREPACKED:
+        return train_nfzoo(variant, work, batch=batch, size=size, compiled=what == COMPILED).step
+    net, images = network(variant, work, training=False).for_inference().prepack(), work.images(batch, size)
+
+    @torch.no_grad()
+    def call() -> object:
+        return net(images)
+
+    return call
 
 
 def page(tasks: Sequence[str], count: int, command: str) -> str:
@@ -74,11 +85,11 @@ def page(tasks: Sequence[str], count: int, command: str) -> str:
             ratio = timing.ratio(times[OWN], times[name])
             figures = [f"{timing.median(times[name]):.1f}", f"{ratio:.2f}", f"{faults:,.0f}", f"{peak / 1e6:,.0f}"]
             rows.append([task, name, *figures])
-    head = ["training", "freed memory", "ms", f"{OWN} / it", "page faults a step", "peak memory, MB"]
-    table = Table("Milliseconds per step", head, rows)
+    head = ["task", "freed memory", "ms", f"{OWN} / it", "page faults a call", "peak memory, MB"]
+    table = Table("Milliseconds per step or batch", head, rows)
     note = (
-        "Steps are those of `nfzoo.train`. *Kept* is what `nfzoo train` does: limits of `mallopt` let the C library "
-        "keep what a step frees. *Huge pages* are asked for by `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which a "
+        "Steps are those of `nfzoo.train`. *Kept* is what it does on a CPU: limits of `mallopt` let the C library keep "
+        "what a step frees. *Huge pages* are asked for by `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which a "
         "program cannot do for itself once it runs. Each way has a process, and the processes take turns of "
         f"{SECONDS:g} s, in {count} rounds; wall-clock medians. Peak memory is that of the whole process."
     )
@@ -91,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     prog = "python -m benchmarks.systems.freed_memory"
     parser = argparse.ArgumentParser(prog=prog, description="Memory that a training step frees.")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns of each way (default: 9)")
-    text = "; ".join(TRAININGS)
-    parser.add_argument("--tasks", nargs="+", choices=TRAININGS, default=list(TRAININGS), metavar="TASK", help=text)
+    text = "; ".join(TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=text)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the page there")
-    parser.add_argument("--work", choices=TRAININGS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.work:

@@ -14,6 +14,7 @@ import torch
 from benchmarks.claims import batch_scaling, batch_scaling_page, stability
 from benchmarks.claims.batch_scaling import CPU, FULL, LINES, TWIN, Result, Spec, Study
 from benchmarks.claims.stacked_runs import Data, Ended
+from benchmarks.report import processor
 from nfzoo.errors import DataError
 
 STUDY = Study((8, 32), (0, 1), 1, {name: LINES[name] for name in ("no clipping", "AGC", TWIN)}, True, (), None)
@@ -124,6 +125,15 @@ def test_a_study_climbs_to_the_best_rate_and_repeats_it(tmp_path: Path, monkeypa
     again = batch_scaling.run_study(STUDY, store, data=data)
     assert [r.spec for r in again] == [r.spec for r in results]
     assert len(trained) == count
+    assert {r.on for r in again} == {f"{processor()}, torch {torch.__version__}"}
+
+
+def test_the_page_names_each_machine_and_counts_its_runs() -> None:
+    one, *two = [result("AGC", 64, 0.5, seed=seed) for seed in range(3)]
+    assert batch_scaling_page.machines([one._replace(on="A")]) == "A"
+    assert batch_scaling_page.machines([one._replace(on="A"), *(r._replace(on="B") for r in two)]) == (
+        "B (runs: 2); A (runs: 1)"
+    )
 
 
 def result(method: str, batch: int, accuracy: float, *, base: float = 0.1, seed: int = 0) -> Result:
