@@ -24,7 +24,32 @@ tree_map: Any = _pytree.tree_map
 """Return nested tuples, lists and dictionaries with a function applied to each leaf."""
 
 foreach: Any = torch
-"""The namespace of the `_foreach_*` functions, which compute with many tensors in one kernel."""
+"""The namespace of the `_foreach_*` and `_fused_*` functions, which compute with many tensors in one kernel."""
+
+
+def fused_sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None:
+    """Take a step of SGD with momentum by one kernel, which leaves the gradients as they are."""
+    foreach._fused_sgd_(
+        params,
+        grads,
+        momenta,
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        dampening=0.0,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def storage_number(tensor: Tensor) -> int:

@@ -35,6 +35,7 @@ NAMES = (
     "_foreach_mul_",
     "_foreach_norm",
     "_foreach_sub",
+    "_fused_sgd_",
     "UntypedStorage._cdata",
 )
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from nfzoo.optim import sgd as module
 from nfzoo.optim.sgd import SGDState, ema, ema_, ema_decay, sgd, sgd_, sgd_init, warmup_cosine
+from nfzoo.torch_internals import fused_sgd_
 from tests.support.helpers import assert_same, generator
 
 FLOAT64 = 1e-12
@@ -130,3 +133,56 @@ def test_a_gate_on_the_device_lets_all_through_or_nothing(is_open, nesterov):
     for side, wanted in zip((q, n, a), expected, strict=True):
         for name, t in side.items():
             torch.testing.assert_close(t, wanted[name], rtol=1e-6, atol=1e-6)  # the gated weight is float32
+
+
+_LAST = torch.channels_last
+_SHAPES = {"kernel": (64, 3, 3, 3), "linear": (10, 64), "rest": (7, 9), "one": (1,), "empty": (0, 4), "bias": (64,)}
+
+
+def _three(last: bool = False) -> list[list[torch.Tensor]]:
+    """Return parameters, gradients and momenta."""
+    g = generator(5)
+    sets = [[torch.randn(s, generator=g) for s in _SHAPES.values()] for _ in range(3)]
+    return [[t.contiguous(memory_format=_LAST) if last and t.ndim == 4 else t for t in tensors] for tensors in sets]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_torchs_fused_kernel_computes_the_same_bits(monkeypatch, nesterov, last, overwrite):
+    options: Any = {"lr": 0.3, "momentum": 0.7, "nesterov": nesterov, "weight_decay": 0.01, "overwrite": overwrite}
+    fused, plain = _three(last), _three(last)
+    taken = []
+    monkeypatch.setattr(module, "fused_sgd_", lambda p, *rest, **o: (taken.extend(p), fused_sgd_(p, *rest, **o)))
+    sgd_(*fused, **options)
+    assert [tuple(t.shape) for t in taken] == [(64, 3, 3, 3), (10, 64), (0, 4), (64,)]
+    monkeypatch.setattr(module, "_is_fusible", lambda *_: False)
+    sgd_(*plain, **options)
+    for a, b in zip((*fused[0], *fused[2]), (*plain[0], *plain[2]), strict=True):
+        assert torch.equal(a, b)
+    if not overwrite:
+        assert all(torch.equal(a, b) for a, b in zip(fused[1], _three(last)[1], strict=True))
+
+
+def test_what_the_fused_kernel_does_not_take_is_updated_too():
+    g = generator(6)
+    odd = {
+        "transposed": [torch.randn(8, 16, generator=g).t() for _ in range(3)],
+        "strides": [torch.randn(16, 8, generator=g), torch.randn(8, 16, generator=g).t(), torch.zeros(16, 8)],
+        "part": [torch.randn(16, 16, generator=g)[:, :8] for _ in range(3)],
+        "double": [torch.randn(64, generator=g, dtype=torch.float64) for _ in range(3)],
+        "half": [torch.randn(64, generator=g).bfloat16() for _ in range(3)],
+    }
+    for name, (p, grad, m) in odd.items():
+        wanted, state = sgd({"p": p}, {"p": grad}, SGDState({"p": m}), lr=0.1, weight_decay=0.1)
+        q, n = p.clone(), m.clone()
+        sgd_([q], [grad.clone()], [n], lr=0.1, weight_decay=0.1)
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if name == "half" else {}
+        torch.testing.assert_close(q, wanted["p"], msg=name, **tolerance)
+        torch.testing.assert_close(n, state.momentum["p"], msg=name, **tolerance)
+
+
+def test_a_mode_that_counts_operators_sees_torchs_operators(monkeypatch):
+    monkeypatch.setattr(module, "fused_sgd_", lambda *_, **__: pytest.fail("fused"))
+    with FlopCounterMode(display=False):
+        sgd_(*_three(), lr=0.1)
