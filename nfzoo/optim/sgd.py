@@ -99,7 +99,7 @@ def sgd_(
         gate: a 0-dimensional boolean tensor. Where it is false nothing changes, whatever the gradients hold, and the
             host does not wait to learn which.
     """
-    if gate is None and not isinstance(lr, Tensor):
+    if gate is None and momentum and not isinstance(lr, Tensor):  # torch's kernel takes no momenta without momentum
         params, grads, momenta = _fused_sgd_(
             params, grads, momenta, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
         )
@@ -138,13 +138,11 @@ def _fused_sgd_(
     is left over after the last vector, compilers add and multiply at once, which rounds once instead of twice.
     """
     rows = list(zip(params, grads, momenta, strict=True))
-    if torch.compiler.is_compiling() or in_dispatch_mode():
-        taken = []
-    else:
+    if not (torch.compiler.is_compiling() or in_dispatch_mode()):
         taken = [row for row in rows if _is_fusible(*row)]
-    if taken:
-        fused_sgd_(*map(list, zip(*taken, strict=True)), **options)
         rows = [row for row in rows if not _is_fusible(*row)]
+        if taken:
+            fused_sgd_(*map(list, zip(*taken, strict=True)), **options)
     others = [list(tensors) for tensors in zip(*rows, strict=True)]
     return (others[0], others[1], others[2]) if others else ([], [], [])
 

@@ -182,6 +182,16 @@ def test_what_the_fused_kernel_does_not_take_is_updated_too():
         torch.testing.assert_close(n, state.momentum["p"], msg=name, **tolerance)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_without_momentum_the_momenta_are_the_gradients(nesterov):
+    p, grads, m = _three()
+    start = [t.clone() for t in p]
+    sgd_(p, grads, m, lr=0.5, momentum=0.0, nesterov=nesterov)
+    for new, old, grad, momentum in zip(p, start, grads, m, strict=True):
+        assert torch.equal(momentum, grad)
+        torch.testing.assert_close(new, old - 0.5 * grad)
+
+
 def test_a_mode_that_counts_operators_sees_torchs_operators(monkeypatch):
     monkeypatch.setattr(module, "fused_sgd_", lambda *_, **__: pytest.fail("fused"))
     with FlopCounterMode(display=False):
