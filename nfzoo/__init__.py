@@ -28,8 +28,8 @@ from nfzoo.errors import (
     NfzooError,
     UnknownModelError,
 )
+from nfzoo.runtime.cpu import is_program, wait_briefly
 from nfzoo.runtime.output import escape_log
-from nfzoo.runtime.threads import is_program, wait_briefly
 from nfzoo.variants import VARIANTS, variant
 
 if TYPE_CHECKING:

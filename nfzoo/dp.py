@@ -28,7 +28,7 @@ from nfzoo.errors import ConfigError, NfzooError
 from nfzoo.model import apply, init
 from nfzoo.optim.sgd import ema, sgd, sgd_init
 from nfzoo.runtime import program
-from nfzoo.runtime.malloc import keep_freed_memory
+from nfzoo.runtime.cpu import keep_freed_memory
 from nfzoo.step import cross_entropy
 from nfzoo.transforms.preprocess import evaluation_transform
 from nfzoo.types import Params

@@ -48,7 +48,7 @@ def prepared(task: str, *, kept: bool) -> Callable[[], object]:
     import torch
 
     from benchmarks.contenders import Work, network, train_nfzoo
-    from nfzoo.runtime.malloc import keep_freed_memory
+    from nfzoo.runtime.cpu import keep_freed_memory
     from nfzoo.train import run
 
     if not kept:

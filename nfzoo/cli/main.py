@@ -11,8 +11,8 @@ import sys
 from nfzoo import __version__
 from nfzoo.errors import ConfigError, nearest
 from nfzoo.runtime import program
+from nfzoo.runtime.cpu import wait_briefly
 from nfzoo.runtime.output import guarded
-from nfzoo.runtime.threads import wait_briefly
 
 # Name -> (module, function, summary). A module is imported when its command is called.
 COMMANDS = {

@@ -32,8 +32,8 @@ from nfzoo.errors import CheckpointError, ConfigError, DataError, LostError, Nfz
 from nfzoo.model import is_untrained
 from nfzoo.nn import NFNet, assemble, create
 from nfzoo.runtime import device, program
+from nfzoo.runtime.cpu import keep_freed_memory
 from nfzoo.runtime.distributed import elastic_launcher, gather
-from nfzoo.runtime.malloc import keep_freed_memory
 from nfzoo.runtime.output import guarded
 from nfzoo.train.config import TrainConfig
 from nfzoo.train.config.defaults import chosen

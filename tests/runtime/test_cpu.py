@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nfzoo.runtime.threads import SPINS, VARIABLES
+from nfzoo.runtime.cpu import SPINS, VARIABLES
 from tests.support.loops import each
 
 # Prints what OpenMP would read, at the moment when torch is first imported, and ends the program there.

@@ -11,7 +11,7 @@ from tests.support.loops import each
 # it is allocated again and written to.
 _AGAIN = """
 import ctypes, resource
-from nfzoo.runtime.malloc import keep_freed_memory
+from nfzoo.runtime.cpu import keep_freed_memory
 
 print(keep_freed_memory())
 c, size = ctypes.CDLL(None), 64 << 20
@@ -77,13 +77,13 @@ def test_other_tunables_do_not_matter(tmp_path):
 def test_whatever_trains_on_a_cpu_keeps_it(tmp_path, call):
     code = f"""
 import os, torch
-import nfzoo.runtime.malloc as malloc
+import nfzoo.runtime.cpu as cpu
 
 def kept():
     print("kept", flush=True)
     os._exit(0)
 
-malloc.keep_freed_memory = kept
+cpu.keep_freed_memory = kept
 DATA = [(torch.zeros(3, 32, 32, dtype=torch.uint8), i % 2) for i in range(40)]
 print("begun", flush=True)
 {call}
