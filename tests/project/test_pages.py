@@ -82,7 +82,7 @@ def test_set_up_is_by_targets_that_exist() -> None:
 
 
 # Options of other programs, of nfzoo's modules that are no commands, and of `nfzoo` itself, named in the text.
-OTHERS = "--(fix|ignore-scripts|max-restarts|nnodes|nproc-per-node|rdzv-.*|sign|clip-norm|lr|noise|version)"
+OTHERS = "--(fix|ignore-scripts|max-restarts|nnodes|nproc-per-node|rdzv-.*|sign|clip-norm|ema-decay|lr|noise|version)"
 
 
 def test_options_that_are_named_exist(capsys: pytest.CaptureFixture[str]) -> None:
