@@ -177,7 +177,7 @@ def test_what_the_fused_kernel_does_not_take_is_updated_too():
         wanted, state = sgd({"p": p}, {"p": grad}, SGDState({"p": m}), lr=0.1, weight_decay=0.1)
         q, n = p.clone(), m.clone()
         sgd_([q], [grad.clone()], [n], lr=0.1, weight_decay=0.1)
-        tolerance = {"rtol": 2e-2, "atol": 2e-2} if name == "half" else {}
+        tolerance: Any = {"rtol": 2e-2, "atol": 2e-2} if name == "half" else {}
         torch.testing.assert_close(q, wanted["p"], msg=name, **tolerance)
         torch.testing.assert_close(n, state.momentum["p"], msg=name, **tolerance)
 
