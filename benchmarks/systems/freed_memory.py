@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import timing
 from benchmarks.report import Table, machine, publish
-from benchmarks.systems.turns import SECONDS, Worker, rounds, serve
+from benchmarks.systems.turns import SECONDS, Worker, serve, take_turns
 
 OWN, KEPT = "glibc's own", "kept"
 HUGE = "GLIBC_TUNABLES"
@@ -78,7 +78,7 @@ def page(tasks: Sequence[str], count: int, command: str) -> str:
             workers[name] = Worker(arguments, {**os.environ, HUGE: tunables})
         for worker in workers.values():
             worker.ready()
-        turns = rounds(workers, count)
+        turns = take_turns(workers, count)
         for worker in workers.values():
             worker.close()
         print(f"{task}: {turns}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Processes that take turns: in a round each works for a second while the others sleep.
+"""Let processes take turns: in a round each works for a second while the others sleep.
 
 A benchmark whose sides differ in what a process reads once, such as an environment variable, has a process for each.
 """
@@ -19,7 +19,7 @@ SECONDS = 1.0  # of a turn
 
 
 class Turn(NamedTuple):
-    """What a process reports of its turn.
+    """Report what a process did in its turn.
 
     Attributes:
         seconds: of a call, wall clock.
@@ -33,7 +33,7 @@ class Turn(NamedTuple):
 
 
 class Worker:
-    """A process that works when it is asked to."""
+    """Run a process that works when it is asked to."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start `python -m ARGUMENTS`, which calls `serve`, with this environment and no other."""
@@ -86,7 +86,7 @@ def serve(prepare: Callable[[], Callable[[], object]]) -> None:
         print(spent / calls, (used.ru_minflt - faults) / calls, 1024 * used.ru_maxrss, flush=True)
 
 
-def rounds(workers: Mapping[str, Worker], count: int) -> dict[str, list[Turn]]:
+def take_turns(workers: Mapping[str, Worker], count: int) -> dict[str, list[Turn]]:
     """Return the turns of all workers; every second round goes through them backwards."""
     turns: dict[str, list[Turn]] = {name: [] for name in workers}
     for number in range(count):

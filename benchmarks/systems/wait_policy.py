@@ -21,8 +21,7 @@ from pathlib import Path
 
 from benchmarks import timing
 from benchmarks.report import Table, machine, publish
-from benchmarks.systems.turns import SECONDS, Worker, serve
-from benchmarks.systems.turns import rounds as turns_of
+from benchmarks.systems.turns import SECONDS, Worker, serve, take_turns
 
 POLICIES: dict[str, dict[str, str]] = {
     "OpenMP's own": {},
@@ -90,7 +89,7 @@ def measured(task: str, rounds: int, beside: Sequence[int], *, preferred: bool) 
             for process in workers.values():
                 process.prefer(not others)
         with busy(others):
-            turns = turns_of(workers, rounds)
+            turns = take_turns(workers, rounds)
         times[others] = {name: [1e3 * turn.seconds for turn in own] for name, own in turns.items()}
         print(f"{task} beside {others}: {times[others]}", file=sys.stderr, flush=True)
     for process in workers.values():

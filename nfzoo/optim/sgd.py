@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,21 +130,22 @@ def sgd_(
 
 
 def _fused_sgd_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momenta: Sequence[Tensor], **options: float
+    params: Sequence[Tensor], grads: Sequence[Tensor], momenta: Sequence[Tensor], **options: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Update by torch's fused kernel, in one pass over memory instead of four, what it takes; return the others.
 
     It takes tensors on a CPU of which no part is smaller than `FUSED_PART`, and computes the same bits of them. In what
     is left over after the last vector, compilers add and multiply at once, which rounds once instead of twice.
     """
-    rows = list(zip(params, grads, momenta, strict=True))
-    if not (torch.compiler.is_compiling() or in_dispatch_mode()):
-        taken = [row for row in rows if _is_fusible(*row)]
-        rows = [row for row in rows if not _is_fusible(*row)]
-        if taken:
-            fused_sgd_(*map(list, zip(*taken, strict=True)), **options)
-    others = [list(tensors) for tensors in zip(*rows, strict=True)]
-    return (others[0], others[1], others[2]) if others else ([], [], [])
+    seen = torch.compiler.is_compiling() or in_dispatch_mode()  # by what wants torch's plain operators
+    taken: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    others: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for row in zip(params, grads, momenta, strict=True):
+        for tensors, t in zip(others if seen or not _is_fusible(*row) else taken, row, strict=True):
+            tensors.append(t)
+    if taken[0]:
+        fused_sgd_(*taken, **options)
+    return others
 
 
 def _is_fusible(*tensors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What nfzoo asks of OpenMP and of the C library on a CPU: how threads wait, and what happens to freed memory."""
+"""Tell OpenMP how threads wait on a CPU, and the C library what happens to freed memory."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
+from nfzoo.runtime.cpu import keep_freed_memory
 from tests.support.loops import each
 
 # Frees a block twice as large as glibc's own limits may become, and prints how many pages of it are mapped anew when
@@ -28,8 +28,6 @@ use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 _PREFIXES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is on Linux")
 
 
 def _run(folder: Path, code: str, **environment: str) -> list[str]:
@@ -59,6 +57,19 @@ def test_limits_of_the_user_stay(tmp_path, environment):
     kept, faults = _run(tmp_path, _AGAIN, **environment)
     assert kept == "False"
     assert int(faults) > 10_000 or "MALLOC_TOP_PAD_" in environment
+
+
+@each("platform", ["darwin", "win32"])
+def test_elsewhere_nothing_is_done(monkeypatch, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    assert keep_freed_memory() is False
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(_PREFIXES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())  # no gnu_get_libc_version, as in musl
+    assert keep_freed_memory() is False
 
 
 def test_other_tunables_do_not_matter(tmp_path):
